@@ -1,0 +1,163 @@
+// What every kernel file shares: 16-byte packs, conversions to and from float, warp and block reductions, dispatch on
+// the run-time dtype, and small helpers for launchers. Everything is inline; nothing here launches a kernel.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace sq {
+
+// ---- Conversions. Arithmetic is in float; a value is rounded (to nearest, ties to even) once, when stored. ----
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// ---- Packs: N neighbours moved by one load or store; by default 16 bytes of them. ----
+
+template <typename T>
+constexpr int kPack = 16 / int(sizeof(T));
+
+template <typename T, int N = kPack<T>>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+// p must be aligned to the pack.
+template <typename T, int N = kPack<T>>
+__device__ __forceinline__ Pack<T, N> load_pack(const T *p) {
+  return *reinterpret_cast<const Pack<T, N> *>(p);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &x) {
+  *reinterpret_cast<Pack<T, N> *>(p) = x;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void widen(float (&out)[N], const Pack<T, N> &x) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> narrow(const float (&x)[N]) {
+  Pack<T, N> out;
+#pragma unroll
+  for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(x[i]);
+  return out;
+}
+
+// ---- Reductions, in a fixed order, so that equal inputs give equal bits. ----
+
+struct Sum {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Min {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
+};
+
+// Over aligned groups of `width` lanes (a power of two); every lane of the group receives the result.
+template <int width = 32, typename Op>
+__device__ __forceinline__ float warp_reduce(float x, Op op) {
+#pragma unroll
+  for (int offset = width / 2; offset > 0; offset /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) { return warp_reduce(x, Sum()); }
+__device__ __forceinline__ float warp_max(float x) { return warp_reduce(x, Max()); }
+
+// Over a whole one-dimensional block (a multiple of 32 threads); every thread receives the result. `scratch` is 32
+// floats of shared memory; it may be used again at once, since the call begins with a barrier.
+template <typename Op>
+__device__ __forceinline__ float block_reduce(float x, float identity, float *scratch, Op op) {
+  x = warp_reduce(x, op);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  const int warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
+  return warp_reduce(lane < warps ? scratch[lane] : identity, op);
+}
+__device__ __forceinline__ float block_sum(float x, float *scratch) { return block_reduce(x, 0.0f, scratch, Sum()); }
+__device__ __forceinline__ float block_max(float x, float *scratch) {
+  return block_reduce(x, -INFINITY, scratch, Max());
+}
+
+// ---- Launchers. ----
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<float>{}), f(Type<__half>{}) or f(Type<__nv_bfloat16>{}):
+//   return dispatch(dtype, [&](auto t) { using T = typename decltype(t)::type; kernel<T><<<..>>>(..); return launched(); });
+template <typename F>
+int dispatch(sq_dtype dtype, F &&f) {
+  switch (dtype) {
+    case SQ_F32: return f(Type<float>{});
+    case SQ_F16: return f(Type<__half>{});
+    case SQ_BF16: return f(Type<__nv_bfloat16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+inline cudaStream_t cuda_stream(sq_stream stream) { return static_cast<cudaStream_t>(stream); }
+
+// The status a launcher returns after <<<>>>.
+inline int launched() { return int(cudaGetLastError()); }
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+}
+
+// Most dynamic shared memory a block of the current device may ask for.
+inline int max_shared_bytes() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Lets a kernel use `bytes` of dynamic shared memory (needed above 48 KiB).
+template <typename Kernel>
+int allow_shared(Kernel *kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return int(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+// ceil(a / b) for non-negative a and positive b.
+template <typename A, typename B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t kMaxGridX = 2147483647;
+
+}  // namespace sq
