@@ -1,0 +1,102 @@
+// Causal attention with grouped query heads, without the seq x seq matrix in memory.
+//
+//   S = scale Q K^T (key <= query),  lse = log(rowsum exp S),  P = exp(S - lse),  O = P V
+//
+//   dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O) = rowsum(P * dP),
+//   dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
+//
+// The forward kernels walk the keys of a block of queries once, with a running row maximum and sum, and save lse. The
+// backward kernels make P again from it: one kernel owns a block of keys and walks the queries that see it, for every query
+// head of the group (dK, dV); another owns a block of queries and walks its keys (dQ). So every sum has one owner and one
+// order, and equal inputs give equal bits; the price is that S and dP are made twice.
+//
+// This file chooses the kernels. attention_plain.cu serves every dtype and dim in float arithmetic, attention_forward.cu and
+// attention_backward.cu serve f16 and bf16 with dim 64 or 128 on tensor cores.
+
+#include "attention.cuh"
+
+namespace {
+
+using namespace sq_attention;
+
+// delta[batch, heads, seq] = rowsum(dO * O), 16 lanes a row ------------------------------------------------------
+
+constexpr int kDeltaThreads = 256;
+constexpr int kDeltaRows = kDeltaThreads / 16;
+
+template <class T>
+__global__ void __launch_bounds__(kDeltaThreads) delta_kernel(Problem p, float *delta, const T *dout, const T *o) {
+  const int64_t row = (int64_t)blockIdx.x * kDeltaRows + threadIdx.x / 16;  // (batch * seq + token) * heads + head
+  const bool valid = row < p.batch * p.seq * p.heads;
+  float sum = 0;
+  if (valid) {
+    const T *a = dout + row * p.dim, *b = o + row * p.dim;
+    if (p.dim % 4 == 0) {
+      struct alignas(4 * sizeof(T)) Four { T x[4]; };
+      for (int d = threadIdx.x % 16 * 4; d < p.dim; d += 64) {
+        const Four u = *reinterpret_cast<const Four *>(a + d), v = *reinterpret_cast<const Four *>(b + d);
+        for (int i = 0; i < 4; ++i) sum += to_float(u.x[i]) * to_float(v.x[i]);
+      }
+    } else {
+      for (int d = threadIdx.x % 16; d < p.dim; d += 16) sum += to_float(a[d]) * to_float(b[d]);
+    }
+  }
+  for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+  if (valid && threadIdx.x % 16 == 0) {
+    const int64_t token = row / p.heads;
+    delta[p.row_offset(token / p.seq, token % p.seq, (int32_t)(row % p.heads))] = sum;
+  }
+}
+
+template <class T>
+cudaError_t launch_delta(const Problem &p, float *delta, const void *dout, const void *o, cudaStream_t stream) {
+  const int64_t blocks = (p.batch * p.seq * p.heads + kDeltaRows - 1) / kDeltaRows;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  delta_kernel<T><<<(unsigned)blocks, kDeltaThreads, 0, stream>>>(p, delta, (const T *)dout, (const T *)o);
+  return cudaGetLastError();
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+// The running maximum is taken before scaling, so scale must be positive.
+bool supported(const Problem &p, sq_dtype dtype) {
+  return p.batch >= 0 && p.seq >= 0 && p.seq <= 0x7fffff00 && p.heads > 0 && p.kv_heads > 0 && p.heads % p.kv_heads == 0 &&
+         p.dim > 0 && p.dim <= 256 && p.scale > 0 && (dtype == SQ_F32 || dtype == SQ_F16 || dtype == SQ_BF16);
+}
+
+bool on_tensor_cores(const Problem &p, sq_dtype dtype) { return dtype != SQ_F32 && (p.dim == 64 || p.dim == 128); }
+
+}  // namespace
+
+extern "C" int sq_attention_forward(void *o, float *lse, const void *q, const void *k, const void *v, int64_t batch,
+                                    int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype,
+                                    sq_stream stream) {
+  const Problem p{batch, seq, heads, kv_heads, dim, scale};
+  if (!supported(p, dtype)) return cudaErrorInvalidValue;
+  if (batch == 0 || seq == 0) return cudaSuccess;
+  const Forward f{o, lse, q, k, v};
+  const auto run = on_tensor_cores(p, dtype) ? tensor_forward : plain_forward;
+  return run(p, f, dtype, (cudaStream_t)stream);
+}
+
+extern "C" int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t, int32_t, sq_dtype) {
+  return batch * heads * seq * (int64_t)sizeof(float);  // delta
+}
+
+extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspace, const void *dout, const void *q,
+                                     const void *k, const void *v, const void *o, const float *lse, int64_t batch,
+                                     int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype,
+                                     sq_stream stream) {
+  const Problem p{batch, seq, heads, kv_heads, dim, scale};
+  if (!supported(p, dtype)) return cudaErrorInvalidValue;
+  if (batch == 0 || seq == 0) return cudaSuccess;
+  float *delta = (float *)workspace;
+  const auto make_delta = dtype == SQ_F32   ? launch_delta<float>
+                          : dtype == SQ_F16 ? launch_delta<__half>
+                                            : launch_delta<__nv_bfloat16>;
+  const cudaError_t error = make_delta(p, delta, dout, o, (cudaStream_t)stream);
+  if (error != cudaSuccess) return error;
+  const Backward g{dq, dk, dv, delta, dout, q, k, v, lse};
+  const auto run = on_tensor_cores(p, dtype) ? tensor_backward : plain_backward;
+  return run(p, g, dtype, (cudaStream_t)stream);
+}

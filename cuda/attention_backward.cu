@@ -1,0 +1,251 @@
+// Backward attention on tensor cores: f16 or bf16, dim 64 or 128 (attention.cu has the formulas).
+//
+// Two kernels, each with its sums in accumulator registers and its scores never leaving registers:
+//
+//   keys     a warp owns 16 keys and walks queries 64 at a time, holding scores transposed, S^T = K Q^T; then P^T and dS^T
+//            are left operands of  dV += P^T dO  and  dK += dS^T Q  as they are.
+//   queries  a warp owns 32 queries and walks keys 32 at a time; dS is the left operand of  dQ += dS K.
+//
+// P = 2^(c s - log2(e) lse) with c = scale log2(e). The accumulators of dP start at -delta, so that dS = P * dP.
+// Tiles of what is walked travel to shared memory one step ahead.
+
+#include "attention.cuh"
+
+namespace {
+
+using namespace sq_attention;
+
+// dK and dV ------------------------------------------------------------------------------------------------------
+
+constexpr int kKeyWarps = 8;
+constexpr int kKeyThreads = kKeyWarps * 32;
+constexpr int kKeys = kKeyWarps * 16;  // keys a block owns
+constexpr int kQueryStep = 64;
+
+template <int D> struct KeyShared {  // byte offsets
+  static constexpr int kStep = kQueryStep * D * 2;
+  static constexpr int kKey = 0;
+  static constexpr int kValue = kKey + kKeys * D * 2;
+  static constexpr int kQuery = kValue + kKeys * D * 2;  // two steps
+  static constexpr int kDout = kQuery + 2 * kStep;       // two steps
+  static constexpr int kRows = kDout + 2 * kStep;        // two steps of lse and delta
+  static constexpr int kRowStep = 2 * kQueryStep * 4;
+  static constexpr int kBytes = kRows + 2 * kRowStep;
+};
+
+// Starts the copies of one step: Q, dO, lse and delta of queries q0.. of head h.
+template <class T, int D>
+__device__ __forceinline__ void copy_queries(uint32_t base, int stage, const Problem &p, const Backward &g, int64_t b,
+                                             int32_t h, int q0) {
+  using S = KeyShared<D>;
+  const int64_t query = p.query_offset(b, q0, h), row = p.row_offset(b, q0, h);
+  const int rows = (int)p.seq - q0;
+  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kQuery + stage * S::kStep, (const T *)g.q + query, p.query_stride(), rows);
+  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kDout + stage * S::kStep, (const T *)g.dout + query, p.query_stride(), rows);
+  if (threadIdx.x < 2 * kQueryStep) {
+    const int i = threadIdx.x % kQueryStep;
+    const bool valid = i < rows;
+    const float *src = threadIdx.x < kQueryStep ? g.lse : g.delta;
+    copy4(base + S::kRows + stage * S::kRowStep + threadIdx.x * 4, src + row + (valid ? i : 0), valid);
+  }
+  copy_commit();
+}
+
+template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys_kernel(Problem p, Backward g) {
+  using S = KeyShared<D>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  // The first keys are seen by the most queries: they start first.
+  const unsigned tiles = (unsigned)((p.seq + kKeys - 1) / kKeys);
+  const int k0 = (int)(blockIdx.x % tiles) * kKeys;
+  const int32_t kv = (int32_t)(blockIdx.x / tiles % p.kv_heads);
+  const int64_t b = blockIdx.x / tiles / p.kv_heads;
+  const int seq = (int)p.seq;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;  // the warp's first key in the tile
+
+  const int64_t key = p.key_offset(b, k0, kv);
+  copy_tile<kKeys, D, kKeyThreads>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0);
+  copy_tile<kKeys, D, kKeyThreads>(base + S::kValue, (const T *)g.v + key, p.key_stride(), seq - k0);
+  const int32_t last_head = (kv + 1) * p.group() - 1;
+  copy_queries<T, D>(base, 0, p, g, b, kv * p.group(), k0);
+
+  const uint32_t key_operand = address_a<D>(base + S::kKey, row), value_operand = address_a<D>(base + S::kValue, row);
+  const float c = p.scale * kLog2e;
+  float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+  int stage = 0;
+  int32_t h = kv * p.group();
+  for (int q0 = k0;;) {
+    copy_wait<0>();
+    __syncthreads();  // this step is here; nobody reads the last one any more
+    int next_q0 = q0 + kQueryStep;
+    int32_t next_h = h;
+    if (next_q0 >= seq) next_q0 = k0, ++next_h;
+    const bool more = next_h <= last_head;
+    if (more) copy_queries<T, D>(base, stage ^ 1, p, g, b, next_h, next_q0);
+
+    if (q0 + kQueryStep - 1 >= k0 + row) {  // some query of this step sees some key of this warp
+      const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
+      const float *lse = reinterpret_cast<const float *>(shared + S::kRows + stage * S::kRowStep) + lane % 4 * 2;
+      const float *delta = lse + kQueryStep;
+      float s[1][kQueryStep / 8][4] = {}, dp[1][kQueryStep / 8][4];
+      multiply_rows<T, D>(s, key_operand, address_b<D>(queries, 0));
+#pragma unroll
+      for (int n = 0; n < kQueryStep / 8; ++n) {
+        const float2 offset = *reinterpret_cast<const float2 *>(lse + n * 8);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          s[0][n][e] = exp2_approx(fmaf(s[0][n][e], c, -kLog2e * (e % 2 ? offset.y : offset.x)));
+      }
+      if (k0 + row + 15 > q0) {
+#pragma unroll
+        for (int n = 0; n < kQueryStep / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (k0 + row + lane / 4 + e / 2 * 8 > q0 + n * 8 + lane % 4 * 2 + e % 2) s[0][n][e] = 0;
+      }
+      multiply_registers<T, D>(dv, s, address_a<D>(douts, 0));
+#pragma unroll
+      for (int n = 0; n < kQueryStep / 8; ++n) {
+        const float2 start = *reinterpret_cast<const float2 *>(delta + n * 8);
+        dp[0][n][0] = dp[0][n][2] = -start.x;
+        dp[0][n][1] = dp[0][n][3] = -start.y;
+      }
+      multiply_rows<T, D>(dp, value_operand, address_b<D>(douts, 0));
+#pragma unroll
+      for (int n = 0; n < kQueryStep / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dp[0][n][e] *= s[0][n][e];
+      multiply_registers<T, D>(dk, dp, address_a<D>(queries, 0));
+    }
+    if (!more) break;
+    q0 = next_q0, h = next_h, stage ^= 1;
+  }
+
+  // A warp's rows of K and V are read by that warp only: its gradients may pass through them.
+  const float scale[1][2] = {{p.scale, p.scale}}, one[1][2] = {{1, 1}};
+  const int64_t out = p.key_offset(b, k0 + row, kv);
+  store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, base + S::kKey, row, dk, scale);
+  store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, base + S::kValue, row, dv, one);
+}
+
+// dQ -------------------------------------------------------------------------------------------------------------
+
+constexpr int kQueryWarps = 4;
+constexpr int kQueryThreads = kQueryWarps * 32;
+constexpr int kOperands = 2;  // 16-row operands a warp owns
+constexpr int kQueries = kQueryWarps * kOperands * 16;
+constexpr int kKeyStep = 32;
+
+template <int D> struct QueryShared {  // byte offsets
+  static constexpr int kStep = kKeyStep * D * 2;
+  static constexpr int kQuery = 0;
+  static constexpr int kDout = kQuery + kQueries * D * 2;
+  static constexpr int kKey = kDout + kQueries * D * 2;  // two steps
+  static constexpr int kValue = kKey + 2 * kStep;        // two steps
+  static constexpr int kBytes = kValue + 2 * kStep;
+};
+
+template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) queries_kernel(Problem p, Backward g) {
+  using S = QueryShared<D>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  // The last queries see the most keys: they start first.
+  const unsigned tiles = (unsigned)((p.seq + kQueries - 1) / kQueries);
+  const int q0 = (int)(tiles - 1 - blockIdx.x % tiles) * kQueries;
+  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
+  const int64_t b = blockIdx.x / tiles / p.heads;
+  const int seq = (int)p.seq;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kOperands * 16;  // the warp's first query in the tile
+
+  const int64_t query = p.query_offset(b, q0, h), stride = p.key_stride();
+  const T *k = (const T *)g.k + p.key_offset(b, 0, kv), *v = (const T *)g.v + p.key_offset(b, 0, kv);
+  copy_tile<kQueries, D, kQueryThreads>(base + S::kQuery, (const T *)g.q + query, p.query_stride(), seq - q0);
+  copy_tile<kQueries, D, kQueryThreads>(base + S::kDout, (const T *)g.dout + query, p.query_stride(), seq - q0);
+  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey, k, stride, seq);
+  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue, v, stride, seq);
+  copy_commit();
+
+  float offset[kOperands][2], delta[kOperands][2];
+#pragma unroll
+  for (int m = 0; m < kOperands; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int q = q0 + row + m * 16 + half * 8 + lane / 4;
+      const int64_t at = p.row_offset(b, q, h);
+      offset[m][half] = q < seq ? kLog2e * g.lse[at] : 0.f;
+      delta[m][half] = q < seq ? g.delta[at] : 0.f;
+    }
+
+  const uint32_t query_operand = address_a<D>(base + S::kQuery, row), dout_operand = address_a<D>(base + S::kDout, row);
+  const float c = p.scale * kLog2e;
+  float dq[kOperands][D / 8][4] = {};
+  const int end = min(seq, q0 + kQueries);
+  int stage = 0;
+  for (int k0 = 0; k0 < end; k0 += kKeyStep, stage ^= 1) {
+    copy_wait<0>();
+    __syncthreads();  // this step is here; nobody reads the last one any more
+    const int next = k0 + kKeyStep;
+    if (next < end) {
+      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey + (stage ^ 1) * S::kStep, k + next * stride, stride, seq - next);
+      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + (stage ^ 1) * S::kStep, v + next * stride, stride, seq - next);
+    }
+    copy_commit();
+
+    if (k0 > q0 + row + kOperands * 16 - 1) continue;  // no query of this warp sees these keys
+    const uint32_t keys = base + S::kKey + stage * S::kStep, values = base + S::kValue + stage * S::kStep;
+    float s[kOperands][kKeyStep / 8][4] = {}, dp[kOperands][kKeyStep / 8][4];
+    multiply_rows<T, D>(s, query_operand, address_b<D>(keys, 0));
+#pragma unroll
+    for (int m = 0; m < kOperands; ++m)
+#pragma unroll
+      for (int n = 0; n < kKeyStep / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, -offset[m][e / 2]));
+          dp[m][n][e] = -delta[m][e / 2];
+        }
+    if (k0 + kKeyStep - 1 > q0 + row) {
+#pragma unroll
+      for (int m = 0; m < kOperands; ++m)
+#pragma unroll
+        for (int n = 0; n < kKeyStep / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (k0 + n * 8 + lane % 4 * 2 + e % 2 > q0 + row + m * 16 + lane / 4 + e / 2 * 8) s[m][n][e] = 0;
+    }
+    multiply_rows<T, D>(dp, dout_operand, address_b<D>(values, 0));
+#pragma unroll
+    for (int m = 0; m < kOperands; ++m)
+#pragma unroll
+      for (int n = 0; n < kKeyStep / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dp[m][n][e] *= s[m][n][e];
+    multiply_registers<T, D>(dq, dp, address_a<D>(keys, 0));
+  }
+
+  const float scale[kOperands][2] = {{p.scale, p.scale}, {p.scale, p.scale}};
+  store_rows<T, D>((T *)g.dq + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, base + S::kQuery, row, dq,
+                   scale);
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+template <class T, int D> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+  const cudaError_t error = launch(keys_kernel<T, D>, grid_size((p.seq + kKeys - 1) / kKeys, p.batch, p.kv_heads),
+                                   kKeyThreads, KeyShared<D>::kBytes, stream, p, g);
+  if (error != cudaSuccess) return error;
+  return launch(queries_kernel<T, D>, grid_size((p.seq + kQueries - 1) / kQueries, p.batch, p.heads), kQueryThreads,
+                QueryShared<D>::kBytes, stream, p, g);
+}
+
+}  // namespace
+
+namespace sq_attention {
+
+cudaError_t tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+  if (dtype == SQ_F16)
+    return p.dim == 64 ? launch_backward<__half, 64>(p, g, stream) : launch_backward<__half, 128>(p, g, stream);
+  return p.dim == 64 ? launch_backward<__nv_bfloat16, 64>(p, g, stream) : launch_backward<__nv_bfloat16, 128>(p, g, stream);
+}
+
+}  // namespace sq_attention

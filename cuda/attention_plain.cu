@@ -1,0 +1,370 @@
+// Attention in float arithmetic, for every dtype and every dim up to 256 (attention.cu has the formulas).
+//
+// 256 threads as a 16 x 16 grid work on square tiles of scores. Tiles of Q, K, V and dO are widened to float into shared
+// memory, zero beyond the sequence and beyond dim. Two products do everything:
+//
+//   dot_rows    s[r][c]   = sum_d a[r][d] b[c][d]      scores and dP, a few of each in a thread's registers
+//   accumulate  acc[r][d] += sum_c p[r][c] b[c][d]     outputs and gradients, p through shared memory
+//
+// Thread (y, x) owns rows y + 16 i; of the scores columns x + 16 j, of the accumulators runs of kRun columns.
+// The sixteen threads that share a row are half a warp, so row sums are shuffles.
+
+#include "attention.cuh"
+
+namespace {
+
+using namespace sq_attention;
+
+constexpr int kThreads = 256;
+
+// Launch geometry for rows padded to D floats. Rows are padded by 4 floats: eight rows read as float4 then span all banks.
+template <int D> struct Geometry {
+  static constexpr int kTile = D <= 128 ? 64 : 32;  // rows and columns of a tile of scores: four tiles must fit in 160 KB
+  static constexpr int kOwn = kTile / 16;           // rows (and score columns) a thread owns
+  static constexpr int kStride = D + 4;
+  static constexpr int kScoreStride = kTile + 4;
+  static constexpr int kColumns = D / 16;  // accumulator columns a thread owns
+  static constexpr int kRun = kColumns < 4 ? kColumns : 4;
+  static constexpr int kTileFloats = kTile * kStride;
+  static constexpr int kScoreFloats = kTile * kScoreStride;
+  static constexpr size_t kForwardBytes = (2 * kTileFloats + kScoreFloats) * sizeof(float);
+  static constexpr size_t kBackwardBytes = (4 * kTileFloats + kScoreFloats) * sizeof(float);
+};
+
+template <int D, class T>
+__device__ void load_tile(float *tile, const T *src, int64_t stride, int64_t rows, int dim) {
+  using G = Geometry<D>;
+  if (dim % 4 == 0) {  // rows begin on four-element boundaries
+    struct alignas(4 * sizeof(T)) Four { T x[4]; };
+    for (int index = threadIdx.x; index < G::kTile * (D / 4); index += kThreads) {
+      const int row = index / (D / 4), column = index % (D / 4) * 4;
+      float4 value = make_float4(0, 0, 0, 0);
+      if (row < rows && column < dim) {
+        const Four four = *reinterpret_cast<const Four *>(src + row * stride + column);
+        value = make_float4(to_float(four.x[0]), to_float(four.x[1]), to_float(four.x[2]), to_float(four.x[3]));
+      }
+      *reinterpret_cast<float4 *>(tile + row * G::kStride + column) = value;
+    }
+  } else {
+    for (int index = threadIdx.x; index < G::kTile * D; index += kThreads) {
+      const int row = index / D, column = index % D;
+      tile[row * G::kStride + column] = row < rows && column < dim ? to_float(src[row * stride + column]) : 0.f;
+    }
+  }
+}
+
+template <int D>
+__device__ __forceinline__ void dot_rows(float (&s)[Geometry<D>::kOwn][Geometry<D>::kOwn], const float *a, const float *b) {
+  using G = Geometry<D>;
+  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j) s[i][j] = 0;
+#pragma unroll 4
+  for (int d = 0; d < D; d += 4) {
+    float4 left[G::kOwn], right[G::kOwn];
+#pragma unroll
+    for (int i = 0; i < G::kOwn; ++i) {
+      left[i] = *reinterpret_cast<const float4 *>(a + (y + 16 * i) * G::kStride + d);
+      right[i] = *reinterpret_cast<const float4 *>(b + (x + 16 * i) * G::kStride + d);
+    }
+#pragma unroll
+    for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+      for (int j = 0; j < G::kOwn; ++j) {
+        s[i][j] = fmaf(left[i].x, right[j].x, s[i][j]);
+        s[i][j] = fmaf(left[i].y, right[j].y, s[i][j]);
+        s[i][j] = fmaf(left[i].z, right[j].z, s[i][j]);
+        s[i][j] = fmaf(left[i].w, right[j].w, s[i][j]);
+      }
+  }
+}
+
+// Column of a thread's j-th accumulator.
+template <int D> __device__ __forceinline__ int accumulator_column(int j) {
+  using G = Geometry<D>;
+  return j / G::kRun * 16 * G::kRun + threadIdx.x % 16 * G::kRun + j % G::kRun;
+}
+
+template <int D>
+__device__ __forceinline__ void accumulate(float (&acc)[Geometry<D>::kOwn][Geometry<D>::kColumns], const float *p,
+                                           const float *b) {
+  using G = Geometry<D>;
+  const int y = threadIdx.x / 16;
+  struct alignas(4 * G::kRun) Run { float x[G::kRun]; };
+#pragma unroll 2
+  for (int c = 0; c < G::kTile; c += 4) {
+    float left[G::kOwn][4];
+#pragma unroll
+    for (int i = 0; i < G::kOwn; ++i)
+      *reinterpret_cast<float4 *>(left[i]) = *reinterpret_cast<const float4 *>(p + (y + 16 * i) * G::kScoreStride + c);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int j = 0; j < G::kColumns; j += G::kRun) {
+        const Run right = *reinterpret_cast<const Run *>(b + (c + k) * G::kStride + accumulator_column<D>(j));
+#pragma unroll
+        for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+          for (int e = 0; e < G::kRun; ++e) acc[i][j + e] = fmaf(left[i][k], right.x[e], acc[i][j + e]);
+      }
+  }
+}
+
+template <int D>
+__device__ __forceinline__ void put_scores(float *tile, const float (&s)[Geometry<D>::kOwn][Geometry<D>::kOwn]) {
+  using G = Geometry<D>;
+  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j) tile[(y + 16 * i) * G::kScoreStride + x + 16 * j] = s[i][j];
+}
+
+template <int D, class T>
+__device__ __forceinline__ void store_tile(T *dst, int64_t stride, int64_t rows, int dim,
+                                           const float (&acc)[Geometry<D>::kOwn][Geometry<D>::kColumns], const float *factor) {
+  using G = Geometry<D>;
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int row = threadIdx.x / 16 + 16 * i;
+    if (row >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < G::kColumns; ++j) {
+      const int column = accumulator_column<D>(j);
+      if (column < dim) dst[row * stride + column] = from_float<T>(acc[i][j] * factor[i]);
+    }
+  }
+}
+
+__device__ __forceinline__ float row_max(float x) {
+  for (int lanes = 8; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
+}
+__device__ __forceinline__ float row_sum(float x) {
+  for (int lanes = 8; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+// Forward: one block a tile of queries, the longest rows first ---------------------------------------------------
+
+template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Forward f) {
+  using G = Geometry<D>;
+  extern __shared__ __align__(16) float shared[];
+  float *queries = shared, *keys = queries + G::kTileFloats, *scores = keys + G::kTileFloats;
+  const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
+  const int64_t q0 = (int64_t)(tiles - 1 - blockIdx.x % tiles) * G::kTile;
+  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
+  const int64_t b = blockIdx.x / tiles / p.heads;
+  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+
+  load_tile<D>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim);
+  float acc[G::kOwn][G::kColumns] = {}, maximum[G::kOwn], sum[G::kOwn];
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) maximum[i] = -INFINITY, sum[i] = 0;
+
+  for (int64_t k0 = 0; k0 <= q0; k0 += G::kTile) {
+    const int64_t key = p.key_offset(b, k0, kv);
+    __syncthreads();
+    load_tile<D>(keys, (const T *)f.k + key, p.key_stride(), p.seq - k0, p.dim);
+    __syncthreads();
+    float s[G::kOwn][G::kOwn];
+    dot_rows<D>(s, queries, keys);
+#pragma unroll
+    for (int i = 0; i < G::kOwn; ++i) {
+      float top = maximum[i];  // finite from the first tile on: key 0 is visible to every query
+#pragma unroll
+      for (int j = 0; j < G::kOwn; ++j) {
+        s[i][j] = k0 + x + 16 * j > q0 + y + 16 * i ? -INFINITY : s[i][j] * p.scale;
+        top = fmaxf(top, s[i][j]);
+      }
+      top = row_max(top);
+      const float shrink = expf(maximum[i] - top);
+      float part = 0;
+#pragma unroll
+      for (int j = 0; j < G::kOwn; ++j) part += s[i][j] = expf(s[i][j] - top);
+      maximum[i] = top;
+      sum[i] = sum[i] * shrink + part;
+#pragma unroll
+      for (int j = 0; j < G::kColumns; ++j) acc[i][j] *= shrink;
+    }
+    put_scores<D>(scores, s);
+    __syncthreads();
+    load_tile<D>(keys, (const T *)f.v + key, p.key_stride(), p.seq - k0, p.dim);
+    __syncthreads();
+    accumulate<D>(acc, scores, keys);
+  }
+
+  float factor[G::kOwn];
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const float total = row_sum(sum[i]);
+    factor[i] = 1 / total;
+    const int64_t row = q0 + y + 16 * i;
+    if (x == 0 && row < p.seq) f.lse[p.row_offset(b, row, h)] = maximum[i] + logf(total);
+  }
+  store_tile<D>((T *)f.o + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim, acc, factor);
+}
+
+// dK and dV: one block a tile of keys; scores are held transposed, [key][query] ----------------------------------
+
+template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_keys_kernel(Problem p, Backward g) {
+  using G = Geometry<D>;
+  extern __shared__ __align__(16) float shared[];
+  float *keys = shared, *values = keys + G::kTileFloats, *queries = values + G::kTileFloats,
+        *douts = queries + G::kTileFloats, *scores = douts + G::kTileFloats;
+  const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
+  const int64_t k0 = (int64_t)(blockIdx.x % tiles) * G::kTile;
+  const int32_t kv = (int32_t)(blockIdx.x / tiles % p.kv_heads);
+  const int64_t b = blockIdx.x / tiles / p.kv_heads;
+  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+  const int64_t key = p.key_offset(b, k0, kv);
+
+  load_tile<D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
+  load_tile<D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
+  float dk[G::kOwn][G::kColumns] = {}, dv[G::kOwn][G::kColumns] = {};
+
+  for (int32_t h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
+    for (int64_t q0 = k0; q0 < p.seq; q0 += G::kTile) {
+      const int64_t query = p.query_offset(b, q0, h);
+      __syncthreads();
+      load_tile<D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
+      load_tile<D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
+      float lse[G::kOwn], delta[G::kOwn];
+#pragma unroll
+      for (int j = 0; j < G::kOwn; ++j) {
+        const int64_t row = q0 + x + 16 * j;
+        lse[j] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
+        delta[j] = row < p.seq ? g.delta[p.row_offset(b, row, h)] : 0.f;
+      }
+      __syncthreads();
+      float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
+      dot_rows<D>(s, keys, queries);
+#pragma unroll
+      for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+        for (int j = 0; j < G::kOwn; ++j)
+          s[i][j] = k0 + y + 16 * i > q0 + x + 16 * j ? 0.f : expf(s[i][j] * p.scale - lse[j]);
+      put_scores<D>(scores, s);
+      dot_rows<D>(dp, values, douts);
+      __syncthreads();
+      accumulate<D>(dv, scores, douts);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+        for (int j = 0; j < G::kOwn; ++j) s[i][j] *= dp[i][j] - delta[j];
+      put_scores<D>(scores, s);
+      __syncthreads();
+      accumulate<D>(dk, scores, queries);
+    }
+  }
+
+  float one[G::kOwn], scale[G::kOwn];
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) one[i] = 1, scale[i] = p.scale;
+  store_tile<D>((T *)g.dk + key, p.key_stride(), p.seq - k0, p.dim, dk, scale);
+  store_tile<D>((T *)g.dv + key, p.key_stride(), p.seq - k0, p.dim, dv, one);
+}
+
+// dQ: one block a tile of queries --------------------------------------------------------------------------------
+
+template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_queries_kernel(Problem p, Backward g) {
+  using G = Geometry<D>;
+  extern __shared__ __align__(16) float shared[];
+  float *queries = shared, *douts = queries + G::kTileFloats, *keys = douts + G::kTileFloats,
+        *values = keys + G::kTileFloats, *scores = values + G::kTileFloats;
+  const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
+  const int64_t q0 = (int64_t)(tiles - 1 - blockIdx.x % tiles) * G::kTile;
+  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
+  const int64_t b = blockIdx.x / tiles / p.heads;
+  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+  const int64_t query = p.query_offset(b, q0, h);
+
+  load_tile<D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
+  load_tile<D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
+  float lse[G::kOwn], delta[G::kOwn];
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const int64_t row = q0 + y + 16 * i;
+    lse[i] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
+    delta[i] = row < p.seq ? g.delta[p.row_offset(b, row, h)] : 0.f;
+  }
+  float dq[G::kOwn][G::kColumns] = {};
+
+  for (int64_t k0 = 0; k0 <= q0; k0 += G::kTile) {
+    const int64_t key = p.key_offset(b, k0, kv);
+    __syncthreads();
+    load_tile<D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
+    load_tile<D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
+    __syncthreads();
+    float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
+    dot_rows<D>(s, queries, keys);
+    dot_rows<D>(dp, douts, values);
+#pragma unroll
+    for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+      for (int j = 0; j < G::kOwn; ++j)
+        s[i][j] = k0 + x + 16 * j > q0 + y + 16 * i
+                      ? 0.f
+                      : expf(s[i][j] * p.scale - lse[i]) * (dp[i][j] - delta[i]);
+    put_scores<D>(scores, s);
+    __syncthreads();
+    accumulate<D>(dq, scores, keys);
+  }
+
+  float scale[G::kOwn];
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) scale[i] = p.scale;
+  store_tile<D>((T *)g.dq + query, p.query_stride(), p.seq - q0, p.dim, dq, scale);
+}
+
+// Launchers ------------------------------------------------------------------------------------------------------
+
+template <class T, int D> cudaError_t launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
+  using G = Geometry<D>;
+  const int64_t tiles = (p.seq + G::kTile - 1) / G::kTile;
+  return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, G::kForwardBytes, stream, p, f);
+}
+
+template <class T, int D> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+  using G = Geometry<D>;
+  const int64_t tiles = (p.seq + G::kTile - 1) / G::kTile;
+  const cudaError_t error = launch(backward_keys_kernel<T, D>, grid_size(tiles, p.batch, p.kv_heads), kThreads,
+                                   G::kBackwardBytes, stream, p, g);
+  if (error != cudaSuccess) return error;
+  return launch(backward_queries_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, G::kBackwardBytes, stream, p, g);
+}
+
+template <class T> cudaError_t forward_any(const Problem &p, const Forward &f, cudaStream_t stream) {
+  if (p.dim <= 32) return launch_forward<T, 32>(p, f, stream);
+  if (p.dim <= 64) return launch_forward<T, 64>(p, f, stream);
+  if (p.dim <= 128) return launch_forward<T, 128>(p, f, stream);
+  return launch_forward<T, 256>(p, f, stream);
+}
+
+template <class T> cudaError_t backward_any(const Problem &p, const Backward &g, cudaStream_t stream) {
+  if (p.dim <= 32) return launch_backward<T, 32>(p, g, stream);
+  if (p.dim <= 64) return launch_backward<T, 64>(p, g, stream);
+  if (p.dim <= 128) return launch_backward<T, 128>(p, g, stream);
+  return launch_backward<T, 256>(p, g, stream);
+}
+
+}  // namespace
+
+namespace sq_attention {
+
+cudaError_t plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
+  if (dtype == SQ_F32) return forward_any<float>(p, f, stream);
+  if (dtype == SQ_F16) return forward_any<__half>(p, f, stream);
+  return forward_any<__nv_bfloat16>(p, f, stream);
+}
+
+cudaError_t plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+  if (dtype == SQ_F32) return backward_any<float>(p, g, stream);
+  if (dtype == SQ_F16) return backward_any<__half>(p, g, stream);
+  return backward_any<__nv_bfloat16>(p, g, stream);
+}
+
+}  // namespace sq_attention
