@@ -1,0 +1,168 @@
+/* The one contract between the kernels and Rust: nvcc and bindgen read this same text.
+ *
+ * Conventions
+ *   - every tensor is contiguous and row-major, in device memory, 16-byte aligned;
+ *   - every launcher is asynchronous on `stream`, allocates nothing, and returns a cudaError_t
+ *     (0 = launched); unsupported arguments return cudaErrorInvalidValue (1);
+ *   - 16-bit tensors are computed on in float and rounded once, at the store;
+ *   - no float atomics: equal inputs give equal bits;
+ *   - output may alias the input of the same shape where "in place" is said.
+ */
+#ifndef SPINQUANT_KERNELS_H
+#define SPINQUANT_KERNELS_H
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A cudaStream_t. */
+typedef void *sq_stream;
+
+typedef enum { SQ_F32 = 0, SQ_F16 = 1, SQ_BF16 = 2 } sq_dtype;
+
+/* How a row is quantised. See src/quant/spec.rs for the formulas.
+ *   bits       2..8
+ *   symmetric  1: signed codes, no zero point; 0: unsigned codes with a zero point
+ *   weight     1: symmetric scale floor of weights (absmax clamped to >= 1e-5);
+ *              0: symmetric scale is 1 where the whole group is zero
+ *   group      columns per group; 0: the whole row is one group
+ *   clip       multiplies the range before the scale is taken (1: none)
+ * Asymmetric ranges include 0 when group is 0, and do not when the row is grouped. */
+typedef struct {
+  int32_t bits;
+  int32_t symmetric;
+  int32_t weight;
+  int32_t group;
+  float clip;
+} sq_quant;
+
+/* An orthonormal Hadamard map of rows of length n = k * 2^m:
+ * view the row as [k, n/k], Sylvester-transform the last axis, multiply H_k from the left, divide by sqrt(n).
+ *   table      k > 1: H_k bit-packed by rows, ceil(k/32) words a row, bit (j % 32) of word j/32 set where H_k[i][j] = -1;
+ *              NULL when k is 1
+ *   signs      n values of +1/-1, or NULL
+ *   transpose  0: y = H (signs * x);  1: y = signs * (H^T x) */
+typedef struct {
+  int32_t n;
+  int32_t k;
+  int32_t transpose;
+  const uint32_t *table;
+  const int8_t *signs;
+} sq_hadamard_map;
+
+/* hadamard.cu ------------------------------------------------------------------------------------------------- */
+
+/* y[rows, n] = map(x[rows, n]); in place allowed. n <= 65536. */
+int sq_hadamard(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_dtype dtype, sq_stream stream);
+
+/* y[rows, n] = fake_quant(map(x[rows, n])) in one pass; the transformed row is not rounded to 16 bits in between. In place allowed. */
+int sq_hadamard_fake_quant(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_quant quant, sq_dtype dtype,
+                           sq_stream stream);
+
+/* fake_quant.cu ----------------------------------------------------------------------------------------------- */
+
+/* y[rows, cols] = dequantise(quantise(x)); in place allowed. y may be NULL.
+ * codes [rows, cols], scale and zero [rows, cols/group] are optional outputs (NULL: not wanted). */
+int sq_fake_quant(void *y, int16_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols,
+                  sq_quant quant, sq_dtype dtype, sq_stream stream);
+
+/* The same with the clip ratio of each group searched: p = 1 - i/100, i = 0..79, the smallest sum |x - x^|^2.4, ties keep the
+ * larger p (quant.clip is ignored). best [rows, cols/group] receives i (NULL: not wanted). */
+int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int32_t *best, const void *x, int64_t rows,
+                         int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream);
+
+/* rms_norm.cu ------------------------------------------------------------------------------------------------- */
+
+/* y = x / sqrt(mean(x^2) + eps) over rows of cols; inverse [rows] receives 1/sqrt(..). No gain: gains are folded into weights.
+ * gain [cols] in the tensor's dtype is optional (NULL: 1). In place allowed. */
+int sq_rms_norm_forward(void *y, float *inverse, const void *x, const void *gain, int64_t rows, int64_t cols, float eps,
+                        sq_dtype dtype, sq_stream stream);
+
+/* dx from dy, the saved input x and inverse. dgain_partial (NULL: not wanted) is [partials, cols] float, where partials is
+ * sq_rms_norm_partials(rows): the caller sums its rows in order. In place (dx = dy) allowed. */
+int64_t sq_rms_norm_partials(int64_t rows);
+int sq_rms_norm_backward(void *dx, float *dgain_partial, const void *dy, const void *x, const void *gain,
+                         const float *inverse, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream);
+
+/* rope.cu ----------------------------------------------------------------------------------------------------- */
+
+/* Rotates the halves of every head of x [tokens, heads, dim]: (a, b) -> (a c - b s, b c + a s), with c, s = cosine, sine
+ * [seq, dim/2] at position token % seq; transpose = 1 rotates back (the gradient). In place allowed. */
+int sq_rope(void *y, const void *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int32_t heads,
+            int32_t dim, int32_t transpose, sq_dtype dtype, sq_stream stream);
+
+/* attention.cu ------------------------------------------------------------------------------------------------ */
+
+/* Causal attention. q, o [batch*seq, heads, dim]; k, v [batch*seq, kv_heads, dim]; query head h reads kv head
+ * h / (heads / kv_heads). lse [batch, heads, seq] receives the natural log-sum-exp of the scaled scores.
+ * dim in {8, 16, 32, 64, 80, 96, 128, 256} at least; scale is the factor on q k^T. */
+int sq_attention_forward(void *o, float *lse, const void *q, const void *k, const void *v, int64_t batch, int64_t seq,
+                         int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
+
+/* Gradients of the above, deterministic. workspace: sq_attention_workspace(..) bytes. */
+int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, sq_dtype dtype);
+int sq_attention_backward(void *dq, void *dk, void *dv, void *workspace, const void *dout, const void *q, const void *k,
+                          const void *v, const void *o, const float *lse, int64_t batch, int64_t seq, int32_t heads,
+                          int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
+
+/* swiglu.cu --------------------------------------------------------------------------------------------------- */
+
+/* y = silu(gate) * up, elementwise over count values; in place (y = gate or y = up) allowed. */
+int sq_swiglu_forward(void *y, const void *gate, const void *up, int64_t count, sq_dtype dtype, sq_stream stream);
+int sq_swiglu_backward(void *dgate, void *dup, const void *dy, const void *gate, const void *up, int64_t count,
+                       sq_dtype dtype, sq_stream stream);
+
+/* cross_entropy.cu -------------------------------------------------------------------------------------------- */
+
+/* Per row of logits [rows, vocab]: loss[row] = logsumexp - logits[target], and, when scale != 0, logits are overwritten by
+ * scale * (softmax - onehot). A target of -1 marks a row that does not count: loss 0, gradient 0. */
+int sq_cross_entropy(void *logits, float *loss, const int32_t *targets, int64_t rows, int64_t vocab, float scale,
+                     sq_dtype dtype, sq_stream stream);
+
+/* embedding.cu ------------------------------------------------------------------------------------------------ */
+
+/* y[token, :] = table[ids[token], :]. ids are checked on the host. */
+int sq_embedding_forward(void *y, const void *table, const uint32_t *ids, int64_t tokens, int64_t cols, sq_dtype dtype,
+                         sq_stream stream);
+/* dtable [vocab, cols] float: every row written (0 where unused); rows summed in token order.
+ * order [tokens] sorts tokens by id (stably); start [vocab + 1] delimits each id's run in it. */
+int sq_embedding_backward(float *dtable, const void *dy, const uint32_t *order, const uint32_t *start, int64_t vocab,
+                          int64_t cols, sq_dtype dtype, sq_stream stream);
+
+/* elementwise.cu ---------------------------------------------------------------------------------------------- */
+
+/* y = a + b; in place allowed. */
+int sq_add(void *y, const void *a, const void *b, int64_t count, sq_dtype dtype, sq_stream stream);
+/* y = alpha * a + beta * b; b may be NULL when beta is 0. In place allowed. */
+int sq_axpby(void *y, float alpha, const void *a, float beta, const void *b, int64_t count, sq_dtype dtype,
+             sq_stream stream);
+int sq_cast(void *y, sq_dtype to, const void *x, sq_dtype from, int64_t count, sq_stream stream);
+/* *sum = sum of x [count], in a fixed order, accumulated in double. workspace: 1024 doubles. */
+int sq_sum(float *sum, double *workspace, const void *x, int64_t count, sq_dtype dtype, sq_stream stream);
+/* *flag = 1 where any value is NaN or infinite; *flag is not cleared first. */
+int sq_not_finite(int32_t *flag, const void *x, int64_t count, sq_dtype dtype, sq_stream stream);
+
+/* cayley.cu: what a Cayley step needs besides matrix products; batch matrices of n x n, float ------------------ */
+
+/* y[b] = x[b] with every row divided by (its 2-norm + 1e-8); in place allowed. */
+int sq_normalize_rows(float *y, const float *x, int64_t batch, int64_t n, sq_stream stream);
+/* y[b] = alpha * x[b]^T + beta * z[b]; z may be NULL when beta is 0; y may be z, not x. */
+int sq_transpose_axpby(float *y, float alpha, const float *x, float beta, const float *z, int64_t batch, int64_t n,
+                       sq_stream stream);
+/* w[b] = a[b] - a[b]^T; w may not be a. */
+int sq_skew(float *w, const float *a, int64_t batch, int64_t n, sq_stream stream);
+/* alpha[b] = min(lr, 1 / (largest column sum of |w[b]| + 1e-8)). */
+int sq_cayley_step_size(float *alpha, const float *w, float lr, int64_t batch, int64_t n, sq_stream stream);
+/* y[b] = a[b] + factor * alpha[b] * x[b]; y may be a or x. */
+int sq_add_scaled(float *y, const float *a, const float *alpha, float factor, const float *x, int64_t batch, int64_t n,
+                  sq_stream stream);
+/* error[b] = max |gram[b] - I| of a double Gram matrix; residual (NULL: not wanted) receives float(I - gram). */
+int sq_gram_residual(float *residual, double *error, const double *gram, int64_t batch, int64_t n, sq_stream stream);
+/* y = x widened to double. */
+int sq_widen(double *y, const float *x, int64_t count, sq_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

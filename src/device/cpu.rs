@@ -1,0 +1,191 @@
+//! What the CPU kernels share: buffers, threads, vector instructions, matrix products.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock};
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::dtype::{DType, Element};
+use crate::tensor::{CpuBuffer, Tensor};
+use crate::{Error, Result};
+
+/// Buffers below this many values are not worth keeping.
+const POOL_MIN: usize = 1 << 16;
+/// What the pool keeps at most, in bytes.
+const POOL_MAX_BYTES: usize = 3 << 30;
+
+#[derive(Default)]
+struct Pool {
+    free: HashMap<usize, Vec<Vec<f32>>>,
+    bytes: usize,
+}
+
+fn pool() -> &'static Mutex<Pool> {
+    static POOL: OnceLock<Mutex<Pool>> = OnceLock::new();
+    POOL.get_or_init(Mutex::default)
+}
+
+/// A vector of `n` values of unspecified (but initialised) content, recycled where possible: a learning step asks for the
+/// same sizes again and again, and fresh pages cost more than the arithmetic on them.
+pub fn alloc(n: usize) -> Vec<f32> {
+    if n >= POOL_MIN {
+        let mut pool = pool().lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(v) = pool.free.get_mut(&n).and_then(Vec::pop) {
+            pool.bytes -= n * 4;
+            return v;
+        }
+    }
+    vec![0.0; n]
+}
+
+/// Returns a buffer to the pool.
+pub(crate) fn recycle(v: Vec<f32>) {
+    if v.len() >= POOL_MIN && v.len() == v.capacity() {
+        let mut pool = pool().lock().unwrap_or_else(|e| e.into_inner());
+        if pool.bytes + v.len() * 4 <= POOL_MAX_BYTES {
+            pool.bytes += v.len() * 4;
+            pool.free.entry(v.len()).or_default().push(v);
+        }
+    }
+}
+
+/// Gives the pool's memory back to the system; worth calling between phases that use different shapes.
+pub fn trim() {
+    *pool().lock().unwrap_or_else(|e| e.into_inner()) = Pool::default();
+}
+
+/// Runs `f` compiled for the best vector instructions of this machine. `f` and what it calls must be `#[inline(always)]`.
+#[inline(always)]
+pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+    struct Wrap<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::WithSimd for Wrap<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Wrap(f))
+}
+
+/// Rows handed to one task at a time, so that a task is about 16k values.
+pub fn rows_per_task(cols: usize) -> usize {
+    (16384 / cols.max(1)).max(1)
+}
+
+/// Calls `f(first_row, rows_of_y, rows_of_x)` over blocks of rows in parallel, inside [`simd`].
+pub fn map_rows<A: Sync, B: Send>(y: &mut [B], x: &[A], ycols: usize, xcols: usize, f: impl Fn(usize, &mut [B], &[A]) + Sync) {
+    let step = rows_per_task(xcols.max(ycols));
+    y.par_chunks_mut(step * ycols.max(1))
+        .zip(x.par_chunks(step * xcols.max(1)))
+        .enumerate()
+        .for_each(|(i, (y, x))| simd(|| f(i * step, y, x)));
+}
+
+/// Elementwise `y[i] = f(y[i], x[i])` in parallel, inside [`simd`].
+pub fn zip_in_place<T: Copy + Sync + Send>(y: &mut [T], x: &[T], f: impl Fn(T, T) -> T + Sync + Copy) {
+    map_rows(y, x, 1, 1, |_, y, x| y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(*y, x)));
+}
+
+/// Converts a CPU tensor to another floating-point type, rounding once.
+pub(crate) fn cast<T: Element>(x: &Tensor) -> Result<CpuBuffer> {
+    fn go<S: Element, T: Element>(x: &[S]) -> Vec<T> {
+        x.par_chunks(1 << 14).flat_map_iter(|c| c.iter().map(|v| T::from_f64(v.to_f64()))).collect()
+    }
+    Ok(T::wrap(match x.dtype() {
+        DType::F64 => go::<f64, T>(x.as_slice()?),
+        DType::F32 => go::<f32, T>(x.as_slice()?),
+        DType::F16 => go::<f16, T>(x.as_slice()?),
+        DType::BF16 => go::<bf16, T>(x.as_slice()?),
+        DType::U32 => return Err(Error::dtype("cast", "a floating-point type", DType::U32)),
+    }))
+}
+
+/// The floating-point types CPU arithmetic is done in.
+pub trait Real: Element + std::ops::Add<Output = Self> + std::ops::Mul<Output = Self> + std::ops::Sub<Output = Self> {
+    /// Zero.
+    const ZERO: Self;
+    /// One.
+    const ONE: Self;
+}
+impl Real for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+}
+impl Real for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+}
+
+/// A matrix seen through strides: element (i, j) at `i * row + j * col`.
+#[derive(Clone, Copy, Debug)]
+pub struct Strides {
+    /// Distance of vertically adjacent elements.
+    pub row: usize,
+    /// Distance of horizontally adjacent elements.
+    pub col: usize,
+}
+
+impl Strides {
+    /// Row-major with `cols` columns; transposed: the same memory read as its transpose.
+    pub fn new(cols: usize, transposed: bool) -> Self {
+        if transposed { Self { row: 1, col: cols } } else { Self { row: cols, col: 1 } }
+    }
+    fn last(self, rows: usize, cols: usize) -> usize {
+        (rows.max(1) - 1) * self.row + (cols.max(1) - 1) * self.col
+    }
+}
+
+/// `c[m, n] = beta c + alpha a[m, k] b[k, n]`, on all cores when `parallel`.
+#[allow(clippy::too_many_arguments)]
+pub fn gemm<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    c: &mut [T],
+    cs: Strides,
+    beta: T,
+    a: &[T],
+    sa: Strides,
+    b: &[T],
+    sb: Strides,
+    alpha: T,
+    parallel: bool,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(c.len() > cs.last(m, n), "gemm: output of {} values is too short", c.len());
+    assert!(k == 0 || a.len() > sa.last(m, k) && b.len() > sb.last(k, n), "gemm: an operand is too short");
+    let threads = if parallel && m * n * k > 1 << 16 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+    // SAFETY: the three accesses were bounds-checked just above; c is borrowed mutably, so it overlaps neither a nor b.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            cs.col as isize,
+            cs.row as isize,
+            beta != T::ZERO,
+            a.as_ptr(),
+            sa.col as isize,
+            sa.row as isize,
+            b.as_ptr(),
+            sb.col as isize,
+            sb.row as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}
+
+/// Peak resident memory of this process in bytes, where the system tells.
+pub fn peak_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}

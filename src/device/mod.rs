@@ -1,0 +1,58 @@
+//! Where tensors live. The only code that knows how many backends exist.
+
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod ffi;
+
+use std::fmt;
+
+use crate::Result;
+
+/// A place for tensors.
+#[derive(Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Device {
+    /// Main memory; complete in `f64` and `f32`.
+    Cpu,
+    /// One NVIDIA GPU and the stream this crate uses on it.
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::CudaDevice),
+}
+
+impl Device {
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// Without the feature `cuda`, a driver, or that GPU: says which.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        return cuda::CudaDevice::new(ordinal).map(Self::Cuda);
+        #[cfg(not(feature = "cuda"))]
+        Err(crate::Error::Cuda(format!(
+            "GPU {ordinal} was asked for, but this build has no GPU support: rebuild with `--features cuda`"
+        )))
+    }
+
+    /// True of [`Device::Cpu`].
+    pub fn is_cpu(&self) -> bool {
+        *self == Self::Cpu
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.pad("cpu"),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(d) => write!(f, "cuda:{}", d.ordinal()),
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! SpinQuant.
+#![warn(missing_docs)]
+
+pub mod check;
+pub mod device;
+mod dtype;
+mod error;
+pub mod ops;
+pub mod quant;
+pub mod rotation;
+pub mod tape;
+mod tensor;
+
+pub use device::Device;
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use tape::{Tape, Var};
+pub use tensor::Tensor;

@@ -1,0 +1,285 @@
+//! Quantise and dequantise along the last axis, with a straight-through gradient.
+//!
+//! Formulas in [`QuantSpec`]. Backward: `dx = dy` everywhere, clamped values included; scale and zero point are constants
+//! (Bengio et al. 2013), so nothing is saved.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, randn, unsupported, widened};
+use crate::quant::{Clip, Grid, GridFloat, QuantSpec, SEARCH_NORM, SEARCH_STEPS};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+/// The operation.
+#[derive(Clone, Copy, Debug)]
+pub struct FakeQuant(pub QuantSpec);
+
+impl Op for FakeQuant {
+    fn name(&self) -> &'static str {
+        "fake_quant"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let group = self.0.group_size(x.cols())?;
+        let shape = x.shape().to_vec();
+        match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let mut y = x.into_owned::<f64>()?;
+                for g in y.chunks_mut(group) {
+                    let grid = reference_grid(&self.0, g);
+                    g.iter_mut().for_each(|v| *v = grid.nearest(*v));
+                }
+                Tensor::from_vec(y, shape)
+            }
+            (Device::Cpu, DType::F32) => {
+                let mut y = x.into_owned::<f32>()?;
+                fast(&self.0, group, &mut y);
+                Tensor::from_vec(y, shape)
+            }
+            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x].into(), save),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::fake_quant(x, &self.0),
+            _ => Err(unsupported(self, &x)),
+        }
+    }
+    fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        Ok(vec![Some(dy)])
+    }
+    fn straight_through(&self) -> bool {
+        true
+    }
+}
+
+impl Var<'_> {
+    /// Fake quantisation along the last axis; 16 bits returns `self`.
+    pub fn fake_quant(self, spec: &QuantSpec) -> Result<Self> {
+        if spec.is_active() { self.tape().record(FakeQuant(*spec), vec![self]) } else { Ok(self) }
+    }
+}
+
+/// A tensor as integer codes and the grid of every group.
+#[derive(Clone, Debug)]
+pub struct Quantized {
+    /// Shape of the tensor.
+    pub shape: Vec<usize>,
+    /// Columns that share a scale.
+    pub group: usize,
+    /// Codes, as many as values.
+    pub codes: Vec<i16>,
+    /// Scale of every group, in the arithmetic's type (`f64` for `f64` tensors, else `f32`).
+    pub scale: Tensor,
+    /// Zero point of every group (0 when symmetric).
+    pub zero: Tensor,
+}
+
+impl Quantized {
+    /// `scale · (code − zero)`, in the type of the scale.
+    pub fn dequantize(&self) -> Result<Tensor> {
+        fn go<T: GridFloat>(q: &Quantized) -> Result<Tensor> {
+            let (scale, zero) = (q.scale.as_slice::<T>()?, q.zero.as_slice::<T>()?);
+            let value = |(i, &c): (usize, &i16)| scale[i / q.group] * (T::of(f64::from(c)) - zero[i / q.group]);
+            Tensor::from_vec(q.codes.iter().enumerate().map(value).collect(), q.shape.clone())
+        }
+        if self.scale.dtype() == DType::F64 { go::<f64>(self) } else { go::<f32>(self) }
+    }
+}
+
+/// The codes and grids that [`FakeQuant`] would use. 16-bit tensors are widened first.
+pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
+    fn go<T: GridFloat>(x: &Tensor, group: usize, grid: impl Fn(&[T]) -> Grid<T> + Sync) -> Result<Quantized> {
+        let groups: Vec<_> = x
+            .as_slice::<T>()?
+            .par_chunks(group)
+            .map(|g| {
+                let grid = grid(g);
+                (grid, g.iter().map(|&v| grid.code(v).to_f64() as i16).collect::<Vec<_>>())
+            })
+            .collect();
+        let shape = [x.rows(), x.cols().div_ceil(group)];
+        Ok(Quantized {
+            shape: x.shape().to_vec(),
+            group,
+            scale: Tensor::from_vec(groups.iter().map(|g| g.0.scale).collect(), shape)?,
+            zero: Tensor::from_vec(groups.iter().map(|g| g.0.zero).collect(), shape)?,
+            codes: groups.into_iter().flat_map(|g| g.1).collect(),
+        })
+    }
+    let group = spec.group_size(x.cols())?;
+    #[cfg(feature = "cuda")]
+    if !x.device().is_cpu() {
+        return crate::device::cuda::ops::quantize(x, spec, group);
+    }
+    match x.dtype() {
+        DType::F64 => go::<f64>(x, group, |g| reference_grid(spec, g)),
+        _ => go::<f32>(&x.to_dtype(DType::F32)?, group, |g| cpu::simd(|| fast_grid(spec, g))),
+    }
+}
+
+/// Smallest and largest value.
+fn extent<T: GridFloat>(x: &[T]) -> (T, T) {
+    x.iter().fold((x[0], x[0]), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
+}
+
+/// The ratio of candidate `i` of the search.
+pub(crate) fn candidate(i: usize) -> f64 {
+    1.0 - i as f64 / 100.0
+}
+
+/// The grid of one group by the definition, in double.
+pub fn reference_grid(spec: &QuantSpec, x: &[f64]) -> Grid<f64> {
+    let (lo, hi) = extent(x);
+    match spec.clip {
+        Clip::Ratio(p) => Grid::new(spec, lo, hi, p),
+        Clip::Search => {
+            let error = |g: &Grid<f64>| x.iter().map(|&v| (v - g.nearest(v)).abs().powf(SEARCH_NORM)).sum::<f64>();
+            let mut best = (f64::INFINITY, Grid::new(spec, lo, hi, 1.0));
+            for grid in (0..SEARCH_STEPS).map(|i| Grid::new(spec, lo, hi, candidate(i))) {
+                let e = error(&grid);
+                if e < best.0 {
+                    best = (e, grid);
+                }
+            }
+            best.1
+        }
+    }
+}
+
+const LANES: usize = 16;
+
+fn fast(spec: &QuantSpec, group: usize, y: &mut [f32]) {
+    let rows = if spec.clip == Clip::Search { 1 } else { cpu::rows_per_task(group) };
+    y.par_chunks_mut(rows * group).for_each(|rows| {
+        cpu::simd(
+            #[inline(always)]
+            || {
+                for g in rows.chunks_mut(group) {
+                    let grid = fast_grid(spec, g);
+                    g.iter_mut().for_each(|v| *v = grid.nearest(*v));
+                }
+            },
+        );
+    });
+}
+
+#[inline(always)]
+fn fast_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
+    let (lo, hi) = fast_extent(x);
+    match spec.clip {
+        Clip::Ratio(p) => Grid::new(spec, lo, hi, p as f32),
+        Clip::Search => {
+            let mut best = (f32::INFINITY, Grid::new(spec, lo, hi, 1.0));
+            for i in 0..SEARCH_STEPS {
+                let grid = Grid::new(spec, lo, hi, candidate(i) as f32);
+                let e = search_error(&grid, x, best.0);
+                if e < best.0 {
+                    best = (e, grid);
+                }
+            }
+            best.1
+        }
+    }
+}
+
+/// [`extent`] in lanes, which the compiler turns into vector minima and maxima.
+#[inline(always)]
+fn fast_extent(x: &[f32]) -> (f32, f32) {
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let (mut lo, mut hi) = ([x[0]; LANES], [x[0]; LANES]);
+    for c in chunks {
+        for i in 0..LANES {
+            lo[i] = if c[i] < lo[i] { c[i] } else { lo[i] };
+            hi[i] = if c[i] > hi[i] { c[i] } else { hi[i] };
+        }
+    }
+    let (a, b) = (extent(&lo), extent(&hi));
+    tail.iter().fold((a.0, b.1), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
+}
+
+/// Σ|x − x̂|^2.4, or anything at least `bound` once the partial sum has passed it.
+#[inline(always)]
+fn search_error(grid: &Grid<f32>, x: &[f32], bound: f32) -> f32 {
+    let mut total = 0f32;
+    for block in x.chunks(8 * LANES) {
+        let (chunks, tail) = block.as_chunks::<LANES>();
+        let mut sum = [0f32; LANES];
+        for c in chunks {
+            for i in 0..LANES {
+                sum[i] += power(c[i] - grid.nearest(c[i]));
+            }
+        }
+        total += sum.iter().sum::<f32>() + tail.iter().map(|&v| power(v - grid.nearest(v))).sum::<f32>();
+        if total >= bound {
+            break;
+        }
+    }
+    total
+}
+
+/// |e|^2.4 as e² · 2^(0.4 log₂|e|), relative error below 1e-6, in code that vectorises.
+#[inline(always)]
+fn power(e: f32) -> f32 {
+    let bits = e.to_bits() & 0x7fff_ffff;
+    // |e| = 2^exponent · m with m in [√½, √2); log₂ m = 2/ln 2 · artanh((m − 1)/(m + 1)).
+    let shifted = bits.wrapping_add(0x3f80_0000 - 0x3f35_04f3);
+    let exponent = (shifted >> 23) as i32 - 127;
+    let m = f32::from_bits((shifted & 0x007f_ffff) + 0x3f35_04f3);
+    let t = (m - 1.0) / (m + 1.0);
+    let t2 = t * t;
+    let log = t * (2.885_39 + t2 * (0.961_796_7 + t2 * (0.577_078 + t2 * 0.412_198_6)));
+    let y = ((SEARCH_NORM - 2.0) as f32) * (exponent as f32 + log);
+    // 2^y = 2^whole · e^(f ln 2), f in [−½, ½].
+    let whole = y.round_ties_even();
+    let f = (y - whole) * std::f32::consts::LN_2;
+    let exp = 1.0 + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
+    let scale = f32::from_bits(((whole as i32 + 127) << 23) as u32);
+    e * e * (exp * scale)
+}
+
+/// Worked cases: bits, groups, ties, all-zero rows, an outlier row, clip search.
+pub fn cases() -> Vec<Case> {
+    let awkward = |rows: usize, cols: usize| {
+        let mut v = randn([rows, cols], (rows * cols) as u64).into_vec::<f64>().expect("f64");
+        // Values of a 16-bit type, so that every precision quantises the same numbers.
+        v.iter_mut().for_each(|x| *x = bf16::from_f64(*x).to_f64());
+        if rows > 2 {
+            v[..cols].fill(0.0);
+            v[cols..2 * cols].iter_mut().enumerate().for_each(|(i, x)| *x = f16::from_f64((i % 16) as f64 - 7.5).to_f64());
+            v[2 * cols] = 100.0;
+        }
+        Tensor::from_vec(v, [rows, cols]).expect("rows x cols")
+    };
+    let case = |name: &str, x: Tensor, spec: QuantSpec| {
+        Case::new("fake_quant", name, vec![x], move |mut v| v.remove(0).fake_quant(&spec)).rounds()
+    };
+    let (act, weight) = (QuantSpec::activation, QuantSpec::weight);
+    let mut all = vec![case("one value", randn([1, 1], 1), act(4, false))];
+    for (bits, symmetric) in [(2, true), (2, false), (4, true), (4, false), (8, true), (8, false)] {
+        let name = format!("{bits} bits {}", if symmetric { "symmetric" } else { "asymmetric" });
+        all.push(case(&name, awkward(5, 24), act(bits, symmetric)));
+        all.push(case(&format!("{name} grouped"), awkward(5, 24), act(bits, symmetric).grouped(8)));
+        all.push(case(&format!("{name} odd columns, clipped"), awkward(3, 37), act(bits, symmetric).clipped(Clip::Ratio(0.9))));
+        all.push(case(&format!("{name} searched"), awkward(4, 40), weight(bits, symmetric).clipped(Clip::Search)));
+        all.push(case(
+            &format!("{name} searched in groups"),
+            awkward(4, 32),
+            weight(bits, symmetric).grouped(8).clipped(Clip::Search),
+        ));
+    }
+    all.push(case("4 bits, 256x1376", randn([256, 1376], 3), act(4, false)).large());
+    all.push(case("4 bits searched, 384x384", randn([384, 384], 4), weight(4, true).clipped(Clip::Search)).large());
+    all
+}
+
+/// Elements whose codes differ between two tensors on one grid of this spec, with both tensors' codes on the first one's grid.
+pub fn code_differences(spec: &QuantSpec, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Vec<(usize, f64, f64)>> {
+    let q = quantize(&x.to_dtype(DType::F64)?, spec)?;
+    let (scale, zero) = (q.scale.as_slice::<f64>()?, q.zero.as_slice::<f64>()?);
+    let (a, b) = (a.to_f64_vec()?, b.to_f64_vec()?);
+    if a.len() != b.len() || a.len() != q.codes.len() {
+        return Err(Error::argument("code_differences", "tensors of different sizes"));
+    }
+    let code = |v: f64, i: usize| v / scale[i / q.group] + zero[i / q.group];
+    Ok((0..a.len()).map(|i| (i, code(a[i], i), code(b[i], i))).filter(|(_, a, b)| (a - b).abs() > 0.5).collect())
+}

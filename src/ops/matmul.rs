@@ -1,0 +1,228 @@
+//! Matrix products `op(A) op(B)`, with transposes as flags and an optional leading batch axis.
+//!
+//! Backward (both flags off): `dA = dY Bᵀ`, `dB = Aᵀ dY`; an operand without a batch axis sums over the batch.
+//! Operands may mix `f32` with a 16-bit type (a rotation in `f32` and a weight in bf16); the result then has the 16-bit type and
+//! every gradient the type of its operand.
+
+use crate::device::Device;
+use crate::device::cpu::{self, Real, Strides};
+use crate::ops::{Case, narrowest, randn, unsupported};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+/// `op(A) op(B)`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Matmul {
+    /// Read the last two axes of A transposed.
+    pub ta: bool,
+    /// Read the last two axes of B transposed.
+    pub tb: bool,
+}
+
+impl Op for Matmul {
+    fn name(&self) -> &'static str {
+        "matmul"
+    }
+
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [a, b] = inputs.take()?;
+        let dtype = narrowest(&[a.clone(), b.clone()]);
+        let mut shape = a.shape().to_vec();
+        let flat = self.flatten(&a, &b)?;
+        let y = product(&flat, self.ta, &b, self.tb, false, dtype)?;
+        if flat.shape() != a.shape() {
+            *shape.last_mut().expect("flattened from more than two axes") = y.cols();
+        } else {
+            shape = y.shape().to_vec();
+        }
+        // Each operand is needed for the other's gradient.
+        save.push(if save.wants(1) { a } else { placeholder(&a)? });
+        save.push(if save.wants(0) { b } else { placeholder(&b)? });
+        y.reshape(shape)
+    }
+
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let [a, b] = saved.take()?;
+        let (ta, tb) = (self.ta, self.tb);
+        // What was not saved still knows its rank and type.
+        let (batched_a, batched_b) = (a.shape().len() > 2 && (ta || b.shape().len() > 2), b.shape().len() > 2);
+        let shape_a = a.shape().to_vec();
+        let flat = !batched_a && a.shape().len() > 2;
+        let dy = if flat { dy.clone().reshape([dy.rows(), dy.cols()])? } else { dy };
+        let rows = dy.rows();
+        let da = if want[0] {
+            let reduce = !batched_a && batched_b;
+            let g = match ta {
+                false => product(&dy, false, &b, !tb, reduce, a.dtype())?,
+                true => product(&b, tb, &dy, true, reduce, a.dtype())?,
+            };
+            let cols = g.cols();
+            Some(if flat {
+                let mut shape = shape_a.clone();
+                shape[0] = rows / shape[1..shape.len() - 1].iter().product::<usize>();
+                *shape.last_mut().expect("flattened from more than two axes") = cols;
+                g.reshape(shape)?
+            } else {
+                g
+            })
+        } else {
+            None
+        };
+        let db = if want[1] {
+            let a = if flat { a.clone().reshape([a.rows(), a.cols()])? } else { a };
+            let reduce = batched_a && !batched_b;
+            Some(match tb {
+                false => product(&a, !ta, &dy, false, reduce, b.dtype())?,
+                true => product(&dy, true, &a, ta, reduce, b.dtype())?,
+            })
+        } else {
+            None
+        };
+        Ok(vec![da, db])
+    }
+}
+
+/// A tensor of the same rank, inner axes and type that holds no values: what is left of an operand nobody needs.
+fn placeholder(t: &Tensor) -> Result<Tensor> {
+    let mut shape = t.shape().to_vec();
+    shape[0] = 0;
+    Tensor::zeros(shape, t.dtype(), &Device::Cpu)
+}
+
+impl Matmul {
+    /// More than two axes of A times a matrix is one product with their rows stacked.
+    fn flatten(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        if a.shape().len() > 2 && b.shape().len() == 2 && !self.ta {
+            return a.clone().reshape([a.rows(), a.cols()]);
+        }
+        Ok(a.clone())
+    }
+}
+
+impl<'t> Var<'t> {
+    /// `self · other`: [.., m, k] × [k, n], or with a batch axis on both.
+    pub fn matmul(self, other: Self) -> Result<Self> {
+        self.tape().record(Matmul { ta: false, tb: false }, vec![self, other])
+    }
+    /// A linear layer: `self · Wᵀ` with `W: [out, in]`.
+    pub fn linear(self, weight: Self) -> Result<Self> {
+        self.tape().record(Matmul { ta: false, tb: true }, vec![self, weight])
+    }
+    /// `selfᵀ · other`: [k, m] and [k, n] (or [b, k, n]: each batch entry is multiplied by the same matrix).
+    pub fn transpose_matmul(self, other: Self) -> Result<Self> {
+        self.tape().record(Matmul { ta: true, tb: false }, vec![self, other])
+    }
+}
+
+/// Batch count (`None` without a batch axis), rows and columns of an operand read with its flag.
+fn dims(t: &Tensor, transposed: bool) -> Result<(Option<usize>, usize, usize)> {
+    let (batch, r, c) = match *t.shape() {
+        [r, c] => (None, r, c),
+        [b, r, c] => (Some(b), r, c),
+        _ => return Err(Error::shape("matmul", "with two axes, or three with a batch", t.shape())),
+    };
+    Ok(if transposed { (batch, c, r) } else { (batch, r, c) })
+}
+
+/// `op(a) op(b)` without a tape. `a` and `b` have two axes, or three with the batch first; `reduce` sums over the batch.
+pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: DType) -> Result<Tensor> {
+    let (batch_a, m, k) = dims(a, ta)?;
+    let (batch_b, k2, n) = dims(b, tb)?;
+    let batch = batch_a.or(batch_b);
+    if k != k2 || (batch_a.is_some() && batch_b.is_some() && batch_a != batch_b) {
+        let flag = |t: bool| if t { "ᵀ" } else { "" };
+        let message = format!("{:?}{} for {:?}{}: inner sizes {k2} and {k}", b.shape(), flag(tb), a.shape(), flag(ta));
+        return Err(Error::shape("matmul", message, b.shape()));
+    }
+    let shape = match batch {
+        Some(count) if !reduce => vec![count, m, n],
+        _ => vec![m, n],
+    };
+    let p =
+        Problem { m, n, k, batch: batch.unwrap_or(1), batch_a: batch_a.is_some(), batch_b: batch_b.is_some(), ta, tb, reduce };
+    match (a.device(), dtype) {
+        (Device::Cpu, DType::F64) => {
+            Tensor::from_vec(p.run(a.as_slice::<f64>()?, b.as_slice::<f64>()?, vec![0.0; p.size()]), shape)
+        }
+        (Device::Cpu, DType::F32 | DType::F16 | DType::BF16) => {
+            let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+            Tensor::from_vec(p.run(a.as_slice::<f32>()?, b.as_slice::<f32>()?, cpu::alloc(p.size())), shape)?.to_dtype(dtype)
+        }
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(_), _) => crate::device::cuda::ops::matmul(a, b, &p, shape, dtype),
+        _ => Err(unsupported(&Matmul::default(), a)),
+    }
+}
+
+/// The sizes of one (batched) product.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Problem {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub batch: usize,
+    pub batch_a: bool,
+    pub batch_b: bool,
+    pub ta: bool,
+    pub tb: bool,
+    pub reduce: bool,
+}
+
+impl Problem {
+    fn size(&self) -> usize {
+        self.m * self.n * if self.reduce { 1 } else { self.batch }
+    }
+
+    fn run<T: Real>(&self, a: &[T], b: &[T], mut y: Vec<T>) -> Vec<T> {
+        let Self { m, n, k, .. } = *self;
+        let (ca, cb) = (if self.ta { m } else { k }, if self.tb { k } else { n });
+        if k == 0 || self.batch == 0 {
+            y.fill(T::ZERO);
+        }
+        for i in 0..self.batch {
+            let a = if self.batch_a { &a[i * m * k..][..m * k] } else { a };
+            let b = if self.batch_b { &b[i * k * n..][..k * n] } else { b };
+            let (y, beta) = if self.reduce {
+                (&mut y[..], if i == 0 { T::ZERO } else { T::ONE })
+            } else {
+                (&mut y[i * m * n..][..m * n], T::ZERO)
+            };
+            let (sa, sb) = (Strides::new(ca, self.ta), Strides::new(cb, self.tb));
+            cpu::gemm((m, n, k), y, Strides::new(n, false), beta, a, sa, b, sb, T::ONE, true);
+        }
+        y
+    }
+}
+
+/// The definition, three loops; kept as the oracle of the fast paths.
+pub fn reference(a: &[f64], ta: bool, b: &[f64], tb: bool, (m, n, k): (usize, usize, usize)) -> Vec<f64> {
+    let mut y = vec![0.0; m * n];
+    for i in 0..m {
+        for j in 0..n {
+            for l in 0..k {
+                y[i * n + j] += if ta { a[l * m + i] } else { a[i * k + l] } * if tb { b[j * k + l] } else { b[l * n + j] };
+            }
+        }
+    }
+    y
+}
+
+/// Worked cases.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, a: &[usize], ta, b: &[usize], tb| {
+        Case::new("matmul", name, vec![randn(a, 11), randn(b, 12)], move |v| v[0].tape().record(Matmul { ta, tb }, v))
+    };
+    vec![
+        case("one row", &[1, 5], false, &[5, 3], false),
+        case("odd", &[3, 7], false, &[7, 5], false),
+        case("linear", &[5, 7], false, &[3, 7], true),
+        case("left transposed", &[7, 3], true, &[7, 5], false),
+        case("both transposed", &[7, 3], true, &[5, 7], true),
+        case("stacked rows", &[2, 3, 7], false, &[5, 7], true),
+        case("batch", &[2, 3, 7], false, &[2, 7, 5], false),
+        case("batch, shared left", &[7, 3], true, &[4, 7, 5], false),
+        case("batch, shared right", &[4, 7, 3], true, &[7, 5], false),
+        case("square 256", &[256, 256], false, &[256, 256], false).large(),
+        case("linear 1024x384x1376", &[1024, 384], false, &[1376, 384], true).large(),
+    ]
+}

@@ -1,0 +1,105 @@
+//! The differentiable operations, one file each, and their worked cases.
+//!
+//! Every file has the formula, a naive `f64` reference that is never optimised, a fast `f32` CPU kernel, the call of the CUDA kernel
+//! of the same name, the backward pass, and `cases()`. 16-bit tensors on the CPU are widened to `f32`, computed on, and rounded once.
+
+pub mod add;
+pub mod fake_quant;
+pub mod hadamard;
+pub mod matmul;
+
+use std::sync::Arc;
+
+use rand::{RngExt, SeedableRng};
+
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+type Build = Arc<dyn for<'t> Fn(Vec<Var<'t>>) -> Result<Var<'t>> + Send + Sync>;
+
+/// A worked case of an operation: feeds the gradient check, CPU and GPU parity, and the benches.
+#[derive(Clone)]
+pub struct Case {
+    /// The operation.
+    pub op: &'static str,
+    /// What is particular about this case.
+    pub name: String,
+    /// `f64` operands.
+    pub inputs: Vec<Tensor>,
+    /// Builds the graph.
+    pub build: Build,
+    /// Too large for finite differences: benches and parity only.
+    pub large: bool,
+    /// Rounds its result to a grid, so that parity is a matter of codes and not of small differences.
+    pub rounds: bool,
+}
+
+impl Case {
+    /// A small case of `op`.
+    pub fn new(
+        op: &'static str,
+        name: impl Into<String>,
+        inputs: Vec<Tensor>,
+        build: impl for<'t> Fn(Vec<Var<'t>>) -> Result<Var<'t>> + Send + Sync + 'static,
+    ) -> Self {
+        Self { op, name: name.into(), inputs, build: Arc::new(build), large: false, rounds: false }
+    }
+    /// Marks the case as one for parity and benches only.
+    pub fn large(self) -> Self {
+        Self { large: true, ..self }
+    }
+    /// Marks the result as rounded to a grid.
+    pub fn rounds(self) -> Self {
+        Self { rounds: true, ..self }
+    }
+}
+
+impl std::fmt::Debug for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.op, self.name)
+    }
+}
+
+/// Every operation's cases.
+pub fn cases() -> Vec<Case> {
+    [add::cases(), fake_quant::cases(), hadamard::cases(), matmul::cases()].concat()
+}
+
+/// Standard normal `f64` values from a seed, for cases and tests.
+pub fn randn(shape: impl Into<Vec<usize>>, seed: u64) -> Tensor {
+    let shape = shape.into();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    let values = (0..shape.iter().product()).map(|_| normal(&mut rng)).collect();
+    Tensor::from_vec(values, shape).expect("as many values as the shape asks for")
+}
+
+/// One standard normal number (Box & Muller 1958).
+pub fn normal(rng: &mut impl rand::Rng) -> f64 {
+    let u: f64 = 1.0 - rng.random::<f64>();
+    let v: f64 = rng.random();
+    (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
+}
+
+/// Runs a 16-bit operation in `f32`: widens the operands, rounds the result once to the narrowest type among them.
+pub fn widened(op: &impl Op, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    let inputs = inputs.into_vec();
+    let dtype = narrowest(&inputs);
+    let wide = inputs.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
+    op.forward(wide.into(), save)?.to_dtype(dtype)
+}
+
+/// The 16-bit type among the operands, if any; else that of the first.
+pub fn narrowest(inputs: &[Tensor]) -> DType {
+    inputs.iter().map(Tensor::dtype).find(|d| d.is_half()).unwrap_or_else(|| inputs[0].dtype())
+}
+
+/// The backward pass of [`widened`]: `dy` is widened, gradients are rounded once. `dtypes` are those of the operands.
+pub fn widened_backward(op: &impl Op, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+    let dtype = dy.dtype();
+    op.backward(saved, dy.to_dtype(DType::F32)?, want)?.into_iter().map(|g| g.map(|g| g.to_dtype(dtype)).transpose()).collect()
+}
+
+/// An error naming an operation and the element type it cannot work on.
+pub(crate) fn unsupported(op: &dyn Op, x: &Tensor) -> Error {
+    Error::dtype(op.name(), "f64, f32, f16 or bf16", x.dtype())
+}

@@ -1,0 +1,347 @@
+//! Reverse-mode automatic differentiation on a Wengert list.
+//!
+//! Operations append themselves to a [`Tape`] as they run, so execution order is a topological order and the backward pass
+//! simply pops nodes: memory only falls. Nothing is recorded for operations on constants. A value used twice is `.clone()`d,
+//! and that is where its gradients add.
+
+use std::cell::RefCell;
+
+use crate::ops::add;
+use crate::{Error, Result, Tensor};
+
+/// The operands of an operation, owned: an operation may reuse their memory.
+pub struct Inputs(Vec<Tensor>);
+
+impl Inputs {
+    /// Exactly `N` operands, or an error.
+    pub fn take<const N: usize>(self) -> Result<[Tensor; N]> {
+        self.0.try_into().map_err(|v: Vec<Tensor>| Error::Tape(format!("expected {N} operands, got {}", v.len())))
+    }
+    /// All of them.
+    pub fn into_vec(self) -> Vec<Tensor> {
+        self.0
+    }
+}
+
+impl From<Vec<Tensor>> for Inputs {
+    fn from(v: Vec<Tensor>) -> Self {
+        Self(v)
+    }
+}
+
+/// What an operation keeps for its backward pass, and which gradients will be asked for.
+#[derive(Default)]
+pub struct Saved {
+    tensors: Vec<Tensor>,
+    want: Vec<bool>,
+}
+
+impl Saved {
+    /// An empty store whose backward pass will want these gradients; for calling an [`Op`] without a tape.
+    pub fn new(want: Vec<bool>) -> Self {
+        Self { tensors: vec![], want }
+    }
+    /// True when the gradient of operand `i` will be asked for: only then is anything worth keeping.
+    pub fn wants(&self, i: usize) -> bool {
+        self.want.get(i).copied().unwrap_or(false)
+    }
+    /// True when any gradient will be asked for.
+    pub fn wants_any(&self) -> bool {
+        self.want.contains(&true)
+    }
+    /// Keeps a tensor alive until the backward pass.
+    pub fn push(&mut self, t: Tensor) {
+        self.tensors.push(t);
+    }
+    /// Exactly the `N` tensors that forward kept.
+    pub fn take<const N: usize>(self) -> Result<[Tensor; N]> {
+        Inputs(self.tensors).take()
+    }
+    /// All tensors that forward kept, in order.
+    pub fn into_vec(self) -> Vec<Tensor> {
+        self.tensors
+    }
+}
+
+/// Gradients of an operation, one per operand; `None` where it was not wanted.
+pub type Grads = Vec<Option<Tensor>>;
+
+/// A differentiable operation. Implement it to add one, inside or outside this crate, and run it with [`Tape::record`].
+pub trait Op {
+    /// For messages.
+    fn name(&self) -> &'static str;
+    /// Computes the result; keeps in `save` what [`Op::backward`] needs, and only when [`Saved::wants`] says so.
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor>;
+    /// The gradients of the operands flagged in `want`, given that of the result.
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads>;
+    /// True of operations whose gradient is *defined* as that of the identity of their first operand (rounding).
+    /// Gradient checks then differentiate `x + const` in place of the operation.
+    fn straight_through(&self) -> bool {
+        false
+    }
+}
+
+struct Node {
+    /// `None` for a variable.
+    op: Option<Box<dyn Op>>,
+    inputs: Vec<Option<usize>>,
+    shape: Vec<usize>,
+    saved: Saved,
+}
+
+/// How straight-through operations behave; see [`crate::check`].
+#[derive(Default)]
+pub(crate) enum Residuals {
+    #[default]
+    Off,
+    Record(Vec<Tensor>),
+    Replay(std::vec::IntoIter<Tensor>),
+}
+
+/// The list of recorded operations.
+///
+/// ```
+/// use spinquant::{Tape, Tensor};
+/// let tape = Tape::new();
+/// let x = tape.variable(Tensor::from_vec(vec![1f64, 2.0], [1, 2])?);
+/// let y = tape.variable(Tensor::from_vec(vec![3f64, 4.0], [2, 1])?);
+/// let dot = x.clone().matmul(y.clone())?.reshape([])?;
+/// let mut grads = tape.backward(dot)?;
+/// assert_eq!(grads.take(&x)?.to_vec::<f64>()?, [3.0, 4.0]);
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Default)]
+pub struct Tape {
+    nodes: RefCell<Option<Vec<Node>>>,
+    pub(crate) residuals: RefCell<Residuals>,
+}
+
+/// A tensor on a tape: a variable, a constant, or the result of an operation. Cloning shares the memory.
+#[derive(Clone)]
+pub struct Var<'t> {
+    tape: &'t Tape,
+    node: Option<usize>,
+    value: Tensor,
+}
+
+impl Tape {
+    /// An empty tape.
+    pub fn new() -> Self {
+        Self { nodes: RefCell::new(Some(vec![])), residuals: RefCell::default() }
+    }
+
+    /// A value whose gradient will be asked for.
+    pub fn variable(&self, value: Tensor) -> Var<'_> {
+        let node = Node { op: None, inputs: vec![], shape: value.shape().to_vec(), saved: Saved::default() };
+        Var { tape: self, node: self.push(node), value }
+    }
+
+    /// A value without a gradient.
+    pub fn constant(&self, value: Tensor) -> Var<'_> {
+        Var { tape: self, node: None, value }
+    }
+
+    /// Runs `op` and records it, unless every operand is a constant.
+    ///
+    /// # Errors
+    /// Operands of another tape, or a tape already played back; and whatever `op` reports.
+    pub fn record<'t>(&'t self, op: impl Op + 'static, operands: Vec<Var<'t>>) -> Result<Var<'t>> {
+        if operands.iter().any(|v| !std::ptr::eq(v.tape, self)) {
+            return Err(Error::Tape(format!("{}: an operand belongs to another tape", op.name())));
+        }
+        if self.nodes.borrow().is_none() {
+            return Err(Error::Tape(format!("{}: this tape has been played back; start a new one", op.name())));
+        }
+        let inputs: Vec<_> = operands.iter().map(|v| v.node).collect();
+        let mut saved = Saved::new(inputs.iter().map(Option::is_some).collect());
+        let values = Inputs(operands.into_iter().map(|v| v.value).collect());
+        let value = self.run(&op, values, &mut saved)?;
+        let node = if saved.wants_any() {
+            self.push(Node { op: Some(Box::new(op)), inputs, shape: value.shape().to_vec(), saved })
+        } else {
+            None
+        };
+        Ok(Var { tape: self, node, value })
+    }
+
+    fn run(&self, op: &impl Op, values: Inputs, saved: &mut Saved) -> Result<Tensor> {
+        if !op.straight_through() {
+            return op.forward(values, saved);
+        }
+        match &mut *self.residuals.borrow_mut() {
+            Residuals::Off => op.forward(values, saved),
+            Residuals::Record(list) => {
+                let x = values.0[0].clone();
+                let y = op.forward(values, saved)?;
+                list.push(add::linear_combination(1.0, y.clone(), -1.0, x)?);
+                Ok(y)
+            }
+            Residuals::Replay(list) => {
+                let c = list.next().ok_or_else(|| Error::Tape("the graph changed between evaluations".into()))?;
+                let x = values.0[0].clone();
+                op.forward(values, saved)?; // for what it saves
+                add::linear_combination(1.0, x, 1.0, c)
+            }
+        }
+    }
+
+    fn push(&self, node: Node) -> Option<usize> {
+        let mut nodes = self.nodes.borrow_mut();
+        let nodes = nodes.as_mut()?;
+        nodes.push(node);
+        Some(nodes.len() - 1)
+    }
+
+    /// Gradients of a scalar with respect to every variable. The tape is spent.
+    pub fn backward(&self, loss: Var<'_>) -> Result<Gradients> {
+        if loss.value.len() != 1 {
+            return Err(Error::shape("backward", "of one value (use backward_from for others)", loss.shape()));
+        }
+        let one = Tensor::from_vec(vec![1f64], loss.shape())?.to_dtype(loss.value.dtype())?.to_device(&loss.value.device())?;
+        self.backward_from(loss, one)
+    }
+
+    /// Gradients of `⟨dy, y⟩` with respect to every variable. The tape is spent.
+    pub fn backward_from(&self, y: Var<'_>, dy: Tensor) -> Result<Gradients> {
+        if !std::ptr::eq(y.tape, self) {
+            return Err(Error::Tape("backward: the value belongs to another tape".into()));
+        }
+        if dy.shape() != y.shape() {
+            return Err(Error::shape("backward: gradient of the output", format!("{:?}", y.shape()), dy.shape()));
+        }
+        let mut nodes = self.nodes.borrow_mut().take().ok_or_else(|| Error::Tape("played back a second time".into()))?;
+        let mut grads: Vec<Option<Tensor>> = vec![];
+        grads.resize_with(nodes.len(), || None);
+        if let Some(node) = y.node {
+            grads[node] = Some(dy);
+        }
+        drop(y);
+        let mut variables = Gradients { of: vec![] };
+        while let Some(Node { op, inputs, saved, .. }) = nodes.pop() {
+            let Some(dy) = grads.pop().flatten() else { continue };
+            let Some(op) = op else {
+                variables.of.push((nodes.len(), dy));
+                continue;
+            };
+            let want: Vec<_> = inputs.iter().map(Option::is_some).collect();
+            let dx = op.backward(saved, dy, &want)?;
+            if dx.len() != inputs.len() {
+                return Err(Error::Tape(format!("{}: {} gradients for {} operands", op.name(), dx.len(), inputs.len())));
+            }
+            for (input, dx) in inputs.into_iter().zip(dx) {
+                let (Some(i), Some(dx)) = (input, dx) else { continue };
+                if dx.shape() != nodes[i].shape {
+                    return Err(Error::shape(format!("{}: gradient", op.name()), format!("{:?}", nodes[i].shape), dx.shape()));
+                }
+                grads[i] = Some(match grads[i].take() {
+                    Some(sum) => add::linear_combination(1.0, sum, 1.0, dx)?,
+                    None => dx,
+                });
+            }
+        }
+        Ok(variables)
+    }
+}
+
+/// Gradients of the variables of a tape.
+pub struct Gradients {
+    of: Vec<(usize, Tensor)>,
+}
+
+impl Gradients {
+    /// Moves out the gradient of a variable: zero where the output does not depend on it.
+    ///
+    /// # Errors
+    /// If `x` is a constant.
+    pub fn take(&mut self, x: &Var<'_>) -> Result<Tensor> {
+        let node = x.node.ok_or_else(|| Error::Tape("asked for the gradient of a constant".into()))?;
+        match self.of.iter().position(|(n, _)| *n == node) {
+            Some(i) => Ok(self.of.swap_remove(i).1),
+            None => Tensor::zeros(x.shape(), x.value.dtype(), &x.value.device()),
+        }
+    }
+}
+
+impl<'t> Var<'t> {
+    /// The tape this value is on.
+    pub fn tape(&self) -> &'t Tape {
+        self.tape
+    }
+    /// The numbers.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+    /// The numbers, given up by the tape's user.
+    pub fn into_value(self) -> Tensor {
+        self.value
+    }
+    /// The extent of every axis.
+    pub fn shape(&self) -> &[usize] {
+        self.value.shape()
+    }
+    /// True when gradients flow to this value.
+    pub fn requires_grad(&self) -> bool {
+        self.node.is_some()
+    }
+    /// The same values under another shape; free.
+    pub fn reshape(self, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        let shape = shape.into();
+        let from = self.shape().to_vec();
+        self.tape.record(Reshape { from, to: shape }, vec![self])
+    }
+}
+
+struct Reshape {
+    from: Vec<usize>,
+    to: Vec<usize>,
+}
+
+impl Op for Reshape {
+    fn name(&self) -> &'static str {
+        "reshape"
+    }
+    fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        x.reshape(self.to.clone())
+    }
+    fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        Ok(vec![Some(dy.reshape(self.from.clone())?)])
+    }
+}
+
+/// Runs `f` without keeping what is inside it: forward saves only `inputs`, backward runs `f` again.
+///
+/// What needs a gradient must be among `inputs`; `f` has no other way to reach the tape. Trades one more forward pass for memory
+/// (Griewank & Walther 2000; Chen et al. 2016).
+pub fn checkpoint<'t>(
+    tape: &'t Tape,
+    inputs: Vec<Var<'t>>,
+    f: impl for<'s> Fn(&'s Tape, Vec<Var<'s>>) -> Result<Var<'s>> + 'static,
+) -> Result<Var<'t>> {
+    tape.record(Checkpoint(f), inputs)
+}
+
+struct Checkpoint<F>(F);
+
+impl<F: for<'s> Fn(&'s Tape, Vec<Var<'s>>) -> Result<Var<'s>>> Op for Checkpoint<F> {
+    fn name(&self) -> &'static str {
+        "checkpoint"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let inputs = inputs.into_vec();
+        if save.wants_any() {
+            inputs.iter().for_each(|t| save.push(t.clone()));
+        }
+        let tape = Tape::new();
+        let inputs = inputs.into_iter().map(|t| tape.constant(t)).collect();
+        Ok((self.0)(&tape, inputs)?.into_value())
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let tape = Tape::new();
+        let enter = |(t, &want)| if want { tape.variable(t) } else { tape.constant(t) };
+        let inputs: Vec<_> = saved.into_vec().into_iter().zip(want).map(enter).collect();
+        let y = (self.0)(&tape, inputs.clone())?;
+        let mut grads = tape.backward_from(y, dy)?;
+        inputs.iter().zip(want).map(|(x, &want)| want.then(|| grads.take(x)).transpose()).collect()
+    }
+}

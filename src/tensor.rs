@@ -1,0 +1,351 @@
+//! Contiguous, row-major tensors with a run-time element type and device.
+//!
+//! There are no strides: a reshape is free, a slice of the first axis is free, a transpose is a flag of [`matmul`](crate::ops::matmul).
+//! Cloning bumps a reference count; an operation that consumes the last reference may reuse the memory in place.
+
+use std::fmt;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use crate::device::{Device, cpu};
+use crate::dtype::{DType, Element};
+use crate::{Error, Result};
+
+/// Memory of a CPU tensor. Large `f32` buffers return to a pool when dropped ([`cpu::alloc`]).
+#[derive(Debug)]
+#[doc(hidden)]
+pub enum CpuBuffer {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+    U32(Vec<u32>),
+}
+
+impl CpuBuffer {
+    fn dtype(&self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::F16(_) => DType::F16,
+            Self::BF16(_) => DType::BF16,
+            Self::U32(_) => DType::U32,
+        }
+    }
+}
+
+impl Drop for CpuBuffer {
+    fn drop(&mut self) {
+        if let Self::F32(v) = self {
+            cpu::recycle(std::mem::take(v));
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(crate) enum Storage {
+    Cpu(CpuBuffer),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::device::cuda::CudaBuffer),
+}
+
+/// A contiguous, row-major array on one device.
+///
+/// ```
+/// use spinquant::{DType, Tensor};
+/// let x = Tensor::from_vec(vec![1f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3])?;
+/// assert_eq!(x.shape(), [2, 3]);
+/// assert_eq!(x.slice(1, 1)?.reshape([3])?.to_vec::<f32>()?, [4.0, 5.0, 6.0]);
+/// assert_eq!(x.to_dtype(DType::F64)?.dtype(), DType::F64);
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Tensor {
+    storage: Arc<Storage>,
+    start: usize,
+    shape: Vec<usize>,
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({:?}, {}, {:?})", self.shape, self.dtype(), self.device())
+    }
+}
+
+impl Tensor {
+    /// Takes a CPU vector of `shape.product()` values.
+    pub fn from_vec<T: Element>(values: Vec<T>, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        let shape = shape.into();
+        if shape.iter().product::<usize>() != values.len() {
+            return Err(Error::shape("Tensor::from_vec", format!("of {} values", values.len()), &shape));
+        }
+        Ok(Self { storage: Arc::new(Storage::Cpu(T::wrap(values))), start: 0, shape })
+    }
+
+    /// A 0-dimensional CPU tensor.
+    pub fn scalar<T: Element>(value: T) -> Self {
+        Self { storage: Arc::new(Storage::Cpu(T::wrap(vec![value]))), start: 0, shape: vec![] }
+    }
+
+    /// All zeros.
+    pub fn zeros(shape: impl Into<Vec<usize>>, dtype: DType, device: &Device) -> Result<Self> {
+        let shape = shape.into();
+        let n = shape.iter().product();
+        match device {
+            Device::Cpu => Ok(Self {
+                storage: Arc::new(Storage::Cpu(match dtype {
+                    DType::F64 => CpuBuffer::F64(vec![0.0; n]),
+                    DType::F32 => CpuBuffer::F32(vec![0.0; n]),
+                    DType::F16 => CpuBuffer::F16(vec![f16::ZERO; n]),
+                    DType::BF16 => CpuBuffer::BF16(vec![bf16::ZERO; n]),
+                    DType::U32 => CpuBuffer::U32(vec![0; n]),
+                })),
+                start: 0,
+                shape,
+            }),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Self::from_cuda(device.zeros(n, dtype)?, shape),
+        }
+    }
+
+    /// The n×n identity.
+    pub fn eye(n: usize, dtype: DType) -> Result<Self> {
+        let mut v = vec![0f64; n * n];
+        v.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
+        Self::from_vec(v, [n, n])?.to_dtype(dtype)
+    }
+
+    /// The extent of every axis.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// True when there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Extent of the last axis (1 for a scalar): the row length of row-wise operations.
+    pub fn cols(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Number of rows: the product of all axes but the last.
+    pub fn rows(&self) -> usize {
+        self.shape.split_last().map_or(1, |(_, rest)| rest.iter().product())
+    }
+
+    /// Bytes the values take.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype().size()
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        match &*self.storage {
+            Storage::Cpu(b) => b.dtype(),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(b) => b.dtype(),
+        }
+    }
+
+    /// Where the values are.
+    pub fn device(&self) -> Device {
+        match &*self.storage {
+            Storage::Cpu(_) => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(b) => Device::Cuda(b.device().clone()),
+        }
+    }
+
+    /// The same values under another shape of equal size; free.
+    pub fn reshape(mut self, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        let shape = shape.into();
+        if shape.iter().product::<usize>() != self.len() {
+            return Err(Error::shape("reshape", format!("of {} values (from {:?})", self.len(), self.shape), &shape));
+        }
+        self.shape = shape;
+        Ok(self)
+    }
+
+    /// `count` entries of the first axis from `first` on; free, shares memory.
+    pub fn slice(&self, first: usize, count: usize) -> Result<Self> {
+        let Some((&extent, rest)) = self.shape.split_first() else {
+            return Err(Error::shape("slice", "with at least one axis", &self.shape));
+        };
+        if first + count > extent {
+            return Err(Error::argument("slice", format!("{first}..{} of a first axis of {extent}", first + count)));
+        }
+        let inner: usize = rest.iter().product();
+        let mut shape = self.shape.clone();
+        shape[0] = count;
+        Ok(Self { storage: self.storage.clone(), start: self.start + first * inner, shape })
+    }
+
+    /// Entry `index` of the first axis, that axis dropped; free.
+    pub fn index(&self, index: usize) -> Result<Self> {
+        let shape = self.shape.get(1..).unwrap_or_default().to_vec();
+        self.slice(index, 1)?.reshape(shape)
+    }
+
+    /// Borrows the values of a CPU tensor of element type `T`.
+    pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
+        match &*self.storage {
+            Storage::Cpu(b) => T::view(b)
+                .map(|v| &v[self.start..self.start + self.len()])
+                .ok_or_else(|| Error::dtype("as_slice", T::DTYPE, self.dtype())),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => Err(Error::device("as_slice", "expected a CPU tensor, got one on a GPU (use to_device)")),
+        }
+    }
+
+    /// Copies the values to a vector, from any device.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        match self.device() {
+            Device::Cpu => Ok(self.as_slice::<T>()?.to_vec()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => self.to_device(&Device::Cpu)?.into_vec(),
+        }
+    }
+
+    /// Moves the values out, without a copy where this is the only reference.
+    pub fn into_vec<T: Element>(mut self) -> Result<Vec<T>> {
+        let n = self.len();
+        #[cfg_attr(not(feature = "cuda"), allow(irrefutable_let_patterns))]
+        if self.start == 0
+            && let Some(Storage::Cpu(b)) = Arc::get_mut(&mut self.storage)
+            && let Some(v) = T::view_mut(b)
+            && v.len() == n
+        {
+            return Ok(std::mem::take(v));
+        }
+        self.to_vec()
+    }
+
+    /// Widens every value to `f64`, from any type and device.
+    pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
+        self.to_dtype(DType::F64)?.into_vec()
+    }
+
+    /// The only value, widened.
+    pub fn item(&self) -> Result<f64> {
+        if self.len() != 1 {
+            return Err(Error::shape("item", "of one value", &self.shape));
+        }
+        Ok(self.to_f64_vec()?[0])
+    }
+
+    /// The values in another element type (exact when widening, to nearest-even when narrowing); free when it is the same.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        if dtype == self.dtype() {
+            return Ok(self.clone());
+        }
+        if !dtype.is_float() || !self.dtype().is_float() {
+            return Err(Error::dtype("to_dtype", "a floating-point type", if dtype.is_float() { self.dtype() } else { dtype }));
+        }
+        match self.device() {
+            Device::Cpu => Self::from_buffer(
+                match dtype {
+                    DType::F64 => cpu::cast::<f64>(self)?,
+                    DType::F32 => cpu::cast::<f32>(self)?,
+                    DType::F16 => cpu::cast::<f16>(self)?,
+                    DType::BF16 => cpu::cast::<bf16>(self)?,
+                    DType::U32 => unreachable!("checked above"),
+                },
+                &self.shape,
+            ),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) if dtype == DType::F64 || self.dtype() == DType::F64 => {
+                let device = self.device();
+                self.to_device(&Device::Cpu)?.to_dtype(dtype)?.to_device(&device)
+            }
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => crate::device::cuda::cast(self, dtype),
+        }
+    }
+
+    /// The values on another device; free when they are there.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        match (&*self.storage, device) {
+            (Storage::Cpu(_), Device::Cpu) => Ok(self.clone()),
+            #[cfg(feature = "cuda")]
+            (Storage::Cpu(b), Device::Cuda(device)) => {
+                let bytes: &[u8] = match b {
+                    CpuBuffer::F64(v) => bytemuck::cast_slice(v),
+                    CpuBuffer::F32(v) => bytemuck::cast_slice(v),
+                    CpuBuffer::F16(v) => bytemuck::cast_slice(v),
+                    CpuBuffer::BF16(v) => bytemuck::cast_slice(v),
+                    CpuBuffer::U32(v) => bytemuck::cast_slice(v),
+                };
+                let size = self.dtype().size();
+                let bytes = &bytes[self.start * size..(self.start + self.len()) * size];
+                Self::from_cuda(device.upload(bytes, self.dtype())?, self.shape.clone())
+            }
+            #[cfg(feature = "cuda")]
+            (Storage::Cuda(b), Device::Cpu) => {
+                macro_rules! download {
+                    ($t:ty) => {{
+                        let mut v = vec![<$t>::default(); self.len()];
+                        b.download(self.start, bytemuck::cast_slice_mut(&mut v))?;
+                        Self::from_vec(v, self.shape.clone())
+                    }};
+                }
+                match b.dtype() {
+                    DType::F64 => download!(f64),
+                    DType::F32 => download!(f32),
+                    DType::F16 => download!(f16),
+                    DType::BF16 => download!(bf16),
+                    DType::U32 => download!(u32),
+                }
+            }
+            #[cfg(feature = "cuda")]
+            (Storage::Cuda(b), Device::Cuda(device)) => {
+                if b.device() == device {
+                    Ok(self.clone())
+                } else {
+                    self.to_device(&Device::Cpu)?.to_device(&Device::Cuda(device.clone()))
+                }
+            }
+        }
+    }
+
+    /// The values as a vector this call may overwrite: moved out when unshared, copied otherwise.
+    pub(crate) fn into_owned<T: Element>(self) -> Result<Vec<T>> {
+        self.into_vec()
+    }
+
+    pub(crate) fn from_buffer(buffer: CpuBuffer, shape: &[usize]) -> Result<Self> {
+        Ok(Self { storage: Arc::new(Storage::Cpu(buffer)), start: 0, shape: shape.to_vec() })
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn from_cuda(buffer: crate::device::cuda::CudaBuffer, shape: impl Into<Vec<usize>>) -> Result<Self> {
+        Ok(Self { storage: Arc::new(Storage::Cuda(buffer)), start: 0, shape: shape.into() })
+    }
+
+    /// The device buffer and the offset (in values) of the first value; an error on the CPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> Result<(&crate::device::cuda::CudaBuffer, usize)> {
+        match &*self.storage {
+            Storage::Cuda(b) => Ok((b, self.start)),
+            Storage::Cpu(_) => Err(Error::device("cuda kernel", "expected a tensor on the GPU, got one on the CPU")),
+        }
+    }
+
+    /// True when nobody else holds this memory and it is whole, so that an operation may write into it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_unique(&mut self) -> bool {
+        let n = self.len();
+        self.start == 0
+            && Arc::get_mut(&mut self.storage).is_some_and(|s| match s {
+                Storage::Cuda(b) => b.len() == n,
+                Storage::Cpu(_) => true,
+            })
+    }
+}
