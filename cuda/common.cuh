@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -57,6 +58,24 @@ template <typename T, int N>
 __device__ __forceinline__ void widen(float (&out)[N], const Pack<T, N> &x) {
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+}
+
+// A bfloat16 is the upper half of a float. Taken apart by words the pack stays packed until it is used; element by
+// element the compiler spreads it over twice the registers.
+template <int N>
+__device__ __forceinline__ void widen(float (&out)[N], const Pack<__nv_bfloat16, N> &x) {
+  if constexpr (N % 2 == 0) {
+    uint32_t words[N / 2];
+    memcpy(words, &x, sizeof(x));
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      out[i] = __uint_as_float(words[i / 2] << 16);
+      out[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+  }
 }
 
 template <typename T, int N>
@@ -159,5 +178,30 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
 }
 
 constexpr int64_t kMaxGridX = 2147483647;
+
+// ---- Runs of floats beside a 16-bit pack: twice its bytes, so moved 16 bytes at a time (p aligned to as much). ----
+
+template <int N>
+__device__ __forceinline__ void load_floats(float (&out)[N], const float *p) {
+  constexpr int W = N % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += W) {
+    const Pack<float, W> part = load_pack<float, W>(p + i);
+#pragma unroll
+    for (int j = 0; j < W; ++j) out[i + j] = part.v[j];
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_floats(float *p, const float (&x)[N]) {
+  constexpr int W = N % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int i = 0; i < N; i += W) {
+    Pack<float, W> part;
+#pragma unroll
+    for (int j = 0; j < W; ++j) part.v[j] = x[i + j];
+    store_pack(p + i, part);
+  }
+}
 
 }  // namespace sq
