@@ -1,0 +1,149 @@
+// The arithmetic of fake quantisation, shared by every kernel that quantises. All of it is in float, from the widened
+// input, in the order of the definition, so that a CPU that follows the same order finds the same codes:
+//
+//   symmetric    maxq = 2^(bits-1) - 1   s = clip * max|x| / maxq
+//                q = clamp(rint(x / s), -(maxq + 1), maxq)                          y = s * q
+//   asymmetric   maxq = 2^bits - 1       lo = clip * min x   hi = clip * max x
+//                s = (hi - lo) / maxq    z = rint(-lo / s)
+//                q = clamp(rint(x / s) + z, 0, maxq)                                y = s * (q - z)
+//
+// rint is to nearest, ties to even, of a correctly rounded quotient.
+#pragma once
+
+#include "common.cuh"
+
+namespace sq {
+
+// sq_quant, resolved on the host.
+struct Quantiser {
+  float maxq, lowest, highest;  // the codes run over lowest..highest
+  float clip;
+  bool symmetric, weight;
+  bool with_zero;  // an asymmetric range is widened to include 0
+};
+
+// False where the arguments make no sense. `cols` is the length of a row.
+inline bool make_quantiser(Quantiser *out, const sq_quant &quant, int64_t cols) {
+  if (quant.bits < 2 || quant.bits > 8 || quant.group < 0) return false;
+  if (quant.group > 0 && cols % quant.group != 0) return false;
+  const bool symmetric = quant.symmetric != 0;
+  const float maxq = float((1 << (symmetric ? quant.bits - 1 : quant.bits)) - 1);
+  *out = {maxq, symmetric ? -maxq - 1.0f : 0.0f, maxq, quant.clip, symmetric, quant.weight != 0, quant.group == 0};
+  return true;
+}
+
+// The smallest and the largest value of a group.
+struct Range {
+  float lo, hi;
+  __device__ __forceinline__ static Range empty() { return {INFINITY, -INFINITY}; }
+  __device__ __forceinline__ void add(float x) {
+    lo = fminf(lo, x);
+    hi = fmaxf(hi, x);
+  }
+};
+
+template <int width = 32>
+__device__ __forceinline__ Range warp_range(Range r) {
+#pragma unroll
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    r.lo = fminf(r.lo, __shfl_xor_sync(0xffffffffu, r.lo, offset));
+    r.hi = fmaxf(r.hi, __shfl_xor_sync(0xffffffffu, r.hi, offset));
+  }
+  return r;
+}
+
+// Over a whole block; every thread receives the result. `scratch` is 32 pairs of shared memory. Two calls in a row may
+// use the same scratch only with a barrier between them.
+__device__ __forceinline__ Range block_range(Range r, Range *scratch) {
+  r = warp_range(r);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = r;
+  __syncthreads();
+  const int warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
+  return warp_range(lane < warps ? scratch[lane] : Range::empty());
+}
+
+// Scale and zero point of one group.
+struct Step {
+  float scale, zero;
+};
+
+__device__ __forceinline__ Step find_step(const Quantiser &q, Range range, float clip) {
+  if (q.symmetric) {
+    float most = fmaxf(-range.lo, range.hi);
+    if (q.weight) most = fmaxf(most, 1e-5f);
+    const float scale = __fmul_rn(clip, most) / q.maxq;
+    return {most == 0.0f ? 1.0f : scale, 0.0f};
+  }
+  float lo = range.lo, hi = range.hi;
+  if (q.with_zero) {
+    lo = fminf(lo, 0.0f);
+    hi = fmaxf(hi, 0.0f);
+  }
+  lo = __fmul_rn(clip, lo);
+  hi = __fmul_rn(clip, hi);
+  if (lo == 0.0f && hi == 0.0f) {
+    lo = -1.0f;
+    hi = 1.0f;
+  }
+  const float scale = hi == lo ? 1.0f : __fsub_rn(hi, lo) / q.maxq;
+  return {scale, rintf(-lo / scale)};
+}
+
+// Quantises many values with one step. Where scale and clip are ordinary numbers (`quick`), the division is two
+// Newton corrections of x * (1 / s), and rint is an addition that pushes the fraction out of the significand:
+//   - with r = 1/s correctly rounded, x * r is within 1.5 ulp of x / s, one correction makes it faithful (within 1 ulp),
+//     and by Markstein's theorem the next correction gives x / s correctly rounded, since the remainder x - q s is
+//     exact in a fused multiply-add. The limits on s keep the remainders of all quotients of at least 2^-20 clear of
+//     the subnormal numbers; smaller quotients round to code 0 whatever their last bits are;
+//   - |x / s| is at most maxq / clip < 2^21, where the addition of 1.5 * 2^23 rounds to an integer, ties to even.
+// Elsewhere it divides.
+struct Coder {
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  Step step;
+  float lowest, highest, reciprocal, shift;
+  bool quick;
+
+  __device__ __forceinline__ Coder(const Quantiser &q, Step s, float clip)
+      : step(s), lowest(q.lowest), highest(q.highest), reciprocal(1.0f / s.scale), shift(kMagic - s.zero) {
+    quick = s.scale > 0x1p-60f && s.scale < 0x1p60f && clip > 0x1p-10f && fabsf(s.zero) < 0x1p20f;
+  }
+
+  // The code of x, an integer in a float.
+  template <bool kQuick>
+  __device__ __forceinline__ float code(float x) const {
+    float rounded;
+    if (kQuick) {
+      float t = __fmul_rn(x, reciprocal);
+      t = __fmaf_rn(__fmaf_rn(-t, step.scale, x), reciprocal, t);
+      t = __fmaf_rn(__fmaf_rn(-t, step.scale, x), reciprocal, t);
+      rounded = __fsub_rn(__fadd_rn(t, kMagic), shift);
+    } else {
+      rounded = __fadd_rn(rintf(__fdiv_rn(x, step.scale)), step.zero);
+    }
+    return fminf(fmaxf(rounded, lowest), highest);
+  }
+
+  __device__ __forceinline__ float decode(float code) const {
+    return __fmul_rn(step.scale, __fsub_rn(code, step.zero));
+  }
+
+  template <int N>
+  __device__ __forceinline__ void codes(float (&x)[N]) const {
+    if (quick) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = code<true>(x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = code<false>(x[i]);
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void fake_quant(float (&x)[N]) const {
+    codes(x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = decode(x[i]);
+  }
+};
+
+}  // namespace sq
