@@ -29,8 +29,13 @@ struct Problem {
   __host__ __device__ int64_t key_offset(int64_t b, int64_t t, int32_t h) const {
     return ((b * seq + t) * kv_heads + h) * dim;
   }
-  // Row statistics (lse, delta) are [batch, heads, seq].
+  // lse is [batch, heads, seq].
   __host__ __device__ int64_t row_offset(int64_t b, int64_t t, int32_t h) const { return (b * heads + h) * seq + t; }
+  // The backward kernels' own row statistics are [batch, heads, padded_seq], so that every tile of them is whole and aligned.
+  __host__ __device__ int64_t padded_seq() const { return (seq + 127) / 128 * 128; }
+  __host__ __device__ int64_t padded_offset(int64_t b, int64_t t, int32_t h) const {
+    return (b * heads + h) * padded_seq() + t;
+  }
 };
 
 struct Forward {
@@ -41,7 +46,7 @@ struct Forward {
 
 struct Backward {
   void *dq, *dk, *dv;
-  const float *delta;  // rowsum(dO * O)
+  const float *delta, *lse2;  // rowsum(dO * O) and log2(e) lse, padded with zeros
   const void *dout, *q, *k, *v;
   const float *lse;
 };
@@ -52,6 +57,9 @@ cudaError_t plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, 
 // f16 or bf16, dim 64 or 128: tensor cores.
 cudaError_t tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
 cudaError_t tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+// The same with Hopper's own instructions; done = false where the build or the device has none, and nothing was launched then.
+cudaError_t hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream, bool &done);
+cudaError_t hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream, bool &done);
 
 // Blocks of a one-dimensional grid of `tiles` tiles for each (batch, head); 0 if that is more than a grid holds.
 inline unsigned grid_size(int64_t tiles, int64_t batch, int64_t heads) {
@@ -103,12 +111,12 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) {
   return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-// 16 (or 4) bytes from global to shared memory, in the background; zeros where !valid (src is not read then).
+// 16 or 4 bytes from global to shared memory, in the background; zeros where !valid (src is not read then).
 __device__ __forceinline__ void copy16(uint32_t dst, const void *src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void copy4(uint32_t dst, const void *src, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+__device__ __forceinline__ void copy4(uint32_t dst, const void *src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copy_wait() {

@@ -3,8 +3,6 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-#[cfg(feature = "cuda")]
-pub mod ffi;
 
 use std::fmt;
 

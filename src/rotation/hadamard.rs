@@ -78,6 +78,15 @@ impl Hadamard {
     pub fn signs(&self) -> &[i8] {
         &self.signs
     }
+    /// `H_K` bit-packed by rows, `ceil(K/32)` words a row, a set bit for −1: what the CUDA kernels read.
+    pub fn packed(&self) -> Vec<u32> {
+        let words = self.k.div_ceil(32);
+        let mut packed = vec![0; self.signs.len() / self.k * words];
+        for (i, _) in self.signs.iter().enumerate().filter(|(_, s)| **s < 0) {
+            packed[i / self.k * words + i % self.k / 32] |= 1 << (i % self.k % 32);
+        }
+        packed
+    }
     /// Where `H_K` comes from: `Sylvester`, `published table`, `Paley I`, `Paley II`.
     pub fn construction(&self) -> &'static str {
         self.construction

@@ -1,0 +1,479 @@
+//! Tensors in, tensors out: the calls of the launchers in `cuda/kernels.h`, without a tape.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, DevicePtr};
+
+use super::gemm::{Arithmetic, Shape};
+use super::{CudaBuffer, CudaDevice, ffi};
+use crate::ops::fake_quant::Quantized;
+use crate::ops::matmul::Problem;
+use crate::quant::{Clip, QuantSpec, Target};
+use crate::rotation::Hadamard;
+use crate::{DType, Error, Result, Tensor};
+
+fn device(t: &Tensor) -> Result<CudaDevice> {
+    Ok(t.cuda()?.0.device().clone())
+}
+
+/// The address of a tensor's first value.
+fn ptr(t: &Tensor) -> Result<*mut c_void> {
+    let (buffer, start) = t.cuda()?;
+    Ok(buffer.address(start))
+}
+
+/// Kernels read 16 bytes at a time: a slice that does not start on such a boundary is copied.
+fn aligned(t: Tensor) -> Result<Tensor> {
+    if (ptr(&t)? as usize).is_multiple_of(16) {
+        return Ok(t);
+    }
+    let y = device(&t)?.alloc(t.shape(), t.dtype())?;
+    let (from, start) = t.cuda()?;
+    let bytes = t.bytes();
+    let stream = from.device.stream().cu_stream();
+    from.device.bind()?;
+    // SAFETY: both ranges are `bytes` long and live until the copy, which is in stream order with their release.
+    unsafe { cudarc::driver::result::memcpy_dtod_async(ptr(&y)? as u64, from.address(start) as u64, bytes, stream) }
+        .map_err(|e| Error::Cuda(format!("copy: {e:?}")))?;
+    Ok(y)
+}
+
+fn code(dtype: DType) -> Result<ffi::sq_dtype> {
+    match dtype {
+        DType::F32 => Ok(ffi::SQ_F32),
+        DType::F16 => Ok(ffi::SQ_F16),
+        DType::BF16 => Ok(ffi::SQ_BF16),
+        other => Err(Error::dtype("a CUDA kernel", "f32, f16 or bf16", other)),
+    }
+}
+
+/// Where to write a result of `x`'s shape and type: `x` itself when nobody else holds it.
+fn in_place(x: &mut Tensor) -> Result<Tensor> {
+    if x.is_unique() { Ok(x.clone()) } else { device(x)?.alloc(x.shape(), x.dtype()) }
+}
+
+fn quant(spec: &QuantSpec) -> ffi::sq_quant {
+    ffi::sq_quant {
+        bits: spec.bits as i32,
+        symmetric: spec.symmetric.into(),
+        weight: (spec.target == Target::Weight).into(),
+        group: spec.group.unwrap_or(0) as i32,
+        clip: match spec.clip {
+            Clip::Ratio(r) => r as f32,
+            Clip::Search => 1.0,
+        },
+    }
+}
+
+/// Another floating-point type.
+pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    let d = device(x)?;
+    let x = aligned(x.clone())?;
+    let y = d.alloc(x.shape(), dtype)?;
+    let (to, from) = (code(dtype)?, code(x.dtype())?);
+    // SAFETY: both have x.len() values of the types named.
+    d.launch("cast", |s| unsafe { ffi::sq_cast(ptr_of(&y), to, ptr_of(&x), from, x.len() as i64, s) })?;
+    Ok(y)
+}
+
+/// [`ptr`] of a tensor known to be on the GPU.
+fn ptr_of(t: &Tensor) -> *mut c_void {
+    ptr(t).expect("a tensor on the GPU")
+}
+
+/// `alpha a + beta b`, in place of `a` (or `b`) when unshared.
+pub(crate) fn axpby(alpha: f64, a: Tensor, beta: f64, b: Option<Tensor>) -> Result<Tensor> {
+    let d = device(&a)?;
+    let mut a = aligned(a)?;
+    let mut b = b.map(aligned).transpose()?;
+    let dtype = code(a.dtype())?;
+    let y = match &mut b {
+        Some(b) if !a.is_unique() => in_place(b)?,
+        _ => in_place(&mut a)?,
+    };
+    let n = a.len() as i64;
+    let other = b.as_ref().map_or(std::ptr::null_mut(), ptr_of);
+    // SAFETY: all have n values of one type; in place is allowed.
+    d.launch("add", |s| unsafe { ffi::sq_axpby(ptr_of(&y), alpha as f32, ptr_of(&a), beta as f32, other, n, dtype, s) })?;
+    Ok(y)
+}
+
+/// See [`crate::ops::matmul::product`].
+pub(crate) fn matmul(a: &Tensor, b: &Tensor, p: &Problem, shape: Vec<usize>, dtype: DType) -> Result<Tensor> {
+    let d = device(a)?;
+    let (mut a, mut b) = (aligned(a.clone())?, aligned(b.clone())?);
+    // A rotation in f32 times a 16-bit tensor: rounding R to 11 bits keeps the error at an eighth of the 16-bit rounding that
+    // follows (8 bits of bf16 would double it), so tensor cores in TF32 do.
+    let mixed = a.dtype().is_half() != b.dtype().is_half();
+    if mixed {
+        (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+    }
+    let same = a.dtype() == b.dtype() && a.dtype() != DType::U32;
+    let wide = if mixed || !same { DType::F32 } else { dtype };
+    if !same || (a.dtype() == DType::F64) != (wide == DType::F64) {
+        return Err(Error::dtype("matmul on a GPU", format!("{} (mixed only with f32)", a.dtype()), b.dtype()));
+    }
+    let y = d.alloc(&shape, wide)?;
+    let (batch, batch_a, batch_b) = if p.reduce { (1, false, false) } else { (p.batch, p.batch_a, p.batch_b) };
+    let arithmetic = if mixed { Arithmetic::Tf32 } else { Arithmetic::Exact };
+    let s = Shape {
+        m: p.m,
+        n: p.n,
+        k: p.k,
+        ta: p.ta,
+        tb: p.tb,
+        batch,
+        batch_a,
+        batch_b,
+        a: a.dtype(),
+        b: b.dtype(),
+        y: wide,
+        arithmetic,
+    };
+    d.bind()?;
+    let rounds = if p.reduce { p.batch } else { 1 };
+    for i in 0..rounds {
+        let (skip_a, skip_b) = (if p.batch_a { i * p.m * p.k } else { 0 }, if p.batch_b { i * p.k * p.n } else { 0 });
+        let (pa, pb) = (offset(&a, if p.reduce { skip_a } else { 0 }), offset(&b, if p.reduce { skip_b } else { 0 }));
+        // SAFETY: sizes were checked by `product`.
+        unsafe { d.0.blas.run(s, ptr_of(&y), pa, pb, if i == 0 { 0.0 } else { 1.0 })? };
+    }
+    if wide == dtype { Ok(y) } else { y.to_dtype(dtype) }
+}
+
+fn offset(t: &Tensor, values: usize) -> *const c_void {
+    (ptr_of(t) as usize + values * t.dtype().size()) as *const c_void
+}
+
+/// The bit-packed H_K on the device, uploaded once.
+fn table(d: &CudaDevice, map: &Hadamard) -> Result<Option<Arc<CudaSlice<u8>>>> {
+    if map.k() == 1 {
+        return Ok(None);
+    }
+    let mut tables = d.0.tables.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(t) = tables.get(&map.k()) {
+        return Ok(Some(t.clone()));
+    }
+    let packed = map.packed();
+    let t = Arc::new(d.upload(bytemuck::cast_slice(&packed), DType::U32)?.data);
+    tables.insert(map.k(), t.clone());
+    Ok(Some(t))
+}
+
+/// `H x` of every row (or `Hᵀ x`), then fake quantisation in the same pass where a spec is given.
+pub(crate) fn hadamard(x: Tensor, map: &Hadamard, transpose: bool, spec: Option<&QuantSpec>) -> Result<Tensor> {
+    let d = device(&x)?;
+    let mut x = aligned(x)?;
+    let y = in_place(&mut x)?;
+    let size = map.n() / map.blocks();
+    let rows = (x.len() / size.max(1)) as i64;
+    let table = table(&d, map)?;
+    let m = ffi::sq_hadamard_map {
+        n: size as i32,
+        k: map.k() as i32,
+        transpose: transpose.into(),
+        table: table.as_ref().map_or(std::ptr::null(), |t| t.device_ptr(d.stream()).0 as *const u32),
+        signs: std::ptr::null(),
+    };
+    let dtype = code(x.dtype())?;
+    // SAFETY: x and y have rows × size values; the table has K rows of ceil(K/32) words.
+    d.launch("hadamard", |s| unsafe {
+        match spec {
+            None => ffi::sq_hadamard(ptr_of(&y), ptr_of(&x), rows, m, dtype, s),
+            Some(q) => ffi::sq_hadamard_fake_quant(ptr_of(&y), ptr_of(&x), rows, m, quant(q), dtype, s),
+        }
+    })?;
+    Ok(y)
+}
+
+/// Quantise and dequantise.
+pub(crate) fn fake_quant(x: Tensor, spec: &QuantSpec) -> Result<Tensor> {
+    let mut x = aligned(x)?;
+    let y = in_place(&mut x)?;
+    quantise(&x, spec, ptr_of(&y), Outputs::default())?;
+    Ok(y)
+}
+
+/// Optional outputs of the quantisation kernels.
+#[derive(Clone, Copy)]
+struct Outputs {
+    codes: *mut i16,
+    scale: *mut f32,
+    zero: *mut f32,
+}
+
+impl Default for Outputs {
+    fn default() -> Self {
+        Self { codes: std::ptr::null_mut(), scale: std::ptr::null_mut(), zero: std::ptr::null_mut() }
+    }
+}
+
+fn quantise(x: &Tensor, spec: &QuantSpec, y: *mut c_void, out: Outputs) -> Result<()> {
+    let (rows, cols, dtype, q) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?, quant(spec));
+    // SAFETY: every output is null or as large as kernels.h asks.
+    device(x)?.launch("fake_quant", |s| unsafe {
+        let Outputs { codes, scale, zero } = out;
+        match spec.clip {
+            Clip::Ratio(_) => ffi::sq_fake_quant(y, codes, scale, zero, ptr_of(x), rows, cols, q, dtype, s),
+            Clip::Search => {
+                ffi::sq_fake_quant_search(y, codes, scale, zero, std::ptr::null_mut(), ptr_of(x), rows, cols, q, dtype, s)
+            }
+        }
+    })
+}
+
+/// Codes and grids, brought to the CPU.
+pub(crate) fn quantize(x: &Tensor, spec: &QuantSpec, group: usize) -> Result<Quantized> {
+    let d = device(x)?;
+    let x = aligned(x.clone())?;
+    let shape = [x.rows(), x.cols().div_ceil(group)];
+    let (scale, zero) = (d.alloc(&shape, DType::F32)?, d.alloc(&shape, DType::F32)?);
+    let raw =
+        CudaBuffer { data: d.alloc_bytes(2 * x.len(), "quantised codes")?, len: x.len(), dtype: DType::F16, device: d.clone() };
+    let out = Outputs { codes: raw.address(0).cast(), scale: ptr_of(&scale).cast(), zero: ptr_of(&zero).cast() };
+    quantise(&x, spec, std::ptr::null_mut(), out)?;
+    let mut codes = vec![0i16; x.len()];
+    raw.download(0, bytemuck::cast_slice_mut(&mut codes))?;
+    let cpu = crate::Device::Cpu;
+    Ok(Quantized { shape: x.shape().to_vec(), group, codes, scale: scale.to_device(&cpu)?, zero: zero.to_device(&cpu)? })
+}
+
+/// y and 1/rms of every row.
+pub(crate) fn rms_norm_forward(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let d = device(x)?;
+    let x = aligned(x.clone())?;
+    let (y, inverse) = (d.alloc(x.shape(), x.dtype())?, d.alloc(&[x.rows()], DType::F32)?);
+    let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
+    let none = std::ptr::null();
+    // SAFETY: sizes as declared.
+    d.launch("rms_norm", |s| unsafe {
+        ffi::sq_rms_norm_forward(ptr_of(&y), ptr_of(&inverse).cast(), ptr_of(&x), none, rows, cols, eps as f32, dtype, s)
+    })?;
+    Ok((y, inverse))
+}
+
+/// dx, in place of dy when unshared.
+pub(crate) fn rms_norm_backward(dy: Tensor, x: &Tensor, inverse: &Tensor) -> Result<Tensor> {
+    let d = device(x)?;
+    let (mut dy, x) = (aligned(dy)?, aligned(x.clone())?);
+    let dx = in_place(&mut dy)?;
+    let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
+    let (none, no_gain) = (std::ptr::null(), std::ptr::null_mut());
+    // SAFETY: sizes as declared; in place is allowed.
+    d.launch("rms_norm backward", |s| unsafe {
+        ffi::sq_rms_norm_backward(
+            ptr_of(&dx),
+            no_gain,
+            ptr_of(&dy),
+            ptr_of(&x),
+            none,
+            ptr_of(inverse).cast(),
+            rows,
+            cols,
+            dtype,
+            s,
+        )
+    })?;
+    Ok(dx)
+}
+
+/// Rotary embedding of x [tokens, heads, dim] by tables [seq, dim/2].
+pub(crate) fn rope(x: Tensor, cos: &Tensor, sin: &Tensor, transpose: bool) -> Result<Tensor> {
+    let d = device(&x)?;
+    let mut x = aligned(x)?;
+    let y = in_place(&mut x)?;
+    let &[tokens, heads, dim] = x.shape() else {
+        return Err(Error::shape("rope", "[tokens, heads, dim]", x.shape()));
+    };
+    let (seq, dtype) = (cos.rows() as i64, code(x.dtype())?);
+    let (c, sn) = (ptr_of(cos).cast(), ptr_of(sin).cast());
+    // SAFETY: sizes as declared; in place is allowed.
+    d.launch("rope", |s| unsafe {
+        ffi::sq_rope(ptr_of(&y), ptr_of(&x), c, sn, tokens as i64, seq, heads as i32, dim as i32, transpose.into(), dtype, s)
+    })?;
+    Ok(y)
+}
+
+/// Batch, heads, KV heads and head size of q [tokens, heads, dim], k [tokens, kv_heads, dim].
+fn heads(q: &Tensor, k: &Tensor, seq: usize) -> Result<(i64, i32, i32, i32)> {
+    match (q.shape(), k.shape()) {
+        (&[tokens, heads, dim], &[_, kv, _]) => Ok(((tokens / seq) as i64, heads as i32, kv as i32, dim as i32)),
+        _ => Err(Error::shape("attention", "[tokens, heads, dim]", q.shape())),
+    }
+}
+
+/// o [tokens, heads·dim] and the log-sum-exp [batch, heads, seq].
+pub(crate) fn attention_forward(q: &Tensor, k: &Tensor, v: &Tensor, seq: usize, scale: f64) -> Result<(Tensor, Tensor)> {
+    let d = device(q)?;
+    let (q, k, v) = (aligned(q.clone())?, aligned(k.clone())?, aligned(v.clone())?);
+    let (batch, h, kv, dim) = heads(&q, &k, seq)?;
+    let dtype = code(q.dtype())?;
+    let o = d.alloc(&[q.shape()[0], (h * dim) as usize], q.dtype())?;
+    let lse = d.alloc(&[batch as usize, h as usize, seq], DType::F32)?;
+    let (pq, pk, pv) = (ptr_of(&q), ptr_of(&k), ptr_of(&v));
+    // SAFETY: sizes as declared.
+    d.launch("attention", |s| unsafe {
+        ffi::sq_attention_forward(
+            ptr_of(&o),
+            ptr_of(&lse).cast(),
+            pq,
+            pk,
+            pv,
+            batch,
+            seq as i64,
+            h,
+            kv,
+            dim,
+            scale as f32,
+            dtype,
+            s,
+        )
+    })?;
+    Ok((o, lse))
+}
+
+/// dq, dk, dv.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention_backward(
+    dout: Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    seq: usize,
+    scale: f64,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let d = device(q)?;
+    let (q, k, v, dout) = (aligned(q.clone())?, aligned(k.clone())?, aligned(v.clone())?, aligned(dout)?);
+    let (batch, h, kv, dim) = heads(&q, &k, seq)?;
+    let dtype = code(q.dtype())?;
+    let like = |t: &Tensor| d.alloc(t.shape(), t.dtype());
+    let (dq, dk, dv) = (like(&q)?, like(&k)?, like(&v)?);
+    // SAFETY: a pure function of its arguments.
+    let bytes = unsafe { ffi::sq_attention_workspace(batch, seq as i64, h, kv, dim, dtype) } as usize;
+    let workspace = d.alloc(&[bytes.div_ceil(4)], DType::F32)?;
+    let (pq, pk, pv, po) = (ptr_of(&q), ptr_of(&k), ptr_of(&v), ptr_of(o));
+    // SAFETY: sizes as declared.
+    d.launch("attention backward", |s| unsafe {
+        let (dq, dk, dv) = (ptr_of(&dq), ptr_of(&dk), ptr_of(&dv));
+        let (work, dout, lse) = (ptr_of(&workspace), ptr_of(&dout), ptr_of(lse).cast());
+        ffi::sq_attention_backward(
+            dq,
+            dk,
+            dv,
+            work,
+            dout,
+            pq,
+            pk,
+            pv,
+            po,
+            lse,
+            batch,
+            seq as i64,
+            h,
+            kv,
+            dim,
+            scale as f32,
+            dtype,
+            s,
+        )
+    })?;
+    Ok((dq, dk, dv))
+}
+
+/// silu(gate) · up, in place of one of them when unshared.
+pub(crate) fn swiglu_forward(gate: Tensor, up: Tensor) -> Result<Tensor> {
+    let d = device(&gate)?;
+    let (mut gate, mut up) = (aligned(gate)?, aligned(up)?);
+    let y = if up.is_unique() { up.clone() } else { in_place(&mut gate)? };
+    let (n, dtype) = (gate.len() as i64, code(gate.dtype())?);
+    // SAFETY: all have n values; in place is allowed.
+    d.launch("swiglu", |s| unsafe { ffi::sq_swiglu_forward(ptr_of(&y), ptr_of(&gate), ptr_of(&up), n, dtype, s) })?;
+    Ok(y)
+}
+
+/// (dgate, dup).
+pub(crate) fn swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Result<(Tensor, Tensor)> {
+    let d = device(&gate)?;
+    let (dy, gate, up) = (aligned(dy)?, aligned(gate)?, aligned(up)?);
+    let (dgate, dup) = (d.alloc(gate.shape(), gate.dtype())?, d.alloc(up.shape(), up.dtype())?);
+    let (n, dtype) = (gate.len() as i64, code(gate.dtype())?);
+    // SAFETY: all have n values.
+    d.launch("swiglu backward", |s| unsafe {
+        ffi::sq_swiglu_backward(ptr_of(&dgate), ptr_of(&dup), ptr_of(&dy), ptr_of(&gate), ptr_of(&up), n, dtype, s)
+    })?;
+    Ok((dgate, dup))
+}
+
+/// Loss of every row, and logits overwritten by `scale (softmax − onehot)` unless `scale` is 0.
+fn rows_of_cross_entropy(logits: &Tensor, targets: &[i32], scale: f64) -> Result<Tensor> {
+    let d = device(logits)?;
+    let ids = d.upload(bytemuck::cast_slice(targets), DType::U32)?;
+    let losses = d.alloc(&[logits.rows()], DType::F32)?;
+    let (rows, vocab, dtype) = (logits.rows() as i64, logits.cols() as i64, code(logits.dtype())?);
+    // SAFETY: sizes as declared; targets were checked on the host.
+    d.launch("cross_entropy", |s| unsafe {
+        let (loss, ids) = (ptr_of(&losses).cast(), ids.address(0).cast());
+        ffi::sq_cross_entropy(ptr_of(logits), loss, ids, rows, vocab, scale as f32, dtype, s)
+    })?;
+    Ok(losses)
+}
+
+/// Mean loss over `count` rows as an f32 scalar, and the gradient of the logits where wanted (in their memory when unshared).
+pub(crate) fn cross_entropy(logits: Tensor, targets: &[i32], count: usize, want: bool) -> Result<(Tensor, Option<Tensor>)> {
+    let d = device(&logits)?;
+    let mut logits = aligned(logits)?;
+    let gradient = if want && !logits.is_unique() { axpby(1.0, logits.clone(), 0.0, None)? } else { logits };
+    let mean = 1.0 / count.max(1) as f64;
+    let losses = rows_of_cross_entropy(&gradient, targets, if want { mean } else { 0.0 })?;
+    let loss = d.alloc(&[], DType::F32)?;
+    let workspace = d.alloc(&[2 * 1024], DType::F32)?;
+    let n = losses.len() as i64;
+    // SAFETY: the workspace holds 1024 doubles.
+    d.launch("sum", |s| unsafe {
+        ffi::sq_sum(ptr_of(&loss).cast(), ptr_of(&workspace).cast(), ptr_of(&losses), n, ffi::SQ_F32, s)
+    })?;
+    Ok((axpby(mean, loss, 0.0, None)?, want.then_some(gradient)))
+}
+
+/// Loss of every row, on the host.
+pub(crate) fn token_losses(logits: &Tensor, targets: &[i32]) -> Result<Vec<f64>> {
+    rows_of_cross_entropy(&aligned(logits.clone())?, targets, 0.0)?.to_f64_vec()
+}
+
+/// Rows of a table.
+pub(crate) fn embedding_forward(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let d = device(table)?;
+    let table = aligned(table.clone())?;
+    let ids = d.upload(bytemuck::cast_slice(ids), DType::U32)?;
+    let (tokens, cols, dtype) = (ids.len(), table.cols(), code(table.dtype())?);
+    let y = d.alloc(&[tokens, cols], table.dtype())?;
+    // SAFETY: ids were checked on the host.
+    d.launch("embedding", |s| unsafe {
+        ffi::sq_embedding_forward(ptr_of(&y), ptr_of(&table), ids.address(0).cast(), tokens as i64, cols as i64, dtype, s)
+    })?;
+    Ok(y)
+}
+
+/// Gradient of a table of `vocab` rows.
+pub(crate) fn embedding_backward(dy: Tensor, ids: &[u32], vocab: usize) -> Result<Tensor> {
+    let d = device(&dy)?;
+    let dy = aligned(dy)?;
+    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
+    order.sort_by_key(|&t| ids[t as usize]);
+    let mut start = vec![0u32; vocab + 1];
+    ids.iter().for_each(|&id| start[id as usize + 1] += 1);
+    (0..vocab).for_each(|i| start[i + 1] += start[i]);
+    let (order, start) =
+        (d.upload(bytemuck::cast_slice(&order), DType::U32)?, d.upload(bytemuck::cast_slice(&start), DType::U32)?);
+    let table = d.alloc(&[vocab, dy.cols()], DType::F32)?;
+    let (cols, dtype) = (dy.cols() as i64, code(dy.dtype())?);
+    // SAFETY: order and start were built from checked ids.
+    d.launch("embedding backward", |s| unsafe {
+        let (order, start) = (order.address(0).cast(), start.address(0).cast());
+        ffi::sq_embedding_backward(ptr_of(&table).cast(), ptr_of(&dy), order, start, vocab as i64, cols, dtype, s)
+    })?;
+    table.to_dtype(dy.dtype())
+}
