@@ -1,5 +1,7 @@
 //! Quantisation: grids, schemes, weight quantisers.
 
+mod scheme;
 mod spec;
 
+pub use scheme::{Online, Scheme, Sites};
 pub use spec::{Clip, Grid, GridFloat, QuantSpec, SEARCH_NORM, SEARCH_STEPS, Target};

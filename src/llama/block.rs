@@ -1,0 +1,118 @@
+//! One LLaMA layer with its rotations and quantisers: the page to read first.
+//!
+//! Row vectors; a linear layer is `y = x Wᵀ` with `W: [out, in]`. R1 is the basis of the residual stream, R2 that of every head's
+//! values; both cancel between the layer that enters the basis and the one that leaves it. R3 and R4 are Hadamards that run online.
+
+use crate::llama::{LayerWeights, LlamaConfig};
+use crate::ops::attention::attention;
+use crate::ops::rope::Rope;
+use crate::quant::Sites;
+use crate::{Result, Tensor, Var};
+
+/// A layer's frozen weights, RMSNorm gains folded in, not rotated.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// The seven linears, in the Hugging Face shapes `[out, in]`.
+    pub weights: LayerWeights,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    eps: f64,
+}
+
+/// The weights a layer runs with: rotated and quantised, on a tape.
+#[derive(Clone)]
+pub struct RotatedWeights<'t> {
+    /// `Q(W_q R1)`.
+    pub q: Var<'t>,
+    /// `Q(W_k R1)`.
+    pub k: Var<'t>,
+    /// `Q(R2ᵀ W_v R1)`, head by head.
+    pub v: Var<'t>,
+    /// `Q(R1ᵀ W_o R2)`, head by head.
+    pub o: Var<'t>,
+    /// `Q(W_gate R1)`.
+    pub gate: Var<'t>,
+    /// `Q(W_up R1)`.
+    pub up: Var<'t>,
+    /// `Q(R1ᵀ W_down R4)`.
+    pub down: Var<'t>,
+    /// R1 where gate and up were left unrotated: their input is taken out of R1's basis instead, `x̂ (W R1)ᵀ = (x̂ R1ᵀ) Wᵀ`.
+    pub leave: Option<Var<'t>>,
+}
+
+/// What a layer needs besides its weights.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The quantisers and online rotations.
+    pub sites: Sites,
+    /// Rotary tables of `seq` positions.
+    pub rope: Rope,
+    /// Tokens of one sequence.
+    pub seq: usize,
+}
+
+impl Block {
+    /// A layer of a model of this configuration.
+    pub fn new(config: &LlamaConfig, weights: LayerWeights) -> Self {
+        let LlamaConfig { heads, kv_heads, head_dim, rms_norm_eps: eps, .. } = *config;
+        Self { weights, heads, kv_heads, head_dim, eps }
+    }
+
+    /// Rotates and quantises the weights for `tokens` rows of input. Gradients flow to `r1` [C, C] and `r2` [D, D].
+    pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
+        let tape = r1.tape();
+        let constant = |w: &Tensor| tape.constant(w.clone());
+        let w = &self.weights;
+        let (c, d) = (w.q.cols(), self.head_dim);
+        let into = |w: Var<'t>| w.matmul(r1.clone());
+        let out_of = |w: Var<'t>| r1.clone().transpose_matmul(w);
+        let quantized = |w: Var<'t>| w.fake_quant(&s.weight);
+
+        let v = r2.clone().transpose_matmul(constant(&w.v).reshape([self.kv_heads, d, c])?)?.reshape([self.kv_heads * d, c])?;
+        let o = constant(&w.o).reshape([c * self.heads, d])?.matmul(r2.clone())?.reshape([c, self.heads * d])?;
+        let down = out_of(constant(&w.down))?;
+        let down = if s.online.r4 { down.hadamard()? } else { down };
+        let leave = !s.weight.is_active() && cheaper_outside(w.gate.rows() + w.up.rows(), c, tokens);
+        let mlp = |w: &Tensor| if leave { Ok(constant(w)) } else { quantized(into(constant(w))?) };
+        Ok(RotatedWeights {
+            q: quantized(into(constant(&w.q))?)?,
+            k: quantized(into(constant(&w.k))?)?,
+            v: quantized(into(v)?)?,
+            o: quantized(out_of(o)?)?,
+            gate: mlp(&w.gate)?,
+            up: mlp(&w.up)?,
+            down: quantized(down)?,
+            leave: leave.then(|| r1.clone()),
+        })
+    }
+
+    /// Runs the layer: `x` [tokens, C] in R1's basis, and out again.
+    pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
+        let Run { sites: s, rope, seq } = run;
+        let d = self.head_dim;
+        let r3 = |x: Var<'t>| if s.online.r3 { x.hadamard() } else { Ok(x) };
+
+        let h = x.clone().rms_norm(self.eps)?.fake_quant(&s.activation)?;
+        let q = r3(h.clone().linear(w.q)?.heads(d)?.rope(rope)?)?;
+        let k = r3(h.clone().linear(w.k)?.heads(d)?.rope(rope)?)?.fake_quant(&s.key)?;
+        let v = h.linear(w.v)?.fake_quant(&s.value)?.heads(d)?; // in R2's basis
+        let a = attention(q, k, v, *seq)?.fake_quant(&s.attention_output)?;
+        let x = x.add(a.linear(w.o)?)?; // R2 undone, back in R1's basis
+
+        let h = x.clone().rms_norm(self.eps)?.fake_quant(&s.activation)?;
+        let h = match w.leave {
+            Some(r1) => h.linear(r1)?,
+            None => h,
+        };
+        let m = h.clone().linear(w.gate)?.swiglu(h.linear(w.up)?)?;
+        let m = if s.online.r4 { m.hadamard()? } else { m };
+        x.add(m.fake_quant(&s.activation)?.linear(w.down)?)
+    }
+}
+
+/// True when rotating `tokens` rows of input costs less than rotating a weight of `out` rows. Inside (`W R1`): 2·out·C² to rotate,
+/// 2·tokens·out·C for dW̃ and 2·out·C² for dR1. Outside (`x R1ᵀ`): 2·tokens·C² each for the rotation, its dx and dR1.
+fn cheaper_outside(out: usize, c: usize, tokens: usize) -> bool {
+    3 * tokens * c < out * (tokens + 2 * c)
+}

@@ -1,0 +1,270 @@
+//! A whole LLaMA, in two forms: [`Llama`], whose rotations are learned, and [`Merged`], whose rotations are part of its weights.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::data;
+use crate::llama::block::{Block, RotatedWeights, Run};
+use crate::llama::{LayerWeights, LlamaConfig, Weights};
+use crate::ops::rope::Rope;
+use crate::quant::{Scheme, Sites};
+use crate::rotation::Rotations;
+use crate::tape::checkpoint;
+use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
+
+/// Which layers keep their intermediate values for the backward pass, and which compute them again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Keep everything: fastest.
+    #[default]
+    None,
+    /// Keep only each layer's input.
+    All,
+}
+
+/// A LLaMA with frozen weights, RMSNorm gains folded into the linears that read them.
+#[derive(Clone, Debug)]
+pub struct Llama {
+    /// Sizes.
+    pub config: LlamaConfig,
+    /// `[V, C]`.
+    pub embedding: Tensor,
+    /// `[V, C]`, the final norm's gain folded in.
+    pub head: Tensor,
+    /// The layers.
+    pub blocks: Vec<Arc<Block>>,
+}
+
+/// R1 and every R2 on a tape.
+#[derive(Clone)]
+pub struct RotationVars<'t> {
+    /// `[C, C]`.
+    pub r1: Var<'t>,
+    /// `[D, D]` for every layer.
+    pub r2: Vec<Var<'t>>,
+}
+
+impl<'t> RotationVars<'t> {
+    /// Rotations whose gradients are wanted.
+    pub fn variables(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
+        Self::new(rotations, |t| tape.variable(t))
+    }
+    /// Rotations that stay as they are.
+    pub fn constants(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
+        Self::new(rotations, |t| tape.constant(t))
+    }
+    fn new(rotations: &Rotations, enter: impl Fn(Tensor) -> Var<'t>) -> Result<Self> {
+        let r2 = (0..rotations.layers()).map(|i| Ok(enter(rotations.r2.index(i)?))).collect::<Result<_>>()?;
+        Ok(Self { r1: enter(rotations.r1.clone()), r2 })
+    }
+    /// dL/dR1 `[1, C, C]` and dL/dR2 `[L, D, D]`, as an optimiser takes them.
+    pub fn gradients(&self, grads: &mut crate::tape::Gradients) -> Result<Vec<Tensor>> {
+        let r1 = grads.take(&self.r1)?;
+        let r2 = self.r2.iter().map(|r| grads.take(r)).collect::<Result<Vec<_>>>()?;
+        let n = r1.cols();
+        Ok(vec![r1.reshape([1, n, n])?, Tensor::stack(&r2)?])
+    }
+}
+
+impl Llama {
+    /// Loads a Hugging Face folder, folding gains in float64 and rounding once to `dtype`.
+    pub fn load(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        let dir = dir.as_ref();
+        let config = LlamaConfig::from_file(dir.join("config.json"))?;
+        let weights = Weights::load(dir, &config, dtype)?;
+        Self::new(config, weights)?.to_device(device)
+    }
+
+    /// A model of given weights.
+    pub fn new(config: LlamaConfig, weights: Weights) -> Result<Self> {
+        config.validate()?;
+        if weights.layers.len() != config.layers {
+            return Err(Error::argument("layers", format!("expected {}, got {}", config.layers, weights.layers.len())));
+        }
+        let blocks = weights.layers.into_iter().map(|w| Arc::new(Block::new(&config, w))).collect();
+        Ok(Self { config, embedding: weights.embedding, head: weights.head, blocks })
+    }
+
+    /// The same model with its weights on another device.
+    pub fn to_device(self, device: &Device) -> Result<Self> {
+        if self.device() == *device {
+            return Ok(self);
+        }
+        let block = |b: &Arc<Block>| {
+            let weights = b.weights.map(|w| w.to_device(device))?;
+            Ok(Arc::new(Block::new(&self.config, weights)))
+        };
+        Ok(Self {
+            embedding: self.embedding.to_device(device)?,
+            head: self.head.to_device(device)?,
+            blocks: self.blocks.iter().map(block).collect::<Result<_>>()?,
+            config: self.config,
+        })
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.embedding.device()
+    }
+
+    /// The weights' element type.
+    pub fn dtype(&self) -> DType {
+        self.embedding.dtype()
+    }
+
+    fn run(&self, scheme: &Scheme, seq: usize) -> Result<Run> {
+        Run::new(&self.config, scheme, seq, self.dtype(), &self.device())
+    }
+
+    /// Logits `[tokens, V]` of the rotated, fake-quantised network; `tokens` are whole sequences of `seq` ids.
+    pub fn logits<'t>(
+        &self,
+        rotations: &RotationVars<'t>,
+        tokens: &[u32],
+        seq: usize,
+        scheme: &Scheme,
+        recompute: Recompute,
+    ) -> Result<Var<'t>> {
+        check_tokens(&self.config, tokens, seq, rotations.r2.len())?;
+        let tape = rotations.r1.tape();
+        let run = Arc::new(self.run(scheme, seq)?);
+        let r1 = &rotations.r1;
+        let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
+        for (block, r2) in self.blocks.iter().zip(&rotations.r2) {
+            let (block, run, n) = (block.clone(), run.clone(), tokens.len());
+            x = match recompute {
+                Recompute::None => block.forward(x, block.rotate(r1, r2, &run.sites, n)?, &run)?,
+                Recompute::All => checkpoint(tape, vec![x, r1.clone(), r2.clone()], move |_, v| {
+                    let [x, r1, r2]: [Var<'_>; 3] = v.try_into().map_err(|_| Error::Tape("a layer has three inputs".into()))?;
+                    block.forward(x, block.rotate(&r1, &r2, &run.sites, n)?, &run)
+                })?,
+            };
+        }
+        x.rms_norm(self.config.rms_norm_eps)?.linear(r1.clone())?.linear(tape.constant(self.head.clone()))
+    }
+
+    /// Mean next-token cross entropy of [`Llama::logits`].
+    pub fn loss<'t>(
+        &self,
+        rotations: &RotationVars<'t>,
+        tokens: &[u32],
+        seq: usize,
+        scheme: &Scheme,
+        recompute: Recompute,
+    ) -> Result<Var<'t>> {
+        self.logits(rotations, tokens, seq, scheme, recompute)?.cross_entropy(data::targets(tokens, seq).into())
+    }
+
+    /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
+    /// Without rotations the network is the plain one: no R3 and no R4 either.
+    pub fn merge(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
+        let dtype = self.dtype();
+        let (config, device) = (&self.config, self.device());
+        let scheme = if rotations.is_some() { *scheme } else { scheme.online(crate::quant::Online::NONE) };
+        let sites = scheme.sites(config.head_dim);
+        let exact = Sites { weight: crate::quant::QuantSpec::NONE, ..sites };
+        let wide = |t: &Tensor| t.to_dtype(DType::F64);
+        let narrow = |t: Var<'_>| t.into_value().to_dtype(dtype);
+        let Some(rotations) = rotations else {
+            let weights = |b: &Arc<Block>| b.weights.map(|w| quantize_weight(w.clone(), &sites));
+            return Ok(Merged {
+                config: config.clone(),
+                scheme,
+                embedding: self.embedding.clone(),
+                head: self.head.clone(),
+                blocks: self.blocks.iter().map(|b| Ok(Block::new(config, weights(b)?))).collect::<Result<_>>()?,
+            });
+        };
+        rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
+        let rotations = rotations.to_dtype(DType::F64)?.to_device(&device)?;
+        let rotate = |t: &Tensor| {
+            let tape = Tape::new();
+            narrow(tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?)
+        };
+        let block = |(i, b): (usize, &Arc<Block>)| {
+            let tape = Tape::new();
+            let r1 = tape.constant(rotations.r1.clone());
+            let r2 = tape.constant(rotations.r2.index(i)?);
+            // No input is left unrotated when there are no tokens.
+            let w = Block::new(config, b.weights.map(wide)?).rotate(&r1, &r2, &exact, 0)?;
+            let last = |t: Var<'_>| quantize_weight(narrow(t)?, &sites);
+            let weights = LayerWeights {
+                q: last(w.q)?,
+                k: last(w.k)?,
+                v: last(w.v)?,
+                o: last(w.o)?,
+                gate: last(w.gate)?,
+                up: last(w.up)?,
+                down: last(w.down)?,
+            };
+            Ok(Block::new(config, weights))
+        };
+        Ok(Merged {
+            config: config.clone(),
+            scheme,
+            embedding: rotate(&self.embedding)?,
+            head: rotate(&self.head)?,
+            blocks: self.blocks.iter().enumerate().map(block).collect::<Result<_>>()?,
+        })
+    }
+}
+
+fn quantize_weight(w: Tensor, sites: &Sites) -> Result<Tensor> {
+    let tape = Tape::new();
+    Ok(tape.constant(w).fake_quant(&sites.weight)?.into_value())
+}
+
+fn check_tokens(config: &LlamaConfig, tokens: &[u32], seq: usize, layers: usize) -> Result<()> {
+    if seq == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(seq) {
+        return Err(Error::argument("tokens", format!("expected whole sequences of {seq}, got {} tokens", tokens.len())));
+    }
+    if layers != config.layers {
+        return Err(Error::argument("rotations", format!("expected R2 for {} layers, got {layers}", config.layers)));
+    }
+    Ok(())
+}
+
+impl Run {
+    /// Quantisers and rotary tables for sequences of `seq` tokens.
+    pub fn new(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let rope = Rope::new(&config.inverse_frequencies(), seq, dtype, device)?;
+        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq })
+    }
+}
+
+/// A LLaMA ready to run: rotations merged, weights quantised, activations fake-quantised as it runs.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// Sizes.
+    pub config: LlamaConfig,
+    /// How its activations are quantised, and its online rotations.
+    pub scheme: Scheme,
+    /// `E R1`.
+    pub embedding: Tensor,
+    /// `W_head R1`.
+    pub head: Tensor,
+    /// Rotated, quantised weights.
+    pub blocks: Vec<Block>,
+}
+
+impl Merged {
+    /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
+    pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
+        check_tokens(&self.config, tokens, seq, self.config.layers)?;
+        let run = Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())?;
+        let tape = Tape::new();
+        let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?;
+        for block in &self.blocks {
+            x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run)?;
+        }
+        Ok(x.rms_norm(self.config.rms_norm_eps)?.linear(tape.constant(self.head.clone()))?.into_value())
+    }
+}
+
+impl<'t> RotatedWeights<'t> {
+    /// Weights that are ready to use.
+    pub fn constants(tape: &'t Tape, w: &LayerWeights) -> Self {
+        let c = |t: &Tensor| tape.constant(t.clone());
+        Self { q: c(&w.q), k: c(&w.k), v: c(&w.v), o: c(&w.o), gate: c(&w.gate), up: c(&w.up), down: c(&w.down), leave: None }
+    }
+}

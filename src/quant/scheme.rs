@@ -1,0 +1,175 @@
+//! Which tensors of a LLaMA are quantised, and how: the W·A·KV recipe.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::quant::{Clip, QuantSpec};
+use crate::{Error, Result};
+
+/// The Hadamard rotations that run with the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Online {
+    /// On q and k of every head after RoPE, so that the K cache quantises well.
+    pub r3: bool,
+    /// On the input of down_proj.
+    pub r4: bool,
+}
+
+impl Online {
+    /// R3 and R4.
+    pub const BOTH: Self = Self { r3: true, r4: true };
+    /// Neither: what a plain runtime offers.
+    pub const NONE: Self = Self { r3: false, r4: false };
+}
+
+impl FromStr for Online {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "none" => Ok(Self::NONE),
+            "r3" => Ok(Self { r3: true, r4: false }),
+            "r4" => Ok(Self { r3: false, r4: true }),
+            "r3,r4" => Ok(Self::BOTH),
+            _ => Err(Error::argument("online rotations", format!("expected none, r3, r4 or r3,r4, got {s:?}"))),
+        }
+    }
+}
+
+impl fmt::Display for Online {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match (self.r3, self.r4) {
+            (false, false) => "none",
+            (true, false) => "r3",
+            (false, true) => "r4",
+            (true, true) => "r3,r4",
+        })
+    }
+}
+
+/// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised".
+///
+/// ```
+/// use spinquant::quant::Scheme;
+/// let scheme: Scheme = "W4A8KV4".parse()?;
+/// assert_eq!((scheme.weight_bits, scheme.activation_bits, scheme.key_bits), (4, 8, 4));
+/// assert_eq!(scheme.to_string(), "W4A8KV4");
+/// assert!("W4A99".parse::<Scheme>().is_err());
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scheme {
+    /// Weights of the seven linears of every layer.
+    pub weight_bits: u32,
+    /// Inputs of those linears.
+    pub activation_bits: u32,
+    /// K, after RoPE and R3.
+    pub key_bits: u32,
+    /// V, the output of v_proj.
+    pub value_bits: u32,
+    /// Signed weight codes without a zero point (published: yes).
+    pub symmetric_weights: bool,
+    /// The same for every activation, K and V included (published: no).
+    pub symmetric_activations: bool,
+    /// Input channels that share a weight scale; `None`: the whole row.
+    pub weight_group: Option<usize>,
+    /// Clip rule of weights (published: search).
+    pub weight_clip: Clip,
+    /// Clip ratio of activations, K and V (published: 1).
+    pub activation_clip: f64,
+    /// The Hadamards that run with the network.
+    pub online: Online,
+}
+
+impl Scheme {
+    /// Nothing quantised.
+    pub const FULL_PRECISION: Self = Self {
+        weight_bits: 16,
+        activation_bits: 16,
+        key_bits: 16,
+        value_bits: 16,
+        symmetric_weights: true,
+        symmetric_activations: false,
+        weight_group: None,
+        weight_clip: Clip::Search,
+        activation_clip: 1.0,
+        online: Online::BOTH,
+    };
+
+    /// The published settings at these bit widths.
+    pub fn new(weight_bits: u32, activation_bits: u32, kv_bits: u32) -> Self {
+        Self { weight_bits, activation_bits, key_bits: kv_bits, value_bits: kv_bits, ..Self::FULL_PRECISION }
+    }
+
+    /// The same with other online rotations.
+    pub fn online(self, online: Online) -> Self {
+        Self { online, ..self }
+    }
+
+    /// The same with weights left alone, as rotations for GPTQ are learned.
+    pub fn unquantized_weights(self) -> Self {
+        Self { weight_bits: 16, ..self }
+    }
+
+    /// True when nothing is quantised.
+    pub fn is_full_precision(&self) -> bool {
+        [self.weight_bits, self.activation_bits, self.key_bits, self.value_bits].iter().all(|b| *b >= 16)
+    }
+
+    /// The quantiser of every site of a layer with heads of `head_dim`.
+    pub fn sites(&self, head_dim: usize) -> Sites {
+        let clip = Clip::Ratio(self.activation_clip);
+        let act = |bits| QuantSpec::activation(bits, self.symmetric_activations).clipped(clip);
+        let weight = QuantSpec::weight(self.weight_bits, self.symmetric_weights).clipped(self.weight_clip);
+        Sites {
+            weight: QuantSpec { group: self.weight_group, ..weight },
+            activation: act(self.activation_bits),
+            attention_output: act(self.activation_bits).grouped(head_dim),
+            key: act(self.key_bits),
+            value: act(self.value_bits).grouped(head_dim),
+            online: self.online,
+        }
+    }
+}
+
+impl FromStr for Scheme {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        let bad = || {
+            let expected = "expected W<bits>A<bits>KV<bits>, bits 2 to 8 or 16, such as W4A4KV4";
+            Error::argument("quantisation scheme", format!("{expected}, got {s:?}"))
+        };
+        let upper = s.to_ascii_uppercase();
+        let rest = upper.strip_prefix('W').ok_or_else(bad)?;
+        let (w, rest) = rest.split_once('A').ok_or_else(bad)?;
+        let (a, kv) = rest.split_once("KV").ok_or_else(bad)?;
+        let bits = |t: &str| t.parse::<u32>().ok().filter(|b| (2..=8).contains(b) || *b == 16).ok_or_else(bad);
+        Ok(Self::new(bits(w)?, bits(a)?, bits(kv)?))
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kv = match (self.key_bits, self.value_bits) {
+            (k, v) if k == v => format!("KV{k}"),
+            (k, v) => format!("K{k}V{v}"),
+        };
+        f.pad(&format!("W{}A{}{kv}", self.weight_bits, self.activation_bits))
+    }
+}
+
+/// The quantisers of one layer, by site.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sites {
+    /// The seven weights.
+    pub weight: QuantSpec,
+    /// Inputs of q, k, v; of gate and up; of down (after R4).
+    pub activation: QuantSpec,
+    /// Input of o, a head at a time.
+    pub attention_output: QuantSpec,
+    /// K, every head a row.
+    pub key: QuantSpec,
+    /// V, a head at a time.
+    pub value: QuantSpec,
+    /// The Hadamards that run with the network.
+    pub online: Online,
+}
