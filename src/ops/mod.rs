@@ -4,6 +4,7 @@
 //! of the same name, the backward pass, and `cases()`. 16-bit tensors on the CPU are widened to `f32`, computed on, and rounded once.
 
 pub mod add;
+pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod fake_quant;
@@ -69,6 +70,7 @@ impl std::fmt::Debug for Case {
 pub fn cases() -> Vec<Case> {
     [
         add::cases(),
+        attention::cases(),
         cross_entropy::cases(),
         embedding::cases(),
         fake_quant::cases(),
