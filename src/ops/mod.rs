@@ -4,9 +4,15 @@
 //! of the same name, the backward pass, and `cases()`. 16-bit tensors on the CPU are widened to `f32`, computed on, and rounded once.
 
 pub mod add;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
 pub mod fake_quant;
 pub mod hadamard;
 pub mod matmul;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
 
 use std::sync::Arc;
 
@@ -62,7 +68,19 @@ impl std::fmt::Debug for Case {
 
 /// Every operation's cases.
 pub fn cases() -> Vec<Case> {
-    [add::cases(), fake_quant::cases(), hadamard::cases(), matmul::cases()].concat()
+    [
+        add::cases(),
+        attention::cases(),
+        cross_entropy::cases(),
+        embedding::cases(),
+        fake_quant::cases(),
+        hadamard::cases(),
+        matmul::cases(),
+        rms_norm::cases(),
+        rope::cases(),
+        swiglu::cases(),
+    ]
+    .concat()
 }
 
 /// Standard normal `f64` values from a seed, for cases and tests.

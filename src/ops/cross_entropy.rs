@@ -1,0 +1,169 @@
+//! Mean cross entropy of logits `[rows, vocab]` against one target a row: `L = 1/n Σ_r (log Σ_j exp x_rj − x_r,target)` over the n
+//! rows whose target is not −1. Backward: `dx = dL (softmax(x) − onehot)/n`, made by forward in the logits' own memory.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, add, randn, unsupported};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+/// The operation; keeps the gradient.
+#[derive(Clone, Debug)]
+pub struct CrossEntropy {
+    /// The right column of every row; −1 for rows that do not count.
+    pub targets: Arc<[i32]>,
+}
+
+impl Op for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        check(&x, &self.targets)?;
+        let count = self.targets.iter().filter(|&&t| t >= 0).count();
+        if count == 0 {
+            return Err(Error::argument("cross_entropy", "no row has a target"));
+        }
+        let shape = x.shape().to_vec();
+        let (loss, gradient) = match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let (losses, gradient) = reference(x.as_slice()?, &self.targets, x.cols());
+                let loss = losses.iter().sum::<f64>() / count as f64;
+                (Tensor::scalar(loss), save.wants(0).then(|| Tensor::from_vec(gradient, shape)).transpose()?)
+            }
+            (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) if save.wants(0) => {
+                let cols = x.cols();
+                // Dropped first, so that f32 logits are overwritten.
+                let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
+                let mut x = wide.into_owned::<f32>()?;
+                let losses = fast(&mut x, &self.targets, cols, 1.0 / count as f32);
+                let loss = losses.iter().sum::<f64>() / count as f64;
+                (Tensor::scalar(loss as f32), Some(Tensor::from_vec(x, shape)?.to_dtype(dtype)?))
+            }
+            (Device::Cpu, DType::F32 | DType::F16 | DType::BF16) => {
+                let loss = token_losses(&x, &self.targets)?.iter().sum::<f64>() / count as f64;
+                (Tensor::scalar(loss as f32), None)
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::cross_entropy(x, &self.targets, count, save.wants(0))?,
+            _ => return Err(unsupported(self, &x)),
+        };
+        gradient.into_iter().for_each(|g| save.push(g));
+        Ok(loss)
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        let [gradient] = saved.take()?;
+        let factor = dy.item()?;
+        Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+    }
+}
+
+impl Var<'_> {
+    /// The mean cross entropy of logits `[rows, vocab]` with one target a row, over rows whose target is not −1: a scalar, in `f64`
+    /// for `f64` logits and in `f32` for all others.
+    ///
+    /// # Errors
+    /// A target that is neither −1 nor a column; as many targets as rows are needed, and one that counts.
+    pub fn cross_entropy(self, targets: Arc<[i32]>) -> Result<Self> {
+        self.tape().record(CrossEntropy { targets }, vec![self])
+    }
+}
+
+/// `log Σ exp x − x[target]` of every row (0 where the target is −1), without a tape; for evaluation.
+///
+/// # Errors
+/// As [`Var::cross_entropy`], except that no target needs to count.
+pub fn token_losses(logits: &Tensor, targets: &[i32]) -> Result<Vec<f64>> {
+    check(logits, targets)?;
+    let cols = logits.cols();
+    match (logits.device(), logits.dtype()) {
+        (Device::Cpu, DType::F64) => Ok(reference(logits.as_slice()?, targets, cols).0),
+        (Device::Cpu, _) => {
+            let wide = logits.to_dtype(DType::F32)?;
+            let row = |(x, &target): (&[f32], &i32)| if target < 0 { 0.0 } else { cpu::simd(|| row_loss(x, target as usize)) };
+            Ok(wide.as_slice::<f32>()?.par_chunks(cols).zip(targets).with_min_len(cpu::rows_per_task(cols)).map(row).collect())
+        }
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(_), _) => crate::device::cuda::ops::token_losses(logits, targets),
+    }
+}
+
+fn check(logits: &Tensor, targets: &[i32]) -> Result<()> {
+    let vocab = logits.cols();
+    if logits.shape().len() != 2 || logits.rows() != targets.len() || vocab == 0 {
+        return Err(Error::shape("cross_entropy", format!("[{}, vocabulary]", targets.len()), logits.shape()));
+    }
+    if let Some(t) = targets.iter().find(|&&t| t < -1 || t >= 0 && t as usize >= vocab) {
+        return Err(Error::argument("cross_entropy", format!("expected a target in 0..{vocab}, or -1, got {t}")));
+    }
+    Ok(())
+}
+
+/// The loss of every row and the gradient of their mean, by the definition.
+pub fn reference(x: &[f64], targets: &[i32], cols: usize) -> (Vec<f64>, Vec<f64>) {
+    let count = targets.iter().filter(|&&t| t >= 0).count() as f64;
+    let (mut losses, mut gradient) = (vec![0.0; targets.len()], vec![0.0; x.len()]);
+    for (r, x) in x.chunks(cols).enumerate().filter(|&(r, _)| targets[r] >= 0) {
+        let target = targets[r] as usize;
+        let max = x.iter().fold(f64::NEG_INFINITY, |m, &v| m.max(v));
+        let sum: f64 = x.iter().map(|v| (v - max).exp()).sum();
+        losses[r] = max + sum.ln() - x[target];
+        for j in 0..cols {
+            let onehot = if j == target { 1.0 } else { 0.0 };
+            gradient[r * cols + j] = ((x[j] - max).exp() / sum - onehot) / count;
+        }
+    }
+    (losses, gradient)
+}
+
+/// Overwrites logits with `scale · (softmax − onehot)`; returns the loss of every row.
+fn fast(x: &mut [f32], targets: &[i32], cols: usize, scale: f32) -> Vec<f64> {
+    let row = |(x, &target): (&mut [f32], &i32)| {
+        if target < 0 {
+            x.fill(0.0);
+            return 0.0;
+        }
+        cpu::simd(
+            #[inline(always)]
+            || {
+                let max = cpu::max(x);
+                let at = f64::from(x[target as usize]);
+                let sum = cpu::exp_sum(x, max);
+                let factor = scale / sum;
+                x.iter_mut().for_each(|x| *x *= factor);
+                x[target as usize] -= scale;
+                f64::from(max) + f64::from(sum).ln() - at
+            },
+        )
+    };
+    x.par_chunks_mut(cols).zip(targets).with_min_len(cpu::rows_per_task(cols)).map(row).collect()
+}
+
+#[inline(always)]
+fn row_loss(x: &[f32], target: usize) -> f64 {
+    let max = cpu::max(x);
+    let sum = cpu::sum2(x, x, |x, _| cpu::exp_f32(x - max));
+    f64::from(max) + f64::from(sum).ln() - f64::from(x[target])
+}
+
+/// Worked cases: rows that do not count, large logits, one row.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, rows: usize, vocab: usize, size: f64| {
+        let targets: Arc<[i32]> = (0..rows).map(|r| if r % 3 == 1 { -1 } else { (r * 7 % vocab) as i32 }).collect();
+        let mut x = randn([rows, vocab], 61).into_vec::<f64>().expect("f64");
+        x.iter_mut().for_each(|x| *x *= size);
+        let x = Tensor::from_vec(x, [rows, vocab]).expect("the same size");
+        Case::new("cross_entropy", name, vec![x], move |mut v| v.remove(0).cross_entropy(targets.clone()))
+    };
+    vec![
+        case("one row", 1, 5, 1.0),
+        case("one column", 4, 1, 1.0),
+        case("odd", 5, 37, 1.0),
+        case("large logits", 7, 24, 50.0),
+        case("256x4096", 256, 4096, 3.0).large(),
+    ]
+}

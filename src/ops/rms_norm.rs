@@ -1,0 +1,142 @@
+//! Root-mean-square normalisation of every row, without a gain (gains are folded into the linear layers that follow):
+//! `y = x r`, `r = 1/√(mean(x²) + ε)` (Zhang & Sennrich 2019). Backward: `dx = r (dy − y mean(dy · y))`.
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, randn, unsupported, widened, widened_backward};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Result, Tensor};
+
+/// The operation; keeps x and r of every row.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm {
+    /// Added to the mean square, inside the root.
+    pub eps: f64,
+}
+
+impl Op for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms_norm"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let shape = x.shape().to_vec();
+        let (y, inverse) = match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let (y, inverse) = reference(x.as_slice()?, x.cols(), self.eps);
+                (Tensor::from_vec(y, shape)?, Tensor::from_vec(inverse, [x.rows()])?)
+            }
+            (Device::Cpu, DType::F32) => {
+                let (y, inverse) = fast(x.as_slice()?, x.cols(), self.eps as f32);
+                (Tensor::from_vec(y, shape)?, Tensor::from_vec(inverse, [x.rows()])?)
+            }
+            (Device::Cpu, DType::F16 | DType::BF16) => return widened(self, vec![x].into(), save),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_forward(&x, self.eps)?,
+            _ => return Err(unsupported(self, &x)),
+        };
+        if save.wants(0) {
+            save.push(x);
+            save.push(inverse);
+        }
+        Ok(y)
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        if dy.device().is_cpu() && dy.dtype().is_half() {
+            return widened_backward(self, saved, dy, want);
+        }
+        let [x, inverse] = saved.take()?;
+        let shape = dy.shape().to_vec();
+        let cols = dy.cols();
+        Ok(vec![Some(match (dy.device(), dy.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                Tensor::from_vec(reference_backward(dy.as_slice()?, x.as_slice()?, inverse.as_slice()?, cols), shape)?
+            }
+            (Device::Cpu, DType::F32) => {
+                let mut dx = dy.into_owned::<f32>()?;
+                fast_backward(&mut dx, x.as_slice()?, inverse.as_slice()?, cols);
+                Tensor::from_vec(dx, shape)?
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_backward(dy, &x, &inverse)?,
+            _ => return Err(unsupported(self, &dy)),
+        })])
+    }
+}
+
+impl Var<'_> {
+    /// Divides every row (last axis) by the root of its mean square plus `eps`.
+    pub fn rms_norm(self, eps: f64) -> Result<Self> {
+        self.tape().record(RmsNorm { eps }, vec![self])
+    }
+}
+
+/// y and r by the definition.
+pub fn reference(x: &[f64], cols: usize, eps: f64) -> (Vec<f64>, Vec<f64>) {
+    let row = |x: &[f64]| 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / cols as f64 + eps).sqrt();
+    let inverse: Vec<_> = x.chunks(cols.max(1)).map(row).collect();
+    (x.iter().enumerate().map(|(i, x)| x * inverse[i / cols]).collect(), inverse)
+}
+
+/// dx by the formula above.
+pub fn reference_backward(dy: &[f64], x: &[f64], inverse: &[f64], cols: usize) -> Vec<f64> {
+    let rows = dy.chunks(cols.max(1)).zip(x.chunks(cols.max(1))).zip(inverse);
+    rows.flat_map(|((dy, x), &r)| {
+        let mean = dy.iter().zip(x).map(|(dy, x)| dy * x * r).sum::<f64>() / cols as f64;
+        dy.iter().zip(x).map(move |(dy, x)| r * (dy - x * r * mean)).collect::<Vec<_>>()
+    })
+    .collect()
+}
+
+fn fast(x: &[f32], cols: usize, eps: f32) -> (Vec<f32>, Vec<f32>) {
+    use rayon::prelude::*;
+    let rows = cpu::rows_per_task(cols);
+    let cols = cols.max(1);
+    let (mut y, mut inverse) = (cpu::alloc(x.len()), vec![0f32; x.len() / cols]);
+    y.par_chunks_mut(rows * cols).zip(x.par_chunks(rows * cols)).zip(inverse.par_chunks_mut(rows)).for_each(
+        |((y, x), inverse)| {
+            cpu::simd(
+                #[inline(always)]
+                || {
+                    for ((y, x), inverse) in y.chunks_mut(cols).zip(x.chunks(cols)).zip(inverse) {
+                        let r = 1.0 / (cpu::sum2(x, x, |a, b| a * b) / cols as f32 + eps).sqrt();
+                        y.iter_mut().zip(x).for_each(|(y, x)| *y = x * r);
+                        *inverse = r;
+                    }
+                },
+            );
+        },
+    );
+    (y, inverse)
+}
+
+/// Overwrites dy with dx.
+fn fast_backward(dy: &mut [f32], x: &[f32], inverse: &[f32], cols: usize) {
+    let cols = cols.max(1);
+    cpu::map_rows(
+        dy,
+        x,
+        cols,
+        cols,
+        #[inline(always)]
+        |first, dy, x| {
+            for ((dy, x), &r) in dy.chunks_mut(cols).zip(x.chunks(cols)).zip(&inverse[first..]) {
+                let mean = cpu::sum2(dy, x, |a, b| a * b) * r / cols as f32;
+                dy.iter_mut().zip(x).for_each(|(dy, x)| *dy = r * (*dy - x * (r * mean)));
+            }
+        },
+    );
+}
+
+/// Worked cases.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, shape: &[usize], eps: f64| {
+        Case::new("rms_norm", name, vec![randn(shape, 21)], move |mut v| v.remove(0).rms_norm(eps))
+    };
+    vec![
+        case("one value", &[1], 0.5),
+        case("one row", &[1, 24], 1e-5),
+        case("odd", &[3, 37], 1e-6),
+        case("three axes", &[2, 3, 16], 1e-5),
+        case("1024x384", &[1024, 384], 1e-5).large(),
+    ]
+}

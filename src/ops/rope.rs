@@ -1,0 +1,165 @@
+//! Rotary position embedding (Su et al. 2021), half-split: a head `(a, b)` of D values, cut in halves, at position p becomes
+//! `(a c − b s, b c + a s)` with `c, s = cos, sin(p f_i)` and f the D/2 inverse frequencies. Backward is the inverse rotation.
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, randn, unsupported, widened, widened_backward};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+/// Cosines and sines of every position, `[seq, D/2]`; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// The tables of positions 0 to `seq − 1`, for values of `dtype`: `f64` for `f64`, `f32` for everything narrower.
+    /// Angles are computed in `f64`.
+    pub fn new(inverse_frequencies: &[f64], seq: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let table = |f: fn(f64) -> f64| {
+            let values = (0..seq).flat_map(|p| inverse_frequencies.iter().map(move |w| f(p as f64 * w))).collect();
+            Tensor::from_vec(values, [seq, inverse_frequencies.len()])?.to_dtype(dtype)?.to_device(device)
+        };
+        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
+    }
+    /// Number of positions.
+    pub fn seq(&self) -> usize {
+        self.cos.rows()
+    }
+    /// Values per head.
+    pub fn dim(&self) -> usize {
+        2 * self.cos.cols()
+    }
+}
+
+/// The rotation of `[tokens, heads, D]`, token t at position t mod seq, or its inverse.
+#[derive(Clone, Debug)]
+pub struct Rotate {
+    /// The angles.
+    pub rope: Rope,
+    /// Rotate back.
+    pub transpose: bool,
+}
+
+impl Op for Rotate {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let Rope { cos, sin } = &self.rope;
+        let (seq, dim) = (self.rope.seq(), self.rope.dim());
+        let shape = x.shape().to_vec();
+        let [tokens, heads, d] = shape[..] else {
+            return Err(Error::shape("rope", "[tokens, heads, dim]", &shape));
+        };
+        if d != dim || !tokens.is_multiple_of(seq.max(1)) {
+            return Err(Error::shape("rope", format!("[multiple of {seq}, heads, {dim}]"), &shape));
+        }
+        match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let mut y = x.into_owned::<f64>()?;
+                reference(&mut y, cos.as_slice()?, sin.as_slice()?, (seq, heads, dim), self.transpose);
+                Tensor::from_vec(y, shape)
+            }
+            (Device::Cpu, DType::F32) => {
+                let mut y = x.into_owned::<f32>()?;
+                fast(&mut y, cos.as_slice()?, sin.as_slice()?, (seq, heads, dim), self.transpose);
+                Tensor::from_vec(y, shape)
+            }
+            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x].into(), save),
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::rope(x, cos, sin, self.transpose),
+            _ => Err(unsupported(self, &x)),
+        }
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        if dy.device().is_cpu() && dy.dtype().is_half() {
+            return widened_backward(self, saved, dy, want);
+        }
+        let back = Self { rope: self.rope.clone(), transpose: !self.transpose };
+        Ok(vec![Some(back.forward(vec![dy].into(), &mut Saved::default())?)])
+    }
+}
+
+impl Var<'_> {
+    /// Splits rows into heads, `[.., heads · dim]` → `[tokens, heads, dim]`; free.
+    pub fn heads(self, dim: usize) -> Result<Self> {
+        let (rows, cols) = (self.value().rows(), self.value().cols());
+        if dim == 0 || !cols.is_multiple_of(dim) {
+            return Err(Error::shape("heads", format!("[.., a multiple of {dim}]"), self.shape()));
+        }
+        self.reshape([rows, cols / dim, dim])
+    }
+    /// Rotates every head of `[tokens, heads, dim]` by the angles of its position, `token mod rope.seq()`.
+    ///
+    /// # Errors
+    /// If the heads have another size, or the tokens are not whole sequences.
+    pub fn rope(self, rope: &Rope) -> Result<Self> {
+        self.tape().record(Rotate { rope: rope.clone(), transpose: false }, vec![self])
+    }
+}
+
+/// The rotation by the definition, in place.
+pub fn reference(x: &mut [f64], cos: &[f64], sin: &[f64], (seq, heads, dim): (usize, usize, usize), transpose: bool) {
+    let half = dim / 2;
+    for (row, x) in x.chunks_mut(dim.max(1)).enumerate() {
+        let position = row / heads % seq;
+        for i in 0..half {
+            let (c, s) = (cos[position * half + i], sin[position * half + i]);
+            let s = if transpose { -s } else { s };
+            let (a, b) = (x[i], x[half + i]);
+            (x[i], x[half + i]) = (a * c - b * s, b * c + a * s);
+        }
+    }
+}
+
+fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], (seq, heads, dim): (usize, usize, usize), transpose: bool) {
+    use rayon::prelude::*;
+    let (half, width) = (dim / 2, heads * dim);
+    if width == 0 {
+        return;
+    }
+    let sign = if transpose { -1.0 } else { 1.0 };
+    let tokens = cpu::rows_per_task(width);
+    x.par_chunks_mut(tokens * width).enumerate().for_each(|(task, x)| {
+        cpu::simd(
+            #[inline(always)]
+            || {
+                for (i, x) in x.chunks_mut(width).enumerate() {
+                    let position = (task * tokens + i) % seq;
+                    let (cos, sin) = (&cos[position * half..][..half], &sin[position * half..][..half]);
+                    for x in x.chunks_mut(dim) {
+                        let (a, b) = x.split_at_mut(half);
+                        for (((a, b), &c), &s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                            let s = sign * s;
+                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                        }
+                    }
+                }
+            },
+        );
+    });
+}
+
+/// Worked cases.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, (batch, seq): (usize, usize), heads: usize, dim: usize| {
+        let x = randn([batch * seq, heads * dim], 41);
+        Case::new("rope", name, vec![x], move |mut v| {
+            let frequencies: Vec<_> = (0..dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / dim as f64)).collect();
+            let x = v.remove(0);
+            let rope = Rope::new(&frequencies, seq, x.value().dtype(), &x.value().device())?;
+            x.heads(dim)?.rope(&rope)
+        })
+    };
+    vec![
+        case("one token", (1, 1), 2, 8),
+        case("odd", (3, 5), 3, 8),
+        case("one pair a head", (2, 7), 1, 2),
+        case("head of 80", (2, 3), 2, 80),
+        case("8x128 tokens, 6 heads of 64", (8, 128), 6, 64).large(),
+    ]
+}
