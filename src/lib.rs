@@ -5,6 +5,7 @@ pub mod check;
 pub mod device;
 mod dtype;
 mod error;
+pub mod llama;
 pub mod ops;
 pub mod quant;
 pub mod rotation;

@@ -1,0 +1,504 @@
+//! `config.json` of a LLaMA, in both generations of key names.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::{DType, Error, Result};
+
+/// The shape and constants of a LLaMA 2 or 3.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// Width C of the residual stream.
+    pub hidden_size: usize,
+    /// Width F of the MLP.
+    pub intermediate_size: usize,
+    /// Number of decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width D of one head; even. `heads * head_dim` need not be `hidden_size`.
+    pub head_dim: usize,
+    /// Number of token ids V.
+    pub vocab_size: usize,
+    /// Added to the mean square inside RMSNorm's root.
+    pub rms_norm_eps: f64,
+    /// The context the model was made for.
+    pub max_position_embeddings: usize,
+    /// The base θ of the rotary embedding.
+    pub rope_theta: f64,
+    /// How the rotary frequencies are stretched, if at all.
+    pub rope_scaling: Option<RopeScaling>,
+    /// The output head is the embedding (copied when loaded).
+    pub tie_word_embeddings: bool,
+    /// The token that starts a text.
+    pub bos_token_id: Option<u32>,
+    /// The tokens that end one; may be none.
+    pub eos_token_ids: Vec<u32>,
+    /// The element type the configuration claims. What the weight files say is what counts.
+    pub dtype: Option<DType>,
+}
+
+/// Stretching of the rotary frequencies for contexts longer than trained on; see [`LlamaConfig::inverse_frequencies`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum RopeScaling {
+    /// Every frequency divided by `factor`.
+    Linear {
+        /// At least 1.
+        factor: f64,
+    },
+    /// LLaMA 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Llama3 {
+        /// At least 1.
+        factor: f64,
+        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched in full.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// The context before stretching.
+        original_max_position_embeddings: usize,
+    },
+}
+
+impl LlamaConfig {
+    /// Reads and validates a `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] naming the file, the field, what was expected and what came, for anything that is not a
+    /// LLaMA this crate computes exactly: another architecture, biases, another activation, another kind of rotary embedding.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        Self::from_json(&std::fs::read(path).map_err(Error::io(path))?, path)
+    }
+
+    /// The same from the file's bytes; `path` is for messages. Any bytes give a configuration or an error.
+    pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self> {
+        let bad = |message: String| Error::format(path, message);
+        let map: Map<String, Value> = serde_json::from_slice(bytes).map_err(|e| bad(format!("expected a JSON object: {e}")))?;
+        let config = parse(Fields { map: &map, prefix: "" }).map_err(bad)?;
+        config.problem().map_or(Ok(config), |p| Err(bad(p)))
+    }
+
+    /// Checks what [`from_file`](Self::from_file) checks, for a configuration made by hand.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the field, what was expected and what came.
+    pub fn validate(&self) -> Result<()> {
+        self.problem().map_or(Ok(()), |p| Err(Error::argument("LlamaConfig", p)))
+    }
+
+    /// The first thing wrong, in the file's names.
+    fn problem(&self) -> Option<String> {
+        let sizes = [
+            ("hidden_size", self.hidden_size, 1 << 20),
+            ("intermediate_size", self.intermediate_size, 1 << 22),
+            ("num_hidden_layers", self.layers, 1 << 12),
+            ("num_attention_heads", self.heads, 1 << 12),
+            ("num_key_value_heads", self.kv_heads, 1 << 12),
+            ("head_dim", self.head_dim, 1 << 14),
+            ("vocab_size", self.vocab_size, 1 << 26),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 31),
+        ];
+        for (name, got, most) in sizes {
+            if !(1..=most).contains(&got) {
+                return Some(format!("{name}: expected 1 to {most}, got {got}"));
+            }
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Some(format!("head_dim: expected an even number (rotary halves), got {}", self.head_dim));
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            let (heads, kv) = (self.heads, self.kv_heads);
+            return Some(format!("num_key_value_heads: expected a divisor of num_attention_heads = {heads}, got {kv}"));
+        }
+        if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0) {
+            return Some(format!("rms_norm_eps: expected 0 up to below 1, got {}", self.rms_norm_eps));
+        }
+        if !(self.rope_theta >= 1.0 && self.rope_theta < 1e15) {
+            return Some(format!("rope_theta: expected 1 up to 1e15, got {}", self.rope_theta));
+        }
+        let factor_is_bad = |f: f64| !(1.0..=1e6).contains(&f);
+        match self.rope_scaling {
+            Some(RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. }) if factor_is_bad(factor) => {
+                return Some(format!("rope scaling factor: expected 1 to 1e6, got {factor}"));
+            }
+            Some(RopeScaling::Llama3 {
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: n,
+                ..
+            }) => {
+                if !(low > 0.0 && high > low && high < 1e6) {
+                    return Some(format!(
+                        "rope scaling: expected 0 < low_freq_factor < high_freq_factor < 1e6, got {low} and {high}"
+                    ));
+                }
+                if !(1..=1 << 31).contains(&n) {
+                    return Some(format!("original_max_position_embeddings: expected 1 to {}, got {n}", 1u64 << 31));
+                }
+            }
+            _ => {}
+        }
+        match self.bos_token_id {
+            Some(id) if id as usize >= self.vocab_size => {
+                Some(format!("bos_token_id: expected less than vocab_size = {}, got {id}", self.vocab_size))
+            }
+            _ => None,
+        }
+    }
+
+    /// Angle per position of each rotated pair: `head_dim / 2` numbers.
+    ///
+    /// fᵢ = θ^(−2i/D). Linear scaling: fᵢ / factor. LLaMA 3.1, with n the original context and λᵢ = 2π/fᵢ the wavelength:
+    /// ```text
+    /// fᵢ                                     where λᵢ < n / high_freq_factor
+    /// fᵢ / factor                            where λᵢ > n / low_freq_factor
+    /// (1 − s) fᵢ / factor + s fᵢ             between; s = (n/λᵢ − low_freq_factor) / (high_freq_factor − low_freq_factor)
+    /// ```
+    pub fn inverse_frequencies(&self) -> Vec<f64> {
+        let plain = |i: usize| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64);
+        let scaled = |f: f64| match self.rope_scaling {
+            None => f,
+            Some(RopeScaling::Linear { factor }) => f / factor,
+            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => {
+                // n/λ: how often the wave fits in the original context. s is 1 or more for short waves, 0 or less for long ones.
+                let waves = original_max_position_embeddings as f64 * f / (2.0 * std::f64::consts::PI);
+                let s = ((waves - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                (1.0 - s) * f / factor + s * f
+            }
+        };
+        (0..self.head_dim / 2).map(|i| scaled(plain(i))).collect()
+    }
+
+    /// Query heads that share a key and value head.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// A `config.json` that this crate and the Python libraries read, old and new: the first generation's key names.
+    pub fn to_json(&self) -> String {
+        let scaling = match self.rope_scaling {
+            None => Value::Null,
+            Some(RopeScaling::Linear { factor }) => json!({"rope_type": "linear", "type": "linear", "factor": factor}),
+            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low_freq_factor,
+                "high_freq_factor": high_freq_factor,
+                "original_max_position_embeddings": original_max_position_embeddings,
+            }),
+        };
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": match self.eos_token_ids[..] {
+                [] => Value::Null,
+                [id] => id.into(),
+                ref ids => ids.into(),
+            },
+        });
+        if let Some(dtype) = self.dtype {
+            config["torch_dtype"] = json!(match dtype {
+                DType::F64 => "float64",
+                DType::F32 => "float32",
+                DType::F16 => "float16",
+                DType::BF16 => "bfloat16",
+                DType::U32 => "uint32",
+            });
+        }
+        format!("{config:#}\n")
+    }
+}
+
+/// A JSON object read field by field; `null` counts as absent. Messages name the field.
+#[derive(Clone, Copy)]
+struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    prefix: &'static str,
+}
+
+type Parsed<T> = std::result::Result<T, String>;
+
+impl<'a> Fields<'a> {
+    fn get<T>(self, name: &str, expected: &str, convert: impl FnOnce(&'a Value) -> Option<T>) -> Parsed<Option<T>> {
+        match self.map.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => convert(value).map(Some).ok_or_else(|| self.wrong(name, expected, value)),
+        }
+    }
+    fn wrong(self, name: &str, expected: &str, got: &Value) -> String {
+        let mut got = got.to_string();
+        if let Some((cut, _)) = got.char_indices().nth(80) {
+            got.replace_range(cut.., "…");
+        }
+        format!("{}{name}: expected {expected}, got {got}", self.prefix)
+    }
+    fn missing(self, name: &str) -> String {
+        format!("{}{name}: a needed field is missing", self.prefix)
+    }
+    fn size(self, name: &str) -> Parsed<Option<usize>> {
+        self.get(name, "a whole number", |v| usize::try_from(v.as_u64()?).ok())
+    }
+    fn need_size(self, name: &str) -> Parsed<usize> {
+        self.size(name)?.ok_or_else(|| self.missing(name))
+    }
+    fn number(self, name: &str) -> Parsed<Option<f64>> {
+        self.get(name, "a number", Value::as_f64)
+    }
+    fn need_number(self, name: &str) -> Parsed<f64> {
+        self.number(name)?.ok_or_else(|| self.missing(name))
+    }
+    fn text(self, name: &str) -> Parsed<Option<&'a str>> {
+        self.get(name, "a string", Value::as_str)
+    }
+    fn object(self, name: &str, prefix: &'static str) -> Parsed<Option<Fields<'a>>> {
+        Ok(self.get(name, "an object", Value::as_object)?.map(|map| Fields { map, prefix }))
+    }
+    /// Refuses any value but `only`; absent is fine.
+    fn only(self, name: &str, only: Value) -> Parsed<()> {
+        self.get(name, &only.to_string(), |v| (*v == only).then_some(())).map(|_| ())
+    }
+    fn whole_rotary(self) -> Parsed<()> {
+        self.get("partial_rotary_factor", "1", |v| (v.as_f64()? == 1.0).then_some(())).map(|_| ())
+    }
+}
+
+fn token_id(v: &Value) -> Option<u32> {
+    v.as_u64()?.try_into().ok()
+}
+
+fn parse(f: Fields) -> Parsed<LlamaConfig> {
+    let architecture =
+        f.get("architectures", "[\"LlamaForCausalLM\"]", |v| (v.as_array()? == &["LlamaForCausalLM"]).then_some(()))?;
+    f.only("model_type", json!("llama"))?;
+    if architecture.is_none() && f.text("model_type")?.is_none() {
+        return Err(f.missing("model_type"));
+    }
+    f.only("hidden_act", json!("silu"))?;
+    f.only("attention_bias", json!(false))?;
+    f.only("mlp_bias", json!(false))?;
+    f.get("quantization_config", "none (unquantised weights)", |_| None::<()>)?;
+
+    let hidden_size = f.need_size("hidden_size")?;
+    let heads = f.need_size("num_attention_heads")?;
+    let head_dim = match f.size("head_dim")? {
+        Some(d) => d,
+        None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
+        None => return Err(format!("num_attention_heads: expected a divisor of hidden_size = {hidden_size}, got {heads}")),
+    };
+    let (rope_theta, rope_scaling) = rope(f)?;
+    let dtype = f.text("dtype")?.or(f.text("torch_dtype")?).map(|s| s.trim_start_matches("torch."));
+    let dtype = match dtype {
+        None | Some("auto") => None,
+        Some(s) => Some(s.parse().map_err(|e: Error| e.to_string())?),
+    };
+    Ok(LlamaConfig {
+        hidden_size,
+        intermediate_size: f.need_size("intermediate_size")?,
+        layers: f.need_size("num_hidden_layers")?,
+        heads,
+        kv_heads: f.size("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        vocab_size: f.need_size("vocab_size")?,
+        rms_norm_eps: f.need_number("rms_norm_eps")?,
+        // The architecture's defaults, left out by early files.
+        max_position_embeddings: f.size("max_position_embeddings")?.unwrap_or(2048),
+        rope_theta,
+        rope_scaling,
+        tie_word_embeddings: f.get("tie_word_embeddings", "true or false", Value::as_bool)?.unwrap_or(false),
+        bos_token_id: f.get("bos_token_id", "a token id", token_id)?,
+        eos_token_ids: f
+            .get("eos_token_id", "a token id or a list of them", |v| match v {
+                Value::Array(ids) => ids.iter().map(token_id).collect(),
+                id => Some(vec![token_id(id)?]),
+            })?
+            .unwrap_or_default(),
+        dtype,
+    })
+}
+
+/// θ and scaling, from `rope_parameters` (second generation) or `rope_theta` and `rope_scaling` (first). θ defaults to 10000.
+fn rope(f: Fields) -> Parsed<(f64, Option<RopeScaling>)> {
+    let (old, new) = (f.object("rope_scaling", "rope_scaling.")?, f.object("rope_parameters", "rope_parameters.")?);
+    let part = new.or(old);
+    f.whole_rotary()?;
+    let outer = f.number("rope_theta")?;
+    let inner = part.map_or(Ok(None), |p| p.number("rope_theta"))?;
+    if let (Some(outer), Some(inner)) = (outer, inner)
+        && outer != inner
+    {
+        return Err(format!("rope_theta: expected one value, got {outer} at the top level and {inner} inside"));
+    }
+    let theta = inner.or(outer).unwrap_or(10000.0);
+    let Some(p) = part else { return Ok((theta, None)) };
+    p.whole_rotary()?;
+    let scaling = match p.text("rope_type")?.or(p.text("type")?) {
+        Some("default") => None,
+        // A bare θ has no type.
+        None if p.number("factor")?.is_none() => None,
+        None => return Err(p.missing("rope_type")),
+        Some("linear") => Some(RopeScaling::Linear { factor: p.need_number("factor")? }),
+        Some("llama3") => Some(RopeScaling::Llama3 {
+            factor: p.need_number("factor")?,
+            low_freq_factor: p.need_number("low_freq_factor")?,
+            high_freq_factor: p.need_number("high_freq_factor")?,
+            original_max_position_embeddings: match p.size("original_max_position_embeddings")? {
+                Some(n) => n,
+                None => {
+                    f.need_size("original_max_position_embeddings").map_err(|_| p.missing("original_max_position_embeddings"))?
+                }
+            },
+        }),
+        Some(other) => return Err(p.wrong("rope_type", "\"default\", \"linear\" or \"llama3\"", &json!(other))),
+    };
+    Ok((theta, scaling))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn base() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97, "rms_norm_eps": 1e-5,
+        })
+    }
+    fn with(changes: Value) -> Result<LlamaConfig> {
+        let mut v = base();
+        for (name, value) in changes.as_object().unwrap() {
+            v[name] = value.clone();
+        }
+        LlamaConfig::from_json(v.to_string().as_bytes(), Path::new("dir/config.json"))
+    }
+    fn llama3() -> Value {
+        json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192})
+    }
+
+    #[test]
+    fn defaults() {
+        let c = with(json!({})).unwrap();
+        assert_eq!((c.kv_heads, c.head_dim, c.max_position_embeddings, c.rope_theta), (4, 16, 2048, 10000.0));
+        assert_eq!((c.rope_scaling, c.bos_token_id, c.eos_token_ids, c.dtype), (None, None, vec![], None));
+        assert!(!c.tie_word_embeddings);
+    }
+
+    #[test]
+    fn both_generations_say_the_same() {
+        let mut new = llama3();
+        new["rope_theta"] = json!(5e5);
+        let rest = |v: &mut Value| {
+            v["head_dim"] = json!(32);
+            v["num_key_value_heads"] = json!(2);
+            v["bos_token_id"] = json!(3);
+        };
+        let (mut old, mut second) = (json!({"rope_theta": 5e5, "rope_scaling": llama3()}), json!({"rope_parameters": new}));
+        old["torch_dtype"] = json!("bfloat16");
+        old["eos_token_id"] = json!(7);
+        second["dtype"] = json!("bfloat16");
+        second["eos_token_id"] = json!([7]);
+        rest(&mut old);
+        rest(&mut second);
+        let (a, b) = (with(old).unwrap(), with(second).unwrap());
+        assert_eq!(a, b);
+        assert_eq!((a.head_dim, a.group(), a.eos_token_ids.clone(), a.dtype), (32, 2, vec![7], Some(DType::BF16)));
+        assert_eq!(LlamaConfig::from_json(a.to_json().as_bytes(), Path::new("written")).unwrap(), a);
+        let linear = with(json!({"rope_scaling": {"type": "linear", "factor": 2}, "eos_token_id": [1, 2]})).unwrap();
+        assert_eq!(linear.rope_scaling, Some(RopeScaling::Linear { factor: 2.0 }));
+        assert_eq!(LlamaConfig::from_json(linear.to_json().as_bytes(), Path::new("written")).unwrap(), linear);
+    }
+
+    #[test]
+    fn rotary_frequencies() {
+        let plain = with(json!({"rope_theta": 5e5, "head_dim": 128})).unwrap().inverse_frequencies();
+        assert_eq!((plain.len(), plain[0]), (64, 1.0));
+        assert!((plain[32] - 5e5f64.powf(-0.5)).abs() < 1e-18);
+        let half =
+            with(json!({"rope_theta": 5e5, "head_dim": 128, "rope_parameters": {"rope_type": "linear", "factor": 2.0}})).unwrap();
+        assert!(half.inverse_frequencies().iter().zip(&plain).all(|(a, b)| *a == b / 2.0));
+
+        // LLaMA 3.1: the published piecewise definition, by wavelength.
+        let scaled = with(json!({"rope_theta": 5e5, "head_dim": 128, "rope_scaling": llama3()})).unwrap().inverse_frequencies();
+        let (mut kept, mut ramp, mut stretched) = (0, 0, 0);
+        for (got, f) in scaled.iter().zip(&plain) {
+            let wavelength = 2.0 * std::f64::consts::PI / f;
+            let want = if wavelength < 8192.0 / 4.0 {
+                kept += 1;
+                *f
+            } else if wavelength > 8192.0 / 1.0 {
+                stretched += 1;
+                f / 8.0
+            } else {
+                ramp += 1;
+                let s = (8192.0 / wavelength - 1.0) / (4.0 - 1.0);
+                (1.0 - s) * f / 8.0 + s * f
+            };
+            assert!((got - want).abs() <= 1e-15 * want, "{got} {want}");
+        }
+        assert_eq!((kept, ramp, stretched), (29, 6, 29));
+    }
+
+    #[test]
+    fn refusals_name_field_expected_and_got() {
+        for (change, informative) in [
+            (json!({"hidden_size": null}), "hidden_size: a needed field is missing"),
+            (json!({"rms_norm_eps": null}), "rms_norm_eps: a needed field is missing"),
+            (json!({"hidden_size": "64"}), "hidden_size: expected a whole number, got \"64\""),
+            (json!({"hidden_size": -64}), "hidden_size: expected a whole number, got -64"),
+            (json!({"vocab_size": 0}), "vocab_size: expected 1 to"),
+            (json!({"num_hidden_layers": 1u64 << 40}), "num_hidden_layers: expected 1 to 4096"),
+            (json!({"num_attention_heads": 0}), "num_attention_heads: expected a divisor of hidden_size = 64, got 0"),
+            (json!({"architectures": ["MistralForCausalLM"]}), "architectures: expected [\"LlamaForCausalLM\"], got [\"Mistral"),
+            (json!({"model_type": "qwen2"}), "model_type: expected \"llama\", got \"qwen2\""),
+            (json!({"architectures": null, "model_type": null}), "model_type: a needed field"),
+            (json!({"attention_bias": true}), "attention_bias: expected false, got true"),
+            (json!({"mlp_bias": true}), "mlp_bias: expected false, got true"),
+            (json!({"hidden_act": "gelu"}), "hidden_act: expected \"silu\", got \"gelu\""),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config: expected none"),
+            (json!({"head_dim": 15}), "head_dim: expected an even number (rotary halves), got 15"),
+            (json!({"num_key_value_heads": 3}), "num_key_value_heads: expected a divisor of num_attention_heads = 4, got 3"),
+            (json!({"rms_norm_eps": 2.0}), "rms_norm_eps: expected 0 up to below 1, got 2"),
+            (json!({"rope_theta": 0}), "rope_theta: expected 1 up to"),
+            (json!({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}), "rope_theta: expected one value"),
+            (json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), "rope_scaling.rope_type: expected \"default\""),
+            (json!({"rope_parameters": {"rope_type": "yarn"}}), "got \"yarn\""),
+            (json!({"rope_scaling": {"factor": 2.0}}), "rope_scaling.rope_type: a needed field is missing"),
+            (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor: a needed field is missing"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 0.0}}), "factor: expected 1 to"),
+            (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "partial_rotary_factor: expected 1, got 0.5"),
+            (json!({"bos_token_id": 97}), "bos_token_id: expected less than vocab_size = 97, got 97"),
+            (json!({"eos_token_id": "</s>"}), "eos_token_id: expected a token id or a list"),
+            (json!({"torch_dtype": "float8_e4m3fn"}), "expected f64, f32, f16 or bf16, got \"float8_e4m3fn\""),
+        ] {
+            let message = with(change.clone()).expect_err(&change.to_string()).to_string();
+            assert!(message.starts_with("dir/config.json: ") && message.contains(informative), "{change}: {message}");
+        }
+        for bytes in [&b""[..], b"[1]", b"{", b"\xff\xfe", &[b'['; 100_000]] {
+            let message = LlamaConfig::from_json(bytes, Path::new("c")).unwrap_err().to_string();
+            assert!(message.contains("expected a JSON object"), "{message}");
+        }
+        let good = with(json!({})).unwrap();
+        let odd = LlamaConfig { head_dim: 7, ..good };
+        assert!(odd.validate().unwrap_err().to_string().contains("head_dim: expected an even number"));
+    }
+}
