@@ -11,7 +11,8 @@
 // order, and equal inputs give equal bits; the price is that S and dP are made twice.
 //
 // This file chooses the kernels. attention_plain.cu serves every dtype and dim in float arithmetic, attention_forward.cu and
-// attention_backward.cu serve f16 and bf16 with dim 64 or 128 on tensor cores.
+// attention_backward.cu serve f16 and bf16 with dims up to 128 (multiples of 8, padded in shared memory to 64 or 128) on tensor
+// cores, and attention_hopper_*.cu the same with Hopper's own instructions where build and device have them.
 
 #include "attention.cuh"
 
@@ -19,18 +20,22 @@ namespace {
 
 using namespace sq_attention;
 
-// delta[batch, heads, seq] = rowsum(dO * O), 16 lanes a row ------------------------------------------------------
+// delta = rowsum(dO * O) and lse2 = log2(e) lse, padded, 16 lanes a row -------------------------------------------
 
 constexpr int kDeltaThreads = 256;
 constexpr int kDeltaRows = kDeltaThreads / 16;
 
 template <class T>
-__global__ void __launch_bounds__(kDeltaThreads) delta_kernel(Problem p, float *delta, const T *dout, const T *o) {
-  const int64_t row = (int64_t)blockIdx.x * kDeltaRows + threadIdx.x / 16;  // (batch * seq + token) * heads + head
-  const bool valid = row < p.batch * p.seq * p.heads;
+__global__ void __launch_bounds__(kDeltaThreads) delta_kernel(Problem p, float *delta, float *lse2, const T *dout, const T *o,
+                                                              const float *lse) {
+  const int64_t row = (int64_t)blockIdx.x * kDeltaRows + threadIdx.x / 16;  // (batch * padded_seq + token) * heads + head
+  const int32_t head = (int32_t)(row % p.heads);
+  const int64_t token = row / p.heads % p.padded_seq(), batch = row / p.heads / p.padded_seq();
+  const bool valid = batch < p.batch && token < p.seq;
   float sum = 0;
   if (valid) {
-    const T *a = dout + row * p.dim, *b = o + row * p.dim;
+    const int64_t at = p.query_offset(batch, token, head);
+    const T *a = dout + at, *b = o + at;
     if (p.dim % 4 == 0) {
       struct alignas(4 * sizeof(T)) Four { T x[4]; };
       for (int d = threadIdx.x % 16 * 4; d < p.dim; d += 64) {
@@ -42,17 +47,19 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(Problem p, float *
     }
   }
   for (int lanes = 8; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-  if (valid && threadIdx.x % 16 == 0) {
-    const int64_t token = row / p.heads;
-    delta[p.row_offset(token / p.seq, token % p.seq, (int32_t)(row % p.heads))] = sum;
+  if (batch < p.batch && threadIdx.x % 16 == 0) {
+    const int64_t at = p.padded_offset(batch, token, head);
+    delta[at] = sum;
+    lse2[at] = valid ? kLog2e * lse[p.row_offset(batch, token, head)] : 0.f;
   }
 }
 
 template <class T>
-cudaError_t launch_delta(const Problem &p, float *delta, const void *dout, const void *o, cudaStream_t stream) {
-  const int64_t blocks = (p.batch * p.seq * p.heads + kDeltaRows - 1) / kDeltaRows;
+cudaError_t launch_delta(const Problem &p, float *delta, float *lse2, const void *dout, const void *o, const float *lse,
+                         cudaStream_t stream) {
+  const int64_t blocks = (p.batch * p.padded_seq() * p.heads + kDeltaRows - 1) / kDeltaRows;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  delta_kernel<T><<<(unsigned)blocks, kDeltaThreads, 0, stream>>>(p, delta, (const T *)dout, (const T *)o);
+  delta_kernel<T><<<(unsigned)blocks, kDeltaThreads, 0, stream>>>(p, delta, lse2, (const T *)dout, (const T *)o, lse);
   return cudaGetLastError();
 }
 
@@ -64,7 +71,7 @@ bool supported(const Problem &p, sq_dtype dtype) {
          p.dim > 0 && p.dim <= 256 && p.scale > 0 && (dtype == SQ_F32 || dtype == SQ_F16 || dtype == SQ_BF16);
 }
 
-bool on_tensor_cores(const Problem &p, sq_dtype dtype) { return dtype != SQ_F32 && (p.dim == 64 || p.dim == 128); }
+bool on_tensor_cores(const Problem &p, sq_dtype dtype) { return dtype != SQ_F32 && p.dim % 8 == 0 && p.dim <= 128; }
 
 }  // namespace
 
@@ -75,12 +82,15 @@ extern "C" int sq_attention_forward(void *o, float *lse, const void *q, const vo
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
   const Forward f{o, lse, q, k, v};
-  const auto run = on_tensor_cores(p, dtype) ? tensor_forward : plain_forward;
-  return run(p, f, dtype, (cudaStream_t)stream);
+  if (!on_tensor_cores(p, dtype)) return plain_forward(p, f, dtype, (cudaStream_t)stream);
+  bool done = false;
+  const cudaError_t error = hopper_forward(p, f, dtype, (cudaStream_t)stream, done);
+  return error != cudaSuccess || done ? error : tensor_forward(p, f, dtype, (cudaStream_t)stream);
 }
 
-extern "C" int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t, int32_t, sq_dtype) {
-  return batch * heads * seq * (int64_t)sizeof(float);  // delta
+extern "C" int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, sq_dtype) {
+  const Problem p{batch, seq, heads, kv_heads, dim, 1.f};
+  return 2 * batch * heads * p.padded_seq() * (int64_t)sizeof(float);  // delta and lse2
 }
 
 extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspace, const void *dout, const void *q,
@@ -90,13 +100,15 @@ extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspa
   const Problem p{batch, seq, heads, kv_heads, dim, scale};
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
-  float *delta = (float *)workspace;
+  float *delta = (float *)workspace, *lse2 = delta + batch * heads * p.padded_seq();
   const auto make_delta = dtype == SQ_F32   ? launch_delta<float>
                           : dtype == SQ_F16 ? launch_delta<__half>
                                             : launch_delta<__nv_bfloat16>;
-  const cudaError_t error = make_delta(p, delta, dout, o, (cudaStream_t)stream);
+  cudaError_t error = make_delta(p, delta, lse2, dout, o, lse, (cudaStream_t)stream);
   if (error != cudaSuccess) return error;
-  const Backward g{dq, dk, dv, delta, dout, q, k, v, lse};
-  const auto run = on_tensor_cores(p, dtype) ? tensor_backward : plain_backward;
-  return run(p, g, dtype, (cudaStream_t)stream);
+  const Backward g{dq, dk, dv, delta, lse2, dout, q, k, v, lse};
+  if (!on_tensor_cores(p, dtype)) return plain_backward(p, g, dtype, (cudaStream_t)stream);
+  bool done = false;
+  error = hopper_backward(p, g, dtype, (cudaStream_t)stream, done);
+  return error != cudaSuccess || done ? error : tensor_backward(p, g, dtype, (cudaStream_t)stream);
 }

@@ -54,7 +54,7 @@ struct Backward {
 // Any dtype, any dim up to 256: float arithmetic in shared memory.
 cudaError_t plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
 cudaError_t plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
-// f16 or bf16, dim 64 or 128: tensor cores.
+// f16 or bf16, any multiple of 8 up to 128 for dim: tensor cores.
 cudaError_t tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
 cudaError_t tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
 // The same with Hopper's own instructions; done = false where the build or the device has none, and nothing was launched then.
@@ -170,14 +170,15 @@ template <int D> __device__ __forceinline__ uint32_t chunk_offset(int row, int c
   return (uint32_t)(row * D * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
-// Starts the copy of `rows` rows (the rest of ROWS becomes zero) into a tile.
+// Starts the copy of `rows` rows of `dim` values into a tile; the rest of it becomes zero.
 template <int ROWS, int D, int THREADS, class T>
-__device__ __forceinline__ void copy_tile(uint32_t tile, const T *src, int64_t stride, int rows) {
+__device__ __forceinline__ void copy_tile(uint32_t tile, const T *src, int64_t stride, int rows, int dim) {
   constexpr int kChunks = D / 8, kRowStep = THREADS / kChunks;
   static_assert(ROWS % kRowStep == 0 && kRowStep % 8 == 0, "a thread keeps its chunk, and the chunk its place");
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
   const uint32_t dst = tile + chunk_offset<D>(row, chunk);
   src += row * stride + chunk * 8;
+  if (chunk * 8 >= dim) rows = 0;
 #pragma unroll
   for (int i = 0; i < ROWS / kRowStep; ++i)
     copy16(dst + i * kRowStep * D * 2, src + i * kRowStep * stride, row + i * kRowStep < rows);
@@ -239,10 +240,10 @@ __device__ __forceinline__ void multiply_registers(float (&c)[M][D / 8][4], cons
   }
 }
 
-// Stores factor[m][half] * c, the M * 16 rows of one warp, to the first `rows` rows of dst through the shared tile rows [row, ..),
-// which no other warp may be using.
+// Stores factor[m][half] * c, the M * 16 rows of one warp, to the first `rows` rows of `dim` values at dst, through the shared tile
+// rows [row, ..), which no other warp may be using.
 template <class T, int D, int M>
-__device__ __forceinline__ void store_rows(T *dst, int64_t stride, int rows, uint32_t tile, int row,
+__device__ __forceinline__ void store_rows(T *dst, int64_t stride, int rows, int dim, uint32_t tile, int row,
                                            const float (&c)[M][D / 8][4], const float (&factor)[M][2]) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
@@ -270,7 +271,7 @@ __device__ __forceinline__ void store_rows(T *dst, int64_t stride, int rows, uin
                  : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                  : "r"(tile + chunk_offset<D>(row + r, chunk))
                  : "memory");
-    if (r < rows) *reinterpret_cast<uint4 *>(dst + r * stride + chunk * 8) = value;
+    if (r < rows && chunk * 8 < dim) *reinterpret_cast<uint4 *>(dst + r * stride + chunk * 8) = value;
   }
 }
 

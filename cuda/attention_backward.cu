@@ -1,4 +1,4 @@
-// Backward attention on tensor cores: f16 or bf16, dim 64 or 128 (attention.cu has the formulas).
+// Backward attention on tensor cores: f16 or bf16, dim up to 128 (attention.cu has the formulas).
 //
 // Two kernels, each with its sums in accumulator registers and its scores never leaving registers:
 //
@@ -6,7 +6,7 @@
 //            are left operands of  dV += P^T dO  and  dK += dS^T Q  as they are.
 //   queries  a warp owns 32 queries and walks keys 32 at a time; dS is the left operand of  dQ += dS K.
 //
-// P = 2^(c s - log2(e) lse) with c = scale log2(e). The accumulators of dP start at -delta, so that dS = P * dP.
+// P = 2^(c s - lse2) with c = scale log2(e) and lse2 = log2(e) lse. The accumulators of dP start at -delta, so that dS = P * dP.
 // Tiles of what is walked travel to shared memory one step ahead.
 
 #include "attention.cuh"
@@ -28,25 +28,24 @@ template <int D> struct KeyShared {  // byte offsets
   static constexpr int kValue = kKey + kKeys * D * 2;
   static constexpr int kQuery = kValue + kKeys * D * 2;  // two steps
   static constexpr int kDout = kQuery + 2 * kStep;       // two steps
-  static constexpr int kRows = kDout + 2 * kStep;        // two steps of lse and delta
+  static constexpr int kRows = kDout + 2 * kStep;        // two steps of lse2 and delta
   static constexpr int kRowStep = 2 * kQueryStep * 4;
   static constexpr int kBytes = kRows + 2 * kRowStep;
 };
 
-// Starts the copies of one step: Q, dO, lse and delta of queries q0.. of head h.
+// Starts the copies of one step: Q, dO, lse2 and delta of queries q0.. of head h.
 template <class T, int D>
 __device__ __forceinline__ void copy_queries(uint32_t base, int stage, const Problem &p, const Backward &g, int64_t b,
                                              int32_t h, int q0) {
   using S = KeyShared<D>;
-  const int64_t query = p.query_offset(b, q0, h), row = p.row_offset(b, q0, h);
+  const int64_t query = p.query_offset(b, q0, h), row = p.padded_offset(b, q0, h);
   const int rows = (int)p.seq - q0;
-  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kQuery + stage * S::kStep, (const T *)g.q + query, p.query_stride(), rows);
-  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kDout + stage * S::kStep, (const T *)g.dout + query, p.query_stride(), rows);
+  const int64_t stride = p.query_stride();
+  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kQuery + stage * S::kStep, (const T *)g.q + query, stride, rows, p.dim);
+  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kDout + stage * S::kStep, (const T *)g.dout + query, stride, rows, p.dim);
   if (threadIdx.x < 2 * kQueryStep) {
-    const int i = threadIdx.x % kQueryStep;
-    const bool valid = i < rows;
-    const float *src = threadIdx.x < kQueryStep ? g.lse : g.delta;
-    copy4(base + S::kRows + stage * S::kRowStep + threadIdx.x * 4, src + row + (valid ? i : 0), valid);
+    const float *src = threadIdx.x < kQueryStep ? g.lse2 : g.delta;
+    copy4(base + S::kRows + stage * S::kRowStep + threadIdx.x * 4, src + row + threadIdx.x % kQueryStep);
   }
   copy_commit();
 }
@@ -64,8 +63,8 @@ template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;  // the warp's first key in the tile
 
   const int64_t key = p.key_offset(b, k0, kv);
-  copy_tile<kKeys, D, kKeyThreads>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0);
-  copy_tile<kKeys, D, kKeyThreads>(base + S::kValue, (const T *)g.v + key, p.key_stride(), seq - k0);
+  copy_tile<kKeys, D, kKeyThreads>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0, p.dim);
+  copy_tile<kKeys, D, kKeyThreads>(base + S::kValue, (const T *)g.v + key, p.key_stride(), seq - k0, p.dim);
   const int32_t last_head = (kv + 1) * p.group() - 1;
   copy_queries<T, D>(base, 0, p, g, b, kv * p.group(), k0);
 
@@ -85,16 +84,16 @@ template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys
 
     if (q0 + kQueryStep - 1 >= k0 + row) {  // some query of this step sees some key of this warp
       const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
-      const float *lse = reinterpret_cast<const float *>(shared + S::kRows + stage * S::kRowStep) + lane % 4 * 2;
-      const float *delta = lse + kQueryStep;
+      const float *lse2 = reinterpret_cast<const float *>(shared + S::kRows + stage * S::kRowStep) + lane % 4 * 2;
+      const float *delta = lse2 + kQueryStep;
       float s[1][kQueryStep / 8][4] = {}, dp[1][kQueryStep / 8][4];
       multiply_rows<T, D>(s, key_operand, address_b<D>(queries, 0));
 #pragma unroll
       for (int n = 0; n < kQueryStep / 8; ++n) {
-        const float2 offset = *reinterpret_cast<const float2 *>(lse + n * 8);
+        const float2 offset = *reinterpret_cast<const float2 *>(lse2 + n * 8);
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          s[0][n][e] = exp2_approx(fmaf(s[0][n][e], c, -kLog2e * (e % 2 ? offset.y : offset.x)));
+          s[0][n][e] = exp2_approx(fmaf(s[0][n][e], c, -(e % 2 ? offset.y : offset.x)));
       }
       if (k0 + row + 15 > q0) {
 #pragma unroll
@@ -124,8 +123,8 @@ template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys
   // A warp's rows of K and V are read by that warp only: its gradients may pass through them.
   const float scale[1][2] = {{p.scale, p.scale}}, one[1][2] = {{1, 1}};
   const int64_t out = p.key_offset(b, k0 + row, kv);
-  store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, base + S::kKey, row, dk, scale);
-  store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, base + S::kValue, row, dv, one);
+  store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kKey, row, dk, scale);
+  store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kValue, row, dv, one);
 }
 
 // dQ -------------------------------------------------------------------------------------------------------------
@@ -159,10 +158,10 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
 
   const int64_t query = p.query_offset(b, q0, h), stride = p.key_stride();
   const T *k = (const T *)g.k + p.key_offset(b, 0, kv), *v = (const T *)g.v + p.key_offset(b, 0, kv);
-  copy_tile<kQueries, D, kQueryThreads>(base + S::kQuery, (const T *)g.q + query, p.query_stride(), seq - q0);
-  copy_tile<kQueries, D, kQueryThreads>(base + S::kDout, (const T *)g.dout + query, p.query_stride(), seq - q0);
-  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey, k, stride, seq);
-  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue, v, stride, seq);
+  copy_tile<kQueries, D, kQueryThreads>(base + S::kQuery, (const T *)g.q + query, p.query_stride(), seq - q0, p.dim);
+  copy_tile<kQueries, D, kQueryThreads>(base + S::kDout, (const T *)g.dout + query, p.query_stride(), seq - q0, p.dim);
+  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey, k, stride, seq, p.dim);
+  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue, v, stride, seq, p.dim);
   copy_commit();
 
   float offset[kOperands][2], delta[kOperands][2];
@@ -170,10 +169,9 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
   for (int m = 0; m < kOperands; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int q = q0 + row + m * 16 + half * 8 + lane / 4;
-      const int64_t at = p.row_offset(b, q, h);
-      offset[m][half] = q < seq ? kLog2e * g.lse[at] : 0.f;
-      delta[m][half] = q < seq ? g.delta[at] : 0.f;
+      const int64_t at = p.padded_offset(b, q0 + row + m * 16 + half * 8 + lane / 4, h);
+      offset[m][half] = g.lse2[at];
+      delta[m][half] = g.delta[at];
     }
 
   const uint32_t query_operand = address_a<D>(base + S::kQuery, row), dout_operand = address_a<D>(base + S::kDout, row);
@@ -186,8 +184,9 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
     __syncthreads();  // this step is here; nobody reads the last one any more
     const int next = k0 + kKeyStep;
     if (next < end) {
-      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey + (stage ^ 1) * S::kStep, k + next * stride, stride, seq - next);
-      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + (stage ^ 1) * S::kStep, v + next * stride, stride, seq - next);
+      const int at = (stage ^ 1) * S::kStep, rows = seq - next;
+      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey + at, k + next * stride, stride, rows, p.dim);
+      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + at, v + next * stride, stride, rows, p.dim);
     }
     copy_commit();
 
@@ -224,8 +223,8 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
   }
 
   const float scale[kOperands][2] = {{p.scale, p.scale}, {p.scale, p.scale}};
-  store_rows<T, D>((T *)g.dq + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, base + S::kQuery, row, dq,
-                   scale);
+  store_rows<T, D>((T *)g.dq + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, p.dim, base + S::kQuery,
+                   row, dq, scale);
 }
 
 // Launchers ------------------------------------------------------------------------------------------------------
@@ -244,8 +243,8 @@ namespace sq_attention {
 
 cudaError_t tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
   if (dtype == SQ_F16)
-    return p.dim == 64 ? launch_backward<__half, 64>(p, g, stream) : launch_backward<__half, 128>(p, g, stream);
-  return p.dim == 64 ? launch_backward<__nv_bfloat16, 64>(p, g, stream) : launch_backward<__nv_bfloat16, 128>(p, g, stream);
+    return p.dim <= 64 ? launch_backward<__half, 64>(p, g, stream) : launch_backward<__half, 128>(p, g, stream);
+  return p.dim <= 64 ? launch_backward<__nv_bfloat16, 64>(p, g, stream) : launch_backward<__nv_bfloat16, 128>(p, g, stream);
 }
 
 }  // namespace sq_attention

@@ -1,4 +1,4 @@
-// Forward attention on tensor cores: f16 or bf16, dim 64 or 128 (attention.cu has the formulas).
+// Forward attention on tensor cores: f16 or bf16, dim up to 128 (attention.cu has the formulas).
 //
 // A block of four warps owns 128 queries; each warp owns 32 of them, so that a fragment of K or V read from shared memory
 // feeds two products. It walks the keys 64 at a time. For a query row, with m the running maximum of q k and l the running sum,
@@ -35,8 +35,8 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
 
   const int64_t stride = p.key_stride();
   const T *k = (const T *)f.k + p.key_offset(b, 0, kv), *v = (const T *)f.v + p.key_offset(b, 0, kv);
-  copy_tile<kQueries, D, kThreads>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), seq - q0);
-  copy_tile<kKeys, D, kThreads>(keys, k, stride, seq);
+  copy_tile<kQueries, D, kThreads>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), seq - q0, p.dim);
+  copy_tile<kKeys, D, kThreads>(keys, k, stride, seq, p.dim);
   copy_commit();
 
   const uint32_t query_operand = address_a<D>(queries, row), key_operand = address_b<D>(keys, 0),
@@ -50,7 +50,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
   for (int k0 = 0; k0 < end; k0 += kKeys) {
     copy_wait<0>();
     __syncthreads();  // K is here; nobody reads the last V any more
-    copy_tile<kKeys, D, kThreads>(values, v + k0 * stride, stride, seq - k0);
+    copy_tile<kKeys, D, kThreads>(values, v + k0 * stride, stride, seq - k0, p.dim);
     copy_commit();
 
     const bool visible = k0 <= q0 + row + kOperands * 16 - 1;  // to any row of this warp
@@ -100,7 +100,8 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
 
     copy_wait<0>();
     __syncthreads();  // V is here; nobody reads this K any more
-    if (k0 + kKeys < end) copy_tile<kKeys, D, kThreads>(keys, k + (k0 + kKeys) * stride, stride, seq - k0 - kKeys);
+    const int next = k0 + kKeys;
+    if (next < end) copy_tile<kKeys, D, kThreads>(keys, k + next * stride, stride, seq - next, p.dim);
     copy_commit();
     if (visible) multiply_registers<T, D>(o, s, value_operand);
   }
@@ -118,7 +119,8 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
       if (lane % 4 == 0 && q < seq) f.lse[p.row_offset(b, q, h)] = kLn2 * (maximum[m][half] * c + log2f(total));
     }
   // A warp's rows of Q are read by that warp only: its output may pass through them.
-  store_rows<T, D>((T *)f.o + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, queries, row, o, factor);
+  store_rows<T, D>((T *)f.o + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, p.dim, queries, row, o,
+                   factor);
 }
 
 template <class T, int D> cudaError_t launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
@@ -132,8 +134,8 @@ namespace sq_attention {
 
 cudaError_t tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
   if (dtype == SQ_F16)
-    return p.dim == 64 ? launch_forward<__half, 64>(p, f, stream) : launch_forward<__half, 128>(p, f, stream);
-  return p.dim == 64 ? launch_forward<__nv_bfloat16, 64>(p, f, stream) : launch_forward<__nv_bfloat16, 128>(p, f, stream);
+    return p.dim <= 64 ? launch_forward<__half, 64>(p, f, stream) : launch_forward<__half, 128>(p, f, stream);
+  return p.dim <= 64 ? launch_forward<__nv_bfloat16, 64>(p, f, stream) : launch_forward<__nv_bfloat16, 128>(p, f, stream);
 }
 
 }  // namespace sq_attention

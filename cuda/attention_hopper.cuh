@@ -15,7 +15,7 @@
 namespace sq_attention {
 
 // A [batch, seq, heads, dim] tensor as the copy engine sees it: boxes of `rows` tokens x 64 values of one head, 128 bytes a row,
-// 16-byte chunk c of row r at place c ^ (r % 8), zeros beyond the sequence.
+// 16-byte chunk c of row r at place c ^ (r % 8), zeros beyond the sequence and beyond dim.
 inline cudaError_t make_map(CUtensorMap &map, const void *x, sq_dtype dtype, const Problem &p, int32_t heads, int rows) {
   using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
                               const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,

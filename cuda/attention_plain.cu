@@ -209,7 +209,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_ke
 
 // dK and dV: one block a tile of keys; scores are held transposed, [key][query] ----------------------------------
 
-template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_keys_kernel(Problem p, Backward g) {
+template <class T, int D> __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kernel(Problem p, Backward g) {
   using G = Geometry<D>;
   extern __shared__ __align__(16) float shared[];
   float *keys = shared, *values = keys + G::kTileFloats, *queries = values + G::kTileFloats,
@@ -236,7 +236,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_k
       for (int j = 0; j < G::kOwn; ++j) {
         const int64_t row = q0 + x + 16 * j;
         lse[j] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
-        delta[j] = row < p.seq ? g.delta[p.row_offset(b, row, h)] : 0.f;
+        delta[j] = row < p.seq ? g.delta[p.padded_offset(b, row, h)] : 0.f;
       }
       __syncthreads();
       float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
@@ -289,7 +289,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_q
   for (int i = 0; i < G::kOwn; ++i) {
     const int64_t row = q0 + y + 16 * i;
     lse[i] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
-    delta[i] = row < p.seq ? g.delta[p.row_offset(b, row, h)] : 0.f;
+    delta[i] = row < p.seq ? g.delta[p.padded_offset(b, row, h)] : 0.f;
   }
   float dq[G::kOwn][G::kColumns] = {};
 
