@@ -194,6 +194,32 @@ impl Tensor {
         self.slice(index, 1)?.reshape(shape)
     }
 
+    /// Tensors of one shape, type and device behind one another along a new first axis.
+    pub fn stack(parts: &[Self]) -> Result<Self> {
+        let Some(first) = parts.first() else {
+            return Err(Error::argument("stack", "expected at least one tensor, got none"));
+        };
+        if let Some(odd) = parts.iter().find(|p| p.shape() != first.shape()) {
+            return Err(Error::shape("stack", format!("{:?}", first.shape()), odd.shape()));
+        }
+        let shape = [&[parts.len()], first.shape()].concat();
+        #[cfg(feature = "cuda")]
+        if !first.device().is_cpu() {
+            return crate::device::cuda::ops::stack(parts, shape);
+        }
+        fn go<T: Element>(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor> {
+            let parts = parts.iter().map(|p| p.as_slice::<T>()).collect::<Result<Vec<_>>>()?;
+            Tensor::from_vec(parts.concat(), shape)
+        }
+        match first.dtype() {
+            DType::F64 => go::<f64>(parts, shape),
+            DType::F32 => go::<f32>(parts, shape),
+            DType::F16 => go::<f16>(parts, shape),
+            DType::BF16 => go::<bf16>(parts, shape),
+            DType::U32 => go::<u32>(parts, shape),
+        }
+    }
+
     /// Borrows the values of a CPU tensor of element type `T`.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         match &*self.storage {

@@ -338,4 +338,17 @@ impl LayerWeights {
     fn from_array([q, k, v, o, gate, up, down]: [Tensor; 7]) -> Self {
         Self { q, k, v, o, gate, up, down }
     }
+
+    /// The same with every linear replaced.
+    pub fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            q: f(&self.q)?,
+            k: f(&self.k)?,
+            v: f(&self.v)?,
+            o: f(&self.o)?,
+            gate: f(&self.gate)?,
+            up: f(&self.up)?,
+            down: f(&self.down)?,
+        })
+    }
 }

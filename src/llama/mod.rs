@@ -1,7 +1,11 @@
 //! LLaMA models in the Hugging Face layout: configuration and weights.
 
+mod block;
 mod config;
 mod load;
+mod model;
 
+pub use block::{Block, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
 pub use load::{Checkpoint, LayerWeights, Weights};
+pub use model::{Llama, Merged, Recompute, RotationVars};

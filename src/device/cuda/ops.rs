@@ -29,13 +29,29 @@ fn aligned(t: Tensor) -> Result<Tensor> {
         return Ok(t);
     }
     let y = device(&t)?.alloc(t.shape(), t.dtype())?;
-    let (from, start) = t.cuda()?;
-    let bytes = t.bytes();
-    let stream = from.device.stream().cu_stream();
-    from.device.bind()?;
-    // SAFETY: both ranges are `bytes` long and live until the copy, which is in stream order with their release.
-    unsafe { cudarc::driver::result::memcpy_dtod_async(ptr(&y)? as u64, from.address(start) as u64, bytes, stream) }
-        .map_err(|e| Error::Cuda(format!("copy: {e:?}")))?;
+    copy_into(&y, 0, &t)?;
+    Ok(y)
+}
+
+/// Copies `from` to `y` from value number `start` on.
+fn copy_into(y: &Tensor, start: usize, from: &Tensor) -> Result<()> {
+    let d = device(y)?;
+    d.bind()?;
+    let to = ptr(y)? as u64 + (start * y.dtype().size()) as u64;
+    // SAFETY: both ranges are live tensors' and the copy is in stream order with their release.
+    unsafe { cudarc::driver::result::memcpy_dtod_async(to, ptr(from)? as u64, from.bytes(), d.stream().cu_stream()) }
+        .map_err(|e| Error::Cuda(format!("copy: {e:?}")))
+}
+
+/// See [`Tensor::stack`].
+pub(crate) fn stack(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor> {
+    let y = device(&parts[0])?.alloc(&shape, parts[0].dtype())?;
+    for (i, part) in parts.iter().enumerate() {
+        if part.dtype() != y.dtype() {
+            return Err(Error::dtype("stack", y.dtype(), part.dtype()));
+        }
+        copy_into(&y, i * part.len(), part)?;
+    }
     Ok(y)
 }
 

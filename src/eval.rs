@@ -1,0 +1,45 @@
+//! Perplexity as the field reports it: the text as one stream of tokens, cut into windows of the context length, the mean of the
+//! windows' mean negative log-likelihoods, exponentiated.
+
+use std::ops::ControlFlow;
+
+use crate::data::{self, Windows};
+use crate::llama::Merged;
+use crate::ops::cross_entropy::token_losses;
+use crate::{Error, Result};
+
+/// Tokens that go through the network at once on the CPU.
+const TOKENS_AT_ONCE: usize = 4096;
+
+/// The outcome of [`perplexity`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Perplexity {
+    /// exp of the mean of per-window means.
+    pub perplexity: f64,
+    /// Windows read.
+    pub windows: usize,
+    /// Tokens in them.
+    pub tokens: usize,
+}
+
+/// Perplexity of a model on windows of text; `progress` is told how many windows are done and may stop.
+pub fn perplexity(model: &Merged, text: &Windows, mut progress: impl FnMut(usize) -> ControlFlow<()>) -> Result<Perplexity> {
+    let seq = text.seq_len();
+    let batch = (TOKENS_AT_ONCE / seq).max(1);
+    let mut total = 0.0;
+    let all: Vec<usize> = (0..text.len()).collect();
+    for (i, windows) in all.chunks(batch).enumerate() {
+        let tokens = text.batch(windows);
+        let losses = token_losses(&model.logits(&tokens, seq)?, &data::targets(&tokens, seq))?;
+        // The last position of a window has no target and a loss of zero.
+        total += losses.chunks(seq).map(|w| w.iter().sum::<f64>() / (seq - 1) as f64).sum::<f64>();
+        if !total.is_finite() {
+            return Err(Error::numeric("evaluation", format!("the loss is {total} in windows {windows:?}")));
+        }
+        if progress(i * batch + windows.len()).is_break() {
+            return Err(Error::Interrupted { step: i * batch + windows.len() });
+        }
+    }
+    let perplexity = (total / text.len() as f64).exp();
+    Ok(Perplexity { perplexity, windows: text.len(), tokens: text.len() * seq })
+}

@@ -1,0 +1,327 @@
+//! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::data::{Sampler, Windows, split_held_out};
+use crate::llama::{Llama, Recompute, RotationVars};
+use crate::optim::{Optimizer, Schedule, State};
+use crate::quant::Scheme;
+use crate::rotation::Rotations;
+use crate::{DType, Device, Error, Result, Tape};
+
+/// The recipe. The defaults are the published ones.
+#[derive(Clone, Debug)]
+pub struct LearnOptions {
+    /// What the network is quantised to while learning: weights too for RTN, not for GPTQ.
+    pub scheme: Scheme,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Sequences a step.
+    pub batch: usize,
+    /// Sequences that go through the network at once; gradients are averaged. At most `batch`.
+    pub micro_batch: usize,
+    /// Learning rate of the first step.
+    pub learning_rate: f64,
+    /// How it falls.
+    pub schedule: Schedule,
+    /// Decides which windows are held out and the order of the others.
+    pub seed: u64,
+    /// Windows held out of training to score progress on.
+    pub held_out: usize,
+    /// Steps between scores (the start and the end are always scored).
+    pub held_out_every: usize,
+    /// Memory against time.
+    pub recompute: Recompute,
+    /// Where to keep a resumable state, and every how many steps.
+    pub checkpoint: Option<(PathBuf, usize)>,
+    /// Continue from that state if it exists.
+    pub resume: bool,
+}
+
+impl Default for LearnOptions {
+    fn default() -> Self {
+        Self {
+            scheme: Scheme::new(16, 4, 4),
+            steps: 100,
+            batch: 8,
+            micro_batch: 8,
+            learning_rate: 1.5,
+            schedule: Schedule::Cosine,
+            seed: 0,
+            held_out: 8,
+            held_out_every: 10,
+            recompute: Recompute::None,
+            checkpoint: None,
+            resume: false,
+        }
+    }
+}
+
+/// What happened in one step, as told to the callback.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// Steps done, this one included.
+    pub step: usize,
+    /// Mean training loss of the step's batch, before the update.
+    pub loss: f64,
+    /// Learning rate used.
+    pub learning_rate: f64,
+    /// Mean loss on the held-out windows after the update, when it was scored.
+    pub held_out: Option<f64>,
+    /// max|RᵀR − I| over all rotations after the update.
+    pub orthogonality_error: f64,
+    /// Wall-clock time of the step, scoring not included.
+    pub seconds: f64,
+}
+
+/// The outcome of [`learn`].
+#[derive(Clone, Debug)]
+pub struct Learned {
+    /// What was learned.
+    pub rotations: Rotations,
+    /// Loss of the first step's batch at the start.
+    pub loss_first: f64,
+    /// Loss of the last step's batch.
+    pub loss_last: f64,
+    /// Held-out loss at the start.
+    pub held_out_first: f64,
+    /// Held-out loss at the end.
+    pub held_out_last: f64,
+    /// The largest max|RᵀR − I| after any step.
+    pub orthogonality_error: f64,
+    /// Mean wall-clock time of a step, scoring not included.
+    pub seconds_per_step: f64,
+}
+
+/// Everything that changes from step to step.
+struct Progress {
+    rotations: Rotations,
+    step: usize,
+    losses: (f64, f64),
+    held_out: (f64, f64),
+    orthogonality_error: f64,
+    seconds: f64,
+}
+
+/// Learns rotations for `model` from `rotations` on windows of calibration text. `callback` hears of every step and may stop the run,
+/// which then leaves a checkpoint (if one was asked for) and returns [`Error::Interrupted`].
+///
+/// # Errors
+/// Rotations that do not fit the model; too few windows; a loss or gradient that is not finite (names the step; the checkpoint stays as
+/// it was); a state of another run; and whatever the optimiser reports.
+pub fn learn(
+    model: &Llama,
+    windows: &Windows,
+    rotations: Rotations,
+    optimizer: &mut dyn Optimizer,
+    options: &LearnOptions,
+    mut callback: impl FnMut(&StepReport) -> ControlFlow<()>,
+) -> Result<Learned> {
+    let LearnOptions { scheme, steps, batch, .. } = *options;
+    if options.steps == 0 || batch == 0 || options.micro_batch == 0 {
+        return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
+    }
+    if windows.seq_len() < 2 {
+        return Err(Error::argument("sequence length", "expected at least 2 tokens"));
+    }
+    let config = &model.config;
+    rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
+    let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (train, held_out) = split_held_out(windows, options.held_out, options.seed)?;
+    let sampler = Sampler::new(train, batch, options.seed)?;
+    let fingerprint = fingerprint(model, windows, optimizer.name(), options);
+
+    let saved = match &options.checkpoint {
+        Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
+        _ => None,
+    };
+    let mut now = match saved {
+        Some((path, state)) => resume(state, &fingerprint, path, optimizer)?,
+        None => Progress {
+            rotations: rotations.to_dtype(dtype)?,
+            step: 0,
+            losses: (f64::NAN, f64::NAN),
+            held_out: (f64::NAN, f64::NAN),
+            orthogonality_error: 0.0,
+            seconds: 0.0,
+        },
+    };
+    now.rotations = now.rotations.to_device(&model.device())?;
+    let score = |r: &Rotations| held_out_loss(model, windows, &held_out, r, &scheme, options.micro_batch);
+    if now.step == 0 {
+        now.held_out.0 = score(&now.rotations)?;
+        now.held_out.1 = now.held_out.0;
+    }
+    while now.step < steps {
+        let start = Instant::now();
+        let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options)
+            .map_err(|e| Error::numeric(format!("step {}", now.step + 1), e))?;
+        let learning_rate = options.schedule.at(now.step, steps, options.learning_rate);
+        let mut params = now.rotations.as_params()?;
+        optimizer.step(&mut params, grads, learning_rate)?;
+        now.rotations = Rotations::from_params(&params)?;
+        let orthogonality_error = optimizer.orthogonality_error();
+        let seconds = start.elapsed().as_secs_f64();
+
+        now.step += 1;
+        if now.step == 1 {
+            now.losses.0 = loss;
+        }
+        now.losses.1 = loss;
+        now.seconds += seconds;
+        now.orthogonality_error = now.orthogonality_error.max(orthogonality_error);
+        let scored = now.step == steps || now.step.is_multiple_of(options.held_out_every.max(1));
+        let held_out = if scored { Some(score(&now.rotations)?) } else { None };
+        now.held_out.1 = held_out.unwrap_or(now.held_out.1);
+        let report = StepReport { step: now.step, loss, learning_rate, held_out, orthogonality_error, seconds };
+        let stop = callback(&report).is_break();
+        if let Some((path, every)) = &options.checkpoint
+            && (stop || now.step.is_multiple_of((*every).max(1)) || now.step == steps)
+        {
+            save(&now, &fingerprint, path, optimizer)?;
+        }
+        if stop && now.step < steps {
+            return Err(Error::Interrupted { step: now.step });
+        }
+    }
+    Ok(Learned {
+        rotations: now.rotations.to_device(&Device::Cpu)?,
+        loss_first: now.losses.0,
+        loss_last: now.losses.1,
+        held_out_first: now.held_out.0,
+        held_out_last: now.held_out.1,
+        orthogonality_error: now.orthogonality_error,
+        seconds_per_step: now.seconds / steps as f64,
+    })
+}
+
+/// Mean loss of a batch and the gradients of R1 `[1, C, C]` and R2 `[L, D, D]`, micro-batches averaged.
+fn gradients(
+    model: &Llama,
+    windows: &Windows,
+    batch: &[usize],
+    rotations: &Rotations,
+    options: &LearnOptions,
+) -> Result<(f64, Vec<crate::Tensor>)> {
+    use crate::ops::add::linear_combination;
+    let mut total: Option<(f64, Vec<crate::Tensor>)> = None;
+    for part in batch.chunks(options.micro_batch) {
+        let weight = part.len() as f64 / batch.len() as f64;
+        let tape = Tape::new();
+        let vars = RotationVars::variables(&tape, rotations)?;
+        let tokens = windows.batch(part);
+        let loss = model.loss(&vars, &tokens, windows.seq_len(), &options.scheme, options.recompute)?;
+        let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
+        let value = loss.value().clone();
+        let mut grads = tape.backward(loss)?;
+        let grads = vars.gradients(&mut grads)?;
+        let value = value.item()?;
+        if !value.is_finite() {
+            return Err(Error::numeric("loss", format!("is {value}; the last good rotations are kept")));
+        }
+        total = Some(match total {
+            None => (value, grads),
+            Some((sum, old)) => {
+                let pairs = old.into_iter().zip(grads);
+                (sum + value, pairs.map(|(a, b)| linear_combination(1.0, a, 1.0, b)).collect::<Result<_>>()?)
+            }
+        });
+    }
+    total.ok_or_else(|| Error::argument("learn", "a step without windows"))
+}
+
+/// Mean loss of the network being learned on fixed windows.
+pub fn held_out_loss(
+    model: &Llama,
+    windows: &Windows,
+    held_out: &[usize],
+    rotations: &Rotations,
+    scheme: &Scheme,
+    at_once: usize,
+) -> Result<f64> {
+    if held_out.is_empty() {
+        return Ok(f64::NAN);
+    }
+    let mut sum = 0.0;
+    for part in held_out.chunks(at_once) {
+        let tape = Tape::new();
+        let vars = RotationVars::constants(&tape, rotations)?;
+        let loss = model.loss(&vars, &windows.batch(part), windows.seq_len(), scheme, Recompute::None)?;
+        sum += loss.value().item()? * part.len() as f64;
+    }
+    Ok(sum / held_out.len() as f64)
+}
+
+/// What must agree between a saved state and the run that continues it.
+fn fingerprint(model: &Llama, windows: &Windows, optimizer: &str, o: &LearnOptions) -> Value {
+    json!({
+        "scheme": format!("{:?}", o.scheme),
+        "steps": o.steps,
+        "batch": o.batch,
+        "micro_batch": o.micro_batch,
+        "learning_rate": o.learning_rate,
+        "schedule": format!("{:?}", o.schedule),
+        "seed": o.seed,
+        "held_out": o.held_out,
+        "seq_len": windows.seq_len(),
+        "windows": windows.len(),
+        "text": windows.checksum(),
+        "optimizer": optimizer,
+        "dtype": model.dtype().to_string(),
+        "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
+    })
+}
+
+fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimizer) -> Result<()> {
+    let mut state = optimizer.state();
+    let named = |name: &String| format!("optimizer.{name}");
+    state.tensors = state.tensors.iter().map(|(k, v)| (named(k), v.clone())).collect();
+    state.scalars = state.scalars.iter().map(|(k, v)| (named(k), v.clone())).collect();
+    let rotations = now.rotations.to_device(&Device::Cpu)?;
+    state.tensors.insert("R1".into(), rotations.r1);
+    state.tensors.insert("R2".into(), rotations.r2);
+    let numbers = [
+        ("step", now.step as f64),
+        ("loss_first", now.losses.0),
+        ("loss_last", now.losses.1),
+        ("held_out_first", now.held_out.0),
+        ("held_out_last", now.held_out.1),
+        ("orthogonality_error", now.orthogonality_error),
+        ("seconds", now.seconds),
+    ];
+    state.scalars.extend(numbers.map(|(name, x)| (name.to_string(), json!(x))));
+    state.scalars.insert("run".into(), fingerprint.clone());
+    state.save(path)
+}
+
+fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut dyn Optimizer) -> Result<Progress> {
+    let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
+    if let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object())
+        && let Some((name, value)) = ours.iter().find(|(name, value)| saved.get(*name) != Some(value))
+    {
+        let saved = saved.get(name).unwrap_or(&Value::Null);
+        return Err(Error::format(path, format!("saved by another run: {name} was {saved}, now {value}; delete it or change back")));
+    }
+    let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
+    let rotations = Rotations { r1: take("R1")?, r2: take("R2")? };
+    // A loss that was never scored is null in the file.
+    let number = |name: &str| state.scalars.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
+    let progress = Progress {
+        rotations,
+        step: state.number("step")? as usize,
+        losses: (number("loss_first"), number("loss_last")),
+        held_out: (number("held_out_first"), number("held_out_last")),
+        orthogonality_error: number("orthogonality_error"),
+        seconds: number("seconds"),
+    };
+    let inner = |name: &String| name.strip_prefix("optimizer.").map(str::to_string);
+    optimizer.load_state(State {
+        tensors: state.tensors.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect(),
+        scalars: state.scalars.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect(),
+    })?;
+    Ok(progress)
+}
