@@ -2,6 +2,7 @@
 #![warn(missing_docs)]
 
 pub mod check;
+pub mod data;
 pub mod device;
 mod dtype;
 mod error;

@@ -4,8 +4,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+use spinquant::data::{Tokenizer, Windows};
 use spinquant::llama::{Checkpoint, LlamaConfig, Weights};
 use spinquant::{DType, Result, Tensor};
 use tempfile::TempDir;
@@ -199,8 +202,9 @@ fn bad_weights() {
     let whole = std::fs::read(&file).unwrap();
     for cut in [0, 4, 100, whole.len() - 1] {
         std::fs::write(&file, &whole[..cut]).unwrap();
-        fails(load(&dir), &["model.safetensors", "expected a complete safetensors file", &format!("({cut} bytes)")]);
+        fails(load(&dir), &["model.safetensors", "expected a complete safetensors file", &format!("the file has {cut} bytes")]);
     }
+    fails(load(&dir), &["bytes of data, got"]);
     std::fs::write(&file, [0xa5; 1000]).unwrap();
     fails(load(&dir), &["model.safetensors", "expected a complete safetensors file"]);
 
@@ -252,6 +256,47 @@ fn bad_shards() {
     fails(load(&dir), &["index.json", "names the shard model-00002-of-00002.safetensors, which does not exist"]);
 }
 
+/// Damaged bytes give an error or a value, never a panic.
+#[test]
+fn damaged_bytes_never_panic() {
+    let dir = single(&model(), Dtype::F32);
+    let file = dir.path().join("model.safetensors");
+    let whole = std::fs::read(&file).unwrap();
+    let c = config();
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let damage = |bytes: &[u8], rng: &mut ChaCha8Rng| {
+        let mut bytes = bytes.to_vec();
+        for _ in 0..1 + rng.next_u32() % 4 {
+            // Mostly the header: most of the rest is numbers.
+            let at = rng.next_u32() as usize % if rng.next_u32().is_multiple_of(4) { bytes.len() } else { bytes.len().min(3000) };
+            bytes[at] = match rng.next_u32() % 3 {
+                0 => b"0123456789[]{},:\"-."[rng.next_u32() as usize % 19],
+                1 => rng.next_u32() as u8,
+                _ => bytes[at] ^ 1 << (rng.next_u32() % 8),
+            };
+        }
+        bytes
+    };
+    let mut loaded = 0;
+    for _ in 0..1000 {
+        std::fs::write(&file, damage(&whole, &mut rng)).unwrap();
+        loaded += usize::from(Weights::load(dir.path(), &c, DType::F32).is_ok());
+        if let Ok(c) = LlamaConfig::from_json(&damage(CONFIG.as_bytes(), &mut rng), Path::new("config.json")) {
+            assert_eq!(c.inverse_frequencies().len(), c.head_dim / 2);
+        }
+    }
+    assert!(loaded < 1000);
+
+    // Sizes that overflow when added up.
+    let huge = 1u64 << 60;
+    let entry = |i: u64| json!({"dtype": "U8", "shape": [huge], "data_offsets": [i * huge, (i + 1) * huge]});
+    let mut header: serde_json::Map<String, Value> = (0..15).map(|i| (format!("t{i}"), entry(i))).collect();
+    header.insert("last".into(), json!({"dtype": "U8", "shape": [huge - 1], "data_offsets": [15 * huge, u64::MAX]}));
+    let header = Value::from(header).to_string();
+    std::fs::write(&file, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+    fails(Weights::load(dir.path(), &c, DType::F32), &["promises 18446744073709551615 bytes of data, got 0"]);
+}
+
 #[test]
 fn config_file_and_random_weights() {
     let dir = tempfile::tempdir().unwrap();
@@ -288,4 +333,56 @@ fn a_real_model_loads() {
     assert_eq!((w.layers.len(), w.embedding.shape()), (c.layers, &[c.vocab_size, c.hidden_size][..]));
     let rms = |t: &Tensor| (t.to_f64_vec().unwrap().iter().map(|x| x * x).sum::<f64>() / t.len() as f64).sqrt();
     println!("embedding rms {}, head rms {}, first q rms {}", rms(&w.embedding), rms(&w.head), rms(&w.layers[0].q));
+}
+
+#[test]
+fn one_bos_whatever_the_tokenizer_adds() {
+    let dir = tempfile::tempdir().unwrap();
+    let special = json!({"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                         "special": true});
+    let tokenizer = json!({
+        "version": "1.0", "added_tokens": [special], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
+        "truncation": {"max_length": 2, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+        "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0,
+                    "pad_token": "<s>"},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+        "model": {"type": "WordLevel", "vocab": {"<s>": 0, "<unk>": 1, "a": 2, "b": 3}, "unk_token": "<unk>"},
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let t = Tokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!(t.vocab_size(), 4);
+    assert_eq!(t.encode_stream("a b\nb c", Some(0)).unwrap(), [0, 2, 3, 3, 1]);
+    assert_eq!(t.encode_stream("<s>a b", Some(0)).unwrap(), [0, 2, 3]);
+    assert_eq!(t.encode_stream("a b", None).unwrap(), [2, 3]);
+    assert_eq!(t.encode_stream("", Some(0)).unwrap(), [0]);
+}
+
+/// `name` of the WikiText-2 files, beside the checkout like the model.
+fn real_text(name: &str) -> Option<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/wikitext2").join(name);
+    if !path.exists() {
+        println!("skipped: no text at {}", path.display());
+        return None;
+    }
+    Some(spinquant::data::read_text(path).unwrap())
+}
+
+#[test]
+fn a_real_text_is_tokenised_as_published() {
+    let (Some(dir), Some(test), Some(train)) = (real_model(), real_text("test.txt"), real_text("train.txt")) else { return };
+    let c = LlamaConfig::from_file(dir.join("config.json")).unwrap();
+    let tokenizer = Tokenizer::from_dir(&dir).unwrap();
+    if !dir.ends_with("wiki-llama-15m") {
+        println!("skipped: the count of tokens is known for wiki-llama-15m only");
+        return;
+    }
+    let tokens = tokenizer.encode_stream(&test, c.bos_token_id).unwrap();
+    assert_eq!((tokens.len(), tokens[0]), (374_676, 0));
+    assert_eq!(Windows::new(tokens, 1024).unwrap().len(), 365);
+    let start = std::time::Instant::now();
+    let tokens = tokenizer.encode_stream(&train, c.bos_token_id).unwrap();
+    println!("{} bytes of text: {} tokens in {:.1?}", train.len(), tokens.len(), start.elapsed());
 }

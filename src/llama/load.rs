@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use rand::SeedableRng;
 use rayon::prelude::*;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata};
 
 use super::LlamaConfig;
 use crate::device::cpu;
@@ -53,10 +53,24 @@ impl Shard {
         let file = File::open(&path).map_err(Error::io(&path))?;
         // SAFETY: read-only; a file that another process shortens while mapped would fault, which the type's documentation rules out.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
-        let (header, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|e| Error::format(&path, format!("expected a complete safetensors file: {e} ({} bytes)", map.len())))?;
-        Ok(Self { path, map, metadata, start: header + 8 })
+        let (start, metadata) = header(&map).map_err(|e| {
+            let size = map.len();
+            Error::format(&path, format!("expected a complete safetensors file: {e} (the file has {size} bytes)"))
+        })?;
+        Ok(Self { path, map, metadata, start })
     }
+}
+
+/// Where the data starts, and what it is. Lengths are compared and never added, so no header can make them overflow.
+fn header(bytes: &[u8]) -> std::result::Result<(usize, Metadata), String> {
+    let (length, rest) = bytes.split_first_chunk().ok_or("it has no header")?;
+    let header = usize::try_from(u64::from_le_bytes(*length)).ok().and_then(|n| rest.get(..n)).ok_or("its header is cut off")?;
+    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header is invalid: {e}"))?;
+    let (want, got) = (metadata.data_len(), rest.len() - header.len());
+    if want != got {
+        return Err(format!("its header promises {want} bytes of data, got {got}"));
+    }
+    Ok((bytes.len() - got, metadata))
 }
 
 impl Checkpoint {
@@ -149,11 +163,8 @@ impl Checkpoint {
             return Err(bad(format!("expected shape {expected_shape:?}, got {:?}", info.shape)));
         }
         let (from, to) = info.data_offsets;
-        let bytes = map.get(start.saturating_add(from)..start.saturating_add(to)).unwrap_or_default();
-        if bytes.len() != expected_shape.iter().product::<usize>() * dtype.size() {
-            return Err(bad("its data lies outside the file".into()));
-        }
-        Ok(Entry { path, name, dtype, shape: &info.shape, bytes })
+        // The header was checked against the file's length and every shape against its bytes.
+        Ok(Entry { path, name, dtype, shape: &info.shape, bytes: &map[start + from..start + to] })
     }
 }
 

@@ -1,0 +1,249 @@
+//! Text to token windows: one stream, windows of the context length, and which windows a step uses.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{Error, Result};
+
+/// Reads a UTF-8 text file.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Format`] with the position of the first byte that is not UTF-8.
+pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
+    let path = path.as_ref();
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    String::from_utf8(bytes).map_err(|e| {
+        Error::format(path, format!("expected UTF-8 text, got something else at byte {}", e.utf8_error().valid_up_to()))
+    })
+}
+
+/// A model's tokenizer.
+#[derive(Debug)]
+pub struct Tokenizer(tokenizers::Tokenizer);
+
+impl Tokenizer {
+    /// Reads the `tokenizer.json` of a model directory. Truncation and padding that it asks for are off.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] when it is not a tokenizer.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        let path = dir.as_ref().join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let bad = |e: tokenizers::Error| Error::format(&path, format!("expected a tokenizer: {e}"));
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
+        tokenizer.with_truncation(None).map_err(bad)?.with_padding(None);
+        Ok(Self(tokenizer))
+    }
+
+    /// Number of token ids, added tokens included; a model's `vocab_size` is at least this.
+    pub fn vocab_size(&self) -> usize {
+        self.0.get_vocab_size(true)
+    }
+
+    /// The whole text as one stream of token ids that starts with exactly one `bos` (if given), whatever special tokens the
+    /// tokenizer would add itself. Encoded in one go: a cut, at a newline say, can change the tokens around it.
+    pub fn encode_stream(&self, text: &str, bos: Option<u32>) -> Result<Vec<u32>> {
+        let encoding = self.0.encode_fast(text, false).map_err(|e| Error::argument("tokenizer", e))?;
+        let ids = encoding.get_ids();
+        let bos = bos.filter(|bos| ids.first() != Some(bos));
+        Ok(bos.into_iter().chain(ids.iter().copied()).collect())
+    }
+}
+
+/// A token stream cut into consecutive windows; the partial one at the end is dropped. Clones share the tokens.
+#[derive(Clone, Debug)]
+pub struct Windows {
+    tokens: Arc<[u32]>,
+    seq_len: usize,
+}
+
+impl Windows {
+    /// Windows of `seq_len` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there is not one whole window, or a window has fewer than two tokens (nothing to predict).
+    pub fn new(tokens: impl Into<Arc<[u32]>>, seq_len: usize) -> Result<Self> {
+        let tokens = tokens.into();
+        if seq_len < 2 {
+            return Err(Error::argument("window length", format!("expected at least 2 tokens, got {seq_len}")));
+        }
+        if tokens.len() < seq_len {
+            let message = format!("shorter than one window: {} tokens, {seq_len} are needed", tokens.len());
+            return Err(Error::argument("text", message));
+        }
+        Ok(Self { tokens, seq_len })
+    }
+
+    /// Number of windows.
+    #[expect(clippy::len_without_is_empty, reason = "there is always one")]
+    pub fn len(&self) -> usize {
+        self.tokens.len() / self.seq_len
+    }
+
+    /// Tokens in each.
+    pub fn seq_len(&self) -> usize {
+        self.seq_len
+    }
+
+    /// Window `i`.
+    ///
+    /// # Panics
+    /// When `i` is not below [`len`](Self::len).
+    pub fn get(&self, i: usize) -> &[u32] {
+        assert!(i < self.len(), "window {i} of {}", self.len());
+        &self.tokens[i * self.seq_len..][..self.seq_len]
+    }
+
+    /// The windows of `indices`, one after the other.
+    ///
+    /// # Panics
+    /// When an index is not below [`len`](Self::len).
+    pub fn batch(&self, indices: &[usize]) -> Vec<u32> {
+        indices.iter().flat_map(|&i| self.get(i)).copied().collect()
+    }
+}
+
+/// What each position should predict: the next token of its window of `seq` tokens; −1 (nothing) at each window's last.
+pub fn targets(tokens: &[u32], seq: usize) -> Vec<i32> {
+    let window = |w: &[u32]| w[1..].iter().map(|&t| t as i32).chain([-1]).collect::<Vec<_>>();
+    tokens.chunks(seq.max(1)).flat_map(window).collect()
+}
+
+/// Which windows each step uses: a new permutation every epoch, so that every window has been used `k` times before any is used
+/// for the `k + 1`st time. A step's windows depend only on the seed and the step: a resumed run sees what the killed one would have.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    windows: Vec<usize>,
+    batch: usize,
+    seed: u64,
+}
+
+impl Sampler {
+    /// Draws batches of `batch` out of the indices in `windows`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `batch` is 0 or there are fewer windows than that.
+    pub fn new(windows: Vec<usize>, batch: usize, seed: u64) -> Result<Self> {
+        if batch == 0 || windows.len() < batch {
+            let message =
+                format!("expected at least one and at most as many as there are windows ({}), got {batch}", windows.len());
+            return Err(Error::argument("batch", message));
+        }
+        Ok(Self { windows, batch, seed })
+    }
+
+    /// The windows of step `step`, counted from 0.
+    pub fn step(&self, step: usize) -> Vec<usize> {
+        let n = self.windows.len();
+        let (first, mut indices) = (step as u128 * self.batch as u128, Vec::with_capacity(self.batch));
+        let (mut epoch, mut at) = ((first / n as u128) as u64, (first % n as u128) as usize);
+        while indices.len() < self.batch {
+            let order = permutation(n, self.seed, epoch);
+            let take = (self.batch - indices.len()).min(n - at);
+            indices.extend(order[at..at + take].iter().map(|&i| self.windows[i]));
+            (epoch, at) = (epoch + 1, 0);
+        }
+        indices
+    }
+}
+
+/// Sets `count` windows aside: (the rest, those), each ascending. Depends on the seed only.
+///
+/// # Errors
+/// [`Error::Argument`] when no window would be left.
+pub fn split_held_out(windows: &Windows, count: usize, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
+    let n = windows.len();
+    if count >= n {
+        return Err(Error::argument("held-out windows", format!("expected fewer than the text has ({n}), got {count}")));
+    }
+    // A stream that no epoch reaches.
+    let mut held_out = permutation(n, seed, u64::MAX);
+    let mut rest = held_out.split_off(count);
+    held_out.sort_unstable();
+    rest.sort_unstable();
+    Ok((rest, held_out))
+}
+
+/// A random order of 0..n (Fisher & Yates), its own for every seed and stream.
+fn permutation(n: usize, seed: u64, stream: u64) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in (1..n).rev() {
+        // Written out, so that the order does not hang on a library's way of drawing integers.
+        order.swap(i, ((u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64) as usize);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_consecutive_and_whole() {
+        let w = Windows::new((0..23).collect::<Vec<u32>>(), 5).unwrap();
+        assert_eq!((w.len(), w.seq_len(), w.get(3)), (4, 5, &[15, 16, 17, 18, 19][..]));
+        assert_eq!(w.batch(&[1, 0]), [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]);
+        assert_eq!(targets(&w.batch(&[1, 0]), 5), [6, 7, 8, 9, -1, 1, 2, 3, 4, -1]);
+        let message = Windows::new(vec![1, 2, 3], 5).unwrap_err().to_string();
+        assert_eq!(message, "text: shorter than one window: 3 tokens, 5 are needed");
+        assert!(Windows::new(vec![1, 2, 3], 1).is_err() && Windows::new(vec![], 0).is_err());
+        assert_eq!(Windows::new(vec![1, 2, 3], 3).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn every_epoch_visits_every_window_once() {
+        let windows: Vec<usize> = (0..10).map(|i| i * 3).collect();
+        for batch in [1, 3, 4, 10] {
+            let s = Sampler::new(windows.clone(), batch, 5).unwrap();
+            let stream: Vec<usize> = (0..30).flat_map(|i| s.step(i)).collect();
+            for epoch in stream.chunks_exact(10) {
+                let mut epoch = epoch.to_vec();
+                epoch.sort_unstable();
+                assert_eq!(epoch, windows, "batch {batch}");
+            }
+            assert_ne!(stream[..10], stream[10..20]);
+        }
+        let step = |seed, i| Sampler::new(windows.clone(), 4, seed).unwrap().step(i);
+        assert_eq!(step(1, 7), step(1, 7));
+        assert_ne!(step(1, 7), step(2, 7));
+        assert_eq!(step(1, usize::MAX).len(), 4);
+        assert!(Sampler::new(windows.clone(), 11, 0).is_err() && Sampler::new(windows.clone(), 0, 0).is_err());
+    }
+
+    #[test]
+    fn the_order_never_changes() {
+        // A checkpoint of an older build must resume to the same windows.
+        assert_eq!(permutation(8, 0, 0), [7, 2, 1, 6, 0, 4, 3, 5]);
+    }
+
+    #[test]
+    fn held_out_windows_are_apart() {
+        let w = Windows::new(vec![0; 100], 10).unwrap();
+        let (rest, held_out) = split_held_out(&w, 3, 9).unwrap();
+        let mut all = [rest.clone(), held_out.clone()].concat();
+        all.sort_unstable();
+        assert_eq!((held_out.len(), all), (3, (0..10).collect::<Vec<_>>()));
+        assert_eq!(split_held_out(&w, 3, 9).unwrap(), (rest, held_out));
+        assert!(split_held_out(&w, 0, 9).unwrap().1.is_empty());
+        let message = split_held_out(&w, 10, 9).unwrap_err().to_string();
+        assert_eq!(message, "held-out windows: expected fewer than the text has (10), got 10");
+    }
+
+    #[test]
+    fn unreadable_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("text.txt");
+        assert!(read_text(&path).unwrap_err().to_string().contains("text.txt"));
+        std::fs::write(&path, b"fine so far\xff").unwrap();
+        assert!(read_text(&path).unwrap_err().to_string().ends_with("expected UTF-8 text, got something else at byte 11"));
+        assert!(read_text(dir.path()).is_err());
+        assert!(Tokenizer::from_dir(dir.path()).unwrap_err().to_string().contains("tokenizer.json"));
+        std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+        assert!(Tokenizer::from_dir(dir.path()).unwrap_err().to_string().contains("expected a tokenizer"));
+    }
+}
