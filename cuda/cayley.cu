@@ -19,20 +19,21 @@ unsigned batch_blocks(int64_t batch) { return unsigned(batch < kMaxGridY ? batch
 // ---- Row norms: a block has one row. Squares are summed in double, since a rotation's rows must come out of norm 1 to
 // float's last digit. ----
 
-constexpr int kRowThreads = 256;  // at most; a multiple of 32
-constexpr int kRowPacks = 8;      // of a row, held by a thread between the passes; longer rows are read again
+constexpr int kRowThreads = 256;
+constexpr int kRowPacks = 8;  // of a row, held by a thread between the passes; longer rows are read again
 
-template <int N>
-__global__ void __launch_bounds__(kRowThreads) normalize_rows_kernel(float *y, const float *x, int64_t n) {
-  __shared__ double scratch[kRowThreads / 32];
-  const int64_t row = blockIdx.x, packs = n / N, lane = threadIdx.x, lanes = blockDim.x;
+// THREADS: a warp for short rows, kRowThreads for others. (As a run-time value it costs a third of the speed.)
+template <int N, int THREADS>
+__global__ void __launch_bounds__(THREADS) normalize_rows_kernel(float *y, const float *x, int64_t n) {
+  __shared__ double scratch[THREADS / 32];
+  const int64_t row = blockIdx.x, packs = n / N, lane = threadIdx.x;
   x += row * n;
   y += row * n;
 
   Pack<float, N> held[kRowPacks];
 #pragma unroll
   for (int k = 0; k < kRowPacks; ++k) {
-    const int64_t p = lane + k * lanes;
+    const int64_t p = lane + k * THREADS;
     held[k] = p < packs ? load_pack<float, N>(x + p * N) : Pack<float, N>{};
   }
   double sum = 0.0;
@@ -42,14 +43,15 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows_kernel(float *y, c
   };
 #pragma unroll
   for (int k = 0; k < kRowPacks; ++k) add(held[k]);
-  for (int64_t p = lane + kRowPacks * lanes; p < packs; p += lanes) add(load_pack<float, N>(x + p * N));
+  for (int64_t p = lane + kRowPacks * THREADS; p < packs; p += THREADS) add(load_pack<float, N>(x + p * N));
 
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
   __syncthreads();
   sum = 0.0;
-  for (int warp = 0; warp < lanes / 32; ++warp) sum += scratch[warp];
+#pragma unroll
+  for (int warp = 0; warp < THREADS / 32; ++warp) sum += scratch[warp];
 
   const float norm = float(sqrt(sum) + 1e-8);
   auto finish = [&](Pack<float, N> pack, int64_t p) {
@@ -59,11 +61,19 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows_kernel(float *y, c
   };
 #pragma unroll
   for (int k = 0; k < kRowPacks; ++k) {
-    const int64_t p = lane + k * lanes;
+    const int64_t p = lane + k * THREADS;
     if (p < packs) finish(held[k], p);
   }
-  for (int64_t p = lane + kRowPacks * lanes; p < packs; p += lanes)
+  for (int64_t p = lane + kRowPacks * THREADS; p < packs; p += THREADS)
     finish(load_pack<float, N>(x + p * N), p);
+}
+
+template <int N>
+void normalize_rows(float *y, const float *x, int64_t rows, int64_t n, cudaStream_t stream) {
+  if (n / N <= 32 * kRowPacks)
+    normalize_rows_kernel<N, 32><<<unsigned(rows), 32, 0, stream>>>(y, x, n);
+  else
+    normalize_rows_kernel<N, kRowThreads><<<unsigned(rows), kRowThreads, 0, stream>>>(y, x, n);
 }
 
 // ---- Transposes: square tiles through shared memory, one column wider to spread the banks. ----
@@ -132,7 +142,7 @@ __global__ void __launch_bounds__(kStrip *kStrip) column_sums_kernel(float *alph
     float sum = 0.0f;
     if (column < n) {
       const float *in = w + b * n * n + column;
-#pragma unroll 8
+#pragma unroll 16
       for (int64_t row = threadIdx.y; row < n; row += kStrip) sum += fabsf(in[row * n]);
     }
     sums[threadIdx.y][threadIdx.x] = sum;
@@ -191,9 +201,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Distance of a Gram matrix from the identity: a block has one row. ----
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kThreads)
     gram_residual_kernel(float *residual, double *error, const double *gram, int64_t batch, int64_t n) {
-  __shared__ unsigned long long scratch[kRowThreads / 32];
+  __shared__ unsigned long long scratch[kThreads / 32];
   const int64_t row = blockIdx.x;
   for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
     const int64_t base = (b * n + row) * n;
@@ -232,9 +242,6 @@ int check(int64_t batch, int64_t n) {
   return batch < 0 || n < 0 || n > (int64_t(1) << 20) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-// Threads for a row of so many items, whole warps of them.
-int row_threads(int64_t items) { return items < kRowThreads ? int(ceil_div(items, int64_t(32)) * 32) : kRowThreads; }
-
 unsigned tiles_of(int64_t n) {
   const int64_t tiles = ceil_div(n, int64_t(kTile));
   return unsigned(tiles * tiles);
@@ -249,9 +256,9 @@ int sq_normalize_rows(float *y, const float *x, int64_t batch, int64_t n, sq_str
   if (check(batch, n) != cudaSuccess || rows > kMaxGridX) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   if (n % 4 == 0)
-    normalize_rows_kernel<4><<<unsigned(rows), row_threads(n / 4), 0, cuda_stream(stream)>>>(y, x, n);
+    normalize_rows<4>(y, x, rows, n, cuda_stream(stream));
   else
-    normalize_rows_kernel<1><<<unsigned(rows), row_threads(n), 0, cuda_stream(stream)>>>(y, x, n);
+    normalize_rows<1>(y, x, rows, n, cuda_stream(stream));
   return launched();
 }
 
@@ -309,7 +316,8 @@ int sq_gram_residual(float *residual, double *error, const double *gram, int64_t
   const cudaError_t cleared = cudaMemsetAsync(error, 0, size_t(batch) * sizeof(double), on);
   if (cleared != cudaSuccess || n == 0) return int(cleared);
   const dim3 grid(unsigned(n), batch_blocks(batch));
-  gram_residual_kernel<<<grid, row_threads(n), 0, on>>>(residual, error, gram, batch, n);
+  const int threads = n < kThreads ? int(ceil_div(n, int64_t(32)) * 32) : kThreads;
+  gram_residual_kernel<<<grid, threads, 0, on>>>(residual, error, gram, batch, n);
   return launched();
 }
 

@@ -11,11 +11,10 @@ namespace {
 
 using namespace sq;
 
-constexpr int kRound = 2;  // packs a thread loads together
-
 // A block has one row. `cached` packs of it fit in shared memory: all of them, or a multiple of the block's threads. A
 // thread meets only its own packs in both passes, so the cache needs no barrier.
-template <typename T, int N, int THREADS>
+// ROUND packs are loaded together.
+template <typename T, int N, int THREADS, int ROUND>
 __global__ void __launch_bounds__(THREADS, 1536 / THREADS)
     cross_entropy_kernel(T *logits, float *loss, const int32_t *targets, int64_t vocab, int64_t cached, float scale) {
   extern __shared__ uint4 shared[];
@@ -54,19 +53,19 @@ __global__ void __launch_bounds__(THREADS, 1536 / THREADS)
     for (int v = 0; v < N; ++v) sum += expf(value[v] - most);
   };
   int64_t p = lane;
-  for (; p + (kRound - 1) * lanes < packs; p += kRound * lanes) {
-    Pack<T, N> held[kRound];
+  for (; p + (ROUND - 1) * lanes < packs; p += ROUND * lanes) {
+    Pack<T, N> held[ROUND];
 #pragma unroll
-    for (int k = 0; k < kRound; ++k) held[k] = load_pack<T, N>(x + (p + k * lanes) * N);
+    for (int k = 0; k < ROUND; ++k) held[k] = load_pack<T, N>(x + (p + k * lanes) * N);
     float m = -FLT_MAX;
 #pragma unroll
-    for (int k = 0; k < kRound; ++k) {
+    for (int k = 0; k < ROUND; ++k) {
       if (p + k * lanes < cached) cache[p + k * lanes] = held[k];
       m = max_of(held[k], m);
     }
     raise(m);
 #pragma unroll
-    for (int k = 0; k < kRound; ++k) add(held[k]);
+    for (int k = 0; k < ROUND; ++k) add(held[k]);
   }
   for (; p < packs; p += lanes) {
     const Pack<T, N> held = load_pack<T, N>(x + p * N);
@@ -115,9 +114,10 @@ int cross_entropy(T *logits, float *loss, const int32_t *targets, int64_t rows, 
     kernel<<<unsigned(rows), threads, bytes, stream>>>(logits, loss, targets, vocab, cached, scale);
     return launched();
   };
-  if (packs <= room(3)) return launch(cross_entropy_kernel<T, N, 512>, packs >= 1024 ? 512 : 128, packs);
-  if (packs * 4 <= room(2) * 5) return launch(cross_entropy_kernel<T, N, 512>, 512, room(2));
-  return launch(cross_entropy_kernel<T, N, 1024>, 1024, room(1));
+  if (scale == 0.0f || packs <= room(3))
+    return launch(cross_entropy_kernel<T, N, 512, 2>, packs >= 1024 ? 512 : 128, packs);
+  if (packs * 4 <= room(2) * 5) return launch(cross_entropy_kernel<T, N, 512, 2>, 512, room(2));
+  return launch(cross_entropy_kernel<T, N, 1024, 4>, 1024, room(1));
 }
 
 }  // namespace

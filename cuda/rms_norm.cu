@@ -13,8 +13,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kWarpRows = 8;    // rows of a block where a warp takes a row
 constexpr int kPartials = 256;  // rows of dgain_partial, at most
 
-// Short rows take a warp each, the others a block each; PACKS packs a thread are held (measured: two are faster than
-// four up to 512 threads, and beyond them four, which leave room for a second block).
+// Short rows take a warp each, the others a block each; PACKS packs a thread are held.
 template <int PACKS, bool WARP>
 struct Geometry {
   static constexpr int packs = PACKS;
@@ -26,7 +25,6 @@ template <typename F>
 int with_geometry(int64_t packs, F &&f) {
   if (packs <= 32) return f(Geometry<1, true>{});
   if (packs <= 128) return f(Geometry<4, true>{});
-  if (packs <= 1024) return f(Geometry<2, false>{});
   return f(Geometry<4, false>{});
 }
 

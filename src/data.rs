@@ -88,6 +88,13 @@ impl Windows {
         self.seq_len
     }
 
+    /// A checksum of the whole stream (64-bit FNV-1a of the little-endian ids, in hex), to tell texts apart.
+    pub fn checksum(&self) -> String {
+        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        let bytes = self.tokens.iter().flat_map(|t| t.to_le_bytes());
+        format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
+    }
+
     /// Window `i`.
     ///
     /// # Panics

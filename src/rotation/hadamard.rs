@@ -125,13 +125,21 @@ impl Hadamard {
         }
     }
 
-    /// The dense n×n matrix H, so that the map is `x ↦ x Hᵀ` on rows.
+    /// The dense n×n matrix H, so that the map is `x ↦ x Hᵀ` on rows: `H[(i, j), (l, p)] = H_K[i, l] (−1)^popcount(j & p) / √size`
+    /// in every diagonal block.
     pub fn dense(&self) -> Vec<f64> {
-        let n = self.n;
+        let (n, k) = (self.n, self.k);
+        let size = n / self.blocks;
+        let m = size / k;
+        let one = 1.0 / (size as f64).sqrt();
         let mut h = vec![0.0; n * n];
-        for (i, row) in h.chunks_mut(n).enumerate() {
-            row[i] = 1.0;
-            self.reference(row, true); // Hᵀ eᵢ is row i of H
+        for (row, h) in h.chunks_mut(n).enumerate() {
+            let (first, i, j) = (row / size * size, row % size / m, row % m);
+            for (l, h) in h[first..first + size].chunks_mut(m).enumerate() {
+                let core = if k == 1 { one } else { one * f64::from(self.signs[i * k + l]) };
+                let sign = |p: usize| if (j & p).count_ones().is_multiple_of(2) { core } else { -core };
+                h.iter_mut().enumerate().for_each(|(p, h)| *h = sign(p));
+            }
         }
         h
     }
@@ -226,6 +234,20 @@ mod tests {
             }
         }
         assert!(TABLE_SIZES.iter().chain(&[76, 148]).all(|k| sizes.contains(k)), "{sizes:?}");
+    }
+
+    #[test]
+    fn dense_is_the_reference() {
+        for n in [1, 2, 12, 56, 80, 107, 148, 214, 344] {
+            let map = Hadamard::new(n).unwrap();
+            let h = map.dense();
+            for i in 0..n {
+                let mut row = vec![0.0; n];
+                row[i] = 1.0;
+                map.reference(&mut row, true); // Hᵀ eᵢ is row i of H
+                assert_eq!(row, h[i * n..][..n], "row {i} of {n}");
+            }
+        }
     }
 
     #[test]

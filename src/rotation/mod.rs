@@ -3,3 +3,188 @@
 mod hadamard;
 
 pub use hadamard::{Hadamard, MAX_K};
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::manifold;
+use crate::optim::linalg;
+use crate::{DType, Error, Result, Tensor, io};
+
+/// The learned rotations: R1 of the residual stream, and R2 of every layer's values. R3 and R4 are fixed Hadamard maps.
+#[derive(Clone, Debug)]
+pub struct Rotations {
+    /// `[C, C]`: the residual stream is `x R1`.
+    pub r1: Tensor,
+    /// `[L, D, D]`: the values of a head in layer l are `v R2[l]`.
+    pub r2: Tensor,
+}
+
+const FORMAT: &str = "spinquant-rotations";
+const VERSION: &str = "1";
+const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
+
+impl Rotations {
+    /// No rotation: identities, in `f64`.
+    pub fn identity(hidden: usize, head_dim: usize, layers: usize) -> Result<Self> {
+        Self::build(hidden, head_dim, layers, |n, _| {
+            let mut v = vec![0.0; n * n];
+            v.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
+            Ok(v)
+        })
+    }
+
+    /// Uniformly random orthogonal matrices, in `f64`. A worse start than [`Rotations::random_hadamard`].
+    pub fn random_orthogonal(hidden: usize, head_dim: usize, layers: usize, seed: u64) -> Result<Self> {
+        Self::build(hidden, head_dim, layers, |n, i| manifold::haar(n, seed, i))
+    }
+
+    /// Random Hadamard matrices `diag(±1) Hᵀ`, in `f64`: for a row vector x, the signs come first, `x R = (H (±x)ᵀ)ᵀ`, as in the
+    /// published code. (With the signs last, `Hᵀ diag(±1)`, they would only flip rotated coordinates, and every seed would
+    /// quantise nearly alike.)
+    pub fn random_hadamard(hidden: usize, head_dim: usize, layers: usize, seed: u64) -> Result<Self> {
+        Self::build(hidden, head_dim, layers, |n, i| manifold::signed_hadamard(n, seed, i))
+    }
+
+    /// `of(n, index)` makes the n×n matrix number `index`: 0 is R1, l + 1 is `R2[l]`.
+    fn build(hidden: usize, head_dim: usize, layers: usize, of: impl Fn(usize, u64) -> Result<Vec<f64>>) -> Result<Self> {
+        let mut r2 = Vec::with_capacity(layers * head_dim * head_dim);
+        for l in 0..layers {
+            r2.extend(of(head_dim, l as u64 + 1)?);
+        }
+        Ok(Self {
+            r1: Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?,
+            r2: Tensor::from_vec(r2, [layers, head_dim, head_dim])?,
+        })
+    }
+
+    /// Hidden size C.
+    pub fn hidden(&self) -> usize {
+        self.r1.cols()
+    }
+    /// Head size D.
+    pub fn head_dim(&self) -> usize {
+        self.r2.cols()
+    }
+    /// Layers L.
+    pub fn layers(&self) -> usize {
+        self.r2.shape().first().copied().unwrap_or(0)
+    }
+
+    /// The same in another element type.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)? })
+    }
+
+    /// The same on another device.
+    pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
+        Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)? })
+    }
+
+    /// As an optimiser sees them: `[1, C, C]` and `[L, D, D]`.
+    pub fn as_params(&self) -> Result<Vec<Tensor>> {
+        let c = self.hidden();
+        Ok(vec![self.r1.clone().reshape([1, c, c])?, self.r2.clone()])
+    }
+
+    /// Back from [`Rotations::as_params`].
+    pub fn from_params(params: &[Tensor]) -> Result<Self> {
+        let [r1, r2] = params else {
+            return Err(Error::argument("rotations", format!("expected R1 and R2, got {} tensors", params.len())));
+        };
+        let (1, c) = linalg::dims("R1", r1)? else {
+            return Err(Error::shape("R1", "[1, C, C]", r1.shape()));
+        };
+        if !r2.is_empty() {
+            linalg::dims("R2", r2)?;
+        }
+        Ok(Self { r1: r1.clone().reshape([c, c])?, r2: r2.clone() })
+    }
+
+    /// max|RᵀR − I| of R1 and of every R2, in `f64`.
+    pub fn orthogonality_errors(&self) -> Result<(f64, Vec<f64>)> {
+        let of = |x: Tensor| -> Result<Vec<f64>> {
+            if x.is_empty() {
+                return Ok(vec![]);
+            }
+            Ok(linalg::gram_residual(&x.to_device(&crate::Device::Cpu)?.to_dtype(DType::F64)?)?.1)
+        };
+        let c = self.hidden();
+        Ok((of(self.r1.clone().reshape([1, c, c])?)?[0], of(self.r2.clone())?))
+    }
+
+    /// Checks sizes, and that every matrix is orthogonal within `tolerance`.
+    ///
+    /// # Errors
+    /// Names the first matrix that does not fit and by how much.
+    pub fn check(&self, hidden: usize, head_dim: usize, layers: usize, tolerance: f64) -> Result<()> {
+        if self.r1.shape() != [hidden, hidden] {
+            return Err(Error::shape("R1", format!("[{hidden}, {hidden}] for this model"), self.r1.shape()));
+        }
+        if self.r2.shape() != [layers, head_dim, head_dim] {
+            return Err(Error::shape("R2", format!("[{layers}, {head_dim}, {head_dim}] for this model"), self.r2.shape()));
+        }
+        let (r1, r2) = self.orthogonality_errors()?;
+        let named =
+            std::iter::once(("R1".to_string(), r1)).chain(r2.into_iter().enumerate().map(|(l, e)| (format!("R2[{l}]"), e)));
+        for (name, error) in named {
+            if error > tolerance || error.is_nan() {
+                let message = match error.is_finite() {
+                    false => "holds NaN or infinite values".to_string(),
+                    true => format!("is not orthogonal: max|RᵀR−I| = {error:.1e}, at most {tolerance:e} is accepted"),
+                };
+                return Err(Error::numeric(name, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a safetensors file, whole or not at all.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        self.save_with(path, &BTreeMap::new())
+    }
+
+    /// [`Rotations::save`] with notes of the caller's: scheme, seed, steps.
+    pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
+        let tensors = [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into();
+        let mut metadata = notes.clone();
+        let own = [("format", FORMAT), ("format_version", VERSION), ("convention", CONVENTION)];
+        metadata.extend(own.map(|(k, v)| (k.to_string(), v.to_string())));
+        io::save_tensors(path, &tensors, &metadata)
+    }
+
+    /// Reads rotations; their values must be finite, and near orthogonal where [`Rotations::check`] says so.
+    pub fn load(path: &Path) -> Result<Self> {
+        Ok(Self::load_with(path)?.0)
+    }
+
+    /// [`Rotations::load`] with the file's string map.
+    pub fn load_with(path: &Path) -> Result<(Self, BTreeMap<String, String>)> {
+        let (mut tensors, metadata) = io::load_tensors(path)?;
+        if let Some(version) = metadata.get("format_version").filter(|v| *v != VERSION) {
+            return Err(Error::format(path, format!("expected rotations of format version {VERSION}, got {version:?}")));
+        }
+        let mut take = |name: &str, rank: usize| -> Result<Tensor> {
+            let Some(t) = tensors.remove(name) else {
+                return Err(Error::format(path, format!("holds no {name}")));
+            };
+            let square = t.shape().len() == rank && t.shape()[rank - 1] == t.shape()[rank - 2];
+            if !square || t.cols() == 0 {
+                let wanted = if rank == 2 { "[C, C]" } else { "[L, D, D]" };
+                return Err(Error::format(path, format!("{name}: expected shape {wanted}, got {:?}", t.shape())));
+            }
+            if !matches!(t.dtype(), DType::F32 | DType::F64) {
+                return Err(Error::format(path, format!("{name}: expected dtype f32 or f64, got {}", t.dtype())));
+            }
+            if t.to_f64_vec()?.iter().any(|x| !x.is_finite()) {
+                return Err(Error::format(path, format!("{name} holds NaN or infinite values")));
+            }
+            Ok(t)
+        };
+        let (r1, r2) = (take("R1", 2)?, take("R2", 3)?);
+        if r1.dtype() != r2.dtype() {
+            return Err(Error::format(path, format!("R1 is {}, R2 is {}: expected one dtype", r1.dtype(), r2.dtype())));
+        }
+        Ok((Self { r1, r2 }, metadata))
+    }
+}

@@ -1,0 +1,166 @@
+//! Files: written whole or not at all, and tensors by name in the safetensors format.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+
+use crate::dtype::{DType, Element};
+use crate::{Device, Error, Result, Tensor};
+
+/// Writes a file so that a failure (no permission, full disk, an error of `write` itself) leaves what was there untouched: into
+/// a temporary name in the same folder, flushed to the disk, then renamed.
+///
+/// Symbolic links are followed; what is not a regular file (a pipe, a device) is written to directly.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let attempt = || -> std::io::Result<()> {
+        let target = match std::fs::metadata(path) {
+            Ok(m) if m.is_dir() => return Err(std::io::ErrorKind::IsADirectory.into()),
+            Ok(m) if !m.is_file() => {
+                let mut out = BufWriter::new(std::fs::OpenOptions::new().write(true).open(path)?);
+                write(&mut out)?;
+                return out.flush();
+            }
+            Ok(m) if m.permissions().readonly() => return Err(std::io::ErrorKind::PermissionDenied.into()),
+            Ok(_) => path.canonicalize()?,
+            Err(_) => path.to_path_buf(),
+        };
+        let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        let mode = match std::fs::metadata(&target) {
+            Ok(m) => m.permissions(),
+            Err(_) => std::os::unix::fs::PermissionsExt::from_mode(0o666), // the umask applies
+        };
+        #[cfg(unix)]
+        builder.permissions(mode);
+        let temporary = builder.prefix(".spinquant-").tempfile_in(folder)?;
+        let mut out = BufWriter::new(temporary.as_file());
+        write(&mut out)?;
+        out.flush()?;
+        drop(out);
+        temporary.as_file().sync_all()?;
+        temporary.persist(&target)?;
+        Ok(())
+    };
+    attempt().map_err(Error::io(path))
+}
+
+/// Writes tensors of any device and a string map as one safetensors file, atomically; equal contents give equal bytes.
+pub fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>) -> Result<()> {
+    let mut order = tensors.iter().map(|(name, t)| Ok((name, t.to_device(&Device::Cpu)?))).collect::<Result<Vec<_>>>()?;
+    order.sort_by_key(|(_, t)| std::cmp::Reverse(t.dtype().size())); // keeps every tensor aligned; stable, so then by name
+    let mut header = BTreeMap::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__", serde_json::json!(metadata));
+    }
+    let mut end = 0;
+    for (name, t) in &order {
+        let dtype = t.dtype().to_string().to_uppercase();
+        let info = serde_json::json!({ "dtype": dtype, "shape": t.shape(), "data_offsets": [end, end + t.bytes()] });
+        header.insert(name, info);
+        end += t.bytes();
+    }
+    let mut header = serde_json::to_string(&header).map_err(|e| Error::format(path, e))?;
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    write_atomically(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(header.as_bytes())?;
+        for (_, t) in &order {
+            out.write_all(bytes(t).map_err(std::io::Error::other)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// The memory of a CPU tensor (little-endian machines only, as everywhere in this crate).
+fn bytes(t: &Tensor) -> Result<&[u8]> {
+    Ok(match t.dtype() {
+        DType::F64 => bytemuck::cast_slice(t.as_slice::<f64>()?),
+        DType::F32 => bytemuck::cast_slice(t.as_slice::<f32>()?),
+        DType::F16 => bytemuck::cast_slice(t.as_slice::<f16>()?),
+        DType::BF16 => bytemuck::cast_slice(t.as_slice::<bf16>()?),
+        DType::U32 => bytemuck::cast_slice(t.as_slice::<u32>()?),
+    })
+}
+
+/// What a safetensors file holds: tensors by name, and its string map.
+pub type NamedTensors = (BTreeMap<String, Tensor>, BTreeMap<String, String>);
+
+/// Reads every tensor (f64, f32, f16, bf16, u32) of a safetensors file into CPU memory.
+///
+/// # Errors
+/// A file that cannot be read, is not safetensors or is truncated, or holds another element type.
+pub fn load_tensors(path: &Path) -> Result<NamedTensors> {
+    let buffer = std::fs::read(path).map_err(Error::io(path))?;
+    let broken = |e| Error::format(path, format!("not a whole safetensors file: {e}"));
+    let metadata = SafeTensors::read_metadata(&buffer).map_err(broken)?.1.metadata().clone().unwrap_or_default();
+    let file = SafeTensors::deserialize(&buffer).map_err(broken)?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.iter() {
+        fn read<T: Element>(data: &[u8], shape: &[usize]) -> Result<Tensor> {
+            Tensor::from_vec(bytemuck::pod_collect_to_vec::<u8, T>(data), shape)
+        }
+        let (data, shape) = (view.data(), view.shape());
+        let t = match view.dtype() {
+            Dtype::F64 => read::<f64>(data, shape)?,
+            Dtype::F32 => read::<f32>(data, shape)?,
+            Dtype::F16 => read::<f16>(data, shape)?,
+            Dtype::BF16 => read::<bf16>(data, shape)?,
+            Dtype::U32 => read::<u32>(data, shape)?,
+            other => {
+                return Err(Error::format(path, format!("{name}: expected dtype F64, F32, F16, BF16 or U32, got {other:?}")));
+            }
+        };
+        tensors.insert(name.to_string(), t);
+    }
+    Ok((tensors, metadata.into_iter().collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_contents_give_equal_bytes_and_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = (folder.path().join("a"), folder.path().join("b"));
+        let tensors: BTreeMap<_, _> = [
+            ("half".to_string(), crate::ops::randn([3], 1).to_dtype(DType::BF16).unwrap()),
+            ("wide".to_string(), crate::ops::randn([2, 5], 2)),
+            ("none".to_string(), Tensor::zeros([0, 4], DType::F32, &Device::Cpu).unwrap()),
+        ]
+        .into();
+        let metadata: BTreeMap<_, _> = (0..9).map(|i| (format!("key {i}"), "value \"é\"".to_string())).collect();
+        save_tensors(&a, &tensors, &metadata).unwrap();
+        save_tensors(&b, &tensors, &metadata).unwrap();
+        assert_eq!(std::fs::read(&a).unwrap(), std::fs::read(&b).unwrap());
+        let (read, strings) = load_tensors(&a).unwrap();
+        assert_eq!(strings, metadata);
+        for (name, t) in &tensors {
+            assert_eq!((read[name].shape(), bytes(&read[name]).unwrap()), (t.shape(), bytes(t).unwrap()), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        write_atomically(&path, |out| out.write_all(b"old")).unwrap();
+        let full = write_atomically(&path, |out| {
+            out.write_all(b"half of the ne")?;
+            Err(std::io::ErrorKind::StorageFull.into())
+        });
+        assert!(full.unwrap_err().to_string().contains("file"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");
+        assert!(write_atomically(&folder.path().join("absent/file"), |_| Ok(())).is_err());
+        assert!(write_atomically(folder.path(), |_| Ok(())).is_err());
+        if Path::new("/dev/full").exists() {
+            assert!(write_atomically(Path::new("/dev/full"), |out| out.write_all(b"x")).is_err());
+            assert!(Path::new("/dev/full").exists());
+        }
+    }
+}
