@@ -283,6 +283,11 @@ impl<'t> Var<'t> {
     pub fn requires_grad(&self) -> bool {
         self.node.is_some()
     }
+    /// The same value as a node of its own, at which gradients add before they flow on; free.
+    pub fn fork(self) -> Result<Self> {
+        let shape = self.shape().to_vec();
+        self.reshape(shape)
+    }
     /// The same values under another shape; free.
     pub fn reshape(self, shape: impl Into<Vec<usize>>) -> Result<Self> {
         let shape = shape.into();

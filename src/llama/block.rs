@@ -3,10 +3,12 @@
 //! Row vectors; a linear layer is `y = x Wᵀ` with `W: [out, in]`. R1 is the basis of the residual stream, R2 that of every head's
 //! values; both cancel between the layer that enters the basis and the one that leaves it. R3 and R4 are Hadamards that run online.
 
+use std::sync::Arc;
+
 use crate::llama::{LayerWeights, LlamaConfig};
 use crate::ops::attention::attention;
 use crate::ops::rope::Rope;
-use crate::quant::Sites;
+use crate::quant::{Site, Sites};
 use crate::{Result, Tensor, Var};
 
 /// A layer's frozen weights, RMSNorm gains folded in, not rotated.
@@ -14,6 +16,8 @@ use crate::{Result, Tensor, Var};
 pub struct Block {
     /// The seven linears, in the Hugging Face shapes `[out, in]`.
     pub weights: LayerWeights,
+    /// Which layer this is, from 0.
+    pub index: usize,
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -41,8 +45,11 @@ pub struct RotatedWeights<'t> {
     pub leave: Option<Var<'t>>,
 }
 
-/// What a layer needs besides its weights.
-#[derive(Clone, Debug)]
+/// Is shown the input of every quantiser: layer, site, values.
+pub type Observer = dyn Fn(usize, Site, &Tensor) + Send + Sync;
+
+/// What the layers need besides their weights.
+#[derive(Clone)]
 pub struct Run {
     /// The quantisers and online rotations.
     pub sites: Sites,
@@ -50,13 +57,15 @@ pub struct Run {
     pub rope: Rope,
     /// Tokens of one sequence.
     pub seq: usize,
+    /// Watches the activations.
+    pub observer: Option<Arc<Observer>>,
 }
 
 impl Block {
-    /// A layer of a model of this configuration.
-    pub fn new(config: &LlamaConfig, weights: LayerWeights) -> Self {
+    /// Layer `index` of a model of this configuration.
+    pub fn new(config: &LlamaConfig, index: usize, weights: LayerWeights) -> Self {
         let LlamaConfig { heads, kv_heads, head_dim, rms_norm_eps: eps, .. } = *config;
-        Self { weights, heads, kv_heads, head_dim, eps }
+        Self { weights, index, heads, kv_heads, head_dim, eps }
     }
 
     /// Rotates and quantises the weights for `tokens` rows of input. Gradients flow to `r1` [C, C] and `r2` [D, D].
@@ -89,25 +98,29 @@ impl Block {
 
     /// Runs the layer: `x` [tokens, C] in R1's basis, and out again.
     pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
-        let Run { sites: s, rope, seq } = run;
+        let Run { sites: s, rope, seq, .. } = run;
         let d = self.head_dim;
         let r3 = |x: Var<'t>| if s.online.r3 { x.hadamard() } else { Ok(x) };
+        let r4 = |x: Var<'t>| if s.online.r4 { x.hadamard() } else { Ok(x) };
+        let quantized = |site, x: Var<'t>| {
+            run.observer.iter().for_each(|see| see(self.index, site, x.value()));
+            x.fake_quant(s.at(site))
+        };
 
-        let h = x.clone().rms_norm(self.eps)?.fake_quant(&s.activation)?;
+        let h = quantized(Site::AttentionInput, x.clone().rms_norm(self.eps)?)?;
         let q = r3(h.clone().linear(w.q)?.heads(d)?.rope(rope)?)?;
-        let k = r3(h.clone().linear(w.k)?.heads(d)?.rope(rope)?)?.fake_quant(&s.key)?;
-        let v = h.linear(w.v)?.fake_quant(&s.value)?.heads(d)?; // in R2's basis
-        let a = attention(q, k, v, *seq)?.fake_quant(&s.attention_output)?;
+        let k = quantized(Site::Key, r3(h.clone().linear(w.k)?.heads(d)?.rope(rope)?)?)?;
+        let v = quantized(Site::Value, h.linear(w.v)?)?.heads(d)?; // in R2's basis
+        let a = quantized(Site::AttentionOutput, attention(q, k, v, *seq)?)?;
         let x = x.add(a.linear(w.o)?)?; // R2 undone, back in R1's basis
 
-        let h = x.clone().rms_norm(self.eps)?.fake_quant(&s.activation)?;
+        let h = quantized(Site::MlpInput, x.clone().rms_norm(self.eps)?)?;
         let h = match w.leave {
             Some(r1) => h.linear(r1)?,
             None => h,
         };
         let m = h.clone().linear(w.gate)?.swiglu(h.linear(w.up)?)?;
-        let m = if s.online.r4 { m.hadamard()? } else { m };
-        x.add(m.fake_quant(&s.activation)?.linear(w.down)?)
+        x.add(quantized(Site::DownInput, r4(m)?)?.linear(w.down)?)
     }
 }
 

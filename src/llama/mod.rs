@@ -5,7 +5,7 @@ mod config;
 mod load;
 mod model;
 
-pub use block::{Block, RotatedWeights, Run};
+pub use block::{Block, Observer, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
 pub use load::{Checkpoint, LayerWeights, Weights};
 pub use model::{Llama, Merged, Recompute, RotationVars};

@@ -81,7 +81,8 @@ impl Llama {
         if weights.layers.len() != config.layers {
             return Err(Error::argument("layers", format!("expected {}, got {}", config.layers, weights.layers.len())));
         }
-        let blocks = weights.layers.into_iter().map(|w| Arc::new(Block::new(&config, w))).collect();
+        let layers = weights.layers.into_iter().enumerate();
+        let blocks = layers.map(|(i, w)| Arc::new(Block::new(&config, i, w))).collect();
         Ok(Self { config, embedding: weights.embedding, head: weights.head, blocks })
     }
 
@@ -92,7 +93,7 @@ impl Llama {
         }
         let block = |b: &Arc<Block>| {
             let weights = b.weights.map(|w| w.to_device(device))?;
-            Ok(Arc::new(Block::new(&self.config, weights)))
+            Ok(Arc::new(Block::new(&self.config, b.index, weights)))
         };
         Ok(Self {
             embedding: self.embedding.to_device(device)?,
@@ -112,29 +113,30 @@ impl Llama {
         self.embedding.dtype()
     }
 
-    fn run(&self, scheme: &Scheme, seq: usize) -> Result<Run> {
+    /// What the layers need to run sequences of `seq` tokens under a scheme.
+    pub fn run(&self, scheme: &Scheme, seq: usize) -> Result<Run> {
         Run::new(&self.config, scheme, seq, self.dtype(), &self.device())
     }
 
-    /// Logits `[tokens, V]` of the rotated, fake-quantised network; `tokens` are whole sequences of `seq` ids.
+    /// Logits `[tokens, V]` of the rotated, fake-quantised network; `tokens` are whole sequences of `run.seq` ids.
     pub fn logits<'t>(
         &self,
         rotations: &RotationVars<'t>,
         tokens: &[u32],
-        seq: usize,
-        scheme: &Scheme,
+        run: Arc<Run>,
         recompute: Recompute,
     ) -> Result<Var<'t>> {
-        check_tokens(&self.config, tokens, seq, rotations.r2.len())?;
+        check_tokens(&self.config, tokens, run.seq, rotations.r2.len())?;
         let tape = rotations.r1.tape();
-        let run = Arc::new(self.run(scheme, seq)?);
         let r1 = &rotations.r1;
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
         for (block, r2) in self.blocks.iter().zip(&rotations.r2) {
             let (block, run, n) = (block.clone(), run.clone(), tokens.len());
+            // A node of their own, so that a layer's gradients are summed before they join the others' in either branch.
+            let (r1, r2) = (r1.clone().fork()?, r2.clone().fork()?);
             x = match recompute {
-                Recompute::None => block.forward(x, block.rotate(r1, r2, &run.sites, n)?, &run)?,
-                Recompute::All => checkpoint(tape, vec![x, r1.clone(), r2.clone()], move |_, v| {
+                Recompute::None => block.forward(x, block.rotate(&r1, &r2, &run.sites, n)?, &run)?,
+                Recompute::All => checkpoint(tape, vec![x, r1, r2], move |_, v| {
                     let [x, r1, r2]: [Var<'_>; 3] = v.try_into().map_err(|_| Error::Tape("a layer has three inputs".into()))?;
                     block.forward(x, block.rotate(&r1, &r2, &run.sites, n)?, &run)
                 })?,
@@ -152,7 +154,7 @@ impl Llama {
         scheme: &Scheme,
         recompute: Recompute,
     ) -> Result<Var<'t>> {
-        self.logits(rotations, tokens, seq, scheme, recompute)?.cross_entropy(data::targets(tokens, seq).into())
+        self.logits(rotations, tokens, Arc::new(self.run(scheme, seq)?), recompute)?.cross_entropy(data::targets(tokens, seq).into())
     }
 
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
@@ -172,7 +174,7 @@ impl Llama {
                 scheme,
                 embedding: self.embedding.clone(),
                 head: self.head.clone(),
-                blocks: self.blocks.iter().map(|b| Ok(Block::new(config, weights(b)?))).collect::<Result<_>>()?,
+                blocks: self.blocks.iter().map(|b| Ok(Block::new(config, b.index, weights(b)?))).collect::<Result<_>>()?,
             });
         };
         rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
@@ -186,7 +188,7 @@ impl Llama {
             let r1 = tape.constant(rotations.r1.clone());
             let r2 = tape.constant(rotations.r2.index(i)?);
             // No input is left unrotated when there are no tokens.
-            let w = Block::new(config, b.weights.map(wide)?).rotate(&r1, &r2, &exact, 0)?;
+            let w = Block::new(config, i, b.weights.map(wide)?).rotate(&r1, &r2, &exact, 0)?;
             let last = |t: Var<'_>| quantize_weight(narrow(t)?, &sites);
             let weights = LayerWeights {
                 q: last(w.q)?,
@@ -197,7 +199,7 @@ impl Llama {
                 up: last(w.up)?,
                 down: last(w.down)?,
             };
-            Ok(Block::new(config, weights))
+            Ok(Block::new(config, i, weights))
         };
         Ok(Merged {
             config: config.clone(),
@@ -228,7 +230,7 @@ impl Run {
     /// Quantisers and rotary tables for sequences of `seq` tokens.
     pub fn new(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
         let rope = Rope::new(&config.inverse_frequencies(), seq, dtype, device)?;
-        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq })
+        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None })
     }
 }
 

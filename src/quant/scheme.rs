@@ -157,7 +157,7 @@ impl fmt::Display for Scheme {
     }
 }
 
-/// The quantisers of one layer, by site.
+/// The quantisers of one layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sites {
     /// The seven weights.
@@ -172,4 +172,51 @@ pub struct Sites {
     pub value: QuantSpec,
     /// The Hadamards that run with the network.
     pub online: Online,
+}
+
+/// A place in a layer where an activation is quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Site {
+    /// The input of q, k and v.
+    AttentionInput,
+    /// K after RoPE and R3.
+    Key,
+    /// The output of v.
+    Value,
+    /// The input of o.
+    AttentionOutput,
+    /// The input of gate and up.
+    MlpInput,
+    /// The input of down, after R4.
+    DownInput,
+}
+
+impl Site {
+    /// All of them, in the order a layer meets them.
+    pub const ALL: [Self; 6] =
+        [Self::AttentionInput, Self::Key, Self::Value, Self::AttentionOutput, Self::MlpInput, Self::DownInput];
+
+    /// A name for tables and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AttentionInput => "attention_input",
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::AttentionOutput => "attention_output",
+            Self::MlpInput => "mlp_input",
+            Self::DownInput => "down_input",
+        }
+    }
+}
+
+impl Sites {
+    /// The quantiser of a site.
+    pub fn at(&self, site: Site) -> &QuantSpec {
+        match site {
+            Site::AttentionInput | Site::MlpInput | Site::DownInput => &self.activation,
+            Site::Key => &self.key,
+            Site::Value => &self.value,
+            Site::AttentionOutput => &self.attention_output,
+        }
+    }
 }
