@@ -43,15 +43,51 @@ struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 
+// The machine word, or pair or quad of words, that moves a pack. Packs are moved as these, not as structures, so that
+// the compiler never splits them.
+template <int kBytes>
+struct Carrier {
+  using type = uint4;  // one, or several in a row
+};
+template <>
+struct Carrier<8> {
+  using type = uint2;
+};
+template <>
+struct Carrier<4> {
+  using type = uint32_t;
+};
+template <>
+struct Carrier<2> {
+  using type = uint16_t;
+};
+template <>
+struct Carrier<1> {
+  using type = uint8_t;
+};
+
 // p must be aligned to the pack.
 template <typename T, int N = kPack<T>>
 __device__ __forceinline__ Pack<T, N> load_pack(const T *p) {
-  return *reinterpret_cast<const Pack<T, N> *>(p);
+  using Word = typename Carrier<int(sizeof(T)) * N>::type;
+  Pack<T, N> x;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(x) / sizeof(Word)); ++i) {
+    const Word word = reinterpret_cast<const Word *>(p)[i];
+    __builtin_memcpy(reinterpret_cast<char *>(&x) + i * sizeof(Word), &word, sizeof(Word));
+  }
+  return x;
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &x) {
-  *reinterpret_cast<Pack<T, N> *>(p) = x;
+  using Word = typename Carrier<int(sizeof(T)) * N>::type;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(x) / sizeof(Word)); ++i) {
+    Word word;
+    __builtin_memcpy(&word, reinterpret_cast<const char *>(&x) + i * sizeof(Word), sizeof(Word));
+    reinterpret_cast<Word *>(p)[i] = word;
+  }
 }
 
 template <typename T, int N>
@@ -78,11 +114,26 @@ __device__ __forceinline__ void widen(float (&out)[N], const Pack<__nv_bfloat16,
   }
 }
 
+// Pairs are rounded by one instruction.
+__device__ __forceinline__ __half2 from_floats(__half, float a, float b) { return __floats2half2_rn(a, b); }
+__device__ __forceinline__ __nv_bfloat162 from_floats(__nv_bfloat16, float a, float b) {
+  return __floats2bfloat162_rn(a, b);
+}
+
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> narrow(const float (&x)[N]) {
   Pack<T, N> out;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(x[i]);
+    for (int i = 0; i < N; i += 2) {
+      const auto pair = from_floats(T(), x[i], x[i + 1]);
+      out.v[i] = pair.x;
+      out.v[i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out.v[i] = from_float<T>(x[i]);
+  }
   return out;
 }
 

@@ -13,6 +13,8 @@
 // below, where |e|^2.4 = 2^(2.4 log2 |e|) is good to a few 1e-7 by the hardware's logarithm and exponential; in a sum
 // these errors largely cancel. Candidates whose partial sum already reaches the best total are given up: sums of
 // non-negative terms only grow, so the choice is the same as without.
+#include <cuda_pipeline.h>
+
 #include "common.cuh"
 #include "quantise.cuh"
 
@@ -60,20 +62,17 @@ __global__ void __launch_bounds__(kLanesThreads)
   const int64_t start = row * cols;
   const bool live = row < rows;
   Pack<T> packs[kPacks];
-  Range range = Range::empty();
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     const int col = (p * kLanes + lane) * V;
     if (live && col < cols) packs[p] = load_pack(x + start + col);
   }
+  PackRange<T> mine;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
-    if (live && (p * kLanes + lane) * V < cols) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) range.add(to_float(packs[p].v[i]));
-    }
+    if (live && (p * kLanes + lane) * V < cols) mine.add(packs[p]);
   }
-  range = warp_range<kLanes>(range);
+  const Range range = warp_range<kLanes>(mine.range());
   if (!live) return;
   const Step step = find_step(q, range, q.clip);
   if (lane == 0) write_step(out, row, step);
@@ -90,41 +89,55 @@ __global__ void __launch_bounds__(kLanesThreads)
 
 // ---- A row per block, kPacks packs per thread. ----
 
-template <typename T, int kPacks, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+// Registers for one row leave few blocks on a multiprocessor when rows are long, and nothing would be loading while they
+// compute. So the blocks stay, and each thread fetches its packs of the next row into its own places in shared memory
+// meanwhile.
+template <typename T, int kPacks, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     block_kernel(T *y, Outputs out, const T *x, int64_t rows, int cols, Quantiser q) {
   constexpr int V = kPack<T>;
-  __shared__ Range scratch[32];
-  const int stride = int(blockDim.x) * V;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int64_t start = row * cols;
-    Pack<T> packs[kPacks];
-    Range range = Range::empty();
+  extern __shared__ float4 dynamic[];
+  __shared__ Range scratch[2][32];
+  T *const fetched = reinterpret_cast<T *>(dynamic);
+  const int stride = int(blockDim.x) * V, first = int(threadIdx.x) * V;
+  const auto fetch = [&](int64_t row) {
+    if (row < rows) {
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      const int col = p * stride + int(threadIdx.x) * V;
-      if (col < cols) packs[p] = load_pack(x + start + col);
-    }
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      if (p * stride + int(threadIdx.x) * V < cols) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) range.add(to_float(packs[p].v[i]));
+      for (int p = 0; p < kPacks; ++p) {
+        const int col = p * stride + first;
+        if (col < cols) __pipeline_memcpy_async(fetched + col, x + row * cols + col, 16);
       }
     }
-    range = block_range(range, scratch);
+    __pipeline_commit();
+  };
+  fetch(blockIdx.x);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    Pack<T> packs[kPacks];
+    PackRange<T> mine;
+    __pipeline_wait_prior(0);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (p * stride + first < cols) {
+        packs[p] = load_pack(fetched + p * stride + first);
+        mine.add(packs[p]);
+      }
+    }
+    fetch(row + gridDim.x);
+    // Two scratches in turn: one is written again only after the barrier in between.
+    const Range range = block_range(mine.range(), scratch[turn]);
+    turn ^= 1;
     const Step step = find_step(q, range, q.clip);
     if (threadIdx.x == 0) write_step(out, row, step);
     const Coder coder(q, step, q.clip);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int col = p * stride + int(threadIdx.x) * V;
+      const int col = p * stride + first;
       if (col >= cols) break;
       float v[V];
       widen(v, packs[p]);
-      write_pack(y, out, start + col, coder, v);
+      write_pack(y, out, row * cols + col, coder, v);
     }
-    __syncthreads();  // scratch is about to be written again
   }
 }
 
@@ -311,12 +324,16 @@ int launch_lanes(T *y, const Outputs &out, const T *x, int64_t rows, int cols, c
   return launched();
 }
 
-template <typename T, int kPacks, int kThreads>
+template <typename T, int kPacks, int kThreads, int kBlocks>
 int launch_block(T *y, const Outputs &out, const T *x, int64_t rows, int cols, const Quantiser &q, cudaStream_t stream) {
-  const int packs = cols / kPack<T>;
-  const int threads = ceil_div(ceil_div(packs, kPacks), 32) * 32;
-  const unsigned blocks = unsigned(rows < kMaxGridX ? rows : kMaxGridX);
-  block_kernel<T, kPacks, kThreads><<<blocks, threads, 0, stream>>>(y, out, x, rows, cols, q);
+  const auto kernel = block_kernel<T, kPacks, kThreads, kBlocks>;
+  const int threads = ceil_div(ceil_div(cols / kPack<T>, kPacks), 32) * 32;
+  const size_t bytes = size_t(cols) * sizeof(T);
+  if (const int status = allow_shared(kernel, bytes)) return status;
+  int resident = 1;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+  const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1);
+  kernel<<<unsigned(rows < most ? rows : most), threads, bytes, stream>>>(y, out, x, rows, cols, q);
   return launched();
 }
 
@@ -324,7 +341,7 @@ int launch_block(T *y, const Outputs &out, const T *x, int64_t rows, int cols, c
 template <typename T>
 int quantise_rows(T *y, const Outputs &out, const T *x, int64_t rows, int64_t cols, const Quantiser &q,
                   cudaStream_t stream) {
-  if (cols % kPack<T> == 0 && cols / kPack<T> <= 8 * 1024) {
+  if (cols % kPack<T> == 0 && cols / kPack<T> <= 8 * 1024 && cols * sizeof(T) + 1024 <= size_t(max_shared_bytes())) {
     const int n = int(cols), packs = n / kPack<T>;
     if (packs <= 1) return launch_lanes<T, 1, 1>(y, out, x, rows, n, q, stream);
     if (packs <= 2) return launch_lanes<T, 2, 1>(y, out, x, rows, n, q, stream);
@@ -334,9 +351,9 @@ int quantise_rows(T *y, const Outputs &out, const T *x, int64_t rows, int64_t co
     if (packs <= 32) return launch_lanes<T, 32, 1>(y, out, x, rows, n, q, stream);
     if (packs <= 64) return launch_lanes<T, 32, 2>(y, out, x, rows, n, q, stream);
     if (packs <= 128) return launch_lanes<T, 32, 4>(y, out, x, rows, n, q, stream);
-    if (packs <= 2048) return launch_block<T, 4, 512>(y, out, x, rows, n, q, stream);
-    if (packs <= 4096) return launch_block<T, 8, 512>(y, out, x, rows, n, q, stream);
-    return launch_block<T, 8, 1024>(y, out, x, rows, n, q, stream);
+    if (packs <= 2048) return launch_block<T, 4, 512, 2>(y, out, x, rows, n, q, stream);
+    if (packs <= 4096) return launch_block<T, 8, 512, 2>(y, out, x, rows, n, q, stream);
+    return launch_block<T, 8, 1024, 1>(y, out, x, rows, n, q, stream);
   }
   const int threads = cols <= 32 ? 32 : cols >= 4096 ? 1024 : 128;
   const unsigned blocks = unsigned(rows < kMaxGridX ? rows : kMaxGridX);
@@ -364,7 +381,7 @@ int search_rows(T *y, const Outputs &out, int32_t *best, const T *x, int64_t row
                 cudaStream_t stream) {
   if (cols <= 512) return launch_search<T, 32>(y, out, best, x, rows, cols, q, stream);
   if (cols <= 8192) return launch_search<T, 128>(y, out, best, x, rows, cols, q, stream);
-  return launch_search<T, 512>(y, out, best, x, rows, cols, q, stream);
+  return launch_search<T, 256>(y, out, best, x, rows, cols, q, stream);
 }
 
 }  // namespace

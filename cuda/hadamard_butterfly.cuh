@@ -138,10 +138,10 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
     if (live) {
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        Pack<T> p;
+        float part[V];
 #pragma unroll
-        for (int i = 0; i < V; ++i) p.v[i] = from_float<T>(v[c * V + i]);
-        store_pack(y + row * B::N + after(c), p);
+        for (int i = 0; i < V; ++i) part[i] = v[c * V + i];
+        store_pack(y + row * B::N + after(c), narrow<T>(part));
       }
     }
   }

@@ -220,8 +220,6 @@ struct TensorKernel {
   static constexpr int kTiles = TensorTraits<T>::kTiles, kTerms = TensorTraits<T>::kTerms;
   static constexpr int kUnits = kTiles / 2;             // chunks of 8 columns a thread stores of each strip
   static constexpr int kQuads = (KT + 3) / 4;           // packed words to a strip
-  static constexpr int kOperandRegisters = KT * kTiles * kTerms * 2;
-  static constexpr int kMaxThreads = sizeof(T) == 2 ? (KT <= 8 ? 512 : 256) : (KT <= 8 ? 512 : 256);
 };
 
 struct TensorLayout {
@@ -242,8 +240,8 @@ __host__ __device__ inline TensorLayout tensor_layout(const Tensor &shape, int k
   return at;
 }
 
-template <typename T, int KT, bool kQuantised>
-__global__ void __launch_bounds__(TensorKernel<T, KT>::kMaxThreads)
+template <typename T, int KT, bool kQuantised, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
     tensor_kernel(T *y, const T *x, int64_t rows, Map map, Tensor shape, Quantiser q) {
   using Kernel = TensorKernel<T, KT>;
   constexpr int NT = Kernel::kTiles, U = Kernel::kUnits, kTerms = Kernel::kTerms, V = kPack<T>;
@@ -412,10 +410,10 @@ __global__ void __launch_bounds__(TensorKernel<T, KT>::kMaxThreads)
           if (kQuantised) coder.fake_quant(w);
 #pragma unroll
           for (int e = 0; e < 8; e += V) {
-            Pack<T> p;
+            float part[V];
 #pragma unroll
-            for (int o = 0; o < V; ++o) p.v[o] = from_float<T>(w[e + o]);
-            store_pack(y + row * map.n + to + e, p);
+            for (int o = 0; o < V; ++o) part[o] = w[e + o];
+            store_pack(y + row * map.n + to + e, narrow<T>(part));
           }
         }
       }
@@ -442,22 +440,32 @@ bool tensor_shape(Tensor *out, const Map &map) {
   return false;
 }
 
-template <typename T, int KT, bool kQuantised>
-int launch_tensor(T *y, const T *x, int64_t rows, const Map &map, Tensor shape, const Quantiser &q,
-                  cudaStream_t stream) {
-  const auto kernel = tensor_kernel<T, KT, kQuantised>;
-  const size_t most = size_t(max_shared_bytes());
-  while (shape.teams > 1 && tensor_layout<T>(shape, KT).total > most) shape.teams /= 2;
-  const size_t bytes = tensor_layout<T>(shape, KT).total;
+template <typename T, int KT, bool kQuantised, int kMaxThreads>
+int launch_tensor_bounded(T *y, const T *x, int64_t rows, const Map &map, const Tensor &shape, const Quantiser &q,
+                          cudaStream_t stream) {
+  const auto kernel = tensor_kernel<T, KT, kQuantised, kMaxThreads>;
   const int threads = shape.teams * shape.warps * 32;
-  if (bytes > most || threads > TensorKernel<T, KT>::kMaxThreads) return kNoSuchKernel;
+  const size_t bytes = tensor_layout<T>(shape, KT).total;
+  if (bytes > size_t(max_shared_bytes())) return kNoSuchKernel;
   if (const int status = allow_shared(kernel, bytes)) return status;
   int resident = 1;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-  const int64_t most_blocks = int64_t(multiprocessors()) * (resident > 0 ? resident : 1);
+  const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1);
   const int64_t blocks = ceil_div(rows, int64_t(shape.teams));
-  kernel<<<unsigned(blocks < most_blocks ? blocks : most_blocks), threads, bytes, stream>>>(y, x, rows, map, shape, q);
+  kernel<<<unsigned(blocks < most ? blocks : most), threads, bytes, stream>>>(y, x, rows, map, shape, q);
   return launched();
+}
+
+template <typename T, int KT, bool kQuantised>
+int launch_tensor(T *y, const T *x, int64_t rows, const Map &map, Tensor shape, const Quantiser &q,
+                  cudaStream_t stream) {
+  while (shape.teams > 1 && tensor_layout<T>(shape, KT).total > size_t(max_shared_bytes())) shape.teams /= 2;
+  const int threads = shape.teams * shape.warps * 32;
+  if (threads <= 256) return launch_tensor_bounded<T, KT, kQuantised, 256>(y, x, rows, map, shape, q, stream);
+  if constexpr (KT <= 8) {  // 128 registers are enough for the operands
+    if (threads <= 512) return launch_tensor_bounded<T, KT, kQuantised, 512>(y, x, rows, map, shape, q, stream);
+  }
+  return kNoSuchKernel;
 }
 
 // kNoSuchKernel where the size has none here.

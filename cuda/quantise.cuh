@@ -62,6 +62,38 @@ __device__ __forceinline__ Range block_range(Range r, Range *scratch) {
   return warp_range(lane < warps ? scratch[lane] : Range::empty());
 }
 
+// The range of many packs of 16-bit values, two at a time (exact, as comparisons are); floats one at a time.
+template <typename T>
+struct PackRange {
+  using Pair = decltype(from_floats(T(), 0.0f, 0.0f));
+  Pair lo, hi;
+  __device__ __forceinline__ PackRange() : lo(from_floats(T(), INFINITY, INFINITY)), hi(__hneg2(lo)) {}
+  template <int N>
+  __device__ __forceinline__ void add(const Pack<T, N> &p) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      Pair pair;
+      pair.x = p.v[i];
+      pair.y = p.v[i + 1];
+      lo = __hmin2(lo, pair);
+      hi = __hmax2(hi, pair);
+    }
+  }
+  __device__ __forceinline__ Range range() const {
+    return {fminf(to_float(lo.x), to_float(lo.y)), fmaxf(to_float(hi.x), to_float(hi.y))};
+  }
+};
+template <>
+struct PackRange<float> {
+  Range all = Range::empty();
+  template <int N>
+  __device__ __forceinline__ void add(const Pack<float, N> &p) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) all.add(p.v[i]);
+  }
+  __device__ __forceinline__ Range range() const { return all; }
+};
+
 // Scale and zero point of one group.
 struct Step {
   float scale, zero;
