@@ -184,7 +184,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const T *src, int64_t s
     copy16(dst + i * kRowStep * D * 2, src + i * kRowStep * stride, row + i * kRowStep < rows);
 }
 
-// Where this lane points a matrix load, for the three kinds of operand; `row` (a multiple of 8) is the operand's first row in the tile.
+// Where this lane points a matrix load, for the three kinds of operand; `row` (a multiple of 8) is the operand's first row.
 // The k-th step of 16 along the row is at (address ^ k * 32), and 16 rows further down at address + 16 * 2 * D.
 //   a:          16 rows x 16 columns, the left operand
 //   b:          16 rows x 16 columns, the right operand transposed: registers {0, 1} serve rows 0-7, {2, 3} rows 8-15

@@ -45,9 +45,10 @@ template <class Kernel> bool has_body(Kernel kernel) {
   return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.numRegs > 100;
 }
 
-// Blocks stay on their multiprocessor and take every gridDim.x-th unit of work. A tile of rank r is the one that sees the r-th most
-// of the sequence. Where there is work enough, a unit is the tiles of rank r and tiles - 1 - r of one head: all units then
-// cost the same, and neighbouring blocks share a head. Otherwise a unit is one tile, the longest first.
+// Blocks stay on their multiprocessor and take one unit of work a round. A tile of rank r is the one that sees the r-th most of the
+// sequence. Where there is work enough, a unit is the tiles of rank r and tiles - 1 - r of one head: all units then cost the
+// same, and neighbouring blocks share a head. Otherwise a unit is one tile, the longest first; blocks choose in reverse order
+// every other round, so that their sums come out alike.
 struct Schedule {
   int tiles, heads;
   unsigned pairs, units;  // pairs = 0: a unit is one tile
@@ -55,6 +56,10 @@ struct Schedule {
   struct Work {
     int rank, head, batch;
   };
+  __device__ static unsigned next(unsigned unit) {
+    const unsigned round = unit / gridDim.x + 1;
+    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
   __device__ int count(unsigned unit) const {
     return pairs == 0 || unit % pairs == (unsigned)tiles - 1 - unit % pairs ? 1 : 2;
   }
@@ -88,6 +93,11 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// One arrival for a warp, once all its lanes are done with what the barrier guards.
+__device__ __forceinline__ void barrier_arrive_warp(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 // Arrives, and makes the phase wait for that many bytes of copies as well.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {

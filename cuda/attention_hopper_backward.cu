@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == 0) {  // the copying warp
     give_registers<24>();
     if (threadIdx.x != 0) return;
-    for (unsigned unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
       for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
         const Schedule::Work work = schedule.work(unit, i);
         const int k0 = work.rank * kOwn, kv = work.head, b = work.batch;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t keys = base + S::kKey + first * 128, values = base + S::kValue + first * 128;
   const unsigned char *aligned = dynamic + (base - shared_address(dynamic));
   const float c = p.scale * kLog2e;
-  for (unsigned unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
     for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
       const Schedule::Work work = schedule.work(unit, i);
       const int k0 = work.rank * kOwn, kv = work.head, b = work.batch;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (first > 0) {  // the first queries see none of the second warpgroup's keys
           const uint32_t stage = step_count % kQueryStages;
           barrier_wait(full + 8 * stage, step_count / kQueryStages & 1);
-          if (lane == 0) barrier_arrive(empty + 8 * stage);
+          barrier_arrive_warp(empty + 8 * stage);
           q0 += kQueryStep, ++step_count;
         }
         for (; q0 < seq; q0 += kQueryStep, ++step_count) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           group_wait<0>();  // S^T, and the last step's dK: only now are there registers for dP^T
           pin(s);
           pin(dk[0]);
-          if (pending >= 0 && lane == 0) barrier_arrive(empty + 8 * pending);
+          if (pending >= 0) barrier_arrive_warp(empty + 8 * pending);
           group_fence();
           group_multiply_rows<T, D, kQueryStep, kOwn>(dp, values, douts, false);
           group_commit();
@@ -170,9 +170,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         group_wait<0>();
         pin(dk[0]);
         pin(dv[0]);
-        if (pending >= 0 && lane == 0) barrier_arrive(empty + 8 * pending);
+        if (pending >= 0) barrier_arrive_warp(empty + 8 * pending);
       }
-      if (lane == 0) barrier_arrive(own_empty);
+      barrier_arrive_warp(own_empty);
       const float scale[1][2] = {{p.scale, p.scale}}, one[1][2] = {{1, 1}};
       const int64_t out = p.key_offset(b, k0 + row, kv);
       store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kOut, row, dv, one);
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == 0) {  // the copying warp
     give_registers<24>();
     if (threadIdx.x != 0) return;
-    for (unsigned unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
       for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
         const Schedule::Work work = schedule.work(unit, i);
         const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch, kv = h / p.group();
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32, first = (group - 1) * 64, row = (threadIdx.x - 128) / 32 * 16;  // in the tile
   const uint32_t queries = base + S::kQuery + first * 128, douts = base + S::kDout + first * 128;
   const float c = p.scale * kLog2e;
-  for (unsigned unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
     for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
       const Schedule::Work work = schedule.work(unit, i);
       const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         group_wait<0>();  // S, and the last step's dQ: only now are there registers for dP
         pin(s);
         pin(dq[0]);
-        if (step > 0 && lane == 0) barrier_arrive(key_empty + 8 * (stage ^ 1));
+        if (step > 0) barrier_arrive_warp(key_empty + 8 * (stage ^ 1));
         barrier_wait(value_full + 8 * stage, parity);
         group_fence();
         group_multiply_rows<T, D, kKeyStep, kOwn>(dp, douts, values, false);
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         group_wait<0>();  // dP
         pin(dp);
-        if (lane == 0) barrier_arrive(value_empty + 8 * stage);
+        barrier_arrive_warp(value_empty + 8 * stage);
 #pragma unroll
         for (int n = 0; n < kKeyStep / 8; ++n)
 #pragma unroll
@@ -311,10 +311,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       group_wait<0>();
       pin(dq[0]);
-      if (lane == 0) {
-        barrier_arrive(key_empty + 8 * ((step_count - 1) % kKeyStages));
-        barrier_arrive(own_empty);
-      }
+      barrier_arrive_warp(key_empty + 8 * ((step_count - 1) % kKeyStages));
+      barrier_arrive_warp(own_empty);
       const float scale[1][2] = {{p.scale, p.scale}};
       const int64_t at = (int64_t)tile * kOwn + row;
       store_rows<T, D>((T *)g.dq + p.query_offset(b, at, h), p.query_stride(), (int)(p.seq - at), p.dim, base + S::kOut, row,

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
     give_registers<24>();
     if (threadIdx.x != 0) return;
     uint32_t tile_count = 0, step_count = 0;
-    for (unsigned unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+    for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
       for (int i = 0; i < schedule.count(unit); ++i) {
         const Schedule::Work work = schedule.work(unit, i);
         const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch, kv = h / p.group();
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   const uint32_t queries = base + S::kQuery + (group - 1) * 64 * 128;
   const float c = p.scale * kLog2e;
   uint32_t tile_count = 0, step_count = 0;
-  for (unsigned unit = blockIdx.x; unit < schedule.units; unit += gridDim.x) {
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
     for (int i = 0; i < schedule.count(unit); ++i) {
       const Schedule::Work work = schedule.work(unit, i);
       const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       group_commit();
       group_wait<0>();
       pin(s);
-      if (lane == 0) barrier_arrive(key_empty + 8 * (step_count % kStages));
+      barrier_arrive_warp(key_empty + 8 * (step_count % kStages));
       if (tile == 0) mask(s, row);
       softmax_step(s, maximum, sum, shrink, c);
       pack_operands<T>(weights, s);
@@ -165,12 +165,12 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
         group_commit();
         group_wait<1>();
         pin(s);
-        if (lane == 0) barrier_arrive(key_empty + 8 * stage);
+        barrier_arrive_warp(key_empty + 8 * stage);
         if (step == tile) mask(s, row);
         const bool grown = softmax_step(s, maximum, sum, shrink, c);
         group_wait<0>();
         pin(out[0]);
-        if (lane == 0) barrier_arrive(value_empty + 8 * last);
+        barrier_arrive_warp(value_empty + 8 * last);
         if (grown) {  // rare once a row has seen some keys
 #pragma unroll
           for (int n = 0; n < D / 8; ++n)
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
         }
         pack_operands<T>(weights, s);
       }
-      if (lane == 0) barrier_arrive(query_empty);
+      barrier_arrive_warp(query_empty);
 
       const uint32_t last = step_count % kStages;
       barrier_wait(value_full + 8 * last, step_count / kStages % 2);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       }
       group_wait<0>();
       pin(out[0]);
-      if (lane == 0) barrier_arrive(value_empty + 8 * last);
+      barrier_arrive_warp(value_empty + 8 * last);
       ++step_count;
       const int64_t first = (int64_t)tile * kQueries + row;
       store_rows<T, D>(o + p.query_offset(b, first, h), p.query_stride(), (int)(seq - first), p.dim, base + S::kOut, row, out,

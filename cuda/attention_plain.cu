@@ -215,9 +215,10 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, D <= 64 ? 
   float *keys = shared, *values = keys + G::kTileFloats, *queries = values + G::kTileFloats,
         *douts = queries + G::kTileFloats, *scores = douts + G::kTileFloats;
   const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
-  const int64_t k0 = (int64_t)(blockIdx.x % tiles) * G::kTile;
-  const int32_t kv = (int32_t)(blockIdx.x / tiles % p.kv_heads);
-  const int64_t b = blockIdx.x / tiles / p.kv_heads;
+  const unsigned all = gridDim.x / tiles;  // batch * kv_heads; the first keys, seen by the most queries, start first
+  const int64_t k0 = (int64_t)(blockIdx.x / all) * G::kTile;
+  const int32_t kv = (int32_t)(blockIdx.x % all % p.kv_heads);
+  const int64_t b = blockIdx.x % all / p.kv_heads;
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
   const int64_t key = p.key_offset(b, k0, kv);
 
