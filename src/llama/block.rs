@@ -68,8 +68,9 @@ impl Block {
         Self { weights, index, heads, kv_heads, head_dim, eps }
     }
 
-    /// Rotates and quantises the weights for `tokens` rows of input. Gradients flow to `r1` [C, C] and `r2` [D, D].
-    pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
+    /// Rotates and quantises the weights. Gradients flow to `r1` [C, C] and `r2` [D, D]. Given the number of input rows, unquantised
+    /// weights may be left unrotated where rotating the input instead is cheaper ([`RotatedWeights::leave`]).
+    pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
         let tape = r1.tape();
         let constant = |w: &Tensor| tape.constant(w.clone());
         let w = &self.weights;
@@ -82,7 +83,8 @@ impl Block {
         let o = constant(&w.o).reshape([c * self.heads, d])?.matmul(r2.clone())?.reshape([c, self.heads * d])?;
         let down = out_of(constant(&w.down))?;
         let down = if s.online.r4 { down.hadamard()? } else { down };
-        let leave = !s.weight.is_active() && cheaper_outside(w.gate.rows() + w.up.rows(), c, tokens);
+        let outside = |tokens| cheaper_outside(w.gate.rows() + w.up.rows(), c, tokens);
+        let leave = !s.weight.is_active() && tokens.is_some_and(outside);
         let mlp = |w: &Tensor| if leave { Ok(constant(w)) } else { quantized(into(constant(w))?) };
         Ok(RotatedWeights {
             q: quantized(into(constant(&w.q))?)?,

@@ -131,7 +131,7 @@ impl Llama {
         let r1 = &rotations.r1;
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
         for (block, r2) in self.blocks.iter().zip(&rotations.r2) {
-            let (block, run, n) = (block.clone(), run.clone(), tokens.len());
+            let (block, run, n) = (block.clone(), run.clone(), Some(tokens.len()));
             // A node of their own, so that a layer's gradients are summed before they join the others' in either branch.
             let (r1, r2) = (r1.clone().fork()?, r2.clone().fork()?);
             x = match recompute {
@@ -187,8 +187,7 @@ impl Llama {
             let tape = Tape::new();
             let r1 = tape.constant(rotations.r1.clone());
             let r2 = tape.constant(rotations.r2.index(i)?);
-            // No input is left unrotated when there are no tokens.
-            let w = Block::new(config, i, b.weights.map(wide)?).rotate(&r1, &r2, &exact, 0)?;
+            let w = Block::new(config, i, b.weights.map(wide)?).rotate(&r1, &r2, &exact, None)?;
             let last = |t: Var<'_>| quantize_weight(narrow(t)?, &sites);
             let weights = LayerWeights {
                 q: last(w.q)?,

@@ -38,6 +38,15 @@ pub trait Optimizer {
     }
 }
 
+/// An optimiser by its name on the command line: `cayley`, or `cayley-parity` for the published code's arithmetic.
+pub fn by_name(name: &str) -> Result<Box<dyn Optimizer>> {
+    match name {
+        "cayley" => Ok(Box::new(CayleySgd::new(Mode::Default))),
+        "cayley-parity" => Ok(Box::new(CayleySgd::new(Mode::Parity))),
+        _ => Err(Error::argument("optimizer", format!("expected cayley or cayley-parity, got {name:?}"))),
+    }
+}
+
 /// An optimiser's memory: tensors by name, and JSON scalars by name.
 #[derive(Clone, Debug, Default)]
 pub struct State {

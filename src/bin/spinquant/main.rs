@@ -1,1 +1,44 @@
-fn main() {}
+//! The command line: `spinquant learn`, `eval`, `compare`.
+
+mod common;
+mod compare;
+mod eval;
+mod learn;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// SpinQuant: LLM quantisation with learned rotations (arXiv 2405.16406).
+#[derive(Parser)]
+#[command(version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Learn rotations on calibration text and write them to a file.
+    Learn(learn::Args),
+    /// Perplexity of a model, rotated and quantised as asked.
+    Eval(eval::Args),
+    /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
+    Compare(compare::Args),
+}
+
+fn main() -> ExitCode {
+    common::stop_on_interrupt();
+    let outcome = match Cli::parse().command {
+        Command::Learn(args) => learn::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Compare(args) => compare::run(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

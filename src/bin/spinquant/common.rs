@@ -1,0 +1,253 @@
+//! What the subcommands share: arguments, loading, progress, interruption.
+
+use std::io::IsTerminal;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use spinquant::data::{self, Tokenizer, Windows};
+use spinquant::llama::{Llama, LlamaConfig};
+use spinquant::quant::{Online, Scheme};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Error, Result};
+
+/// The model and where it runs.
+#[derive(clap::Args, Clone)]
+pub struct ModelArgs {
+    /// Hugging Face folder: config.json, *.safetensors, tokenizer.json.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// auto takes a GPU where there is one.
+    #[arg(long, value_name = "auto|cpu|cuda", default_value = "auto")]
+    device: String,
+    /// Arithmetic: f32, bf16, f16 (or f64 on the CPU). Default: f32 on the CPU, bf16 on a GPU.
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<DType>,
+}
+
+/// How the network is quantised.
+#[derive(clap::Args, Clone)]
+pub struct SchemeArgs {
+    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised).
+    #[arg(long, value_name = "W.A.KV.", default_value = "W4A4KV4")]
+    scheme: Scheme,
+    /// Symmetric activations, K and V (published: asymmetric).
+    #[arg(long)]
+    symmetric_activations: bool,
+    /// Asymmetric weights (published: symmetric).
+    #[arg(long)]
+    asymmetric_weights: bool,
+    /// Input channels that share a weight scale (published: the whole row).
+    #[arg(long, value_name = "CHANNELS")]
+    weight_group: Option<usize>,
+    /// Do not search the weights' clip ratio.
+    #[arg(long)]
+    no_clip_search: bool,
+    /// Clip ratio of activations, K and V.
+    #[arg(long, value_name = "RATIO", default_value_t = 1.0)]
+    activation_clip: f64,
+    /// Hadamards that run with the rotated network: none, r3, r4 or r3,r4.
+    #[arg(long, value_name = "WHICH", default_value = "r3,r4")]
+    online: Online,
+}
+
+impl SchemeArgs {
+    pub fn scheme(&self) -> Scheme {
+        let mut scheme = self.scheme.online(self.online);
+        scheme.symmetric_activations = self.symmetric_activations;
+        scheme.symmetric_weights = !self.asymmetric_weights;
+        scheme.weight_group = self.weight_group;
+        scheme.activation_clip = self.activation_clip;
+        if self.no_clip_search {
+            scheme.weight_clip = spinquant::quant::Clip::Ratio(1.0);
+        }
+        scheme
+    }
+}
+
+impl ModelArgs {
+    pub fn device(&self) -> Result<Device> {
+        match self.device.as_str() {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Device::cuda(0),
+            "auto" => Ok(Device::cuda(0).unwrap_or(Device::Cpu)),
+            other => Err(Error::argument("--device", format!("expected auto, cpu or cuda, got {other:?}"))),
+        }
+    }
+
+    pub fn load(&self, progress: &Progress) -> Result<Llama> {
+        let device = self.device()?;
+        let dtype = self.dtype.unwrap_or(if device.is_cpu() { DType::F32 } else { DType::BF16 });
+        if dtype == DType::F64 && !device.is_cpu() {
+            return Err(Error::argument("--dtype", "f64 runs on the CPU only"));
+        }
+        progress.say(&format!("loading {} as {dtype} on {device}", self.model.display()));
+        Llama::load(&self.model, dtype, &device)
+    }
+
+    /// Text as windows of this model's tokens.
+    pub fn windows(&self, config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<Windows> {
+        let stream = Tokenizer::from_dir(&self.model)?.encode_stream(&data::read_text(text)?, config.bos_token_id)?;
+        if let Some(id) = stream.iter().find(|id| **id as usize >= config.vocab_size) {
+            let message = format!("token {id} of the tokenizer is outside the model's vocabulary of {}", config.vocab_size);
+            return Err(Error::format(&self.model, message));
+        }
+        Windows::new(stream, seq_len).map_err(|e| Error::format(text, e))
+    }
+}
+
+/// `none`, `identity`, `hadamard`, `hadamard:SEED`, `orthogonal:SEED`, or a file.
+#[derive(Clone, Debug)]
+pub enum RotationChoice {
+    None,
+    Identity,
+    Hadamard(u64),
+    Orthogonal(u64),
+    File(PathBuf),
+}
+
+impl std::str::FromStr for RotationChoice {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        let seed = |t: &str| {
+            t.parse().map_err(|_| Error::argument("--rotations", format!("expected a number after the colon, got {t:?}")))
+        };
+        Ok(match s.split_once(':') {
+            Some(("hadamard", t)) => Self::Hadamard(seed(t)?),
+            Some(("orthogonal", t)) => Self::Orthogonal(seed(t)?),
+            _ if s == "none" => Self::None,
+            _ if s == "identity" => Self::Identity,
+            _ if s == "hadamard" => Self::Hadamard(0),
+            _ if s == "orthogonal" => Self::Orthogonal(0),
+            _ => Self::File(s.into()),
+        })
+    }
+}
+
+impl std::fmt::Display for RotationChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => write!(f, "none"),
+            Self::Identity => write!(f, "identity"),
+            Self::Hadamard(seed) => write!(f, "hadamard:{seed}"),
+            Self::Orthogonal(seed) => write!(f, "orthogonal:{seed}"),
+            Self::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl RotationChoice {
+    pub fn load(&self, config: &LlamaConfig) -> Result<Option<Rotations>> {
+        let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
+        let rotations = match self {
+            Self::None => return Ok(None),
+            Self::Identity => Rotations::identity(c, d, l)?,
+            Self::Hadamard(seed) => Rotations::random_hadamard(c, d, l, *seed)?,
+            Self::Orthogonal(seed) => Rotations::random_orthogonal(c, d, l, *seed)?,
+            Self::File(path) => {
+                let rotations = Rotations::load(path)?;
+                rotations.check(c, d, l, 1e-4).map_err(|e| Error::format(path, e))?;
+                rotations
+            }
+        };
+        Ok(Some(rotations))
+    }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Ctrl-C once: end after the step in hand. Twice: end now.
+pub fn stop_on_interrupt() {
+    let handler = || {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step (again: at once)");
+    };
+    if let Err(e) = ctrlc::set_handler(handler) {
+        eprintln!("warning: Ctrl-C will end the program at once: {e}");
+    }
+}
+
+/// Break once the user has asked to stop.
+pub fn interrupted() -> ControlFlow<()> {
+    if INTERRUPTED.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+}
+
+/// A bar with the time left on a terminal, plain lines otherwise; all on standard error.
+pub struct Progress {
+    terminal: bool,
+}
+
+impl Progress {
+    pub fn new() -> Self {
+        Self { terminal: std::io::stderr().is_terminal() }
+    }
+
+    pub fn say(&self, line: &str) {
+        eprintln!("{line}");
+    }
+
+    pub fn start(&self, what: &str, total: usize) -> Task {
+        let bar = self.terminal.then(|| {
+            let style = ProgressStyle::with_template("{prefix:<24} {bar:32} {pos}/{len}  {elapsed} so far, {eta} left  {msg}");
+            let bar = ProgressBar::new(total as u64).with_style(style.expect("a valid template"));
+            bar.set_prefix(what.to_string());
+            bar
+        });
+        Task { bar, what: what.to_string(), total, start: Instant::now(), said: Instant::now() }
+    }
+}
+
+/// One stretch of work with a known end.
+pub struct Task {
+    bar: Option<ProgressBar>,
+    what: String,
+    total: usize,
+    start: Instant,
+    said: Instant,
+}
+
+impl Task {
+    pub fn at(&mut self, done: usize, message: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(message.to_string());
+            return bar.set_position(done as u64);
+        }
+        let last = done >= self.total;
+        if last || self.said.elapsed() >= Duration::from_secs(5) {
+            self.said = Instant::now();
+            let left = self.start.elapsed().as_secs_f64() / done.max(1) as f64 * self.total.saturating_sub(done) as f64;
+            let left = if last { format!("{:.1} s", self.start.elapsed().as_secs_f64()) } else { format!("{left:.0} s left") };
+            eprintln!("{}: {done}/{}, {left} {message}", self.what, self.total);
+        }
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Peak memory in bytes: of the process on the CPU, of the tensors on a GPU.
+pub fn peak_bytes(device: &Device) -> Option<u64> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(d) => d.peak_bytes().ok(),
+        _ => spinquant::device::cpu::peak_bytes(),
+    }
+}
+
+/// Fails now rather than after an hour of work if `path` cannot be written.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.is_dir() {
+        return Err(Error::format(path, "is a folder; expected the name of a file to write"));
+    }
+    tempfile::NamedTempFile::new_in(folder).map(drop).map_err(Error::io(path))
+}

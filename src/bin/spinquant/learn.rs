@@ -1,0 +1,199 @@
+//! `spinquant learn`.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use spinquant::data::Windows;
+use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
+use spinquant::llama::{Llama, Recompute};
+use spinquant::optim::{self, Schedule};
+use spinquant::rotation::Rotations;
+use spinquant::{Error, Result};
+
+use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, check_writable, interrupted, peak_bytes};
+
+/// The recipe; the defaults are the published ones.
+#[derive(clap::Args, Clone)]
+pub struct Recipe {
+    /// Optimiser steps.
+    #[arg(long, default_value_t = 100)]
+    steps: usize,
+    /// Sequences a step.
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Sequences that go through the network at once (default: the batch).
+    #[arg(long, value_name = "N")]
+    micro_batch: Option<usize>,
+    /// Learning rate of the first step.
+    #[arg(long, default_value_t = 1.5)]
+    lr: f64,
+    /// constant, linear or cosine.
+    #[arg(long, default_value = "cosine")]
+    schedule: Schedule,
+    /// cayley, or cayley-parity for the published code's arithmetic, drift included.
+    #[arg(long, default_value = "cayley")]
+    optimizer: String,
+    /// Windows held out of training to score progress on.
+    #[arg(long, default_value_t = 8)]
+    held_out: usize,
+    /// Steps between scores.
+    #[arg(long, default_value_t = 10)]
+    held_out_every: usize,
+    /// Keep only each layer's input and compute the rest again: less memory, more time.
+    #[arg(long)]
+    recompute: bool,
+}
+
+impl Recipe {
+    pub fn options(&self, scheme: spinquant::quant::Scheme, seed: u64) -> LearnOptions {
+        LearnOptions {
+            scheme,
+            steps: self.steps,
+            batch: self.batch,
+            micro_batch: self.micro_batch.unwrap_or(self.batch),
+            learning_rate: self.lr,
+            schedule: self.schedule,
+            seed,
+            held_out: self.held_out,
+            held_out_every: self.held_out_every,
+            recompute: if self.recompute { Recompute::All } else { Recompute::None },
+            checkpoint: None,
+            resume: false,
+        }
+    }
+
+    /// Learns with a progress bar.
+    pub fn learn(
+        &self,
+        model: &Llama,
+        windows: &Windows,
+        start: Rotations,
+        options: &LearnOptions,
+        progress: &Progress,
+        what: &str,
+        mut on_step: impl FnMut(&StepReport),
+    ) -> Result<Learned> {
+        let mut optimizer = optim::by_name(&self.optimizer)?;
+        let mut task = progress.start(what, self.steps);
+        let mut held_out = String::new();
+        learn(model, windows, start, optimizer.as_mut(), options, |report| {
+            on_step(report);
+            if let Some(loss) = report.held_out {
+                held_out = format!(", held out {loss:.4}");
+            }
+            task.at(report.step, &format!("loss {:.4}{held_out}, {:.2} s a step", report.loss, report.seconds));
+            interrupted()
+        })
+    }
+}
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    scheme: SchemeArgs,
+    #[command(flatten)]
+    recipe: Recipe,
+    /// Calibration text.
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Tokens of a sequence.
+    #[arg(long, default_value_t = 2048)]
+    seq_len: usize,
+    /// Decides the start, the held-out windows and the order of the others.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to start: hadamard[:SEED] (default: --seed), orthogonal[:SEED], identity, or a file.
+    #[arg(long, value_name = "WHICH")]
+    start: Option<RotationChoice>,
+    /// Where to write the rotations.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Append one JSON line a step to this file.
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Keep a resumable state beside --out every so many steps (and always on Ctrl-C).
+    #[arg(long, value_name = "STEPS")]
+    checkpoint_every: Option<usize>,
+    /// Continue from that state if it exists.
+    #[arg(long)]
+    resume: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let progress = Progress::new();
+    check_writable(&args.out)?;
+    let mut log = args.log.as_deref().map(|path| open_log(path, args.resume)).transpose()?;
+    let model = args.model.load(&progress)?;
+    let choice = args.start.clone().unwrap_or(RotationChoice::Hadamard(args.seed));
+    let start = choice.load(&model.config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
+    let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
+    let state = state_path(&args.out);
+    let scheme = args.scheme.scheme();
+    let mut options = args.recipe.options(scheme, args.seed);
+    options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
+    options.resume = args.resume;
+
+    let mut log_failed = None;
+    let learned = args.recipe.learn(&model, &windows, start, &options, &progress, "learning", |r| {
+        if let Some((path, file)) = &mut log {
+            let line = json!({
+                "step": r.step, "loss": r.loss, "learning_rate": r.learning_rate, "held_out": r.held_out,
+                "orthogonality_error": r.orthogonality_error, "seconds": r.seconds,
+            });
+            if let Err(e) = writeln!(file, "{line}").and_then(|()| file.flush()) {
+                log_failed.get_or_insert((path.clone(), e));
+            }
+        }
+    })?;
+    if let Some((path, e)) = log_failed {
+        eprintln!("warning: the log {} is incomplete: {e}", path.display());
+    }
+    let notes = [
+        ("scheme", scheme.to_string()),
+        ("online", scheme.online.to_string()),
+        ("start", choice.to_string()),
+        ("steps", args.recipe.steps.to_string()),
+        ("seed", args.seed.to_string()),
+        ("optimizer", args.recipe.optimizer.clone()),
+        ("calibration", windows.checksum()),
+    ];
+    learned.rotations.save_with(&args.out, &notes.map(|(k, v)| (k.to_string(), v)).into())?;
+    // The state has served its purpose.
+    let _ = std::fs::remove_file(&state);
+    if args.json {
+        println!(
+            "{}",
+            json!({
+                "loss_first": learned.loss_first, "loss_last": learned.loss_last,
+                "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
+                "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
+                "peak_bytes": peak_bytes(&model.device()),
+            })
+        );
+    } else {
+        println!("{scheme}: loss {:.4} -> {:.4}", learned.loss_first, learned.loss_last);
+        println!("held-out loss {:.4} -> {:.4}", learned.held_out_first, learned.held_out_last);
+        println!("max|RᵀR − I| {:.1e}, {:.2} s a step", learned.orthogonality_error, learned.seconds_per_step);
+        println!("rotations written to {}", args.out.display());
+    }
+    Ok(())
+}
+
+/// The resumable state beside an output: `R.safetensors` → `R.safetensors.state`.
+fn state_path(out: &Path) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(".state");
+    name.into()
+}
+
+fn open_log(path: &Path, append: bool) -> Result<(PathBuf, File)> {
+    let file = OpenOptions::new().create(true).write(true).append(append).truncate(!append).open(path);
+    Ok((path.to_path_buf(), file.map_err(Error::io(path))?))
+}
