@@ -111,7 +111,7 @@ fn hadamard_tables() {
             let m = n / k;
             for (row, h) in h.chunks(n).enumerate() {
                 for (column, h) in h.iter().enumerate() {
-                    let sylvester = if (row % m & column % m).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                    let sylvester = if ((row % m) & (column % m)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
                     let want = table[row / m * k + column / m] * sylvester / (n as f64).sqrt();
                     assert!((h - want).abs() <= 1e-15, "H[{row}, {column}] for n = {n}");
                 }
