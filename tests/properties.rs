@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use rayon::prelude::*;
-use spinquant::manifold::{Manifold, Orthogonal, retractions};
+use spinquant::manifold::{Manifold, Orthogonal, Retraction, retractions};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, State};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::rotation::Rotations;
@@ -86,6 +86,30 @@ proptest! {
             laws::resumes(&|| Ok(Box::new(CayleySgd::new(Mode::Parity))), dtype, seed, 3).unwrap();
         }
     }
+}
+
+#[test]
+fn broken_laws_are_noticed() {
+    struct Wrong(f64, f64);
+    impl Retraction for Wrong {
+        fn name(&self) -> &str {
+            "wrong"
+        }
+        fn retract(&self, x: &Tensor, tangent: &Tensor) -> spinquant::Result<Tensor> {
+            let y = ops::add::linear_combination(self.1, x.clone(), self.0, tangent.clone())?;
+            if self.1 == 1.0 && self.0 == 1.0 { Ok(y) } else { Orthogonal.project_point(&y) }
+        }
+    }
+    let says = |r: Wrong, part: &str| {
+        let message = laws::retraction(&r, 6, 1).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    };
+    says(Wrong(1.0, 1.0), "max|YᵀY − I|"); // leaves the manifold
+    says(Wrong(0.99, 1.0), "distance from the tangent"); // falls short
+    says(Wrong(1.0, -1.0), "distance from the tangent after 0:"); // starts elsewhere
+    // Six steps are not enough, and parity mode drifts.
+    assert!(laws::procrustes(&mut CayleySgd::new(Mode::Default), 8, 1, 0.01, 6).is_err());
+    assert!(laws::stays_orthogonal(&mut CayleySgd::new(Mode::Parity), 4, 1, 1.0, 1.5, 50, 1e-6).is_err());
 }
 
 #[test]
