@@ -161,6 +161,8 @@ impl<T: GridFloat> Grid<T> {
             return Self { scale, zero: T::ZERO, min, max };
         }
         let (lo, hi) = (clip * lo, clip * hi);
+        // After clipping: an all-zero group is given [−1, 1] whatever the ratio.
+        let (lo, hi) = if lo == T::ZERO && hi == T::ZERO { (-T::ONE, T::ONE) } else { (lo, hi) };
         // A degenerate range of one non-zero value cannot give a scale.
         let scale = if hi == lo { T::ONE } else { (hi - lo) / max };
         Self { scale, zero: (-lo / scale).round(), min, max }
@@ -197,7 +199,6 @@ impl QuantSpec {
             let most = max(lo.abs(), hi.abs());
             return (T::ZERO, if self.target == Target::Weight { max(most, T::of(1e-5)) } else { most });
         }
-        let (lo, hi) = if self.group.is_none() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) };
-        if lo == T::ZERO && hi == T::ZERO { (-T::ONE, T::ONE) } else { (lo, hi) }
+        if self.group.is_none() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
     }
 }

@@ -129,11 +129,11 @@ impl Rotations {
             std::iter::once(("R1".to_string(), r1)).chain(r2.into_iter().enumerate().map(|(l, e)| (format!("R2[{l}]"), e)));
         for (name, error) in named {
             if error > tolerance || error.is_nan() {
-                let message = match error.is_finite() {
-                    false => "holds NaN or infinite values".to_string(),
-                    true => format!("is not orthogonal: max|RᵀR−I| = {error:.1e}, at most {tolerance:e} is accepted"),
-                };
-                return Err(Error::numeric(name, message));
+                if !error.is_finite() {
+                    return Err(Error::numeric(name, "holds NaN or infinite values"));
+                }
+                let message = format!("max|RᵀR−I| = {error:.1e}, at most {tolerance:e} is accepted");
+                return Err(Error::numeric(format!("{name} is not orthogonal"), message));
             }
         }
         Ok(())
