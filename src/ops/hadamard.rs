@@ -142,21 +142,24 @@ fn within<const HALF: usize>(x: &mut [f32; LANES]) {
     }
 }
 
-/// `H_K` for [`mix`]: for every four rows i and four columns g, which of the four columns row i subtracts, as bits.
-fn codes(map: &Hadamard, transpose: bool) -> Vec<[u8; 4]> {
+/// `H_K` for [`mix`]: for every four rows i and four columns g, which of the four columns row i subtracts, as bits, the first
+/// row's lowest.
+fn codes(map: &Hadamard, transpose: bool) -> Vec<u16> {
     let k = map.k();
     let negative = |i: usize, j: usize| map.signs()[if transpose { j * k + i } else { i * k + j }] < 0;
-    let code = |i: usize, g: usize| (0..4).fold(0, |code, bit| code | u8::from(negative(i, 4 * g + bit)) << bit);
+    let code = |i: usize, g: usize| (0..4).fold(0, |code, bit| code | u16::from(negative(i, 4 * g + bit)) << bit);
     match map.signs() {
         [] => vec![],
-        _ => (0..k / 4).flat_map(|i| (0..k / 4).map(move |g| std::array::from_fn(|r| code(4 * i + r, g)))).collect(),
+        _ => (0..k / 4)
+            .flat_map(|i| (0..k / 4).map(move |g| (0..4).fold(0, |codes, r| codes | code(4 * i + r, g) << (4 * r))))
+            .collect(),
     }
 }
 
 /// `x[i, :] ← scale Σ_j H[i, j] x[j, :]` with x `[k, m]`: all sixteen signed sums of four rows are made once, so that an output
 /// is a sum of k/4 of them (the "four Russians" of Arlazarov et al. 1970). K is a multiple of 4.
 #[inline(always)]
-fn mix(x: &mut [f32], codes: &[[u8; 4]], table: &mut [[f32; LANES]], k: usize, scale: f32) {
+fn mix(x: &mut [f32], codes: &[u16], table: &mut [[f32; LANES]], k: usize, scale: f32) {
     let m = x.len() / k;
     let (tables, _) = table.as_chunks_mut::<16>();
     for first in (0..m).step_by(LANES) {
@@ -174,23 +177,43 @@ fn mix(x: &mut [f32], codes: &[[u8; 4]], table: &mut [[f32; LANES]], k: usize, s
             *t = signed_sums(v);
         }
         for (i, codes) in codes.chunks(k / 4).enumerate() {
-            let mut sum = [[0f32; LANES]; 4];
-            for (t, code) in tables.iter().zip(codes) {
+            let mut sum = [Lanes::default(); 4];
+            for (t, &code) in tables.iter().zip(codes) {
                 for r in 0..4 {
-                    let v = &t[usize::from(code[r] & 15)];
-                    for l in 0..LANES {
-                        sum[r][l] += v[l];
-                    }
+                    sum[r] = sum[r].plus(&t[usize::from(code >> (4 * r) & 15)]);
                 }
             }
-            for (r, sum) in sum.iter().enumerate() {
+            for r in 0..4 {
+                let y = sum[r].times(scale);
                 let row = &mut x[(4 * i + r) * m + first..];
                 match row.first_chunk_mut::<LANES>() {
-                    Some(row) if lanes == LANES => *row = sum.map(|s| scale * s),
-                    _ => row[..lanes].iter_mut().zip(sum).for_each(|(x, s)| *x = scale * s),
+                    Some(row) if lanes == LANES => *row = y.0,
+                    _ => row[..lanes].copy_from_slice(&y.0[..lanes]),
                 }
             }
         }
+    }
+}
+
+/// A vector that stays in one register.
+#[derive(Clone, Copy, Default)]
+#[repr(align(32))]
+struct Lanes([f32; LANES]);
+
+impl Lanes {
+    #[inline(always)]
+    fn plus(mut self, other: &[f32; LANES]) -> Self {
+        for l in 0..LANES {
+            self.0[l] += other[l];
+        }
+        self
+    }
+    #[inline(always)]
+    fn times(mut self, factor: f32) -> Self {
+        for l in 0..LANES {
+            self.0[l] *= factor;
+        }
+        self
     }
 }
 
