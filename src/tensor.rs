@@ -342,7 +342,16 @@ impl Tensor {
     }
 
     /// The values as a vector this call may overwrite: moved out when unshared, copied otherwise.
-    pub(crate) fn into_owned<T: Element>(self) -> Result<Vec<T>> {
+    pub(crate) fn into_owned<T: Element>(mut self) -> Result<Vec<T>> {
+        let n = self.len();
+        if T::DTYPE == DType::F32 && !(self.start == 0 && Arc::get_mut(&mut self.storage).is_some()) {
+            // A copy into pooled memory, for fresh pages cost more than the copy.
+            let mut buffer = CpuBuffer::F32(cpu::alloc(n));
+            if let Some(v) = T::view_mut(&mut buffer) {
+                cpu::copy(v, self.as_slice()?);
+                return Ok(std::mem::take(v));
+            }
+        }
         self.into_vec()
     }
 

@@ -83,6 +83,11 @@ pub fn map_rows<A: Sync, B: Send>(y: &mut [B], x: &[A], ycols: usize, xcols: usi
         .for_each(|(i, (y, x))| simd(|| f(i * step, y, x)));
 }
 
+/// `y ← x`, on all cores.
+pub(crate) fn copy<T: Copy + Sync + Send>(y: &mut [T], x: &[T]) {
+    y.par_chunks_mut(1 << 16).zip(x.par_chunks(1 << 16)).for_each(|(y, x)| y.copy_from_slice(x));
+}
+
 /// Elementwise `y[i] = f(y[i], x[i])` in parallel, inside [`simd`].
 pub fn zip_in_place<T: Copy + Sync + Send>(y: &mut [T], x: &[T], f: impl Fn(T, T) -> T + Sync + Copy) {
     map_rows(y, x, 1, 1, |_, y, x| y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(*y, x)));

@@ -37,7 +37,7 @@ impl Op for CrossEntropy {
             }
             (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) if save.wants(0) => {
                 let cols = x.cols();
-                // Dropped first, so that f32 logits are overwritten.
+                // Moved where it is f32 already, so that unshared logits are overwritten.
                 let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
                 let mut x = wide.into_owned::<f32>()?;
                 let losses = fast(&mut x, &self.targets, cols, 1.0 / count as f32);
@@ -166,4 +166,41 @@ pub fn cases() -> Vec<Case> {
         case("large logits", 7, 24, 50.0),
         case("256x4096", 256, 4096, 3.0).large(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tape;
+
+    #[test]
+    fn losses_of_tokens() {
+        let case = cases().pop().expect("a case").inputs.remove(0).slice(0, 5).unwrap();
+        let targets = [3, -1, 4095, 0, 7];
+        let exact = token_losses(&case, &targets).unwrap();
+        assert_eq!(exact[1], 0.0);
+        for dtype in [DType::F32, DType::BF16] {
+            let x = case.to_dtype(dtype).unwrap();
+            let losses = token_losses(&x, &targets).unwrap();
+            for (a, b) in losses.iter().zip(&exact) {
+                assert!((a - b).abs() < 4.0 * dtype.epsilon() * b.max(1.0), "{dtype}: {a} and {b}");
+            }
+            let tape = Tape::new();
+            for x in [tape.constant(x.clone()), tape.variable(x)] {
+                let mean = x.cross_entropy(targets.into()).unwrap();
+                assert_eq!(mean.value().dtype(), DType::F32);
+                assert!((mean.value().item().unwrap() - losses.iter().sum::<f64>() / 4.0).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_targets_are_errors() {
+        let x = randn([2, 3], 1);
+        for targets in [vec![0, 3], vec![-2, 0], vec![0], vec![-1, -1]] {
+            let tape = Tape::new();
+            assert!(tape.constant(x.clone()).cross_entropy(targets.into()).is_err());
+        }
+        assert!(token_losses(&x, &[-1, -1]).is_ok());
+    }
 }

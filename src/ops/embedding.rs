@@ -141,3 +141,14 @@ pub fn cases() -> Vec<Case> {
         case("4096x384, 1024 tokens", 4096, 384, 1024).large(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_id_is_an_error() {
+        let tape = crate::Tape::new();
+        assert!(tape.constant(randn([3, 2], 1)).embedding(Arc::from([0, 3])).is_err());
+    }
+}

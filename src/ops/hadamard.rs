@@ -67,26 +67,21 @@ pub fn transform(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
 }
 
 fn fast(x: &mut [f32], map: &Hadamard, transpose: bool) {
+    use rayon::prelude::*;
     let k = map.k();
     let size = map.n() / map.blocks();
     let scale = 1.0 / (size as f64).sqrt() as f32;
-    // H_K as floats, its rows as they will be read.
-    let h: Vec<f32> = match map.signs() {
-        [] => vec![1.0],
-        s => (0..k * k).map(|i| f32::from(if transpose { s[i % k * k + i / k] } else { s[i] })).collect(),
-    };
-    use rayon::prelude::*;
+    let codes = codes(map, transpose);
     x.par_chunks_mut(cpu::rows_per_task(size) * size).for_each_init(
-        || vec![0f32; if k > 1 { size } else { 0 }],
-        |scratch, rows| {
+        || vec![[0f32; LANES]; if k > 1 { 16 * k / 4 } else { 0 }],
+        |table, rows| {
             cpu::simd(
                 #[inline(always)]
                 || {
                     for row in rows.chunks_mut(size) {
                         row.chunks_mut(size / k).for_each(sylvester);
                         if k > 1 {
-                            mix(scratch, row, &h, k, scale);
-                            row.copy_from_slice(scratch);
+                            mix(row, &codes, table, k, scale);
                         } else {
                             row.iter_mut().for_each(|x| *x *= scale);
                         }
@@ -97,47 +92,143 @@ fn fast(x: &mut [f32], map: &Hadamard, transpose: bool) {
     );
 }
 
+const LANES: usize = 8;
+
 /// Unnormalised natural-order butterflies in place.
 #[inline(always)]
 fn sylvester(x: &mut [f32]) {
+    let (chunks, tail) = x.as_chunks_mut::<LANES>();
+    // A power of two: all chunks or all tail.
+    butterflies(tail, |a, b| (*a, *b) = (*a + *b, *a - *b));
+    for c in chunks.iter_mut() {
+        within::<1>(c);
+        within::<2>(c);
+        within::<4>(c);
+    }
+    butterflies(
+        chunks,
+        #[inline(always)]
+        |a, b| {
+            for i in 0..LANES {
+                (a[i], b[i]) = (a[i] + b[i], a[i] - b[i]);
+            }
+        },
+    );
+}
+
+/// Calls `f` on every pair of every stage.
+#[inline(always)]
+fn butterflies<T>(x: &mut [T], f: impl Fn(&mut T, &mut T)) {
     let mut half = 1;
     while half < x.len() {
         for pair in x.chunks_mut(2 * half) {
             let (a, b) = pair.split_at_mut(half);
-            for (a, b) in a.iter_mut().zip(b) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
+            a.iter_mut().zip(b).for_each(|(a, b)| f(a, b));
         }
         half *= 2;
     }
 }
 
-/// `y[i, :] = scale Σ_j h[i, j] x[j, :]` with x, y `[k, m]`.
+/// One stage inside a vector.
 #[inline(always)]
-fn mix(y: &mut [f32], x: &[f32], h: &[f32], k: usize, scale: f32) {
-    const LANES: usize = 16;
-    const ROWS: usize = 4; // K is a multiple of 4
+fn within<const HALF: usize>(x: &mut [f32; LANES]) {
+    let (mut partner, mut signed) = (*x, *x);
+    for i in 0..LANES {
+        partner[i] = x[i ^ HALF];
+        signed[i] = if i & HALF == 0 { x[i] } else { -x[i] };
+    }
+    for i in 0..LANES {
+        x[i] = partner[i] + signed[i];
+    }
+}
+
+/// `H_K` for [`mix`]: for every four rows i and four columns g, which of the four columns row i subtracts, as bits, the first
+/// row's lowest.
+fn codes(map: &Hadamard, transpose: bool) -> Vec<u16> {
+    let k = map.k();
+    let negative = |i: usize, j: usize| map.signs()[if transpose { j * k + i } else { i * k + j }] < 0;
+    let code = |i: usize, g: usize| (0..4).fold(0, |code, bit| code | u16::from(negative(i, 4 * g + bit)) << bit);
+    match map.signs() {
+        [] => vec![],
+        _ => (0..k / 4)
+            .flat_map(|i| (0..k / 4).map(move |g| (0..4).fold(0, |codes, r| codes | code(4 * i + r, g) << (4 * r))))
+            .collect(),
+    }
+}
+
+/// `x[i, :] ← scale Σ_j H[i, j] x[j, :]` with x `[k, m]`: all sixteen signed sums of four rows are made once, so that an output
+/// is a sum of k/4 of them (the "four Russians" of Arlazarov et al. 1970). K is a multiple of 4.
+#[inline(always)]
+fn mix(x: &mut [f32], codes: &[u16], table: &mut [[f32; LANES]], k: usize, scale: f32) {
     let m = x.len() / k;
-    for (y, h) in y.chunks_mut(ROWS * m).zip(h.chunks(ROWS * k)) {
-        let mut first = 0;
-        while first < m {
-            // Narrower columns (m = 1, 2, 4, 8) run the same loop over fewer lanes.
-            let lanes = LANES.min(m - first);
-            let mut sum = [[0f32; LANES]; ROWS];
-            for j in 0..k {
-                let mut v = [0f32; LANES];
-                v[..lanes].copy_from_slice(&x[j * m + first..][..lanes]);
-                for (r, sum) in sum.iter_mut().enumerate() {
-                    let sign = h[r * k + j];
-                    sum.iter_mut().zip(v).for_each(|(s, v)| *s += sign * v);
+    let (tables, _) = table.as_chunks_mut::<16>();
+    for first in (0..m).step_by(LANES) {
+        // Narrower columns (m = 1, 2, 4) run the same loop over fewer lanes.
+        let lanes = LANES.min(m - first);
+        for (g, t) in tables.iter_mut().enumerate() {
+            let mut v = [[0f32; LANES]; 4];
+            for (r, v) in v.iter_mut().enumerate() {
+                let row = &x[(4 * g + r) * m + first..];
+                match row.first_chunk::<LANES>() {
+                    Some(row) if lanes == LANES => *v = *row,
+                    _ => v[..lanes].copy_from_slice(&row[..lanes]),
                 }
             }
-            for (r, sum) in sum.iter().enumerate() {
-                y[r * m + first..][..lanes].iter_mut().zip(sum).for_each(|(y, s)| *y = scale * s);
+            *t = signed_sums(v);
+        }
+        for (i, codes) in codes.chunks(k / 4).enumerate() {
+            let mut sum = [Lanes::default(); 4];
+            for (t, &code) in tables.iter().zip(codes) {
+                for r in 0..4 {
+                    sum[r] = sum[r].plus(&t[usize::from(code >> (4 * r) & 15)]);
+                }
             }
-            first += lanes;
+            for r in 0..4 {
+                let y = sum[r].times(scale);
+                let row = &mut x[(4 * i + r) * m + first..];
+                match row.first_chunk_mut::<LANES>() {
+                    Some(row) if lanes == LANES => *row = y.0,
+                    _ => row[..lanes].copy_from_slice(&y.0[..lanes]),
+                }
+            }
         }
     }
+}
+
+/// A vector that stays in one register.
+#[derive(Clone, Copy, Default)]
+#[repr(align(32))]
+struct Lanes([f32; LANES]);
+
+impl Lanes {
+    #[inline(always)]
+    fn plus(mut self, other: &[f32; LANES]) -> Self {
+        for l in 0..LANES {
+            self.0[l] += other[l];
+        }
+        self
+    }
+    #[inline(always)]
+    fn times(mut self, factor: f32) -> Self {
+        for l in 0..LANES {
+            self.0[l] *= factor;
+        }
+        self
+    }
+}
+
+/// `±a ± b ± c ± d`; a set bit of the index subtracts, a being the lowest.
+#[inline(always)]
+fn signed_sums([a, b, c, d]: [[f32; LANES]; 4]) -> [[f32; LANES]; 16] {
+    let mut t = [[0f32; LANES]; 16];
+    for l in 0..LANES {
+        let low = [a[l] + b[l], b[l] - a[l], a[l] - b[l], -a[l] - b[l]];
+        let high = [c[l] + d[l], d[l] - c[l], c[l] - d[l], -c[l] - d[l]];
+        for i in 0..16 {
+            t[i][l] = low[i % 4] + high[i / 4];
+        }
+    }
+    t
 }
 
 /// Worked cases.
