@@ -13,8 +13,6 @@
 // below, where |e|^2.4 = 2^(2.4 log2 |e|) is good to a few 1e-7 by the hardware's logarithm and exponential; in a sum
 // these errors largely cancel. Candidates whose partial sum already reaches the best total are given up: sums of
 // non-negative terms only grow, so the choice is the same as without.
-#include <cuda_pipeline.h>
-
 #include "common.cuh"
 #include "quantise.cuh"
 
@@ -89,55 +87,36 @@ __global__ void __launch_bounds__(kLanesThreads)
 
 // ---- A row per block, kPacks packs per thread. ----
 
-// Registers for one row leave few blocks on a multiprocessor when rows are long, and nothing would be loading while they
-// compute. So the blocks stay, and each thread fetches its packs of the next row into its own places in shared memory
-// meanwhile.
 template <typename T, int kPacks, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     block_kernel(T *y, Outputs out, const T *x, int64_t rows, int cols, Quantiser q) {
   constexpr int V = kPack<T>;
-  extern __shared__ float4 dynamic[];
-  __shared__ Range scratch[2][32];
-  T *const fetched = reinterpret_cast<T *>(dynamic);
+  __shared__ Range scratch[32];
   const int stride = int(blockDim.x) * V, first = int(threadIdx.x) * V;
-  const auto fetch = [&](int64_t row) {
-    if (row < rows) {
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
-        const int col = p * stride + first;
-        if (col < cols) __pipeline_memcpy_async(fetched + col, x + row * cols + col, 16);
-      }
-    }
-    __pipeline_commit();
-  };
-  fetch(blockIdx.x);
-  int turn = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T *from = x + row * cols + first;
     Pack<T> packs[kPacks];
-    PackRange<T> mine;
-    __pipeline_wait_prior(0);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      if (p * stride + first < cols) {
-        packs[p] = load_pack(fetched + p * stride + first);
-        mine.add(packs[p]);
-      }
+      if (p * stride + first < cols) packs[p] = load_pack(from + p * stride);
     }
-    fetch(row + gridDim.x);
-    // Two scratches in turn: one is written again only after the barrier in between.
-    const Range range = block_range(mine.range(), scratch[turn]);
-    turn ^= 1;
+    PackRange<T> mine;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (p * stride + first < cols) mine.add(packs[p]);
+    }
+    const Range range = block_range(mine.range(), scratch);
     const Step step = find_step(q, range, q.clip);
     if (threadIdx.x == 0) write_step(out, row, step);
     const Coder coder(q, step, q.clip);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int col = p * stride + first;
-      if (col >= cols) break;
+      if (p * stride + first >= cols) break;
       float v[V];
       widen(v, packs[p]);
-      write_pack(y, out, row * cols + col, coder, v);
+      write_pack(y, out, row * cols + p * stride + first, coder, v);
     }
+    __syncthreads();  // scratch is about to be written again
   }
 }
 
@@ -326,14 +305,9 @@ int launch_lanes(T *y, const Outputs &out, const T *x, int64_t rows, int cols, c
 
 template <typename T, int kPacks, int kThreads, int kBlocks>
 int launch_block(T *y, const Outputs &out, const T *x, int64_t rows, int cols, const Quantiser &q, cudaStream_t stream) {
-  const auto kernel = block_kernel<T, kPacks, kThreads, kBlocks>;
   const int threads = ceil_div(ceil_div(cols / kPack<T>, kPacks), 32) * 32;
-  const size_t bytes = size_t(cols) * sizeof(T);
-  if (const int status = allow_shared(kernel, bytes)) return status;
-  int resident = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-  const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1);
-  kernel<<<unsigned(rows < most ? rows : most), threads, bytes, stream>>>(y, out, x, rows, cols, q);
+  block_kernel<T, kPacks, kThreads, kBlocks>
+      <<<unsigned(rows < kMaxGridX ? rows : kMaxGridX), threads, 0, stream>>>(y, out, x, rows, cols, q);
   return launched();
 }
 
@@ -341,7 +315,7 @@ int launch_block(T *y, const Outputs &out, const T *x, int64_t rows, int cols, c
 template <typename T>
 int quantise_rows(T *y, const Outputs &out, const T *x, int64_t rows, int64_t cols, const Quantiser &q,
                   cudaStream_t stream) {
-  if (cols % kPack<T> == 0 && cols / kPack<T> <= 8 * 1024 && cols * sizeof(T) + 1024 <= size_t(max_shared_bytes())) {
+  if (cols % kPack<T> == 0 && cols / kPack<T> <= 8 * 1024) {
     const int n = int(cols), packs = n / kPack<T>;
     if (packs <= 1) return launch_lanes<T, 1, 1>(y, out, x, rows, n, q, stream);
     if (packs <= 2) return launch_lanes<T, 2, 1>(y, out, x, rows, n, q, stream);
@@ -351,6 +325,7 @@ int quantise_rows(T *y, const Outputs &out, const T *x, int64_t rows, int64_t co
     if (packs <= 32) return launch_lanes<T, 32, 1>(y, out, x, rows, n, q, stream);
     if (packs <= 64) return launch_lanes<T, 32, 2>(y, out, x, rows, n, q, stream);
     if (packs <= 128) return launch_lanes<T, 32, 4>(y, out, x, rows, n, q, stream);
+    if (packs <= 1536) return launch_block<T, 4, 384, 3>(y, out, x, rows, n, q, stream);
     if (packs <= 2048) return launch_block<T, 4, 512, 2>(y, out, x, rows, n, q, stream);
     if (packs <= 4096) return launch_block<T, 8, 512, 2>(y, out, x, rows, n, q, stream);
     return launch_block<T, 8, 1024, 1>(y, out, x, rows, n, q, stream);

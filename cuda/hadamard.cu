@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(1024)
       if (group == map.n) {  // the whole row, by the whole block
         Range range = Range::empty();
         for (int i = threadIdx.x; i < map.n; i += blockDim.x) range.add(row[i]);
-        const Coder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+        const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
         for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
           float v[1] = {row[i]};
           coder.fake_quant(v);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(1024)
         for (int g = threadIdx.x / 32; g < map.n / group; g += blockDim.x / 32) {
           Range range = Range::empty();
           for (int i = lane; i < group; i += 32) range.add(row[g * group + i]);
-          const Coder coder(q, find_step(q, warp_range(range), q.clip), q.clip);
+          const NearCoder coder(q, find_step(q, warp_range(range), q.clip), q.clip);
           for (int i = lane; i < group; i += 32) {
             float v[1] = {row[g * group + i]};
             coder.fake_quant(v);
@@ -215,7 +215,7 @@ __global__ void tiny_kernel(T *y, const T *x, int64_t rows, Map map, Quantiser q
     Range range = Range::empty();
 #pragma unroll
     for (int i = 0; i < N; ++i) range.add(v[i]);
-    Coder(q, find_step(q, range, q.clip), q.clip).fake_quant(v);
+    NearCoder(q, find_step(q, range, q.clip), q.clip).fake_quant(v);
   }
   store_pack(y + row * N, narrow<T>(v));
 }

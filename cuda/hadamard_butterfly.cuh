@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
       for (int i = 0; i < E; ++i) range.add(v[i]);
       // One barrier a row lies between two uses of the scratch: that of the next exchange.
       range = W > 1 ? block_range(range, scratch) : warp_range<B::kLanes>(range);
-      const Coder coder(q, find_step(q, range, q.clip), q.clip);
+      const NearCoder coder(q, find_step(q, range, q.clip), q.clip);
       coder.fake_quant(v);
     }
     if (live) {

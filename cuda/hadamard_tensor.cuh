@@ -6,16 +6,17 @@
 //      to a multiple of 16 inside the tiles only.
 //   2. S_M: butterflies in float on the sums; nothing is rounded in between.
 //
-// A team of W warps holds one row: warp w the columns 8 NT w .. 8 NT (w + 1), as the B operands of all of A X, so the
-// row's place in shared memory is free again, and the next row is fetched into it meanwhile. The team then works
-// through A in strips of 16 rows, each strip an independent [16, M] piece of the result:
+// A block holds one row, in W x S warps: warp (w, s) has the columns 8 NT w .. 8 NT (w + 1) of X as the B operands of all
+// of A X, so the row's place in shared memory is free again, and the next row is fetched into it meanwhile. The warps s
+// then work through strips s, s + S, .. of 16 rows of A, each strip an independent [16, M] piece of the result:
 //   - the sums of a strip lie as the tensor core leaves them: a thread has columns 2t, 2t+1 of NT chunks of 8 columns,
 //     t = lane % 4; it does those levels (bit 0 and the low log2 NT chunk bits);
-//   - through shared memory to U = NT/2 whole chunks of 8 columns per thread, the layout of the store, where it does
-//     the other levels: bits 1 and 2 and one chunk bit (U = 2) in registers, the rest across lanes.
+//   - through shared memory to two whole packs of 16 bytes per thread, the layout of the store, where it does the other
+//     levels: those inside a pack and that between the packs in registers, the rest across lanes.
 //
-// With quantisation the strips are gone through twice, first for the range of the row and then to store it: the sums
-// are cheap enough to be made again, and the row stays in registers as it came.
+// With quantisation a row's range must be known before it can be stored. Where shared memory can hold the row as floats
+// (kHeld), it stays there between the levels and the rounding. Longer rows (kTwice) are gone through twice, first for the
+// range and then to be stored: the operands are still in registers, and only the sums are made again.
 //
 // The signs of A are kept packed in shared memory, two bits for each 32-bit register of an A operand, and widened to
 // +-1 when used.
@@ -25,11 +26,6 @@
 #include "quantise.cuh"
 
 namespace sq {
-
-struct Tensor {
-  int p, j_log2, m, m_log2;  // n = p * m, p = k * 2^j_log2
-  int warps, teams;          // warps to a team, teams to a block
-};
 
 template <typename T>
 struct TensorTraits;
@@ -72,12 +68,21 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
 }
 
-// A barrier for the warps of one team.
-__device__ __forceinline__ void team_sync(int team, int warps) {
-  if (warps == 1) {
+// A barrier for `warps` warps, those of group s. Barrier numbers are constants: a block is charged for all it might use.
+template <int kWarps, int kGroups>
+__device__ __forceinline__ void group_sync(int group) {
+  if constexpr (kWarps == 1) {
     __syncwarp();
+  } else if constexpr (kGroups == 1) {
+    __syncthreads();
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(warps * 32) : "memory");
+    static_assert(kGroups <= 4, "a barrier for each group");
+    switch (group) {
+      case 0: asm volatile("bar.sync 1, %0;" ::"n"(kWarps * 32) : "memory"); break;
+      case 1: asm volatile("bar.sync 2, %0;" ::"n"(kWarps * 32) : "memory"); break;
+      case 2: asm volatile("bar.sync 3, %0;" ::"n"(kWarps * 32) : "memory"); break;
+      default: asm volatile("bar.sync 4, %0;" ::"n"(kWarps * 32) : "memory"); break;
+    }
   }
 }
 
@@ -161,26 +166,25 @@ __device__ __forceinline__ void unpack_operand(uint32_t (&a)[4], uint32_t packed
 
 // ---- The row in shared memory: chunks of 16 bytes, swizzled so that the reads of a B operand meet no bank twice. ----
 
-template <typename T>
-__device__ __forceinline__ int place(int chunk, int m_log2) {
+template <typename T, int kMLog2>
+__device__ __forceinline__ int place(int chunk) {
   if constexpr (sizeof(T) == 2) {
-    const int row_log2 = m_log2 - 3;
-    return chunk ^ ((chunk >> (row_log2 > 3 ? row_log2 : 3)) & 7);
+    return chunk ^ ((chunk >> (kMLog2 > 6 ? kMLog2 - 3 : 3)) & 7);
   } else {
-    return chunk ^ (((chunk >> (m_log2 - 1)) & 3) << 1);  // bits 1, 2 of the row of X
+    return chunk ^ (((chunk >> (kMLog2 - 1)) & 3) << 1);  // bits 1, 2 of the row of X
   }
 }
 
-// B operands of tile (kt, nt), kTerms of them.
-template <typename T, int kTiles>
+// B operands of tile (kt, nt), kTerms of them, of the columns of warp w.
+template <typename T, int kMLog2, int kTiles>
 __device__ __forceinline__ void load_operands(uint32_t (&b)[kTiles][TensorTraits<T>::kTerms][2], const T *raw,
-                                              const T *zeros, int kt, int warp, const Tensor &shape) {
+                                              const T *zeros, int kt, int w, int p) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int nt = 0; nt < kTiles; nt += 2) {
-      const int row = kt * 16 + lane % 16, chunk = warp * kTiles + nt + lane / 16;
-      const T *at = row < shape.p ? raw + place<T>((row << (shape.m_log2 - 3)) + chunk, shape.m_log2) * 8 : zeros;
+      const int row = kt * 16 + lane % 16, chunk = w * kTiles + nt + lane / 16;
+      const T *at = row < p ? raw + place<T, kMLog2>((row << (kMLog2 - 3)) + chunk) * 8 : zeros;
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                    : "=r"(b[nt][0][0]), "=r"(b[nt][0][1]), "=r"(b[nt + 1][0][0]), "=r"(b[nt + 1][0][1])
                    : "r"(uint32_t(__cvta_generic_to_shared(at))));
@@ -188,15 +192,14 @@ __device__ __forceinline__ void load_operands(uint32_t (&b)[kTiles][TensorTraits
   } else {
 #pragma unroll
     for (int nt = 0; nt < kTiles; ++nt) {
-      const int col = (warp * kTiles + nt) * 8 + lane / 4;
+      const int col = (w * kTiles + nt) * 8 + lane / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t v[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = kt * 16 + half * 8 + (lane % 4) * 2 + i;
-          const float x =
-              row < shape.p ? raw[place<T>((row << (shape.m_log2 - 2)) + col / 4, shape.m_log2) * 4 + col % 4] : 0.0f;
+          const float x = row < p ? raw[place<T, kMLog2>((row << (kMLog2 - 2)) + col / 4) * 4 + col % 4] : 0.0f;
           v[i] = __float_as_uint(x);
         }
 #pragma unroll
@@ -214,278 +217,326 @@ __device__ __forceinline__ void load_operands(uint32_t (&b)[kTiles][TensorTraits
 
 // ---- The kernel. ----
 
-// KT: tiles of 16 along each side of A.
-template <typename T, int KT>
+enum TensorMode { kPlain, kHeld, kTwice };
+
+// KT: tiles of 16 along each side of A; M = 2^kMLog2.
+template <typename T_, int KT_, int kMLog2_, TensorMode kMode_>
 struct TensorKernel {
-  static constexpr int kTiles = TensorTraits<T>::kTiles, kTerms = TensorTraits<T>::kTerms;
-  static constexpr int kUnits = kTiles / 2;             // chunks of 8 columns a thread stores of each strip
-  static constexpr int kQuads = (KT + 3) / 4;           // packed words to a strip
+  using T = T_;
+  static constexpr int KT = KT_, kMLog2 = kMLog2_, M = 1 << kMLog2, V = kPack<T>;
+  static constexpr TensorMode kMode = kMode_;
+  static constexpr int NT = TensorTraits<T>::kTiles, kTerms = TensorTraits<T>::kTerms;
+  static constexpr int U = 2;                  // packs a thread stores of each strip
+  static constexpr int W = M / (8 * NT);
+  static constexpr int kWanted = kMode == kPlain ? 4 : 8;  // warps
+  static constexpr int S = W >= kWanted ? 1 : kWanted / W < 4 ? (kWanted / W < KT ? kWanted / W : KT) : (KT < 4 ? KT : 4);
+  static constexpr int kThreads = W * S * 32;
+  static constexpr int kQuads = (KT + 3) / 4;  // packed words to a strip
+  // Registers limit the warps on a multiprocessor: leave room for at least kResident threads.
+  static constexpr int kOperands = KT * NT * kTerms * 2;
+  static constexpr int kResident = kOperands <= 16 ? 768 : kOperands <= 32 ? 640 : kOperands <= 84 ? 512 : kOperands <= 108 ? 384 : 256;
+  static constexpr int kBlocks = kResident / kThreads > 0 ? kResident / kThreads : 1;
+
+  // Shared memory, in bytes: strips (two to a group), or the whole result as floats | the row as it came | packed A |
+  // 16 zero bytes | ranges of warps. The table of H_K is put where the strips will be.
+  static constexpr int kStrip = 16 * M * int(sizeof(float));
+  static constexpr int kStrips = kMode == kHeld ? KT * kStrip : S * 2 * kStrip;
+  static constexpr int kPackedA = KT * kQuads * 32 * int(sizeof(uint32_t));
+  static constexpr size_t bytes(int p) {
+    return size_t(kStrips) + size_t(p) * M * sizeof(T) + kPackedA + 16 + 16 * sizeof(Range);
+  }
 };
 
-struct TensorLayout {
-  size_t operands, zeros, scratch, raw, strips, total;  // offsets in bytes
-};
+template <typename K>
+__global__ void __launch_bounds__(K::kThreads, K::kBlocks)
+    tensor_kernel(typename K::T *y, const typename K::T *x, int64_t rows, Map map, Quantiser q) {
+  using T = typename K::T;
+  constexpr int KT = K::KT, M = K::M, NT = K::NT, U = K::U, V = K::V, W = K::W, S = K::S, kMLog2 = K::kMLog2;
+  constexpr bool kQuantised = K::kMode != kPlain;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int p = map.n >> kMLog2, j_log2 = map.m_log2 - kMLog2;
+  unsigned char *const strips = shared;
+  T *const raw = reinterpret_cast<T *>(shared + K::kStrips);
+  uint32_t *const packed_a = reinterpret_cast<uint32_t *>(raw + map.n);
+  uint32_t *const zeros = packed_a + K::kPackedA / sizeof(uint32_t);
+  Range *const scratch = reinterpret_cast<Range *>(zeros + 4);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, w = warp % W, group = warp / W;
 
-// Shared memory: packed A | 16 zero bytes | ranges of warps | a row a team | two strips a team (first: the table).
-template <typename T>
-__host__ __device__ inline TensorLayout tensor_layout(const Tensor &shape, int kt) {
-  TensorLayout at;
-  at.operands = 0;
-  at.zeros = at.operands + size_t(kt) * ((kt + 3) / 4) * 32 * 4;
-  at.scratch = at.zeros + 16;
-  at.raw = at.scratch + 16 * sizeof(Range) + (16 * sizeof(Range) % 16);
-  at.strips = at.raw + size_t(shape.teams) * shape.p * shape.m * sizeof(T);
-  const size_t strips = size_t(shape.teams) * 2 * 16 * shape.m * sizeof(float), table = 192 * 6 * sizeof(uint32_t);
-  at.total = at.strips + (strips > table ? strips : table);
-  return at;
-}
-
-template <typename T, int KT, bool kQuantised, int kMaxThreads>
-__global__ void __launch_bounds__(kMaxThreads)
-    tensor_kernel(T *y, const T *x, int64_t rows, Map map, Tensor shape, Quantiser q) {
-  using Kernel = TensorKernel<T, KT>;
-  constexpr int NT = Kernel::kTiles, U = Kernel::kUnits, kTerms = Kernel::kTerms, V = kPack<T>;
-  extern __shared__ float4 dynamic[];
-  unsigned char *const shared = reinterpret_cast<unsigned char *>(dynamic);
-  const TensorLayout at = tensor_layout<T>(shape, KT);
-  uint32_t *const operands = reinterpret_cast<uint32_t *>(shared + at.operands);
-  const T *const zeros = reinterpret_cast<const T *>(shared + at.zeros);
-
-  const int lane = threadIdx.x % 32, team_threads = shape.warps * 32;
-  const int team = threadIdx.x / team_threads, thread = threadIdx.x % team_threads, warp = thread / 32;
-  T *const raw = reinterpret_cast<T *>(shared + at.raw) + size_t(team) * map.n;
-  float *const strips = reinterpret_cast<float *>(shared + at.strips) + size_t(team) * 2 * 16 * shape.m;
-  Range *const scratch = reinterpret_cast<Range *>(shared + at.scratch) + team * shape.warps;
-
-  const int64_t step = int64_t(gridDim.x) * shape.teams;
-  const int chunks = map.n / V;
   const auto fetch = [&](int64_t row) {
     if (row < rows) {
-      for (int c = thread; c < chunks; c += team_threads) {
-        copy_async_16(raw + place<T>(c, shape.m_log2) * V, x + row * map.n + c * V);
+      const T *const from = x + row * map.n;
+      for (int c = threadIdx.x; c < map.n / V; c += K::kThreads) {
+        copy_async_16(raw + place<T, kMLog2>(c) * V, from + c * V);
       }
     }
   };
-  int64_t row = int64_t(blockIdx.x) * shape.teams + team;
-  fetch(row);
+  fetch(blockIdx.x);
 
-  if (threadIdx.x < 4) reinterpret_cast<uint32_t *>(shared + at.zeros)[threadIdx.x] = 0;
-  uint32_t *const table = reinterpret_cast<uint32_t *>(shared + at.strips);
+  if (threadIdx.x < 4) zeros[threadIdx.x] = 0;
+  uint32_t *const table = reinterpret_cast<uint32_t *>(strips);
   if (map.k > 1) load_table(table, map);
   __syncthreads();
-  for (int i = threadIdx.x; i < KT * Kernel::kQuads * 32; i += blockDim.x) {
+  for (int i = threadIdx.x; i < KT * K::kQuads * 32; i += K::kThreads) {
     const int word = i / 32;
-    operands[i] = packed_operands(table, map.k, shape.j_log2, word / Kernel::kQuads, word % Kernel::kQuads, i % 32);
+    packed_a[i] = packed_operands(table, map.k, j_log2, word / K::kQuads, word % K::kQuads, i % 32);
   }
-  __syncthreads();
 
-  // Where a thread leaves its sums in a strip, and where it finds its whole chunks. Chunks of a strip's row are
-  // permuted by the row, and so are the halves of a chunk, so that neither side meets a bank twice.
+  // Where a thread leaves its sums in a strip (chunk nt is at `leave` ^ 32 nt), and where it finds its packs (bytes).
+  // The chunks of 32 bytes of a strip's row are permuted by the row, and so are their halves, so that neither side meets
+  // a bank twice.
   const int g = lane / 4, t = lane % 4;
-  const int half = (t >> 1) ^ (g & 1);
-  const int strip_chunks = shape.m / 8;  // to a row
-  const bool unit_is_row = U > 1 && shape.warps == 1;  // M = 32: a thread's two chunks are 8 rows apart
-  const int out_chunks = unit_is_row ? strip_chunks : strip_chunks / U;  // to the lanes of one row
-  const int out_row = lane / out_chunks + warp * (32 / out_chunks), out_chunk = lane % out_chunks;
+  const int leave = g * M * 4 + ((w * NT) ^ (g & 3)) * 32 + (((t >> 1) ^ g ^ (w * NT / 4)) & 1) * 16 + (2 * t & 3) * 4;
+  constexpr int kOutPacks = M / V / U;  // to the lanes of one row; a lane's other pack is that far on
+  const int out_row = lane / kOutPacks + w * (32 / kOutPacks), out_pack = lane % kOutPacks;
+  const auto find = [&](int u, int h) {  // quarter h of 4 floats of pack u
+    const int pack = out_pack + u * kOutPacks, c = pack * V / 8, part = V == 8 ? h : pack & 1;
+    return out_row * M * 4 + (c ^ (out_row & 3)) * 32 + ((part ^ (c >> 2) ^ out_row) & 1) * 16;
+  };
 
-  for (; row < rows; row += step) {
+  // The finished values of a strip: v[u V + e] is value e of pack u. The levels that are left are done on the way.
+  const auto finish = [&](float (&v)[U * V], const unsigned char *strip) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int h = 0; h < V / 4; ++h) {
+        const float4 four = *reinterpret_cast<const float4 *>(strip + find(u, h));
+        v[u * V + h * 4 + 0] = four.x, v[u * V + h * 4 + 1] = four.y;
+        v[u * V + h * 4 + 2] = four.z, v[u * V + h * 4 + 3] = four.w;
+      }
+    }
+    butterflies<2, V>(v);
+    if constexpr (M > 8 * NT) butterfly<V>(v);
+    if constexpr (V == 4) lane_butterfly(v, 1);  // bit 2
+#pragma unroll
+    for (int offset = 8 * NT / V; offset < kOutPacks; offset *= 2) lane_butterfly(v, offset);
+#pragma unroll
+    for (int i = 0; i < U * V; ++i) v[i] *= map.scale;
+  };
+
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    T *const out = y + row * map.n;
     copy_async_wait();
     if (map.signs_in) {
-      for (int c = thread; c < chunks; c += team_threads) {  // the chunks this thread fetched itself
-        T *const chunk = raw + place<T>(c, shape.m_log2) * V;
-        Pack<T> p = load_pack(chunk);
+      for (int c = threadIdx.x; c < map.n / V; c += K::kThreads) {  // the chunks this thread fetched itself
+        T *const chunk = raw + place<T, kMLog2>(c) * V;
+        Pack<T> values = load_pack(chunk);
         const Pack<int8_t, V> signs = load_pack<int8_t, V>(map.signs_in + c * V);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          if (signs.v[i] < 0) p.v[i] = -p.v[i];
+          if (signs.v[i] < 0) values.v[i] = -values.v[i];
         }
-        store_pack(chunk, p);
+        store_pack(chunk, values);
       }
     }
-    team_sync(team, shape.warps);
-    uint32_t b[KT][NT][kTerms][2];
+    __syncthreads();
+    uint32_t b[KT][NT][K::kTerms][2];
 #pragma unroll
-    for (int kt = 0; kt < KT; ++kt) load_operands<T, NT>(b[kt], raw, zeros, kt, warp, shape);
-    team_sync(team, shape.warps);
-    fetch(row + step);
+    for (int kt = 0; kt < KT; ++kt) {
+      load_operands<T, kMLog2, NT>(b[kt], raw, reinterpret_cast<const T *>(zeros), kt, w, p);
+    }
+    __syncthreads();
+    fetch(row + gridDim.x);
 
-    Range range = Range::empty();
-    Step found = {1.0f, 0.0f};
-#pragma unroll 1
-    for (int pass = kQuantised ? 0 : 1; pass < 2; ++pass) {
-      if (kQuantised && pass == 1) {
-        range = warp_range(range);
-        if (shape.warps > 1) {
-          if (lane == 0) scratch[warp] = range;
-          team_sync(team, shape.warps);
-          range = warp_range(lane < shape.warps ? scratch[lane] : Range::empty());
-        }
-        found = find_step(q, range, q.clip);
+    // The sums of a strip, after the levels that a thread can do alone, left at `to`.
+    const auto sum_strip = [&](int strip, unsigned char *to) {
+      float sums[NT][4];
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[nt][i] = 0.0f;
       }
-      const Coder coder(q, found, q.clip);
-#pragma unroll 1
-      for (int strip = 0; strip < KT; ++strip) {
-        float sums[NT][4];
+#pragma unroll
+      for (int kt = 0; kt < KT; ++kt) {
+        const uint32_t packed = packed_a[(strip * K::kQuads + kt / 4) * 32 + lane];
+        uint32_t a[4];
+        unpack_operand<T>(a, packed, kt);
+#pragma unroll
+        for (int term = K::kTerms - 1; term >= 0; --term) {  // small terms first
+#pragma unroll
+          for (int nt = 0; nt < NT; ++nt) multiply_add<T>(sums[nt], a, b[kt][nt][term]);
+        }
+      }
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) butterfly<1>(sums[nt]);
+#pragma unroll
+      for (int h = 1; h < NT; h *= 2) {
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
+          if ((nt & h) == 0) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[nt][i] = 0.0f;
-        }
-#pragma unroll
-        for (int quad = 0; quad < Kernel::kQuads; ++quad) {
-          const uint32_t packed = operands[(strip * Kernel::kQuads + quad) * 32 + lane];
-#pragma unroll
-          for (int kt = quad * 4; kt < KT && kt < quad * 4 + 4; ++kt) {
-            uint32_t a[4];
-            unpack_operand<T>(a, packed, kt);
-#pragma unroll
-            for (int term = kTerms - 1; term >= 0; --term) {  // small terms first
-#pragma unroll
-              for (int nt = 0; nt < NT; ++nt) multiply_add<T>(sums[nt], a, b[kt][nt][term]);
+            for (int i = 0; i < 4; ++i) {
+              const float a = sums[nt][i], c = sums[nt + h][i];
+              sums[nt][i] = a + c;
+              sums[nt + h][i] = a - c;
             }
           }
         }
+      }
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) {
+        unsigned char *const at = to + (leave ^ (nt * 32));
+        *reinterpret_cast<float2 *>(at) = make_float2(sums[nt][0], sums[nt][1]);
+        *reinterpret_cast<float2 *>(at + 8 * M * 4) = make_float2(sums[nt][2], sums[nt][3]);
+      }
+    };
+    const auto store = [&](int at, const float *v) {
+      float part[V];
+#pragma unroll
+      for (int e = 0; e < V; ++e) part[e] = v[e];
+      store_pack(out + at, narrow<T>(part));
+    };
+    const auto block_step = [&](Range range) {
+      return find_step(q, block_range(range, scratch), q.clip);
+    };
 
-        // Levels within the thread: bit 0, then the low chunk bits.
+    if constexpr (K::kMode == kHeld) {
+#pragma unroll 1
+      for (int strip = group; strip < KT; strip += S) sum_strip(strip, strips + strip * K::kStrip);
+      group_sync<W, S>(group);
+      Range range = Range::empty();
+#pragma unroll 1
+      for (int strip = group; strip < KT; strip += S) {
+        float v[U * V];
+        finish(v, strips + strip * K::kStrip);
+        const int i = strip * 16 + out_row;
+        if (i >= p) continue;
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) butterfly<1>(sums[nt]);
+        for (int u = 0; u < U; ++u) {
+          if (map.signs_out) apply_signs<V>(v + u * V, map.signs_out + i * M + (out_pack + u * kOutPacks) * V);
 #pragma unroll
-        for (int h = 1; h < NT; h *= 2) {
+          for (int h = 0; h < V / 4; ++h) {
+            *reinterpret_cast<float4 *>(strips + strip * K::kStrip + find(u, h)) =
+                make_float4(v[u * V + h * 4], v[u * V + h * 4 + 1], v[u * V + h * 4 + 2], v[u * V + h * 4 + 3]);
+          }
+        }
 #pragma unroll
-          for (int nt = 0; nt < NT; ++nt) {
-            if ((nt & h) == 0) {
+        for (int e = 0; e < U * V; ++e) range.add(v[e]);
+      }
+      const NearCoder coder(q, block_step(range), q.clip);
+#pragma unroll 1
+      for (int strip = group; strip < KT; strip += S) {  // what this thread left itself
+        const int i = strip * 16 + out_row;
+        if (i >= p) continue;
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const float p = sums[nt][i], m = sums[nt + h][i];
-                sums[nt][i] = p + m;
-                sums[nt + h][i] = p - m;
+        for (int u = 0; u < U; ++u) {
+          float v[V];
+#pragma unroll
+          for (int h = 0; h < V / 4; ++h) {
+            const float4 four = *reinterpret_cast<const float4 *>(strips + strip * K::kStrip + find(u, h));
+            v[h * 4 + 0] = four.x, v[h * 4 + 1] = four.y, v[h * 4 + 2] = four.z, v[h * 4 + 3] = four.w;
+          }
+          coder.fake_quant(v);
+          store(i * M + (out_pack + u * kOutPacks) * V, v);
+        }
+      }
+    } else {
+      Range range = Range::empty();
+      Step step = {1.0f, 0.0f};
+#pragma unroll 1
+      for (int pass = kQuantised ? 0 : 1; pass < 2; ++pass) {
+        if (kQuantised && pass == 1) step = block_step(range);
+        const NearCoder coder(q, step, q.clip);
+        int turn = 0;
+#pragma unroll 1
+        for (int strip = group; strip < KT; strip += S) {
+          unsigned char *const buffer = strips + (group * 2 + turn) * K::kStrip;
+          turn ^= 1;
+          sum_strip(strip, buffer);
+          group_sync<W, S>(group);
+          float v[U * V];
+          finish(v, buffer);
+          const int i = strip * 16 + out_row;
+          if (i >= p) continue;
+#pragma unroll
+          for (int u = 0; u < U; ++u) {
+            const int at = i * M + (out_pack + u * kOutPacks) * V;
+            if (map.signs_out) apply_signs<V>(v + u * V, map.signs_out + at);
+            if (kQuantised && pass == 0) {
+#pragma unroll
+              for (int e = 0; e < V; ++e) range.add(v[u * V + e]);
+            } else {
+              if (kQuantised) {
+                float part[V];
+#pragma unroll
+                for (int e = 0; e < V; ++e) part[e] = v[u * V + e];
+                coder.fake_quant(part);
+                store(at, part);
+              } else {
+                store(at, v + u * V);
               }
             }
           }
         }
-
-        float *const buffer = strips + (strip & 1) * 16 * shape.m;
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          const int chunk = warp * NT + nt;
-          const int to = (((chunk ^ (g & 3)) * 2) + (half ^ ((chunk >> 2) & 1))) * 4 + (2 * t & 3);
-          *reinterpret_cast<float2 *>(buffer + g * shape.m + to) = make_float2(sums[nt][0], sums[nt][1]);
-          *reinterpret_cast<float2 *>(buffer + (g + 8) * shape.m + to) = make_float2(sums[nt][2], sums[nt][3]);
-        }
-        team_sync(team, shape.warps);
-
-        float v[U * 8];
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int r = out_row + (unit_is_row ? 8 * u : 0), c = out_chunk + (unit_is_row ? 0 : u * out_chunks);
-          const float *from = buffer + r * shape.m + (c ^ (r & 3)) * 8;
-          const int swap = ((c >> 2) ^ r) & 1;
-          const float4 low = *reinterpret_cast<const float4 *>(from + swap * 4);
-          const float4 high = *reinterpret_cast<const float4 *>(from + (swap ^ 1) * 4);
-          v[u * 8 + 0] = low.x, v[u * 8 + 1] = low.y, v[u * 8 + 2] = low.z, v[u * 8 + 3] = low.w;
-          v[u * 8 + 4] = high.x, v[u * 8 + 5] = high.y, v[u * 8 + 6] = high.z, v[u * 8 + 7] = high.w;
-        }
-        butterfly<2>(v);
-        butterfly<4>(v);
-        if constexpr (U > 1) {
-          if (!unit_is_row) butterfly<8>(v);
-        }
-        for (int offset = NT; offset < out_chunks; offset *= 2) lane_butterfly(v, offset);
-
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int r = out_row + (unit_is_row ? 8 * u : 0), c = out_chunk + (unit_is_row ? 0 : u * out_chunks);
-          const int i = strip * 16 + r;
-          if (i >= shape.p) continue;
-          const int to = i * shape.m + c * 8;
-          float w[8];
-#pragma unroll
-          for (int e = 0; e < 8; ++e) w[e] = v[u * 8 + e] * map.scale;
-          if (map.signs_out) apply_signs<8>(w, map.signs_out + to);
-          if (kQuantised && pass == 0) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) range.add(w[e]);
-            continue;
-          }
-          if (kQuantised) coder.fake_quant(w);
-#pragma unroll
-          for (int e = 0; e < 8; e += V) {
-            float part[V];
-#pragma unroll
-            for (int o = 0; o < V; ++o) part[o] = w[e + o];
-            store_pack(y + row * map.n + to + e, narrow<T>(part));
-          }
-        }
+        // The second pass begins with the first buffer again; block_step is the barrier in between.
       }
-      // The next pass begins with strip 0: where the last strip used the same buffer, its readers must be done.
-      if (kQuantised && KT % 2 == 1) team_sync(team, shape.warps);
     }
   }
 }
 
 // ---- Launching. ----
 
-// The shape that suits n best, or false. M is 64 where P then fits, and else as small as can be.
-template <typename T>
-bool tensor_shape(Tensor *out, const Map &map) {
-  constexpr int NT = TensorTraits<T>::kTiles;
-  const int most = sizeof(T) == 2 ? 9 : 8;
-  for (int m_log2 : {6, 7, 8, 9, 5}) {
-    const int p = map.n >> m_log2;
-    if (m_log2 > most || m_log2 > map.m_log2 || p < 8 || p > 192 || (p << m_log2) != map.n) continue;
-    const int warps = (1 << m_log2) / (8 * NT);
-    *out = {p, map.m_log2 - m_log2, 1 << m_log2, m_log2, warps, warps < 4 ? 4 / warps : 1};
-    return true;
-  }
-  return false;
-}
-
-template <typename T, int KT, bool kQuantised, int kMaxThreads>
-int launch_tensor_bounded(T *y, const T *x, int64_t rows, const Map &map, const Tensor &shape, const Quantiser &q,
-                          cudaStream_t stream) {
-  const auto kernel = tensor_kernel<T, KT, kQuantised, kMaxThreads>;
-  const int threads = shape.teams * shape.warps * 32;
-  const size_t bytes = tensor_layout<T>(shape, KT).total;
+template <typename K>
+int launch_tensor(typename K::T *y, const typename K::T *x, int64_t rows, const Map &map, const Quantiser &q,
+                  cudaStream_t stream) {
+  const auto kernel = tensor_kernel<K>;
+  const size_t bytes = K::bytes(map.n >> K::kMLog2);
   if (bytes > size_t(max_shared_bytes())) return kNoSuchKernel;
   if (const int status = allow_shared(kernel, bytes)) return status;
   int resident = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, K::kThreads, bytes);
   const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1);
-  const int64_t blocks = ceil_div(rows, int64_t(shape.teams));
-  kernel<<<unsigned(blocks < most ? blocks : most), threads, bytes, stream>>>(y, x, rows, map, shape, q);
+  kernel<<<unsigned(rows < most ? rows : most), K::kThreads, bytes, stream>>>(y, x, rows, map, q);
   return launched();
 }
 
-template <typename T, int KT, bool kQuantised>
-int launch_tensor(T *y, const T *x, int64_t rows, const Map &map, Tensor shape, const Quantiser &q,
-                  cudaStream_t stream) {
-  while (shape.teams > 1 && tensor_layout<T>(shape, KT).total > size_t(max_shared_bytes())) shape.teams /= 2;
-  const int threads = shape.teams * shape.warps * 32;
-  if (threads <= 256) return launch_tensor_bounded<T, KT, kQuantised, 256>(y, x, rows, map, shape, q, stream);
-  if constexpr (KT <= 8) {  // 128 registers are enough for the operands
-    if (threads <= 512) return launch_tensor_bounded<T, KT, kQuantised, 512>(y, x, rows, map, shape, q, stream);
+template <typename T, int KT, int kMLog2, bool kQuantised>
+int launch_tensor_mode(T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
+  if constexpr (!kQuantised) {
+    return launch_tensor<TensorKernel<T, KT, kMLog2, kPlain>>(y, x, rows, map, q, stream);
+  } else {
+    int status = kNoSuchKernel;
+    if constexpr (kMLog2 < 9) {
+      status = launch_tensor<TensorKernel<T, KT, kMLog2, kHeld>>(y, x, rows, map, q, stream);
+    }
+    if constexpr (kMLog2 > 7) {
+      if (status == kNoSuchKernel) {
+        status = launch_tensor<TensorKernel<T, KT, kMLog2, kTwice>>(y, x, rows, map, q, stream);
+      }
+    }
+    return status;
   }
-  return kNoSuchKernel;
 }
 
-// kNoSuchKernel where the size has none here.
+// Longer M only goes with the larger P: shorter rows have taken a shorter M.
+template <bool kQuantised, int kMLog2, int KT = 1, typename T>
+int tensor_tiles(int kt, T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
+  constexpr int kLeast = kMLog2 > 6 ? 7 : 1, kMost = kMLog2 == 9 ? 8 : 12;
+  if constexpr (KT > kMost) {
+    return kNoSuchKernel;
+  } else {
+    if constexpr (KT >= kLeast) {
+      if (kt == KT) return launch_tensor_mode<T, KT, kMLog2, kQuantised>(y, x, rows, map, q, stream);
+    }
+    return tensor_tiles<kQuantised, kMLog2, KT + 1>(kt, y, x, rows, map, q, stream);
+  }
+}
+
+// kNoSuchKernel where the size has none here. M is 64 where P then is at most 192, and else the least that makes it so.
 template <bool kQuantised, typename T>
 int tensor_rows(T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
-  Tensor shape;
-  if (!tensor_shape<T>(&shape, map)) return kNoSuchKernel;
-  switch (ceil_div(shape.p, 16)) {
-    case 1: return launch_tensor<T, 1, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 2: return launch_tensor<T, 2, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 3: return launch_tensor<T, 3, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 4: return launch_tensor<T, 4, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 5: return launch_tensor<T, 5, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 6: return launch_tensor<T, 6, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 7: return launch_tensor<T, 7, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 8: return launch_tensor<T, 8, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 9: return launch_tensor<T, 9, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 10: return launch_tensor<T, 10, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 11: return launch_tensor<T, 11, kQuantised>(y, x, rows, map, shape, q, stream);
-    case 12: return launch_tensor<T, 12, kQuantised>(y, x, rows, map, shape, q, stream);
+  int m_log2 = 6;
+  while ((map.n >> m_log2) > 192) ++m_log2;
+  if (m_log2 > map.m_log2) m_log2 = map.m_log2;
+  const int p = map.n >> m_log2;
+  if (p < 8 || p > 192) return kNoSuchKernel;
+  const int kt = ceil_div(p, 16);
+  switch (m_log2) {
+    case 5: return tensor_tiles<kQuantised, 5>(kt, y, x, rows, map, q, stream);
+    case 6: return tensor_tiles<kQuantised, 6>(kt, y, x, rows, map, q, stream);
+    case 7: return tensor_tiles<kQuantised, 7>(kt, y, x, rows, map, q, stream);
+    case 8: return tensor_tiles<kQuantised, 8>(kt, y, x, rows, map, q, stream);
+    case 9:
+      if constexpr (sizeof(T) == 2) return tensor_tiles<kQuantised, 9>(kt, y, x, rows, map, q, stream);
   }
   return kNoSuchKernel;
 }
