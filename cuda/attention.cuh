@@ -67,6 +67,13 @@ inline unsigned grid_size(int64_t tiles, int64_t batch, int64_t heads) {
   return batch > limit / heads || tiles > limit / (batch * heads) ? 0u : (unsigned)(tiles * batch * heads);
 }
 
+// Bytes of shared memory that a block may have: 227 KB on compute capability 9.0, 163 on 8.0, 99 on 8.6 and 8.9.
+inline cudaError_t shared_limit(int &limit) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 #ifdef __CUDACC__
 
 // Raises a kernel's shared memory limit and launches it.

@@ -17,12 +17,11 @@ using namespace sq_attention;
 
 // dK and dV ------------------------------------------------------------------------------------------------------
 
-constexpr int kKeyWarps = 8;
-constexpr int kKeyThreads = kKeyWarps * 32;
-constexpr int kKeys = kKeyWarps * 16;  // keys a block owns
 constexpr int kQueryStep = 64;
 
-template <int D> struct KeyShared {  // byte offsets
+// WARPS is 8, or 4 where a block may not have the 129 KB of shared memory that 8 need at dim 128.
+template <int D, int WARPS> struct KeyShared {  // byte offsets
+  static constexpr int kKeys = WARPS * 16;  // that a block owns
   static constexpr int kStep = kQueryStep * D * 2;
   static constexpr int kKey = 0;
   static constexpr int kValue = kKey + kKeys * D * 2;
@@ -34,15 +33,15 @@ template <int D> struct KeyShared {  // byte offsets
 };
 
 // Starts the copies of one step: Q, dO, lse2 and delta of queries q0.. of head h.
-template <class T, int D>
+template <class T, int D, int WARPS>
 __device__ __forceinline__ void copy_queries(uint32_t base, int stage, const Problem &p, const Backward &g, int64_t b,
                                              int32_t h, int q0) {
-  using S = KeyShared<D>;
+  using S = KeyShared<D, WARPS>;
   const int64_t query = p.query_offset(b, q0, h), row = p.padded_offset(b, q0, h);
   const int rows = (int)p.seq - q0;
   const int64_t stride = p.query_stride();
-  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kQuery + stage * S::kStep, (const T *)g.q + query, stride, rows, p.dim);
-  copy_tile<kQueryStep, D, kKeyThreads>(base + S::kDout + stage * S::kStep, (const T *)g.dout + query, stride, rows, p.dim);
+  copy_tile<kQueryStep, D, WARPS * 32>(base + S::kQuery + stage * S::kStep, (const T *)g.q + query, stride, rows, p.dim);
+  copy_tile<kQueryStep, D, WARPS * 32>(base + S::kDout + stage * S::kStep, (const T *)g.dout + query, stride, rows, p.dim);
   if (threadIdx.x < 2 * kQueryStep) {
     const float *src = threadIdx.x < kQueryStep ? g.lse2 : g.delta;
     copy4(base + S::kRows + stage * S::kRowStep + threadIdx.x * 4, src + row + threadIdx.x % kQueryStep);
@@ -50,8 +49,10 @@ __device__ __forceinline__ void copy_queries(uint32_t base, int stage, const Pro
   copy_commit();
 }
 
-template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys_kernel(Problem p, Backward g) {
-  using S = KeyShared<D>;
+template <class T, int D, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward g) {
+  constexpr int kKeys = KeyShared<D, WARPS>::kKeys;
+  using S = KeyShared<D, WARPS>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   // The first keys are seen by the most queries: they start first.
@@ -63,10 +64,10 @@ template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;  // the warp's first key in the tile
 
   const int64_t key = p.key_offset(b, k0, kv);
-  copy_tile<kKeys, D, kKeyThreads>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0, p.dim);
-  copy_tile<kKeys, D, kKeyThreads>(base + S::kValue, (const T *)g.v + key, p.key_stride(), seq - k0, p.dim);
+  copy_tile<kKeys, D, WARPS * 32>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0, p.dim);
+  copy_tile<kKeys, D, WARPS * 32>(base + S::kValue, (const T *)g.v + key, p.key_stride(), seq - k0, p.dim);
   const int32_t last_head = (kv + 1) * p.group() - 1;
-  copy_queries<T, D>(base, 0, p, g, b, kv * p.group(), k0);
+  copy_queries<T, D, WARPS>(base, 0, p, g, b, kv * p.group(), k0);
 
   const uint32_t key_operand = address_a<D>(base + S::kKey, row), value_operand = address_a<D>(base + S::kValue, row);
   const float c = p.scale * kLog2e;
@@ -80,7 +81,7 @@ template <class T, int D> __global__ void __launch_bounds__(kKeyThreads, 1) keys
     int32_t next_h = h;
     if (next_q0 >= seq) next_q0 = k0, ++next_h;
     const bool more = next_h <= last_head;
-    if (more) copy_queries<T, D>(base, stage ^ 1, p, g, b, next_h, next_q0);
+    if (more) copy_queries<T, D, WARPS>(base, stage ^ 1, p, g, b, next_h, next_q0);
 
     if (q0 + kQueryStep - 1 >= k0 + row) {  // some query of this step sees some key of this warp
       const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
@@ -229,9 +230,18 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
+template <class T, int D, int WARPS>
+cudaError_t launch_keys(const Problem &p, const Backward &g, cudaStream_t stream) {
+  using S = KeyShared<D, WARPS>;
+  return launch(keys_kernel<T, D, WARPS>, grid_size((p.seq + S::kKeys - 1) / S::kKeys, p.batch, p.kv_heads), WARPS * 32,
+                S::kBytes, stream, p, g);
+}
+
 template <class T, int D> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
-  const cudaError_t error = launch(keys_kernel<T, D>, grid_size((p.seq + kKeys - 1) / kKeys, p.batch, p.kv_heads),
-                                   kKeyThreads, KeyShared<D>::kBytes, stream, p, g);
+  int limit = 0;
+  cudaError_t error = shared_limit(limit);
+  if (error == cudaSuccess)
+    error = limit >= KeyShared<D, 8>::kBytes ? launch_keys<T, D, 8>(p, g, stream) : launch_keys<T, D, 4>(p, g, stream);
   if (error != cudaSuccess) return error;
   return launch(queries_kernel<T, D>, grid_size((p.seq + kQueries - 1) / kQueries, p.batch, p.heads), kQueryThreads,
                 QueryShared<D>::kBytes, stream, p, g);

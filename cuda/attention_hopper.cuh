@@ -42,7 +42,9 @@ inline cudaError_t make_map(CUtensorMap &map, const void *x, sq_dtype dtype, con
 // Whether the code loaded for this kernel has a body: an empty one needs next to no registers.
 template <class Kernel> bool has_body(Kernel kernel) {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.numRegs > 100;
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs > 100;
+  cudaGetLastError();  // not an error of ours
+  return false;
 }
 
 // Blocks stay on their multiprocessor and take one unit of work a round. A tile of rank r is the one that sees the r-th most of the

@@ -17,23 +17,24 @@ using namespace sq_attention;
 
 constexpr int kThreads = 256;
 
-// Launch geometry for rows padded to D floats. Rows are padded by 4 floats: eight rows read as float4 then span all banks.
-template <int D> struct Geometry {
-  static constexpr int kTile = D <= 128 ? 64 : 32;  // rows and columns of a tile of scores: four tiles must fit in 160 KB
-  static constexpr int kOwn = kTile / 16;           // rows (and score columns) a thread owns
+// Launch geometry for rows padded to D floats and square tiles of TILE rows. Rows are padded by 4 floats more: eight rows read as
+// float4 then span all banks.
+template <int D, int TILE> struct Geometry {
+  static constexpr int kTile = TILE;
+  static constexpr int kOwn = kTile / 16;  // rows (and score columns) a thread owns
   static constexpr int kStride = D + 4;
   static constexpr int kScoreStride = kTile + 4;
   static constexpr int kColumns = D / 16;  // accumulator columns a thread owns
   static constexpr int kRun = kColumns < 4 ? kColumns : 4;
   static constexpr int kTileFloats = kTile * kStride;
   static constexpr int kScoreFloats = kTile * kScoreStride;
-  static constexpr size_t kForwardBytes = (2 * kTileFloats + kScoreFloats) * sizeof(float);
-  static constexpr size_t kBackwardBytes = (4 * kTileFloats + kScoreFloats) * sizeof(float);
+  // Of a block that holds so many tiles, and one of scores.
+  static constexpr int bytes(int tiles) { return (tiles * kTileFloats + kScoreFloats) * (int)sizeof(float); }
 };
+constexpr int kForwardTiles = 2, kBackwardTiles = 4;
 
-template <int D, class T>
+template <class G, int D, class T>
 __device__ void load_tile(float *tile, const T *src, int64_t stride, int64_t rows, int dim) {
-  using G = Geometry<D>;
   if (dim % 4 == 0) {  // rows begin on four-element boundaries
     struct alignas(4 * sizeof(T)) Four { T x[4]; };
     for (int index = threadIdx.x; index < G::kTile * (D / 4); index += kThreads) {
@@ -53,9 +54,8 @@ __device__ void load_tile(float *tile, const T *src, int64_t stride, int64_t row
   }
 }
 
-template <int D>
-__device__ __forceinline__ void dot_rows(float (&s)[Geometry<D>::kOwn][Geometry<D>::kOwn], const float *a, const float *b) {
-  using G = Geometry<D>;
+template <class G, int D>
+__device__ __forceinline__ void dot_rows(float (&s)[G::kOwn][G::kOwn], const float *a, const float *b) {
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i)
@@ -82,15 +82,13 @@ __device__ __forceinline__ void dot_rows(float (&s)[Geometry<D>::kOwn][Geometry<
 }
 
 // Column of a thread's j-th accumulator.
-template <int D> __device__ __forceinline__ int accumulator_column(int j) {
-  using G = Geometry<D>;
+template <class G> __device__ __forceinline__ int accumulator_column(int j) {
   return j / G::kRun * 16 * G::kRun + threadIdx.x % 16 * G::kRun + j % G::kRun;
 }
 
-template <int D>
-__device__ __forceinline__ void accumulate(float (&acc)[Geometry<D>::kOwn][Geometry<D>::kColumns], const float *p,
+template <class G>
+__device__ __forceinline__ void accumulate(float (&acc)[G::kOwn][G::kColumns], const float *p,
                                            const float *b) {
-  using G = Geometry<D>;
   const int y = threadIdx.x / 16;
   struct alignas(4 * G::kRun) Run { float x[G::kRun]; };
 #pragma unroll 2
@@ -103,7 +101,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[Geometry<D>::kOwn][Geome
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int j = 0; j < G::kColumns; j += G::kRun) {
-        const Run right = *reinterpret_cast<const Run *>(b + (c + k) * G::kStride + accumulator_column<D>(j));
+        const Run right = *reinterpret_cast<const Run *>(b + (c + k) * G::kStride + accumulator_column<G>(j));
 #pragma unroll
         for (int i = 0; i < G::kOwn; ++i)
 #pragma unroll
@@ -112,9 +110,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[Geometry<D>::kOwn][Geome
   }
 }
 
-template <int D>
-__device__ __forceinline__ void put_scores(float *tile, const float (&s)[Geometry<D>::kOwn][Geometry<D>::kOwn]) {
-  using G = Geometry<D>;
+template <class G>
+__device__ __forceinline__ void put_scores(float *tile, const float (&s)[G::kOwn][G::kOwn]) {
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i)
@@ -122,17 +119,16 @@ __device__ __forceinline__ void put_scores(float *tile, const float (&s)[Geometr
     for (int j = 0; j < G::kOwn; ++j) tile[(y + 16 * i) * G::kScoreStride + x + 16 * j] = s[i][j];
 }
 
-template <int D, class T>
+template <class G, class T>
 __device__ __forceinline__ void store_tile(T *dst, int64_t stride, int64_t rows, int dim,
-                                           const float (&acc)[Geometry<D>::kOwn][Geometry<D>::kColumns], const float *factor) {
-  using G = Geometry<D>;
+                                           const float (&acc)[G::kOwn][G::kColumns], const float *factor) {
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) {
     const int row = threadIdx.x / 16 + 16 * i;
     if (row >= rows) continue;
 #pragma unroll
     for (int j = 0; j < G::kColumns; ++j) {
-      const int column = accumulator_column<D>(j);
+      const int column = accumulator_column<G>(j);
       if (column < dim) dst[row * stride + column] = from_float<T>(acc[i][j] * factor[i]);
     }
   }
@@ -149,8 +145,8 @@ __device__ __forceinline__ float row_sum(float x) {
 
 // Forward: one block a tile of queries, the longest rows first ---------------------------------------------------
 
-template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Forward f) {
-  using G = Geometry<D>;
+template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Forward f) {
+  using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *queries = shared, *keys = queries + G::kTileFloats, *scores = keys + G::kTileFloats;
   const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
@@ -159,7 +155,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_ke
   const int64_t b = blockIdx.x / tiles / p.heads;
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
 
-  load_tile<D>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim);
+  load_tile<G, D>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim);
   float acc[G::kOwn][G::kColumns] = {}, maximum[G::kOwn], sum[G::kOwn];
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) maximum[i] = -INFINITY, sum[i] = 0;
@@ -167,10 +163,10 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_ke
   for (int64_t k0 = 0; k0 <= q0; k0 += G::kTile) {
     const int64_t key = p.key_offset(b, k0, kv);
     __syncthreads();
-    load_tile<D>(keys, (const T *)f.k + key, p.key_stride(), p.seq - k0, p.dim);
+    load_tile<G, D>(keys, (const T *)f.k + key, p.key_stride(), p.seq - k0, p.dim);
     __syncthreads();
     float s[G::kOwn][G::kOwn];
-    dot_rows<D>(s, queries, keys);
+    dot_rows<G, D>(s, queries, keys);
 #pragma unroll
     for (int i = 0; i < G::kOwn; ++i) {
       float top = maximum[i];  // finite from the first tile on: key 0 is visible to every query
@@ -189,11 +185,11 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_ke
 #pragma unroll
       for (int j = 0; j < G::kColumns; ++j) acc[i][j] *= shrink;
     }
-    put_scores<D>(scores, s);
+    put_scores<G>(scores, s);
     __syncthreads();
-    load_tile<D>(keys, (const T *)f.v + key, p.key_stride(), p.seq - k0, p.dim);
+    load_tile<G, D>(keys, (const T *)f.v + key, p.key_stride(), p.seq - k0, p.dim);
     __syncthreads();
-    accumulate<D>(acc, scores, keys);
+    accumulate<G>(acc, scores, keys);
   }
 
   float factor[G::kOwn];
@@ -204,13 +200,14 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) forward_ke
     const int64_t row = q0 + y + 16 * i;
     if (x == 0 && row < p.seq) f.lse[p.row_offset(b, row, h)] = maximum[i] + logf(total);
   }
-  store_tile<D>((T *)f.o + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim, acc, factor);
+  store_tile<G>((T *)f.o + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim, acc, factor);
 }
 
 // dK and dV: one block a tile of keys; scores are held transposed, [key][query] ----------------------------------
 
-template <class T, int D> __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kernel(Problem p, Backward g) {
-  using G = Geometry<D>;
+template <class T, int D, int TILE>
+__global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kernel(Problem p, Backward g) {
+  using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *keys = shared, *values = keys + G::kTileFloats, *queries = values + G::kTileFloats,
         *douts = queries + G::kTileFloats, *scores = douts + G::kTileFloats;
@@ -222,16 +219,16 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, D <= 64 ? 
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
   const int64_t key = p.key_offset(b, k0, kv);
 
-  load_tile<D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
-  load_tile<D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
+  load_tile<G, D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
+  load_tile<G, D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
   float dk[G::kOwn][G::kColumns] = {}, dv[G::kOwn][G::kColumns] = {};
 
   for (int32_t h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
     for (int64_t q0 = k0; q0 < p.seq; q0 += G::kTile) {
       const int64_t query = p.query_offset(b, q0, h);
       __syncthreads();
-      load_tile<D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
-      load_tile<D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
+      load_tile<G, D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
+      load_tile<G, D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
       float lse[G::kOwn], delta[G::kOwn];
 #pragma unroll
       for (int j = 0; j < G::kOwn; ++j) {
@@ -241,38 +238,38 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, D <= 64 ? 
       }
       __syncthreads();
       float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
-      dot_rows<D>(s, keys, queries);
+      dot_rows<G, D>(s, keys, queries);
 #pragma unroll
       for (int i = 0; i < G::kOwn; ++i)
 #pragma unroll
         for (int j = 0; j < G::kOwn; ++j)
           s[i][j] = k0 + y + 16 * i > q0 + x + 16 * j ? 0.f : expf(s[i][j] * p.scale - lse[j]);
-      put_scores<D>(scores, s);
-      dot_rows<D>(dp, values, douts);
+      put_scores<G>(scores, s);
+      dot_rows<G, D>(dp, values, douts);
       __syncthreads();
-      accumulate<D>(dv, scores, douts);
+      accumulate<G>(dv, scores, douts);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < G::kOwn; ++i)
 #pragma unroll
         for (int j = 0; j < G::kOwn; ++j) s[i][j] *= dp[i][j] - delta[j];
-      put_scores<D>(scores, s);
+      put_scores<G>(scores, s);
       __syncthreads();
-      accumulate<D>(dk, scores, queries);
+      accumulate<G>(dk, scores, queries);
     }
   }
 
   float one[G::kOwn], scale[G::kOwn];
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) one[i] = 1, scale[i] = p.scale;
-  store_tile<D>((T *)g.dk + key, p.key_stride(), p.seq - k0, p.dim, dk, scale);
-  store_tile<D>((T *)g.dv + key, p.key_stride(), p.seq - k0, p.dim, dv, one);
+  store_tile<G>((T *)g.dk + key, p.key_stride(), p.seq - k0, p.dim, dk, scale);
+  store_tile<G>((T *)g.dv + key, p.key_stride(), p.seq - k0, p.dim, dv, one);
 }
 
 // dQ: one block a tile of queries --------------------------------------------------------------------------------
 
-template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_queries_kernel(Problem p, Backward g) {
-  using G = Geometry<D>;
+template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) backward_queries_kernel(Problem p, Backward g) {
+  using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *queries = shared, *douts = queries + G::kTileFloats, *keys = douts + G::kTileFloats,
         *values = keys + G::kTileFloats, *scores = values + G::kTileFloats;
@@ -283,8 +280,8 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_q
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
   const int64_t query = p.query_offset(b, q0, h);
 
-  load_tile<D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
-  load_tile<D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
+  load_tile<G, D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
+  load_tile<G, D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
   float lse[G::kOwn], delta[G::kOwn];
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) {
@@ -297,12 +294,12 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_q
   for (int64_t k0 = 0; k0 <= q0; k0 += G::kTile) {
     const int64_t key = p.key_offset(b, k0, kv);
     __syncthreads();
-    load_tile<D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
-    load_tile<D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
+    load_tile<G, D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
+    load_tile<G, D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
     __syncthreads();
     float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
-    dot_rows<D>(s, queries, keys);
-    dot_rows<D>(dp, douts, values);
+    dot_rows<G, D>(s, queries, keys);
+    dot_rows<G, D>(dp, douts, values);
 #pragma unroll
     for (int i = 0; i < G::kOwn; ++i)
 #pragma unroll
@@ -310,46 +307,61 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads) backward_q
         s[i][j] = k0 + x + 16 * j > q0 + y + 16 * i
                       ? 0.f
                       : expf(s[i][j] * p.scale - lse[i]) * (dp[i][j] - delta[i]);
-    put_scores<D>(scores, s);
+    put_scores<G>(scores, s);
     __syncthreads();
-    accumulate<D>(dq, scores, keys);
+    accumulate<G>(dq, scores, keys);
   }
 
   float scale[G::kOwn];
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) scale[i] = p.scale;
-  store_tile<D>((T *)g.dq + query, p.query_stride(), p.seq - q0, p.dim, dq, scale);
+  store_tile<G>((T *)g.dq + query, p.query_stride(), p.seq - q0, p.dim, dq, scale);
 }
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-template <class T, int D> cudaError_t launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
-  using G = Geometry<D>;
-  const int64_t tiles = (p.seq + G::kTile - 1) / G::kTile;
-  return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, G::kForwardBytes, stream, p, f);
+template <class T, int D, int TILE = D <= 128 ? 64 : 32>
+cudaError_t launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
+  using G = Geometry<D, TILE>;
+  const unsigned blocks = grid_size((p.seq + TILE - 1) / TILE, p.batch, p.heads);
+  return launch(forward_kernel<T, D, TILE>, blocks, kThreads, G::bytes(kForwardTiles), stream, p, f);
 }
 
-template <class T, int D> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
-  using G = Geometry<D>;
-  const int64_t tiles = (p.seq + G::kTile - 1) / G::kTile;
-  const cudaError_t error = launch(backward_keys_kernel<T, D>, grid_size(tiles, p.batch, p.kv_heads), kThreads,
-                                   G::kBackwardBytes, stream, p, g);
+template <class T, int D, int TILE> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+  constexpr int kBytes = Geometry<D, TILE>::bytes(kBackwardTiles);
+  const int64_t tiles = (p.seq + TILE - 1) / TILE;
+  const cudaError_t error = launch(backward_keys_kernel<T, D, TILE>, grid_size(tiles, p.batch, p.kv_heads), kThreads, kBytes,
+                                   stream, p, g);
   if (error != cudaSuccess) return error;
-  return launch(backward_queries_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, G::kBackwardBytes, stream, p, g);
+  return launch(backward_queries_kernel<T, D, TILE>, grid_size(tiles, p.batch, p.heads), kThreads, kBytes, stream, p, g);
 }
 
+// The larger tile where the device has shared memory for it.
+template <class T, int D, int TILE> cudaError_t choose_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+  int limit = 0;
+  const cudaError_t error = shared_limit(limit);
+  if (error != cudaSuccess) return error;
+  return limit >= Geometry<D, TILE>::bytes(kBackwardTiles) ? launch_backward<T, D, TILE>(p, g, stream)
+                                                           : launch_backward<T, D, TILE / 2>(p, g, stream);
+}
+
+// In 16 bits a short row comes here only if its dim is no multiple of 8: not worth kernels of its own.
 template <class T> cudaError_t forward_any(const Problem &p, const Forward &f, cudaStream_t stream) {
-  if (p.dim <= 32) return launch_forward<T, 32>(p, f, stream);
-  if (p.dim <= 64) return launch_forward<T, 64>(p, f, stream);
+  if constexpr (sizeof(T) == 4) {
+    if (p.dim <= 32) return launch_forward<T, 32>(p, f, stream);
+    if (p.dim <= 64) return launch_forward<T, 64>(p, f, stream);
+  }
   if (p.dim <= 128) return launch_forward<T, 128>(p, f, stream);
   return launch_forward<T, 256>(p, f, stream);
 }
 
 template <class T> cudaError_t backward_any(const Problem &p, const Backward &g, cudaStream_t stream) {
-  if (p.dim <= 32) return launch_backward<T, 32>(p, g, stream);
-  if (p.dim <= 64) return launch_backward<T, 64>(p, g, stream);
-  if (p.dim <= 128) return launch_backward<T, 128>(p, g, stream);
-  return launch_backward<T, 256>(p, g, stream);
+  if constexpr (sizeof(T) == 4) {
+    if (p.dim <= 32) return launch_backward<T, 32, 64>(p, g, stream);
+    if (p.dim <= 64) return launch_backward<T, 64, 64>(p, g, stream);
+  }
+  if (p.dim <= 128) return choose_backward<T, 128, 64>(p, g, stream);
+  return choose_backward<T, 256, 32>(p, g, stream);
 }
 
 }  // namespace
