@@ -203,16 +203,12 @@ struct Lanes([f32; LANES]);
 impl Lanes {
     #[inline(always)]
     fn plus(mut self, other: &[f32; LANES]) -> Self {
-        for l in 0..LANES {
-            self.0[l] += other[l];
-        }
+        self.0.iter_mut().zip(other).for_each(|(x, y)| *x += y);
         self
     }
     #[inline(always)]
     fn times(mut self, factor: f32) -> Self {
-        for l in 0..LANES {
-            self.0[l] *= factor;
-        }
+        self.0.iter_mut().for_each(|x| *x *= factor);
         self
     }
 }
