@@ -279,7 +279,7 @@ fn fingerprint(model: &Llama, windows: &Windows, optimizer: &str, o: &LearnOptio
 fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimizer) -> Result<()> {
     let mut state = optimizer.state();
     let named = |name: &String| format!("optimizer.{name}");
-    state.tensors = state.tensors.iter().map(|(k, v)| (named(k), v.clone())).collect();
+    state.tensors = state.tensors.iter().map(|(k, v)| Ok((named(k), v.to_device(&Device::Cpu)?))).collect::<Result<_>>()?;
     state.scalars = state.scalars.iter().map(|(k, v)| (named(k), v.clone())).collect();
     let rotations = now.rotations.to_device(&Device::Cpu)?;
     state.tensors.insert("R1".into(), rotations.r1);
@@ -304,7 +304,10 @@ fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut dy
         && let Some((name, value)) = ours.iter().find(|(name, value)| saved.get(*name) != Some(value))
     {
         let saved = saved.get(name).unwrap_or(&Value::Null);
-        return Err(Error::format(path, format!("saved by another run: {name} was {saved}, now {value}; delete it or change back")));
+        return Err(Error::format(
+            path,
+            format!("saved by another run: {name} was {saved}, now {value}; delete it or change back"),
+        ));
     }
     let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
     let rotations = Rotations { r1: take("R1")?, r2: take("R2")? };

@@ -180,7 +180,9 @@ fn f32_rules(device: &Device) {
             let cosine = [cosine(&ours.grads[0], &golden("dR1")), cosine(&ours.grads[1], &golden("dR2"))];
             let (differ, all) = codes(&s, &scheme, &format!("{name} {id}"));
             let drift = drift(&s, &exact, &scheme);
-            println!("{name} {id} on {device}: loss {loss:.1e}, cosines {cosine:.6?}, {differ} of {all} codes differ, {drift} drifted");
+            println!(
+                "{name} {id} on {device}: loss {loss:.1e}, cosines {cosine:.6?}, {differ} of {all} codes differ, {drift} drifted"
+            );
             assert!(loss <= 1e-3, "{name} {id}: loss is off by {loss:e}");
             assert!(cosine.iter().all(|c| *c >= 0.999), "{name} {id}: cosines {cosine:?}");
             assert!(differ as f64 <= 1e-3 * all as f64, "{name} {id}: {differ} of {all} codes differ");

@@ -1,5 +1,7 @@
 //! Fast CPU kernels against the f64 reference, and GPU kernels against both, on every operation's cases.
 
+use spinquant::manifold::Orthogonal;
+use spinquant::optim::{CayleySgd, Mode, Optimizer};
 use spinquant::{DType, Device, check, ops};
 
 fn all(device: &Device, dtypes: &[DType]) {
@@ -20,5 +22,63 @@ fn gpu() {
     match Device::cuda(0) {
         Ok(device) => all(&device, &[DType::F32, DType::F16, DType::BF16]),
         Err(e) => println!("skipped: {e}"),
+    }
+}
+
+/// A Cayley step, stabilised and audited, against the CPU's in f64.
+fn cayley(device: &Device) {
+    for (k, n, lr) in [(1, 384, 1.5), (6, 64, 1.5), (3, 33, 0.01), (1, 1, 1.0), (2, 128, 0.1)] {
+        for mode in [Mode::Parity, Mode::Default] {
+            let start = Orthogonal.random_hadamard(k, n, 7).unwrap().to_dtype(DType::F32).unwrap();
+            let gradient = ops::randn([k, n, n], 8).to_dtype(DType::F32).unwrap();
+            let step = |dtype: DType, device: &Device| {
+                let mut params = [start.to_dtype(dtype).unwrap().to_device(device).unwrap()];
+                let mut optimizer = CayleySgd::new(mode);
+                for _ in 0..3 {
+                    let g = gradient.to_dtype(dtype).unwrap().to_device(device).unwrap();
+                    optimizer.step(&mut params, vec![g], lr).unwrap();
+                }
+                let [x] = params;
+                (x.to_device(&Device::Cpu).unwrap().to_f64_vec().unwrap(), optimizer.orthogonality_error())
+            };
+            let (exact, _) = step(DType::F64, &Device::Cpu);
+            let (ours, audit) = step(DType::F32, device);
+            let error = ours.iter().zip(&exact).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+            println!("{k} x {n}, lr {lr}, {mode:?} on {device}: error {error:.1e}, drift {audit:.1e}");
+            assert!(error <= 1e-5, "{k} x {n}, lr {lr}, {mode:?} on {device}: error {error:e}");
+            assert!(mode == Mode::Parity || audit <= 1e-6, "{k} x {n} on {device}: drift {audit:e}");
+        }
+    }
+}
+
+#[test]
+fn cayley_on_the_cpu() {
+    cayley(&Device::Cpu);
+}
+
+#[test]
+fn cayley_on_the_gpu() {
+    match Device::cuda(0) {
+        Ok(device) => cayley(&device),
+        Err(e) => println!("skipped: {e}"),
+    }
+}
+
+/// The same step twice gives the same bits on a GPU.
+#[test]
+fn gpu_repeats_itself() {
+    let device = match Device::cuda(0) {
+        Ok(device) => device,
+        Err(e) => return println!("skipped: {e}"),
+    };
+    for case in ops::cases() {
+        for dtype in [DType::F32, DType::BF16] {
+            let run = || {
+                let e = check::evaluate(&case, dtype, &device).unwrap();
+                [vec![e.value], e.gradients].concat().iter().map(|t| t.to_f64_vec().unwrap()).collect::<Vec<_>>()
+            };
+            let bits = |v: Vec<Vec<f64>>| v.concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(run()) == bits(run()), "{case:?} in {dtype} differs between runs");
+        }
     }
 }

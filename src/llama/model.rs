@@ -154,7 +154,8 @@ impl Llama {
         scheme: &Scheme,
         recompute: Recompute,
     ) -> Result<Var<'t>> {
-        self.logits(rotations, tokens, Arc::new(self.run(scheme, seq)?), recompute)?.cross_entropy(data::targets(tokens, seq).into())
+        self.logits(rotations, tokens, Arc::new(self.run(scheme, seq)?), recompute)?
+            .cross_entropy(data::targets(tokens, seq).into())
     }
 
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
@@ -165,8 +166,9 @@ impl Llama {
         let scheme = if rotations.is_some() { *scheme } else { scheme.online(crate::quant::Online::NONE) };
         let sites = scheme.sites(config.head_dim);
         let exact = Sites { weight: crate::quant::QuantSpec::NONE, ..sites };
-        let wide = |t: &Tensor| t.to_dtype(DType::F64);
-        let narrow = |t: Var<'_>| t.into_value().to_dtype(dtype);
+        // f64 lives on the CPU.
+        let wide = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64);
+        let narrow = |t: Var<'_>| t.into_value().to_dtype(dtype)?.to_device(&device);
         let Some(rotations) = rotations else {
             let weights = |b: &Arc<Block>| b.weights.map(|w| quantize_weight(w.clone(), &sites));
             return Ok(Merged {
@@ -178,7 +180,7 @@ impl Llama {
             });
         };
         rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
-        let rotations = rotations.to_dtype(DType::F64)?.to_device(&device)?;
+        let rotations = rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
         let rotate = |t: &Tensor| {
             let tape = Tape::new();
             narrow(tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?)

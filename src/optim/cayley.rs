@@ -181,8 +181,10 @@ impl Optimizer for CayleySgd {
                 Mode::Default => {
                     let v = match self.velocity.get(i) {
                         Some(v) => {
-                            same("Cayley SGD: saved velocity", x, &[v])?;
-                            transpose_axpby(-1.0, &g, self.momentum, Some(v))?
+                            // A loaded state comes from the CPU.
+                            let v = v.to_device(&x.device())?;
+                            same("Cayley SGD: saved velocity", x, &[&v])?;
+                            transpose_axpby(-1.0, &g, self.momentum, Some(&v))?
                         }
                         None => transpose_axpby(-1.0, &g, 0.0, None)?,
                     };

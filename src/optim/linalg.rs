@@ -7,6 +7,8 @@ use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::device::cpu::{self, Real, Strides};
+#[cfg(feature = "cuda")]
+use crate::device::cuda::linalg as cuda;
 use crate::ops::matmul;
 use crate::{DType, Error, Result, Tensor};
 
@@ -47,10 +49,11 @@ pub fn same(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<(usize, usize)
     Ok(size)
 }
 
-/// Calls the generic CPU function for the element type of `$x`.
+/// Calls the generic CPU function for the element type of `$x`, or the GPU's where there is one.
 macro_rules! on_cpu {
-    ($what:expr, $x:expr, $f:ident($($arg:expr),*)) => {
+    ($what:expr, $x:expr, $f:ident($($arg:expr),*) $(, gpu: $gpu:expr)?) => {
         match ($x.device(), $x.dtype()) {
+            $(#[cfg(feature = "cuda")] (Device::Cuda(_), DType::F32) => $gpu,)?
             (Device::Cpu, DType::F64) => $f::<f64>($($arg),*),
             (Device::Cpu, DType::F32) => $f::<f32>($($arg),*),
             #[allow(unreachable_patterns)]
@@ -103,7 +106,7 @@ pub fn transpose_axpby(alpha: f64, x: &Tensor, beta: f64, z: Option<&Tensor>) ->
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("transpose_axpby", x, go(alpha, x, beta, z, n))
+    on_cpu!("transpose_axpby", x, go(alpha, x, beta, z, n), gpu: cuda::transpose_axpby(alpha, x, beta, z))
 }
 
 /// `a − aᵀ` for every matrix of the batch: exactly skew.
@@ -123,7 +126,7 @@ pub fn normalize_rows(x: Tensor) -> Result<Tensor> {
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("normalize_rows", x, go(x, n))
+    on_cpu!("normalize_rows", x, go(x, n), gpu: cuda::normalize_rows(&x))
 }
 
 /// `min(lr, 1 / (‖w‖₁ + 1e-8))` for every matrix of the batch, `[k]`; ‖·‖₁ is the largest column sum of |·|. NaN where w has one.
@@ -139,7 +142,7 @@ pub fn step_size(w: &Tensor, lr: f64) -> Result<Tensor> {
         };
         Tensor::from_vec(w.as_slice::<T>()?.par_chunks(n * n).map(of).collect(), [k])
     }
-    on_cpu!("step_size", w, go(w, lr, k, n))
+    on_cpu!("step_size", w, go(w, lr, k, n), gpu: cuda::step_size(w, lr))
 }
 
 /// `a + factor · alpha[b] · x` for every matrix b of the batch.
@@ -159,7 +162,7 @@ pub fn add_scaled(a: Tensor, alpha: &Tensor, factor: f64, x: &Tensor) -> Result<
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("add_scaled", a, go(a, alpha, factor, x, n))
+    on_cpu!("add_scaled", a, go(a, alpha, factor, x, n), gpu: cuda::add_scaled(&a, alpha, factor, x))
 }
 
 /// The residual `E = I − xᵀx`, computed in `f64` and rounded to the type of x, and max|E| of every matrix of the batch.
@@ -167,8 +170,9 @@ pub fn add_scaled(a: Tensor, alpha: &Tensor, factor: f64, x: &Tensor) -> Result<
 /// Rows or columns would do as well; in `f32` a perfect rotation already reads 2.7e-6 at n = 4096, hence the `f64`.
 pub fn gram_residual(x: &Tensor) -> Result<(Tensor, Vec<f64>)> {
     let (_, n) = same("gram_residual", x, &[])?;
+    #[cfg(feature = "cuda")]
     if !x.device().is_cpu() {
-        return Err(Error::device("gram_residual", format!("not available on {}", x.device())));
+        return cuda::gram_residual(x);
     }
     let wide = x.to_dtype(DType::F64)?;
     let mut e = product(&wide, true, &wide, false)?.into_vec::<f64>()?;

@@ -85,7 +85,8 @@ pub fn run(args: &Args) -> Result<()> {
         .map(|seed| evaluate(Some(&hadamard(seed)?), &scheme, &format!("hadamard:{seed}")))
         .collect::<Result<Vec<f64>>>()?;
     if !random.is_empty() {
-        let by = |better: fn(&f64, &f64) -> bool| (0..random.len()).reduce(|a, b| if better(&random[b], &random[a]) { b } else { a });
+        let by =
+            |better: fn(&f64, &f64) -> bool| (0..random.len()).reduce(|a, b| if better(&random[b], &random[a]) { b } else { a });
         let (best, worst) = (by(|a, b| a < b).unwrap_or(0), by(|a, b| a > b).unwrap_or(0));
         let mean = random.iter().sum::<f64>() / random.len() as f64;
         row("hadamard mean", scheme, format!("hadamard, {} seeds", random.len()), "rtn", mean);
@@ -120,8 +121,7 @@ pub fn run(args: &Args) -> Result<()> {
                     "perplexity": r.perplexity})
             })
             .collect();
-        let hadamards: Vec<Value> =
-            random.iter().enumerate().map(|(seed, p)| json!({"seed": seed, "perplexity": p})).collect();
+        let hadamards: Vec<Value> = random.iter().enumerate().map(|(seed, p)| json!({"seed": seed, "perplexity": p})).collect();
         println!("{}", json!({"rows": rows, "hadamard": hadamards, "learned": runs}));
         return Ok(());
     }

@@ -1,6 +1,7 @@
 //! The GPU: one context, one stream and one stream-ordered memory pool per device.
 
 mod gemm;
+pub(crate) mod linalg;
 pub(crate) mod ops;
 
 /// The C launchers of `cuda/kernels.h`, generated from it.

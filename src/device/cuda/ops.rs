@@ -94,7 +94,7 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
 }
 
 /// [`ptr`] of a tensor known to be on the GPU.
-fn ptr_of(t: &Tensor) -> *mut c_void {
+pub(crate) fn ptr_of(t: &Tensor) -> *mut c_void {
     ptr(t).expect("a tensor on the GPU")
 }
 
