@@ -90,6 +90,18 @@ __device__ __forceinline__ void store_pack(T *p, const Pack<T, N> &x) {
   }
 }
 
+// The same to global memory only, and sure to stay whole: plain stores of a word's parts are sometimes left apart.
+template <typename T, int N>
+__device__ __forceinline__ void store_global(T *p, const Pack<T, N> &x) {
+  using Word = typename Carrier<int(sizeof(T)) * N>::type;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(x) / sizeof(Word)); ++i) {
+    Word word;
+    __builtin_memcpy(&word, reinterpret_cast<const char *>(&x) + i * sizeof(Word), sizeof(Word));
+    __stwb(reinterpret_cast<Word *>(p) + i, word);
+  }
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void widen(float (&out)[N], const Pack<T, N> &x) {
 #pragma unroll

@@ -33,12 +33,12 @@ __device__ __forceinline__ void write_pack(T *y, const Outputs &out, int64_t at,
     Pack<int16_t, kPack<T>> codes;
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) codes.v[i] = int16_t(v[i]);
-    store_pack(out.codes + at, codes);
+    store_global(out.codes + at, codes);
   }
   if (y) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) v[i] = coder.decode(v[i]);
-    store_pack(y + at, narrow<T>(v));
+    store_global(y + at, narrow<T>(v));
   }
 }
 

@@ -217,7 +217,7 @@ __global__ void tiny_kernel(T *y, const T *x, int64_t rows, Map map, Quantiser q
     for (int i = 0; i < N; ++i) range.add(v[i]);
     NearCoder(q, find_step(q, range, q.clip), q.clip).fake_quant(v);
   }
-  store_pack(y + row * N, narrow<T>(v));
+  store_global(y + row * N, narrow<T>(v));
 }
 
 template <typename T, int N, bool kQuantised>

@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
         float part[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) part[i] = v[c * V + i];
-        store_pack(y + row * B::N + after(c), narrow<T>(part));
+        store_global(y + row * B::N + after(c), narrow<T>(part));
       }
     }
   }

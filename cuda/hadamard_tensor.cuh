@@ -45,17 +45,18 @@ struct TensorTraits<float> {
   static constexpr uint32_t kOnes = 0x3f803f80u;
 };
 
-// d += a b for 16x16 and 16x8 operands; float inputs arrive as bf16 terms.
+// d = a b + c for 16x16 and 16x8 operands; float inputs arrive as bf16 terms.
 template <typename T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (sizeof(T) == 2 && TensorTraits<T>::kOnes == 0x3c003c00u) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             const float (&c)[4]) {
+  if constexpr (TensorTraits<T>::kOnes == 0x3c003c00u) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
 }
 
@@ -64,8 +65,10 @@ __device__ __forceinline__ void copy_async_16(void *shared, const void *global) 
                "l"(global)
                : "memory");
 }
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
 __device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 // A barrier for `warps` warps, those of group s. Barrier numbers are constants: a block is charged for all it might use.
@@ -169,45 +172,55 @@ __device__ __forceinline__ void unpack_operand(uint32_t (&a)[4], uint32_t packed
 template <typename T, int kMLog2>
 __device__ __forceinline__ int place(int chunk) {
   if constexpr (sizeof(T) == 2) {
-    return chunk ^ ((chunk >> (kMLog2 > 6 ? kMLog2 - 3 : 3)) & 7);
+    return chunk ^ ((chunk >> (kMLog2 > 6 ? kMLog2 - 3 : 3)) & (kMLog2 > 5 ? 7 : 3));
   } else {
     return chunk ^ (((chunk >> (kMLog2 - 1)) & 3) << 1);  // bits 1, 2 of the row of X
   }
 }
 
-// B operands of tile (kt, nt), kTerms of them, of the columns of warp w.
-template <typename T, int kMLog2, int kTiles>
-__device__ __forceinline__ void load_operands(uint32_t (&b)[kTiles][TensorTraits<T>::kTerms][2], const T *raw,
-                                              const T *zeros, int kt, int w, int p) {
+// The B operands of the columns of warp w: b[kt][nt][term]. The swizzle depends on the row's low three bits only, so
+// tiles are a fixed distance apart. Rows past p, all in the last tile, are zero.
+template <typename T, int kMLog2, int KT, int NT>
+__device__ __forceinline__ void load_operands(uint32_t (&b)[KT][NT][TensorTraits<T>::kTerms][2], const T *raw,
+                                              const T *zeros, int w, int p) {
+  constexpr int M = 1 << kMLog2;
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
+    const int row = lane % 16;
 #pragma unroll
-    for (int nt = 0; nt < kTiles; nt += 2) {
-      const int row = kt * 16 + lane % 16, chunk = w * kTiles + nt + lane / 16;
-      const T *at = row < p ? raw + place<T, kMLog2>((row << (kMLog2 - 3)) + chunk) * 8 : zeros;
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(b[nt][0][0]), "=r"(b[nt][0][1]), "=r"(b[nt + 1][0][0]), "=r"(b[nt + 1][0][1])
-                   : "r"(uint32_t(__cvta_generic_to_shared(at))));
+    for (int nt = 0; nt < NT; nt += 2) {
+      const T *const first = raw + place<T, kMLog2>((row << (kMLog2 - 3)) + w * NT + nt + lane / 16) * 8;
+#pragma unroll
+      for (int kt = 0; kt < KT; ++kt) {
+        const T *const at = kt < KT - 1 || kt * 16 + row < p ? first + kt * 16 * M : zeros;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[kt][nt][0][0]), "=r"(b[kt][nt][0][1]), "=r"(b[kt][nt + 1][0][0]), "=r"(b[kt][nt + 1][0][1])
+                     : "r"(uint32_t(__cvta_generic_to_shared(at))));
+      }
     }
   } else {
+    const int pair = (lane % 4) * 2;
 #pragma unroll
-    for (int nt = 0; nt < kTiles; ++nt) {
-      const int col = (w * kTiles + nt) * 8 + lane / 4;
+    for (int nt = 0; nt < NT; ++nt) {
+      const int col = (w * NT + nt) * 8 + lane / 4;
+      const float *const first = raw + place<T, kMLog2>((pair << (kMLog2 - 2)) + col / 4) * 4 + col % 4;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t v[2];
+      for (int kt = 0; kt < KT; ++kt) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = kt * 16 + half * 8 + (lane % 4) * 2 + i;
-          const float x = row < p ? raw[place<T, kMLog2>((row << (kMLog2 - 2)) + col / 4) * 4 + col % 4] : 0.0f;
-          v[i] = __float_as_uint(x);
-        }
-#pragma unroll
-        for (int term = 0; term < 3; ++term) {
-          b[nt][term][half] = __byte_perm(v[0], v[1], 0x7632);  // the upper halves: bf16, cut off
+        for (int half = 0; half < 2; ++half) {
+          uint32_t v[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            v[i] = __float_as_uint(__uint_as_float(v[i]) - __uint_as_float(v[i] & 0xffff0000u));
+            const int row = kt * 16 + half * 8 + i;
+            v[i] = kt < KT - 1 || row + pair < p ? __float_as_uint(first[row * M]) : 0;
+          }
+#pragma unroll
+          for (int term = 0; term < 3; ++term) {
+            b[kt][nt][term][half] = __byte_perm(v[0], v[1], 0x7632);  // the upper halves: bf16, cut off
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              v[i] = __float_as_uint(__uint_as_float(v[i]) - __uint_as_float(v[i] & 0xffff0000u));
+            }
           }
         }
       }
@@ -237,13 +250,16 @@ struct TensorKernel {
   static constexpr int kResident = kOperands <= 16 ? 768 : kOperands <= 32 ? 640 : kOperands <= 84 ? 512 : kOperands <= 108 ? 384 : 256;
   static constexpr int kBlocks = kResident / kThreads > 0 ? kResident / kThreads : 1;
 
-  // Shared memory, in bytes: strips (two to a group), or the whole result as floats | the row as it came | packed A |
+  // Rows fetched ahead, so that short ones, soon done with, do not wait for memory.
+  static constexpr int kAhead = M > 64 || kMode != kPlain ? 1 : KT <= 4 ? 3 : 2;
+
+  // Shared memory, in bytes: strips (two to a group), or the whole result as floats | rows as they came | packed A |
   // 16 zero bytes | ranges of warps. The table of H_K is put where the strips will be.
   static constexpr int kStrip = 16 * M * int(sizeof(float));
   static constexpr int kStrips = kMode == kHeld ? KT * kStrip : S * 2 * kStrip;
   static constexpr int kPackedA = KT * kQuads * 32 * int(sizeof(uint32_t));
   static constexpr size_t bytes(int p) {
-    return size_t(kStrips) + size_t(p) * M * sizeof(T) + kPackedA + 16 + 16 * sizeof(Range);
+    return size_t(kStrips) + kAhead * size_t(p) * M * sizeof(T) + kPackedA + 16 + 16 * sizeof(Range);
   }
 };
 
@@ -256,21 +272,27 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
   extern __shared__ __align__(1024) unsigned char shared[];
   const int p = map.n >> kMLog2, j_log2 = map.m_log2 - kMLog2;
   unsigned char *const strips = shared;
-  T *const raw = reinterpret_cast<T *>(shared + K::kStrips);
-  uint32_t *const packed_a = reinterpret_cast<uint32_t *>(raw + map.n);
+  T *raw = reinterpret_cast<T *>(shared + K::kStrips);  // the place of the row at hand
+  uint32_t *const packed_a = reinterpret_cast<uint32_t *>(raw + K::kAhead * map.n);
   uint32_t *const zeros = packed_a + K::kPackedA / sizeof(uint32_t);
   Range *const scratch = reinterpret_cast<Range *>(zeros + 4);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, w = warp % W, group = warp / W;
 
-  const auto fetch = [&](int64_t row) {
+  // The threads of a block cover a multiple of 8 rows of X at once, after which the swizzle repeats.
+  static_assert(K::kThreads * V % (8 * M) == 0, "the swizzle must repeat");
+  const int chunks = map.n / V, own = place<T, kMLog2>(threadIdx.x) * V;
+  const auto fetch = [&](int64_t row, T *place) {
     if (row < rows) {
-      const T *const from = x + row * map.n;
-      for (int c = threadIdx.x; c < map.n / V; c += K::kThreads) {
-        copy_async_16(raw + place<T, kMLog2>(c) * V, from + c * V);
-      }
+      const T *const from = x + row * map.n + threadIdx.x * V;
+      T *const to = place + own;
+#pragma unroll 4
+      for (int c = 0; c < chunks - int(threadIdx.x); c += K::kThreads) copy_async_16(to + c * V, from + c * V);
     }
+    copy_async_commit();
   };
-  fetch(blockIdx.x);
+#pragma unroll
+  for (int i = 0; i < K::kAhead; ++i) fetch(blockIdx.x + i * int64_t(gridDim.x), raw + i * map.n);
+  [[maybe_unused]] int turn_of_row = 0;
 
   if (threadIdx.x < 4) zeros[threadIdx.x] = 0;
   uint32_t *const table = reinterpret_cast<uint32_t *>(strips);
@@ -309,18 +331,16 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     if constexpr (V == 4) lane_butterfly(v, 1);  // bit 2
 #pragma unroll
     for (int offset = 8 * NT / V; offset < kOutPacks; offset *= 2) lane_butterfly(v, offset);
-#pragma unroll
-    for (int i = 0; i < U * V; ++i) v[i] *= map.scale;
   };
 
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     T *const out = y + row * map.n;
-    copy_async_wait();
+    copy_async_wait<K::kAhead - 1>();
     if (map.signs_in) {
-      for (int c = threadIdx.x; c < map.n / V; c += K::kThreads) {  // the chunks this thread fetched itself
-        T *const chunk = raw + place<T, kMLog2>(c) * V;
+      for (int c = 0; c < chunks - int(threadIdx.x); c += K::kThreads) {  // the chunks this thread fetched itself
+        T *const chunk = raw + own + c * V;
         Pack<T> values = load_pack(chunk);
-        const Pack<int8_t, V> signs = load_pack<int8_t, V>(map.signs_in + c * V);
+        const Pack<int8_t, V> signs = load_pack<int8_t, V>(map.signs_in + (c + threadIdx.x) * V);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           if (signs.v[i] < 0) values.v[i] = -values.v[i];
@@ -330,21 +350,18 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     }
     __syncthreads();
     uint32_t b[KT][NT][K::kTerms][2];
-#pragma unroll
-    for (int kt = 0; kt < KT; ++kt) {
-      load_operands<T, kMLog2, NT>(b[kt], raw, reinterpret_cast<const T *>(zeros), kt, w, p);
-    }
+    load_operands<T, kMLog2>(b, raw, reinterpret_cast<const T *>(zeros), w, p);
     __syncthreads();
-    fetch(row + gridDim.x);
+    fetch(row + K::kAhead * int64_t(gridDim.x), raw);
+    if constexpr (K::kAhead > 1) {
+      turn_of_row = turn_of_row + 1 == K::kAhead ? 0 : turn_of_row + 1;
+      raw = reinterpret_cast<T *>(shared + K::kStrips) + turn_of_row * map.n;
+    }
 
     // The sums of a strip, after the levels that a thread can do alone, left at `to`.
     const auto sum_strip = [&](int strip, unsigned char *to) {
       float sums[NT][4];
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[nt][i] = 0.0f;
-      }
+      const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int kt = 0; kt < KT; ++kt) {
         const uint32_t packed = packed_a[(strip * K::kQuads + kt / 4) * 32 + lane];
@@ -353,11 +370,24 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
 #pragma unroll
         for (int term = K::kTerms - 1; term >= 0; --term) {  // small terms first
 #pragma unroll
-          for (int nt = 0; nt < NT; ++nt) multiply_add<T>(sums[nt], a, b[kt][nt][term]);
+          for (int nt = 0; nt < NT; ++nt) {
+            if (kt == 0 && term == K::kTerms - 1) {
+              multiply_add<T>(sums[nt], a, b[kt][nt][term], none);
+            } else {
+              multiply_add<T>(sums[nt], a, b[kt][nt][term], sums[nt]);
+            }
+          }
         }
       }
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) butterfly<1>(sums[nt]);
+      for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {  // bit 0, and the scale
+          const float a = sums[nt][i] * map.scale, c = sums[nt][i + 1];
+          sums[nt][i] = fmaf(c, map.scale, a);
+          sums[nt][i + 1] = fmaf(-c, map.scale, a);
+        }
+      }
 #pragma unroll
       for (int h = 1; h < NT; h *= 2) {
 #pragma unroll
@@ -383,7 +413,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
       float part[V];
 #pragma unroll
       for (int e = 0; e < V; ++e) part[e] = v[e];
-      store_pack(out + at, narrow<T>(part));
+      store_global(out + at, narrow<T>(part));
     };
     const auto block_step = [&](Range range) {
       return find_step(q, block_range(range, scratch), q.clip);

@@ -186,10 +186,11 @@ struct NearCoder : Coder {
   template <int N>
   __device__ __forceinline__ void fake_quant(float (&x)[N]) const {
     if (quick) {
+      const float least = lowest - step.zero, most = highest - step.zero;  // of q - z, exactly
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float rounded = __fsub_rn(__fmaf_rn(x[i], reciprocal, kMagic), shift);
-        x[i] = decode(fminf(fmaxf(rounded, lowest), highest));
+        const float rounded = __fsub_rn(__fmaf_rn(x[i], reciprocal, kMagic), kMagic);
+        x[i] = __fmul_rn(step.scale, fminf(fmaxf(rounded, least), most));
       }
     } else {
       Coder::fake_quant(x);
