@@ -250,8 +250,8 @@ struct TensorKernel {
   static constexpr int kResident = kOperands <= 16 ? 768 : kOperands <= 32 ? 640 : kOperands <= 84 ? 512 : kOperands <= 108 ? 384 : 256;
   static constexpr int kBlocks = kResident / kThreads > 0 ? kResident / kThreads : 1;
 
-  // Rows fetched ahead, so that short ones, soon done with, do not wait for memory.
-  static constexpr int kAhead = M > 64 || kMode != kPlain ? 1 : KT <= 4 ? 3 : 2;
+  // Rows fetched ahead: two where few blocks fit for their registers, and a row is still short.
+  static constexpr int kAhead = M <= 64 && kMode == kPlain && KT > 8 ? 2 : 1;
 
   // Shared memory, in bytes: strips (two to a group), or the whole result as floats | rows as they came | packed A |
   // 16 zero bytes | ranges of warps. The table of H_K is put where the strips will be.
@@ -309,11 +309,16 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
   const int g = lane / 4, t = lane % 4;
   const int leave = g * M * 4 + ((w * NT) ^ (g & 3)) * 32 + (((t >> 1) ^ g ^ (w * NT / 4)) & 1) * 16 + (2 * t & 3) * 4;
   constexpr int kOutPacks = M / V / U;  // to the lanes of one row; a lane's other pack is that far on
+  constexpr int kStep = M / 16;         // .. which is this many chunks
   const int out_row = lane / kOutPacks + w * (32 / kOutPacks), out_pack = lane % kOutPacks;
-  const auto find = [&](int u, int h) {  // quarter h of 4 floats of pack u
-    const int pack = out_pack + u * kOutPacks, c = pack * V / 8, part = V == 8 ? h : pack & 1;
-    return out_row * M * 4 + (c ^ (out_row & 3)) * 32 + ((part ^ (c >> 2) ^ out_row) & 1) * 16;
+  const int chunk = out_pack * V / 8, part = V == 8 ? 0 : out_pack & 1;
+  const int found = out_row * M * 4 + (chunk ^ (out_row & 3)) * 32 + ((part ^ (chunk >> 2) ^ out_row) & 1) * 16;
+  const auto find = [&](int u, int h) {  // four floats: quarter h of pack u
+    if constexpr (kStep < 4) return found ^ (h * 16) ^ (u * kStep * 32);
+    return (found ^ (((u * kStep / 4) ^ h) & 1) * 16) + u * kStep * 32;
   };
+  const int out_first = out_row * M + out_pack * V;  // of strip 0, in the row
+  const int out_rows = p - out_row;                  // strips from out_rows / 16 on have no such row
 
   // The finished values of a strip: v[u V + e] is value e of pack u. The levels that are left are done on the way.
   const auto finish = [&](float (&v)[U * V], const unsigned char *strip) {
@@ -427,15 +432,15 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
 #pragma unroll 1
       for (int strip = group; strip < KT; strip += S) {
         float v[U * V];
-        finish(v, strips + strip * K::kStrip);
-        const int i = strip * 16 + out_row;
-        if (i >= p) continue;
+        unsigned char *const held = strips + strip * K::kStrip;
+        finish(v, held);
+        if (strip * 16 >= out_rows) continue;
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          if (map.signs_out) apply_signs<V>(v + u * V, map.signs_out + i * M + (out_pack + u * kOutPacks) * V);
+          if (map.signs_out) apply_signs<V>(v + u * V, map.signs_out + strip * 16 * M + out_first + u * kOutPacks * V);
 #pragma unroll
           for (int h = 0; h < V / 4; ++h) {
-            *reinterpret_cast<float4 *>(strips + strip * K::kStrip + find(u, h)) =
+            *reinterpret_cast<float4 *>(held + find(u, h)) =
                 make_float4(v[u * V + h * 4], v[u * V + h * 4 + 1], v[u * V + h * 4 + 2], v[u * V + h * 4 + 3]);
           }
         }
@@ -445,18 +450,18 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
       const NearCoder coder(q, block_step(range), q.clip);
 #pragma unroll 1
       for (int strip = group; strip < KT; strip += S) {  // what this thread left itself
-        const int i = strip * 16 + out_row;
-        if (i >= p) continue;
+        if (strip * 16 >= out_rows) break;
+        const unsigned char *const held = strips + strip * K::kStrip;
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           float v[V];
 #pragma unroll
           for (int h = 0; h < V / 4; ++h) {
-            const float4 four = *reinterpret_cast<const float4 *>(strips + strip * K::kStrip + find(u, h));
+            const float4 four = *reinterpret_cast<const float4 *>(held + find(u, h));
             v[h * 4 + 0] = four.x, v[h * 4 + 1] = four.y, v[h * 4 + 2] = four.z, v[h * 4 + 3] = four.w;
           }
           coder.fake_quant(v);
-          store(i * M + (out_pack + u * kOutPacks) * V, v);
+          store(strip * 16 * M + out_first + u * kOutPacks * V, v);
         }
       }
     } else {
@@ -464,40 +469,35 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
       Step step = {1.0f, 0.0f};
 #pragma unroll 1
       for (int pass = kQuantised ? 0 : 1; pass < 2; ++pass) {
+        // The second pass begins with the first buffer again; the barrier in block_step lies in between.
         if (kQuantised && pass == 1) step = block_step(range);
         const NearCoder coder(q, step, q.clip);
-        int turn = 0;
+        unsigned char *buffer = strips + group * 2 * K::kStrip;
+        int other = K::kStrip;
 #pragma unroll 1
         for (int strip = group; strip < KT; strip += S) {
-          unsigned char *const buffer = strips + (group * 2 + turn) * K::kStrip;
-          turn ^= 1;
           sum_strip(strip, buffer);
           group_sync<W, S>(group);
           float v[U * V];
           finish(v, buffer);
-          const int i = strip * 16 + out_row;
-          if (i >= p) continue;
+          buffer += other;
+          other = -other;
+          if (strip * 16 >= out_rows) continue;
+          if (map.signs_out) {
 #pragma unroll
-          for (int u = 0; u < U; ++u) {
-            const int at = i * M + (out_pack + u * kOutPacks) * V;
-            if (map.signs_out) apply_signs<V>(v + u * V, map.signs_out + at);
-            if (kQuantised && pass == 0) {
-#pragma unroll
-              for (int e = 0; e < V; ++e) range.add(v[u * V + e]);
-            } else {
-              if (kQuantised) {
-                float part[V];
-#pragma unroll
-                for (int e = 0; e < V; ++e) part[e] = v[u * V + e];
-                coder.fake_quant(part);
-                store(at, part);
-              } else {
-                store(at, v + u * V);
-              }
+            for (int u = 0; u < U; ++u) {
+              apply_signs<V>(v + u * V, map.signs_out + strip * 16 * M + out_first + u * kOutPacks * V);
             }
           }
+          if (kQuantised && pass == 0) {
+#pragma unroll
+            for (int e = 0; e < U * V; ++e) range.add(v[e]);
+          } else {
+            if (kQuantised) coder.fake_quant(v);
+#pragma unroll
+            for (int u = 0; u < U; ++u) store(strip * 16 * M + out_first + u * kOutPacks * V, v + u * V);
+          }
         }
-        // The second pass begins with the first buffer again; block_step is the barrier in between.
       }
     }
   }
