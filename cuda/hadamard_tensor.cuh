@@ -91,6 +91,14 @@ __device__ __forceinline__ void group_sync(int group) {
 
 // ---- A, packed. ----
 
+// Moves bit b of x to bit 2b, b < 16.
+__device__ __forceinline__ uint32_t spread(uint32_t x) {
+  x = (x | x << 8) & 0x00ff00ffu;
+  x = (x | x << 4) & 0x0f0f0f0fu;
+  x = (x | x << 2) & 0x33333333u;
+  return (x | x << 1) & 0x55555555u;
+}
+
 // 32 signs of row i of A, columns 32 w .. 32 w + 31; `table` is H_K or its transpose, packed by rows, in shared memory.
 __device__ inline uint32_t left_signs(const uint32_t *table, int k, int j_log2, int i, int w) {
   const int row = i >> j_log2, inner = i & ((1 << j_log2) - 1);
@@ -99,12 +107,15 @@ __device__ inline uint32_t left_signs(const uint32_t *table, int k, int j_log2, 
     const uint32_t *words = table + row * ceil_div(k, 32);
     if (j_log2 == 0) {
       if (w * 32 < k) signs = words[w];
-    } else {
-      const int count = j_log2 < 5 ? 32 >> j_log2 : 1, width = 32 / count;
-      const uint32_t run = width == 32 ? 0xffffffffu : (1u << width) - 1;
-      for (int b = 0; b < count; ++b) {
-        const int col = (w * 32 + b * width) >> j_log2;
-        if (col < k && ((words[col / 32] >> (col % 32)) & 1u)) signs |= run << (b * width);
+    } else if (const int col = (w * 32) >> j_log2; col < k) {
+      // 32 / 2^j columns of H_K (one, where j > 5), each repeated 2^j times.
+      const uint32_t columns = words[col / 32] >> (col % 32);
+      if (j_log2 >= 5) {
+        signs = (columns & 1u) ? 0xffffffffu : 0;
+      } else {
+        signs = columns & ((1u << (32 >> j_log2)) - 1);
+        for (int j = 0; j < j_log2; ++j) signs = spread(signs);
+        signs *= (1u << (1 << j_log2)) - 1;
       }
     }
   }
@@ -241,7 +252,7 @@ struct TensorKernel {
   static constexpr int NT = TensorTraits<T>::kTiles, kTerms = TensorTraits<T>::kTerms;
   static constexpr int U = 2;                  // packs a thread stores of each strip
   static constexpr int W = M / (8 * NT);
-  static constexpr int kWanted = kMode == kPlain ? 4 : 8;  // warps
+  static constexpr int kWanted = kMode == kPlain && M < 128 ? 4 : 8;  // warps
   static constexpr int S = W >= kWanted ? 1 : kWanted / W < 4 ? (kWanted / W < KT ? kWanted / W : KT) : (KT < 4 ? KT : 4);
   static constexpr int kThreads = W * S * 32;
   static constexpr int kQuads = (KT + 3) / 4;  // packed words to a strip
