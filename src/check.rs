@@ -23,8 +23,8 @@ pub const GRADIENT_TOLERANCE: f64 = 1e-6;
 /// Checks the tape's gradient of `f` at `inputs` (`f64`): for random directions u, v, `⟨u, J v⟩` by central differences must equal
 /// `⟨Jᵀ u, v⟩` from the tape, for each operand alone and for all together.
 ///
-/// Straight-through operations are replaced by the surrogate they define: their residual `q(x₀) − x₀` is frozen at `inputs` and
-/// `x + residual` is differentiated, so a whole quantised network can be checked exactly.
+/// Operations that round are replaced by the surrogate they define ([`crate::tape::Op::surrogate`], the identity for fake
+/// quantisation): their residual `q(x₀) − x₀` is frozen at `inputs` and `x + residual` is differentiated, so a whole quantised network can be checked exactly.
 ///
 /// # Errors
 /// [`Error::Numeric`] with both numbers where they disagree; errors of `f`.
@@ -63,13 +63,17 @@ pub fn gradients(inputs: &[Tensor], f: impl for<'t> Fn(Vec<Var<'t>>) -> Result<V
             tape_says += dot(&grads[i], &directions[i])?;
             size += dot(&grads[i], &grads[i])?.sqrt();
         }
-        // NaN must not pass.
-        if !((numeric - tape_says).abs() <= GRADIENT_TOLERANCE * size.max(numeric.abs())) {
+        if !within((numeric - tape_says).abs(), GRADIENT_TOLERANCE * size.max(numeric.abs())) {
             let which = operand.map_or("all operands".into(), |i| format!("operand {i}"));
             return Err(Error::numeric("gradient check", format!("{which}: tape {tape_says:e}, differences {numeric:e}")));
         }
     }
     Ok(())
+}
+
+/// `error ≤ bound`; false for NaN.
+fn within(error: f64, bound: f64) -> bool {
+    error <= bound
 }
 
 fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
@@ -135,7 +139,7 @@ pub fn parity(case: &Case, dtype: DType, device: &Device) -> Result<()> {
         };
         if case.rounds && i == 0 {
             // Any difference beyond rounding is a step of the grid.
-            let off = ours.iter().zip(&exact).filter(|(a, b)| !((*a - *b).abs() <= slack)).count();
+            let off = ours.iter().zip(&exact).filter(|(a, b)| !within((*a - *b).abs(), slack)).count();
             if off * 1000 > exact.len().max(1000) {
                 return Err(Error::numeric(named(what), format!("{off} of {} values on another step of the grid", exact.len())));
             }
@@ -143,7 +147,7 @@ pub fn parity(case: &Case, dtype: DType, device: &Device) -> Result<()> {
         }
         let (e, bound) =
             (error(&ours), 2.0 * base.as_ref().map_or(0.0, |b| error(b)) + if base.is_some() { slack } else { 16.0 * slack });
-        if !(e <= bound) {
+        if !within(e, bound) {
             return Err(Error::numeric(named(what), format!("error {e:e} exceeds {bound:e} (largest value {largest:e})")));
         }
     }

@@ -74,10 +74,11 @@ pub trait Op {
     fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor>;
     /// The gradients of the operands flagged in `want`, given that of the result.
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads>;
-    /// True of operations whose gradient is *defined* as that of the identity of their first operand (rounding).
-    /// Gradient checks then differentiate `x + const` in place of the operation.
-    fn straight_through(&self) -> bool {
-        false
+    /// For operations that round: the smooth function of the operands whose derivative [`Op::backward`] is *defined* to be (that of
+    /// the identity, straight through). Gradient checks differentiate it plus a constant in place of the operation.
+    fn surrogate(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
+        let _ = inputs;
+        None
     }
 }
 
@@ -89,7 +90,7 @@ struct Node {
     saved: Saved,
 }
 
-/// How straight-through operations behave; see [`crate::check`].
+/// How operations with a surrogate behave; see [`crate::check`].
 #[derive(Default)]
 pub(crate) enum Residuals {
     #[default]
@@ -165,22 +166,23 @@ impl Tape {
     }
 
     fn run(&self, op: &impl Op, values: Inputs, saved: &mut Saved) -> Result<Tensor> {
-        if !op.straight_through() {
+        let mut residuals = self.residuals.borrow_mut();
+        if matches!(*residuals, Residuals::Off) {
             return op.forward(values, saved);
         }
-        match &mut *self.residuals.borrow_mut() {
-            Residuals::Off => op.forward(values, saved),
+        let Some(smooth) = op.surrogate(&values.0).transpose()? else {
+            return op.forward(values, saved);
+        };
+        let y = op.forward(values, saved)?; // also for what it saves
+        match &mut *residuals {
+            Residuals::Off => Ok(y),
             Residuals::Record(list) => {
-                let x = values.0[0].clone();
-                let y = op.forward(values, saved)?;
-                list.push(add::linear_combination(1.0, y.clone(), -1.0, x)?);
+                list.push(add::linear_combination(1.0, y.clone(), -1.0, smooth)?);
                 Ok(y)
             }
             Residuals::Replay(list) => {
                 let c = list.next().ok_or_else(|| Error::Tape("the graph changed between evaluations".into()))?;
-                let x = values.0[0].clone();
-                op.forward(values, saved)?; // for what it saves
-                add::linear_combination(1.0, x, 1.0, c)
+                add::linear_combination(1.0, smooth, 1.0, c)
             }
         }
     }

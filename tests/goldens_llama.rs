@@ -124,7 +124,8 @@ fn f64_trajectories() {
         let (losses, r1, r2) = (s.golden.values("trajectory.loss"), s.golden.get("trajectory.R1"), s.golden.get("trajectory.R2"));
         let mut rotations = s.rotations.clone();
         let mut optimizer = CayleySgd::new(Mode::Parity);
-        for step in 0..steps {
+        assert_eq!(losses.len(), steps);
+        for (step, golden) in losses.iter().enumerate() {
             let tape = Tape::new();
             let vars = RotationVars::variables(&tape, &rotations).unwrap();
             let loss = s.model.loss(&vars, &s.tokens, s.seq, &scheme, Recompute::None).unwrap();
@@ -135,7 +136,7 @@ fn f64_trajectories() {
             rotations = Rotations::from_params(&params).unwrap();
             let wide = |t: &Tensor| t.to_f64_vec().unwrap();
             let errors = [
-                (value - losses[step]).abs(),
+                (value - golden).abs(),
                 distance(&wide(&rotations.r1), &wide(&r1.index(step).unwrap())),
                 distance(&wide(&rotations.r2), &wide(&r2.index(step).unwrap())),
             ];

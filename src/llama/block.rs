@@ -103,26 +103,35 @@ impl Block {
         let Run { sites: s, rope, seq, .. } = run;
         let d = self.head_dim;
         let r3 = |x: Var<'t>| if s.online.r3 { x.hadamard() } else { Ok(x) };
-        let r4 = |x: Var<'t>| if s.online.r4 { x.hadamard() } else { Ok(x) };
-        let quantized = |site, x: Var<'t>| {
-            run.observer.iter().for_each(|see| see(self.index, site, x.value()));
-            x.fake_quant(s.at(site))
-        };
 
-        let h = quantized(Site::AttentionInput, x.clone().rms_norm(self.eps)?)?;
+        let h = self.quantized(Site::AttentionInput, x.clone().rms_norm(self.eps)?, run)?;
         let q = r3(h.clone().linear(w.q)?.heads(d)?.rope(rope)?)?;
-        let k = quantized(Site::Key, r3(h.clone().linear(w.k)?.heads(d)?.rope(rope)?)?)?;
-        let v = quantized(Site::Value, h.linear(w.v)?)?.heads(d)?; // in R2's basis
-        let a = quantized(Site::AttentionOutput, attention(q, k, v, *seq)?)?;
+        let k = self.rotated(Site::Key, s.online.r3, h.clone().linear(w.k)?.heads(d)?.rope(rope)?, run)?; // R3
+        let v = self.quantized(Site::Value, h.linear(w.v)?, run)?.heads(d)?; // in R2's basis
+        let a = self.quantized(Site::AttentionOutput, attention(q, k, v, *seq)?, run)?;
         let x = x.add(a.linear(w.o)?)?; // R2 undone, back in R1's basis
 
-        let h = quantized(Site::MlpInput, x.clone().rms_norm(self.eps)?)?;
+        let h = self.quantized(Site::MlpInput, x.clone().rms_norm(self.eps)?, run)?;
         let h = match w.leave {
             Some(r1) => h.linear(r1)?,
             None => h,
         };
         let m = h.clone().linear(w.gate)?.swiglu(h.linear(w.up)?)?;
-        x.add(quantized(Site::DownInput, r4(m)?)?.linear(w.down)?)
+        x.add(self.rotated(Site::DownInput, s.online.r4, m, run)?.linear(w.down)?) // R4
+    }
+
+    fn quantized<'t>(&self, site: Site, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        run.observer.iter().for_each(|see| see(self.index, site, x.value()));
+        x.fake_quant(run.sites.at(site))
+    }
+
+    /// Transformed if `online`, then quantised; in one pass when nobody watches.
+    fn rotated<'t>(&self, site: Site, online: bool, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        match (online, &run.observer) {
+            (true, None) => x.hadamard_fake_quant(run.sites.at(site)),
+            (true, Some(_)) => self.quantized(site, x.hadamard()?, run),
+            (false, _) => self.quantized(site, x, run),
+        }
     }
 }
 

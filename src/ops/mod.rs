@@ -9,6 +9,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod fake_quant;
 pub mod hadamard;
+pub mod hadamard_fake_quant;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
@@ -75,6 +76,7 @@ pub fn cases() -> Vec<Case> {
         embedding::cases(),
         fake_quant::cases(),
         hadamard::cases(),
+        hadamard_fake_quant::cases(),
         matmul::cases(),
         rms_norm::cases(),
         rope::cases(),

@@ -65,6 +65,7 @@ impl Recipe {
     }
 
     /// Learns with a progress bar.
+    #[allow(clippy::too_many_arguments)]
     pub fn learn(
         &self,
         model: &Llama,
