@@ -180,11 +180,13 @@ fn f32_rules(device: &Device) {
             let loss = (ours.loss - golden("loss")[0]).abs();
             let cosine = [cosine(&ours.grads[0], &golden("dR1")), cosine(&ours.grads[1], &golden("dR2"))];
             let (differ, all) = codes(&s, &scheme, &format!("{name} {id}"));
-            let drift = drift(&s, &exact, &scheme);
-            println!(
-                "{name} {id} on {device}: loss {loss:.1e}, cosines {cosine:.6?}, {differ} of {all} codes differ, {drift} drifted"
-            );
-            assert!(loss <= 1e-3, "{name} {id}: loss is off by {loss:e}");
+            let (drifted, from_tie) = drift(&s, &exact, &scheme);
+            println!("{name} {id} on {device}: loss {loss:.1e}, cosines {cosine:.6?}, {differ} of {all} codes differ");
+            println!("  {drifted} codes drifted from the f64 network's, the first {from_tie:.1e} of a step from a tie");
+            assert!(from_tie <= 1e-3, "{name} {id}: a code differs {from_tie:e} of a step from a tie");
+            // A GPU sums in another order, and a tie may fall the other way; then the loss is that of a network as good.
+            let bound = if device.is_cpu() || drifted == 0 { 1e-3 } else { 1e-2 };
+            assert!(loss <= bound, "{name} {id}: loss is off by {loss:e}");
             assert!(cosine.iter().all(|c| *c >= 0.999), "{name} {id}: cosines {cosine:?}");
             assert!(differ as f64 <= 1e-3 * all as f64, "{name} {id}: {differ} of {all} codes differ");
         }
@@ -230,16 +232,27 @@ fn codes(s: &Setup, scheme: &Scheme, id: &str) -> (usize, usize) {
     (differ, count)
 }
 
-/// Activation codes that differ between the f32 and the f64 network: a measure, not a rule, since one tie that falls the other way
-/// moves every value after it by a fraction of a step.
-fn drift(s: &Setup, exact: &Setup, scheme: &Scheme) -> usize {
+/// Activation codes (counted from the zero point) that differ between the f32 and the f64 network, and how far from a tie, in steps of
+/// the grid, the f64 values of the first of them are. One tie that falls the other way moves every value after it.
+fn drift(s: &Setup, exact: &Setup, scheme: &Scheme) -> (usize, f64) {
     let sites = scheme.sites(s.model.config.head_dim);
-    let pairs = observe(s, scheme).into_iter().zip(observe(exact, scheme));
-    let differ = |((_, site, x), (_, _, y)): ((String, Site, Tensor), (String, Site, Tensor))| {
+    let (mut count, mut first) = (0, 0f64);
+    for ((_, site, x), (_, _, y)) in observe(s, scheme).into_iter().zip(observe(exact, scheme)) {
         let (a, b) = (quantize(&x, sites.at(site)).unwrap(), quantize(&y, sites.at(site)).unwrap());
-        a.codes.iter().zip(&b.codes).filter(|(a, b)| a != b).count()
-    };
-    pairs.map(differ).sum()
+        let (za, zb) = (a.zero.to_f64_vec().unwrap(), b.zero.to_f64_vec().unwrap());
+        let differ = |i: &usize| f64::from(a.codes[*i]) - za[i / a.group] != f64::from(b.codes[*i]) - zb[i / b.group];
+        let at: Vec<usize> = (0..a.codes.len()).filter(differ).collect();
+        if count == 0 && !at.is_empty() {
+            let (values, scale) = (y.to_f64_vec().unwrap(), b.scale.to_f64_vec().unwrap());
+            let from_tie = |i: &usize| {
+                let t = values[*i] / scale[i / b.group];
+                (t - t.floor() - 0.5).abs()
+            };
+            first = at.iter().map(from_tie).fold(0.0, f64::max);
+        }
+        count += at.len();
+    }
+    (count, first)
 }
 
 #[test]
