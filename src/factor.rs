@@ -165,6 +165,13 @@ impl Lu {
         self.sign
     }
 
+    /// det A; 0 when singular.
+    pub fn determinant(&self) -> f64 {
+        // In logarithms, so that large matrices neither overflow nor vanish.
+        let log: f64 = (0..self.n).map(|i| self.lu[i * self.n + i].abs().ln()).sum();
+        if self.sign == 0.0 { 0.0 } else { self.sign * log.exp() }
+    }
+
     /// `A⁻¹ B` for an n×n B.
     pub fn solve(&self, b: &[f64]) -> Vec<f64> {
         let (n, lu) = (self.n, &self.lu);
@@ -224,6 +231,8 @@ mod tests {
             let mut swapped = a.clone();
             swapped[..n].iter_mut().for_each(|x| *x = -*x);
             assert_eq!(Lu::new(swapped, n).sign(), -lu.sign());
+            let det = Lu::new(q, n).determinant();
+            assert!((det.abs() - 1.0).abs() < 1e-12, "|det Q| = 1, n = {n}: {det}");
         }
         assert_eq!(Lu::new(vec![1.0, 2.0, 2.0, 4.0], 2).sign(), 0.0);
         // A zero column: Q is orthogonal all the same.

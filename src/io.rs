@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata};
 
 use crate::dtype::{DType, Element};
 use crate::{Device, Error, Result, Tensor};
@@ -76,7 +76,7 @@ pub fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &
 }
 
 /// The memory of a CPU tensor (little-endian machines only, as everywhere in this crate).
-fn bytes(t: &Tensor) -> Result<&[u8]> {
+pub(crate) fn bytes(t: &Tensor) -> Result<&[u8]> {
     Ok(match t.dtype() {
         DType::F64 => bytemuck::cast_slice(t.as_slice::<f64>()?),
         DType::F32 => bytemuck::cast_slice(t.as_slice::<f32>()?),
@@ -89,34 +89,72 @@ fn bytes(t: &Tensor) -> Result<&[u8]> {
 /// What a safetensors file holds: tensors by name, and its string map.
 pub type NamedTensors = (BTreeMap<String, Tensor>, BTreeMap<String, String>);
 
+/// Where a safetensors file's data starts, and what it is. Lengths are compared and never added, so no header can make them
+/// overflow.
+pub(crate) fn header(bytes: &[u8]) -> std::result::Result<(usize, Metadata), String> {
+    let (length, rest) = bytes.split_first_chunk().ok_or("it has no header")?;
+    let header = usize::try_from(u64::from_le_bytes(*length)).ok().and_then(|n| rest.get(..n)).ok_or("its header is cut off")?;
+    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header is invalid: {e}"))?;
+    let (want, got) = (metadata.data_len(), rest.len() - header.len());
+    if want != got {
+        return Err(format!("its header promises {want} bytes of data, got {got}"));
+    }
+    Ok((bytes.len() - got, metadata))
+}
+
+/// A tensor of little-endian bytes.
+pub(crate) fn from_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Result<Tensor> {
+    fn read<T: Element>(data: &[u8], shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_vec(bytemuck::pod_collect_to_vec::<u8, T>(data), shape)
+    }
+    match dtype {
+        DType::F64 => read::<f64>(bytes, shape),
+        DType::F32 => read::<f32>(bytes, shape),
+        DType::F16 => read::<f16>(bytes, shape),
+        DType::BF16 => read::<bf16>(bytes, shape),
+        DType::U32 => read::<u32>(bytes, shape),
+    }
+}
+
+/// False when a CPU tensor holds a NaN or an infinity.
+pub(crate) fn is_finite(t: &Tensor) -> Result<bool> {
+    fn all<T: Element>(t: &Tensor) -> Result<bool> {
+        Ok(t.as_slice::<T>()?.iter().all(|x| x.to_f64().is_finite()))
+    }
+    match t.dtype() {
+        DType::F64 => all::<f64>(t),
+        DType::F32 => all::<f32>(t),
+        DType::F16 => all::<f16>(t),
+        DType::BF16 => all::<bf16>(t),
+        DType::U32 => Ok(true),
+    }
+}
+
 /// Reads every tensor (f64, f32, f16, bf16, u32) of a safetensors file into CPU memory.
 ///
 /// # Errors
 /// A file that cannot be read, is not safetensors or is truncated, or holds another element type.
 pub fn load_tensors(path: &Path) -> Result<NamedTensors> {
     let buffer = std::fs::read(path).map_err(Error::io(path))?;
-    let broken = |e| Error::format(path, format!("not a whole safetensors file: {e}"));
-    let metadata = SafeTensors::read_metadata(&buffer).map_err(broken)?.1.metadata().clone().unwrap_or_default();
-    let file = SafeTensors::deserialize(&buffer).map_err(broken)?;
+    let (start, metadata) = header(&buffer).map_err(|e| Error::format(path, format!("not a whole safetensors file: {e}")))?;
     let mut tensors = BTreeMap::new();
-    for (name, view) in file.iter() {
-        fn read<T: Element>(data: &[u8], shape: &[usize]) -> Result<Tensor> {
-            Tensor::from_vec(bytemuck::pod_collect_to_vec::<u8, T>(data), shape)
-        }
-        let (data, shape) = (view.data(), view.shape());
-        let t = match view.dtype() {
-            Dtype::F64 => read::<f64>(data, shape)?,
-            Dtype::F32 => read::<f32>(data, shape)?,
-            Dtype::F16 => read::<f16>(data, shape)?,
-            Dtype::BF16 => read::<bf16>(data, shape)?,
-            Dtype::U32 => read::<u32>(data, shape)?,
+    for (name, info) in metadata.tensors() {
+        let dtype = match info.dtype {
+            Dtype::F64 => DType::F64,
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            Dtype::U32 => DType::U32,
             other => {
                 return Err(Error::format(path, format!("{name}: expected dtype F64, F32, F16, BF16 or U32, got {other:?}")));
             }
         };
-        tensors.insert(name.to_string(), t);
+        // The header was checked against the file's length and every shape against its bytes.
+        let (from, to) = info.data_offsets;
+        tensors.insert(name, from_bytes(dtype, &info.shape, &buffer[start + from..start + to])?);
     }
-    Ok((tensors, metadata.into_iter().collect()))
+    let strings = metadata.metadata().clone().unwrap_or_default();
+    Ok((tensors, strings.into_iter().collect()))
 }
 
 #[cfg(test)]

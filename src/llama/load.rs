@@ -10,11 +10,12 @@ use memmap2::Mmap;
 use rand::SeedableRng;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata};
+use sha2::{Digest, Sha256};
 
 use super::LlamaConfig;
 use crate::device::cpu;
 use crate::dtype::Element;
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor, io};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -53,24 +54,12 @@ impl Shard {
         let file = File::open(&path).map_err(Error::io(&path))?;
         // SAFETY: read-only; a file that another process shortens while mapped would fault, which the type's documentation rules out.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
-        let (start, metadata) = header(&map).map_err(|e| {
+        let (start, metadata) = io::header(&map).map_err(|e| {
             let size = map.len();
             Error::format(&path, format!("expected a complete safetensors file: {e} (the file has {size} bytes)"))
         })?;
         Ok(Self { path, map, metadata, start })
     }
-}
-
-/// Where the data starts, and what it is. Lengths are compared and never added, so no header can make them overflow.
-fn header(bytes: &[u8]) -> std::result::Result<(usize, Metadata), String> {
-    let (length, rest) = bytes.split_first_chunk().ok_or("it has no header")?;
-    let header = usize::try_from(u64::from_le_bytes(*length)).ok().and_then(|n| rest.get(..n)).ok_or("its header is cut off")?;
-    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header is invalid: {e}"))?;
-    let (want, got) = (metadata.data_len(), rest.len() - header.len());
-    if want != got {
-        return Err(format!("its header promises {want} bytes of data, got {got}"));
-    }
-    Ok((bytes.len() - got, metadata))
 }
 
 impl Checkpoint {
@@ -263,10 +252,84 @@ pub struct LayerWeights {
     pub down: Tensor,
 }
 
+/// A model directory whose weights are read a part at a time, folded as [`Weights::load`] says.
+#[derive(Debug)]
+pub struct Source {
+    checkpoint: Checkpoint,
+    config: LlamaConfig,
+}
+
+impl Source {
+    /// Opens a model directory.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`] and [`LlamaConfig::validate`].
+    pub fn open(dir: impl AsRef<Path>, config: &LlamaConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self { checkpoint: Checkpoint::open(dir)?, config: config.clone() })
+    }
+
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<Entry<'_>> {
+        self.checkpoint.entry(&format!("{name}.weight"), shape)
+    }
+
+    fn gain(&self, name: &str) -> Result<Vec<f64>> {
+        self.entry(name, &[self.config.hidden_size])?.read(DType::F64, None)?.into_vec()
+    }
+
+    fn table(&self, name: &str) -> Result<Entry<'_>> {
+        self.entry(name, &[self.config.vocab_size, self.config.hidden_size])
+    }
+
+    /// The element type the embedding is stored in.
+    pub fn dtype(&self) -> Result<DType> {
+        Ok(self.table(EMBEDDING)?.dtype)
+    }
+
+    /// SHA-256 of every tensor's name, type, shape and first 4 KiB: tells models of one shape apart without reading them whole.
+    pub fn sha256(&self) -> String {
+        let mut hash = Sha256::new();
+        for (name, &shard) in &self.checkpoint.names {
+            let Shard { map, metadata, start, .. } = &self.checkpoint.shards[shard];
+            let info = metadata.info(name).expect("checked when opened");
+            let (from, to) = info.data_offsets;
+            hash.update(format!("{name} {} {:?}\n", info.dtype, info.shape));
+            hash.update(&map[start + from..start + to.min(from + 4096)]);
+        }
+        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// The embedding, `[V, C]`.
+    pub fn embedding(&self, dtype: DType) -> Result<Tensor> {
+        self.table(EMBEDDING)?.read(dtype, None)
+    }
+
+    /// The output layer with the final norm's gain, `[V, C]`.
+    pub fn head(&self, dtype: DType) -> Result<Tensor> {
+        let name = if self.config.tie_word_embeddings { EMBEDDING } else { HEAD };
+        self.table(name)?.read(dtype, Some(&self.gain(FINAL_NORM)?))
+    }
+
+    /// The linears of layer `l`, read in parallel.
+    pub fn layer(&self, l: usize, dtype: DType) -> Result<LayerWeights> {
+        let [first, second] = NORMS.map(|norm| self.gain(&format!("model.layers.{l}.{norm}")));
+        let gains = [first?, second?];
+        let read = |(&(part, norm), shape): (&(&str, Option<usize>), [usize; 2])| {
+            self.entry(&format!("model.layers.{l}.{part}"), &shape)?.read(dtype, norm.map(|i| &gains[i][..]))
+        };
+        let tensors = LINEARS.par_iter().zip(self.config.linear_shapes()).map(read).collect::<Result<Vec<_>>>()?;
+        Ok(LayerWeights::from_array(tensors.try_into().expect("seven of them")))
+    }
+}
+
+/// Names of the tensors outside the layers, without `.weight`.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens";
+pub(crate) const HEAD: &str = "lm_head";
+pub(crate) const FINAL_NORM: &str = "model.norm";
 /// The two norms of a layer, whose gains are folded.
-const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
+pub(crate) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
 /// The linears of a layer, in the order of [`LayerWeights`]' fields: the name in the file, and the norm whose gain it takes.
-const LINEARS: [(&str, Option<usize>); 7] = [
+pub(crate) const LINEARS: [(&str, Option<usize>); 7] = [
     ("self_attn.q_proj", Some(0)),
     ("self_attn.k_proj", Some(0)),
     ("self_attn.v_proj", Some(0)),
@@ -278,7 +341,7 @@ const LINEARS: [(&str, Option<usize>); 7] = [
 
 impl LlamaConfig {
     /// Shapes of a layer's linears, in the order of [`LayerWeights`]' fields.
-    fn linear_shapes(&self) -> [[usize; 2]; 7] {
+    pub(crate) fn linear_shapes(&self) -> [[usize; 2]; 7] {
         let (c, f) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         [[q, c], [kv, c], [kv, c], [c, q], [f, c], [f, c], [c, f]]
@@ -292,31 +355,9 @@ impl Weights {
     /// # Errors
     /// Those of [`Checkpoint`] and [`LlamaConfig::validate`]; a value too large for `dtype`.
     pub fn load(dir: impl AsRef<Path>, config: &LlamaConfig, dtype: DType) -> Result<Self> {
-        config.validate()?;
-        let checkpoint = Checkpoint::open(dir)?;
-        let (c, v) = (config.hidden_size, config.vocab_size);
-        let gain = |name: &str| checkpoint.entry(&format!("{name}.weight"), &[c])?.read(DType::F64, None)?.into_vec::<f64>();
-
-        let embedding = checkpoint.entry("model.embed_tokens.weight", &[v, c])?;
-        let head = match config.tie_word_embeddings {
-            true => checkpoint.entry("model.embed_tokens.weight", &[v, c])?,
-            false => checkpoint.entry("lm_head.weight", &[v, c])?,
-        };
-        let final_gain = gain("model.norm")?;
-        let (embedding, head) = (embedding.read(dtype, None)?, head.read(dtype, Some(&final_gain))?);
-
-        // Layers in turn, the linears of one in parallel.
-        let layer = |l: usize| {
-            let [first, second] = NORMS.map(|norm| gain(&format!("model.layers.{l}.{norm}")));
-            let gains = [first?, second?];
-            let read = |(&(part, norm), shape): (&(&str, Option<usize>), [usize; 2])| {
-                let entry = checkpoint.entry(&format!("model.layers.{l}.{part}.weight"), &shape)?;
-                entry.read(dtype, norm.map(|i| &gains[i][..]))
-            };
-            let tensors = LINEARS.par_iter().zip(config.linear_shapes()).map(read).collect::<Result<Vec<_>>>()?;
-            Ok(LayerWeights::from_array(tensors.try_into().expect("seven of them")))
-        };
-        Ok(Self { embedding, head, layers: (0..config.layers).map(layer).collect::<Result<_>>()? })
+        let source = Source::open(dir, config)?;
+        let (embedding, head) = (source.embedding(dtype)?, source.head(dtype)?);
+        Ok(Self { embedding, head, layers: (0..config.layers).map(|l| source.layer(l, dtype)).collect::<Result<_>>()? })
     }
 
     /// Random `f64` weights for tests: normal, variance 1/in, so that every linear keeps the scale of a normalised input
@@ -346,8 +387,14 @@ impl Weights {
 }
 
 impl LayerWeights {
-    fn from_array([q, k, v, o, gate, up, down]: [Tensor; 7]) -> Self {
+    /// Of the seven linears in the order of the fields.
+    pub fn from_array([q, k, v, o, gate, up, down]: [Tensor; 7]) -> Self {
         Self { q, k, v, o, gate, up, down }
+    }
+
+    /// The seven linears in the order of the fields.
+    pub fn as_array(&self) -> [&Tensor; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
     /// The same with every linear replaced.

@@ -7,5 +7,6 @@ mod model;
 
 pub use block::{Block, Observer, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
-pub use load::{Checkpoint, LayerWeights, Weights};
+pub use load::{Checkpoint, LayerWeights, Source, Weights};
+pub(crate) use load::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS};
 pub use model::{Llama, Merged, Recompute, RotationVars};

@@ -3,11 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::quant::{Clip, QuantSpec};
 use crate::{Error, Result};
 
 /// The Hadamard rotations that run with the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Online {
     /// On q and k of every head after RoPE, so that the K cache quantises well.
     pub r3: bool,
@@ -56,7 +59,8 @@ impl fmt::Display for Online {
 /// assert!("W4A99".parse::<Scheme>().is_err());
 /// # Ok::<(), spinquant::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Scheme {
     /// Weights of the seven linears of every layer.
     pub weight_bits: u32,

@@ -16,7 +16,8 @@ pub enum Target {
 }
 
 /// How much of the observed range the grid covers.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Clip {
     /// This fraction of it (1: all).
     Ratio(f64),

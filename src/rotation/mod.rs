@@ -1,8 +1,11 @@
 //! The rotations R1 … R4 of the paper, and the Hadamard matrices they start from.
 
 mod hadamard;
+mod report;
+mod torch;
 
 pub use hadamard::{Hadamard, MAX_K};
+pub use report::{MatrixReport, TOLERANCE};
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -176,7 +179,7 @@ impl Rotations {
             if !matches!(t.dtype(), DType::F32 | DType::F64) {
                 return Err(Error::format(path, format!("{name}: expected dtype f32 or f64, got {}", t.dtype())));
             }
-            if t.to_f64_vec()?.iter().any(|x| !x.is_finite()) {
+            if !io::is_finite(&t)? {
                 return Err(Error::format(path, format!("{name} holds NaN or infinite values")));
             }
             Ok(t)

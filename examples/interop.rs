@@ -1,0 +1,111 @@
+//! What the scripts of `tests/interop` compare with: random models, their Hugging Face outputs, our logits, rotations.
+//!
+//! ```sh
+//! cargo run --release --example interop -- write DIR
+//! cargo run --release --example interop -- read DIR     # rotations that torch.save wrote into DIR
+//! ```
+
+#[path = "../tests/tiny/mod.rs"]
+mod tiny;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use spinquant::export::{Format, Output, write_hf, write_rtn};
+use spinquant::llama::{Llama, LlamaConfig};
+use spinquant::quant::{Online, Scheme};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Error, Result, Tensor, io};
+
+const SEQ: usize = 48;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["write", dir] => write(Path::new(dir)),
+        ["read", dir] => read(Path::new(dir)),
+        _ => Err(Error::argument("arguments", "expected write DIR or read DIR")),
+    }
+}
+
+fn write(dir: &Path) -> Result<()> {
+    let larger = |c: LlamaConfig| LlamaConfig { hidden_size: 64, intermediate_size: 96, layers: 3, vocab_size: 97, ..c };
+    let cases = [
+        ("gqa", larger(tiny::config(8, 2, false))),
+        ("tied", larger(tiny::config(8, 8, true))),
+        ("llama3", larger(tiny::llama3(8, 4))),
+    ];
+    for (name, config) in cases {
+        let (source, rotated) = (dir.join(name).join("source"), dir.join(name).join("hf"));
+        tiny::write(&source, &config, DType::F32, 1, true);
+        let rotations = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 2)?;
+        let scheme = Scheme::FULL_PRECISION.online(Online::NONE);
+        let overwrite = |out| Output { overwrite: true, ..Output::new(out, Format::Hf) };
+        write_hf(&source, Some(&rotations), &scheme, Output { shard_bytes: 100_000, ..overwrite(&rotated) }, |_| {})?;
+        // Quantised weights as well, and what they should compute.
+        let quantised = dir.join(name).join("hf-w4");
+        let scheme = Scheme::new(4, 16, 16).online(Online::NONE);
+        write_hf(&source, Some(&rotations), &scheme, overwrite(&quantised), |_| {})?;
+
+        let tokens: Vec<u32> = (0..2 * SEQ as u32).map(|i| (i * i * 7 + 3 * i + 1) % config.vocab_size as u32).collect();
+        let logits = |folder: &Path| {
+            let model = Llama::load(folder, DType::F32, &Device::Cpu)?;
+            model.merge(None, &Scheme::FULL_PRECISION)?.logits(&tokens, SEQ)
+        };
+        let ours = BTreeMap::from([
+            ("logits".to_string(), logits(&source)?),
+            ("logits-w4".to_string(), logits(&quantised)?),
+            ("tokens".to_string(), Tensor::from_vec(tokens.iter().map(|t| *t as f32).collect(), [2, SEQ])?),
+        ]);
+        io::save_tensors(&dir.join(name).join("ours.safetensors"), &ours, &BTreeMap::new())?;
+        if name == "gqa" {
+            let native = dir.join("native");
+            let output = Output { overwrite: true, ..Output::new(&native, Format::Native) };
+            write_rtn(&Llama::load(&source, DType::F32, &Device::Cpu)?, Some(&rotations), &Scheme::new(4, 4, 4), output, |_| {})?;
+        }
+    }
+    write_seed(dir)?;
+    for dtype in [DType::F32, DType::F64] {
+        let r = Rotations::random_orthogonal(80, 16, 11, 3)?.to_dtype(dtype)?;
+        r.save_torch(&dir.join(format!("R-{dtype}.bin")))?;
+        r.save(&dir.join(format!("R-{dtype}.safetensors")))?;
+    }
+    println!("wrote {}", dir.display());
+    Ok(())
+}
+
+/// The smallest native output, as the fuzz target `native` takes it: `fuzz/seeds/native/small`.
+fn write_seed(dir: &Path) -> Result<()> {
+    let (source, out) = (dir.join("seed/source"), dir.join("seed/native"));
+    let small =
+        LlamaConfig { hidden_size: 2, intermediate_size: 3, layers: 1, head_dim: 2, vocab_size: 3, ..tiny::config(1, 1, true) };
+    tiny::write(&source, &small, DType::F32, 1, true);
+    let scheme = Scheme { symmetric_weights: false, ..Scheme::new(4, 4, 4) };
+    let model = Llama::load(&source, DType::F32, &Device::Cpu)?;
+    let rotations = Rotations::random_hadamard(2, 2, 1, 2)?;
+    write_rtn(&model, Some(&rotations), &scheme, Output { overwrite: true, ..Output::new(&out, Format::Native) }, |_| {})?;
+    let read = |name: &str| std::fs::read(out.join(name)).map_err(Error::io(&out));
+    let seed = [&read("spinquant.json")?, &[0][..], &read("model.safetensors")?].concat();
+    let path = dir.join("seed/small");
+    std::fs::write(&path, seed).map_err(Error::io(&path))
+}
+
+/// `torch-*.bin` must hold what the `.safetensors` of the same name does, bit for bit.
+fn read(dir: &Path) -> Result<()> {
+    for dtype in [DType::F32, DType::F64] {
+        let path = dir.join(format!("torch-{dtype}.bin"));
+        let (ours, theirs) = (Rotations::read_torch(&path)?, Rotations::load(&path.with_extension("safetensors"))?);
+        let bits = |r: &Rotations| -> Result<Vec<u64>> {
+            Ok([r.r1.to_f64_vec()?, r.r2.to_f64_vec()?].concat().iter().map(|x| x.to_bits()).collect())
+        };
+        let same = ours.r1.dtype() == dtype && ours.r2.shape() == theirs.r2.shape() && bits(&ours)? == bits(&theirs)?;
+        if !same {
+            return Err(Error::format(&path, "differs from its safetensors twin"));
+        }
+        println!("{}: the same bits", path.display());
+        for line in ours.report()? {
+            println!("  {line}");
+        }
+    }
+    Ok(())
+}

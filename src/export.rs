@@ -1,0 +1,562 @@
+//! Quantised models as files, in two formats.
+//!
+//! - [`Format::Hf`]: the standard Hugging Face layout, for any runtime. R1 and R2 are merged into the weights and every RMSNorm
+//!   gain is 1; nothing runs online, so the scheme must be without R3 and R4. Quantised weights are written as the values of
+//!   their grid. A tied head is written out.
+//! - [`Format::Native`]: everything the quantised network needs and what was done, in `spinquant.json` and `model.safetensors`.
+//!
+//! A [`Writer`] takes one layer at a time, in any order, into a temporary folder beside the output (`.NAME.partial`) and renames
+//! it when all are there. A run that was killed continues from the layers already written, and ends in the same bytes.
+//!
+//! # The native layout
+//! `spinquant.json`: `format` "spinquant-native", `format_version` 1, `config` (a LLaMA `config.json`), `scheme` (the fields of
+//! [`Scheme`]), `dtype` (element type of unquantised weights and of the arithmetic they were made for), `weights`, `hadamard`,
+//! `rotations_sha256`, `crate_version`, `provenance` ([`Provenance`]). `model.safetensors`, for layers N from 0 and the seven
+//! linears LINEAR of a layer (`self_attn.q_proj`, …, `mlp.down_proj`; `[out, in]` as in y = x Wᵀ):
+//!
+//! | tensor | type, shape | what it is |
+//! |---|---|---|
+//! | `model.embed_tokens.weight`, `lm_head.weight` | dtype, `[V, C]` | rotated; the head with the final norm's gain |
+//! | `model.layers.N.LINEAR.weight` | dtype, `[out, in]` | only at 16 bits: rotated, the norm's gain folded in |
+//! | `model.layers.N.LINEAR.codes` | U8, `[out, bytes]` | the codes, packed as said below |
+//! | `model.layers.N.LINEAR.scale` | F32 (F64 where dtype is), `[out, in/group]` | column i is of group i / `weights.group` |
+//! | `model.layers.N.LINEAR.zero` | as scale | only where asymmetric |
+//! | `R1`, `R2` | F32 or F64, `[C, C]`, `[L, D, D]` | only where rotated: already merged, for reference |
+//! | `R3.core`, `R4.core` | I8, `[K, K]` | the ±1 matrix `H_K` of an online Hadamard, where K > 1 |
+//!
+//! Codes are stored less `weights.min_code`, so from 0. At up to 4 bits there are two a byte, column 2j in the low half of byte j
+//! of a row and column 2j + 1 in the high (0 where there is none), `bytes = ⌈in/2⌉`; else one a byte, `bytes = in`. A weight is
+//! `scale · (code − zero)` in the type of the scale, rounded once to dtype. Every RMSNorm has gain 1. The network is that of a
+//! LLaMA but for `scheme.online`: with r3, every head of q and k is multiplied by a Hadamard after the rotary embedding; with r4,
+//! down_proj's input is. A row x of n values becomes H x: view it as `[blocks, K, n/(K·blocks)]` (`hadamard.r3`, `hadamard.r4`),
+//! apply the natural-order Sylvester transform along the last axis, multiply by `H_K` from the left along the middle one, divide
+//! by √(n/blocks).
+
+mod native;
+mod parts;
+
+pub use native::{Native, is_native, load_native};
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::llama::{Block, EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, Llama, LlamaConfig, NORMS, Source};
+use crate::ops::fake_quant::{Quantized, quantize};
+use crate::quant::{Online, QuantSpec, Scheme};
+use crate::rotation::Rotations;
+use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
+use parts::{Part, Raw};
+
+/// The file that says what an output folder is.
+pub const RECORD: &str = "spinquant.json";
+/// Tensors of one shard at most, unless asked otherwise.
+pub const SHARD_BYTES: u64 = 5_000_000_000;
+/// Files that are copied from the source as they are, where it has them.
+const COPIED: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// What an output folder is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Any Hugging Face runtime.
+    Hf,
+    /// This crate, and whoever reads the layout above.
+    Native,
+}
+
+impl Format {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Hf => "spinquant-hf",
+            Self::Native => native::FORMAT,
+        }
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "hf" => Ok(Self::Hf),
+            "native" => Ok(Self::Native),
+            _ => Err(Error::argument("format", format!("expected hf or native, got {s:?}"))),
+        }
+    }
+}
+
+/// What was done, for the record. Nothing here changes the result.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Provenance {
+    /// The model that was quantised.
+    pub model: String,
+    /// `none`, `hadamard:SEED` or a file.
+    pub rotations: String,
+    /// How weights were quantised: `rtn`, `gptq`.
+    pub weights: String,
+    /// SHA-256 of the calibration text ([`sha256`]).
+    pub calibration_sha256: Option<String>,
+    /// Seeds by what they are for.
+    pub seeds: BTreeMap<String, u64>,
+    /// The command line. The only field that a continued run may change.
+    pub command: String,
+    /// Anything else.
+    pub notes: BTreeMap<String, Value>,
+}
+
+/// What is written, and where.
+#[derive(Clone, Debug)]
+pub struct Output<'a> {
+    /// The folder; must be absent or empty.
+    pub dir: &'a Path,
+    /// Its layout.
+    pub format: Format,
+    /// Replace what is in the folder, and any unfinished output beside it that belongs to another run.
+    pub overwrite: bool,
+    /// The most bytes of tensors in one Hugging Face file.
+    pub shard_bytes: u64,
+    /// The folder whose tokenizer is copied, and whose `config.json` a Hugging Face output keeps where it can.
+    pub source: Option<&'a Path>,
+    /// For the record.
+    pub provenance: Provenance,
+}
+
+impl<'a> Output<'a> {
+    /// Into an absent or empty folder, with the usual shards.
+    pub fn new(dir: &'a Path, format: Format) -> Self {
+        Self { dir, format, overwrite: false, shard_bytes: SHARD_BYTES, source: None, provenance: Provenance::default() }
+    }
+}
+
+/// A weight as it is written.
+#[derive(Clone, Debug)]
+pub enum Stored {
+    /// Not quantised, in the output's element type.
+    Values(Tensor),
+    /// On a grid.
+    Codes(Quantized),
+}
+
+impl Stored {
+    /// The weight in an element type.
+    pub fn values(&self, dtype: DType) -> Result<Tensor> {
+        match self {
+            Self::Values(t) => t.to_dtype(dtype),
+            Self::Codes(q) => q.dequantize()?.to_dtype(dtype),
+        }
+    }
+}
+
+/// A layer's linears in the order of [`LayerWeights`]' fields, rotated.
+pub type StoredLayer = [Stored; 7];
+
+/// Rounds a layer's rotated weights to nearest: the very codes that [`Llama::merge`]'s weights are made of.
+pub fn round_to_nearest(weights: &LayerWeights, spec: &QuantSpec) -> Result<StoredLayer> {
+    let mut stored = vec![];
+    for w in weights.as_array() {
+        stored.push(if spec.is_active() { Stored::Codes(quantize(w, spec)?) } else { Stored::Values(w.clone()) });
+    }
+    Ok(stored.try_into().expect("seven of them"))
+}
+
+/// SHA-256 in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(Sha256::digest(bytes).as_slice())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// SHA-256 of the shape, type and values of R1 and R2.
+pub fn rotations_sha256(rotations: &Rotations) -> Result<String> {
+    let mut hash = Sha256::new();
+    for t in [&rotations.r1, &rotations.r2] {
+        let t = t.to_device(&Device::Cpu)?;
+        hash.update(format!("{} {:?}\n", t.dtype(), t.shape()));
+        hash.update(io::bytes(&t)?);
+    }
+    Ok(hex(hash.finalize().as_slice()))
+}
+
+/// Writes an output folder layer by layer.
+#[derive(Debug)]
+pub struct Writer<'a> {
+    output: Output<'a>,
+    config: LlamaConfig,
+    scheme: Scheme,
+    dtype: DType,
+    rotations: Option<&'a Rotations>,
+    partial: PathBuf,
+    /// The record but for the command line: what must agree for a run to continue.
+    record: Map<String, Value>,
+    _lock: File,
+}
+
+impl<'a> Writer<'a> {
+    /// Starts an output, or continues one. `dtype` is the element type of what is not quantised; `rotations` are those merged
+    /// into the weights that will come; `weights` tells source models of one shape apart ([`sha256`] of something of theirs).
+    ///
+    /// # Errors
+    /// A folder that is not empty (without `overwrite`); an unfinished output of another run; one that is being written; a scheme
+    /// that the format cannot express; whatever the file system says.
+    pub fn create(
+        output: Output<'a>,
+        config: &LlamaConfig,
+        scheme: &Scheme,
+        dtype: DType,
+        rotations: Option<&'a Rotations>,
+        weights: &str,
+    ) -> Result<Self> {
+        config.validate()?;
+        let scheme = if rotations.is_some() { *scheme } else { scheme.online(Online::NONE) };
+        if output.format == Format::Hf && scheme.online != Online::NONE {
+            let online = scheme.online;
+            return Err(Error::argument(
+                "format hf",
+                format!("expected no online rotations (nothing would run them), got {online}"),
+            ));
+        }
+        if let Some(r) = rotations {
+            r.check(config.hidden_size, config.head_dim, config.layers, crate::rotation::TOLERANCE)?;
+        }
+        let mut record = Map::from_iter([
+            ("format".into(), output.format.name().into()),
+            ("format_version".into(), native::VERSION.into()),
+            ("crate_version".into(), env!("CARGO_PKG_VERSION").into()),
+            ("config".into(), serde_json::from_str(&config.to_json()).expect("JSON")),
+            ("scheme".into(), serde_json::to_value(scheme).expect("JSON")),
+            ("dtype".into(), dtype.to_string().into()),
+            ("rotations_sha256".into(), rotations.map(rotations_sha256).transpose()?.into()),
+            ("weights_sha256".into(), weights.into()),
+            ("shard_bytes".into(), output.shard_bytes.into()),
+            ("provenance".into(), serde_json::to_value(&output.provenance).expect("JSON")),
+        ]);
+        record["provenance"]["command"] = Value::Null;
+
+        let dir = output.dir;
+        check_free(dir, output.overwrite)?;
+        let name = dir.file_name().ok_or_else(|| Error::argument("output folder", format!("{} has no name", dir.display())))?;
+        let partial = dir.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+        fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
+        let lock = partial.join("lock");
+        let file = File::create(&lock).map_err(Error::io(&lock))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(Error::format(&partial, "another process is writing this output")),
+            Err(TryLockError::Error(e)) => return Err(Error::io(&lock)(e)),
+        }
+        let writer = Self { output, config: config.clone(), scheme, dtype, rotations, partial, record, _lock: file };
+        writer.start()?;
+        Ok(writer)
+    }
+
+    /// Begins afresh, or checks that what is there belongs to this run.
+    fn start(&self) -> Result<()> {
+        let run = self.partial.join("run.json");
+        let ours = Value::from(self.record.clone());
+        if run.exists() {
+            let bytes = fs::read(&run).map_err(Error::io(&run))?;
+            let saved: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+            if saved == ours {
+                return Ok(());
+            }
+            if !self.output.overwrite {
+                let different = self.record.iter().find(|(k, v)| saved.get(*k) != Some(v)).map_or("format", |(k, _)| k);
+                let message = format!("unfinished output of another run: {different} differs; delete the folder or overwrite");
+                return Err(Error::format(&self.partial, message));
+            }
+            for l in 0..self.config.layers.max(saved["config"]["num_hidden_layers"].as_u64().unwrap_or(0).min(1 << 12) as usize) {
+                remove_file(&self.part(l))?;
+            }
+        }
+        io::write_atomically(&run, |out| out.write_all(format!("{ours:#}\n").as_bytes()))
+    }
+
+    fn part(&self, layer: usize) -> PathBuf {
+        self.partial.join(format!("layer-{layer:05}.safetensors"))
+    }
+
+    /// True when a layer was written before, by this run or by one it continues.
+    pub fn has_layer(&self, layer: usize) -> bool {
+        Part::open(&self.part(layer)).is_ok()
+    }
+
+    /// A layer that was written before: the codes of a native output, the values of a Hugging Face one. What a continued GPTQ run
+    /// feeds the next layer with.
+    ///
+    /// # Errors
+    /// It is missing or damaged.
+    pub fn read_layer(&self, layer: usize) -> Result<StoredLayer> {
+        let part = Part::open(&self.part(layer))?;
+        let spec = if self.output.format == Format::Native { self.spec() } else { QuantSpec::NONE };
+        native::read_layer(&part, &self.config, &spec, self.dtype, layer)
+    }
+
+    fn spec(&self) -> QuantSpec {
+        self.scheme.sites(self.config.head_dim).weight
+    }
+
+    /// Writes a layer.
+    ///
+    /// # Errors
+    /// Shapes of another model; codes outside the scheme's grid; whatever the file system says.
+    pub fn layer(&self, layer: usize, weights: &StoredLayer) -> Result<()> {
+        if layer >= self.config.layers {
+            return Err(Error::argument("layer", format!("expected less than {}, got {layer}", self.config.layers)));
+        }
+        let mut raws = vec![];
+        for (((name, _), shape), w) in LINEARS.iter().zip(self.config.linear_shapes()).zip(weights) {
+            let name = format!("model.layers.{layer}.{name}");
+            let got = match w {
+                Stored::Values(t) => t.shape(),
+                Stored::Codes(q) => &q.shape[..],
+            };
+            if got != shape {
+                return Err(Error::shape(name, format!("{shape:?}"), got));
+            }
+            match self.output.format {
+                Format::Hf => raws.push(Raw::new(format!("{name}.weight"), &w.values(self.dtype)?)?),
+                Format::Native => native::pack(&mut raws, &name, w, &self.spec(), self.dtype)?,
+            }
+        }
+        if self.output.format == Format::Hf {
+            let ones = ones(self.config.hidden_size, self.dtype)?;
+            for norm in NORMS {
+                raws.push(Raw::new(format!("model.layers.{layer}.{norm}.weight"), &ones)?);
+            }
+        }
+        parts::write(&self.part(layer), &raws, &BTreeMap::new())
+    }
+
+    /// Adds the (rotated) embedding and head, joins the layers and moves the folder into place.
+    ///
+    /// # Errors
+    /// A layer that is missing or damaged; an output folder that is no longer free; whatever the file system says. The layers
+    /// stay.
+    pub fn finish(self, embedding: &Tensor, head: &Tensor) -> Result<()> {
+        let config = &self.config;
+        let mut raws = vec![];
+        for (name, t) in [(EMBEDDING, embedding), (HEAD, head)] {
+            if t.shape() != [config.vocab_size, config.hidden_size] {
+                return Err(Error::shape(name, format!("[{}, {}]", config.vocab_size, config.hidden_size), t.shape()));
+            }
+            raws.push(Raw::new(format!("{name}.weight"), &t.to_dtype(self.dtype)?)?);
+        }
+        let mut metadata: BTreeMap<&str, String> = BTreeMap::new();
+        let mut record = self.record.clone();
+        record["provenance"]["command"] = self.output.provenance.command.clone().into();
+        let done = self.partial.join("done");
+        if done.exists() {
+            fs::remove_dir_all(&done).map_err(Error::io(&done))?; // joined, but not moved
+        }
+        fs::create_dir(&done).map_err(Error::io(&done))?;
+        let limit = match self.output.format {
+            Format::Hf => {
+                raws.push(Raw::new(format!("{FINAL_NORM}.weight"), &ones(config.hidden_size, self.dtype)?)?);
+                metadata.insert("format", "pt".into());
+                write_text(&done.join("config.json"), &self.hf_config()?)?;
+                self.output.shard_bytes
+            }
+            Format::Native => {
+                metadata.insert("format", native::FORMAT.into());
+                record.extend(native::describe(&mut raws, config, &self.scheme, self.dtype, self.rotations)?);
+                u64::MAX
+            }
+        };
+        let rest = self.partial.join("rest.safetensors");
+        parts::write(&rest, &raws, &BTreeMap::new())?;
+        let files = std::iter::once(rest.clone()).chain((0..config.layers).map(|l| self.part(l)));
+        let files = files.map(|path| Part::open(&path)).collect::<Result<Vec<_>>>()?;
+        parts::join(&files, &done, limit, &metadata)?;
+        drop(files);
+        write_text(&done.join(RECORD), &format!("{:#}\n", Value::from(record)))?;
+        for name in COPIED {
+            let Some(from) = self.output.source.map(|s| s.join(name)).filter(|p| p.is_file()) else { continue };
+            fs::copy(&from, done.join(name)).map_err(Error::io(&from))?;
+        }
+        self.publish(&done)
+    }
+
+    /// Moves the finished folder into place.
+    fn publish(&self, done: &Path) -> Result<()> {
+        let dir = self.output.dir;
+        check_free(dir, self.output.overwrite)?;
+        let old = self.partial.join("old");
+        if dir.exists() {
+            if old.exists() {
+                fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+            }
+            fs::rename(dir, &old).map_err(Error::io(dir))?;
+        }
+        if let Err(e) = fs::rename(done, dir) {
+            let _ = fs::rename(&old, dir); // what was there, if anything, back to its place
+            return Err(Error::io(dir)(e));
+        }
+        fs::remove_dir_all(&self.partial).map_err(Error::io(&self.partial))
+    }
+
+    /// The source's `config.json` with what has changed, or one of our own.
+    fn hf_config(&self) -> Result<String> {
+        let mut config: Map<String, Value> = match self.output.source.map(|s| s.join("config.json")).filter(|p| p.is_file()) {
+            Some(path) => {
+                let bytes = fs::read(&path).map_err(Error::io(&path))?;
+                serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected a JSON object: {e}")))?
+            }
+            None => serde_json::from_str(&self.config.to_json()).expect("JSON"),
+        };
+        config.insert("tie_word_embeddings".into(), false.into());
+        let dtype = match self.dtype {
+            DType::F64 => "float64",
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            DType::F32 | DType::U32 => "float32",
+        };
+        // Both generations of the key; only what is there, or the older one.
+        let newer = config.contains_key("dtype");
+        if newer {
+            config.insert("dtype".into(), dtype.into());
+        }
+        if !newer || config.contains_key("torch_dtype") {
+            config.insert("torch_dtype".into(), dtype.into());
+        }
+        Ok(format!("{:#}\n", Value::from(config)))
+    }
+}
+
+fn ones(n: usize, dtype: DType) -> Result<Tensor> {
+    Tensor::from_vec(vec![1f64; n], [n])?.to_dtype(dtype)
+}
+
+fn write_text(path: &Path, text: &str) -> Result<()> {
+    io::write_atomically(path, |out| out.write_all(text.as_bytes()))
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// An absent or empty folder, or one that may be replaced.
+fn check_free(dir: &Path, overwrite: bool) -> Result<()> {
+    let mut entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::io(dir)(e)),
+    };
+    match entries.next() {
+        Some(_) if !overwrite => Err(Error::format(dir, "the output folder is not empty; choose another or overwrite it")),
+        _ => Ok(()),
+    }
+}
+
+/// Merges rotations into the model at `source` and writes it in the Hugging Face layout: all in `f64`, a layer at a time, rounded
+/// once to the source's element type; then, where the scheme quantises weights, to the nearest values of its grid. The products
+/// run on `device`. `progress` is told how many layers are done.
+///
+/// # Errors
+/// Those of [`Source`], [`Writer`], and rotations that do not fit.
+pub fn write_hf(
+    source: &Path,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    output: Output<'_>,
+    mut progress: impl FnMut(usize),
+) -> Result<()> {
+    let config = LlamaConfig::from_file(source.join("config.json"))?;
+    let weights = Source::open(source, &config)?;
+    let dtype = weights.dtype()?;
+    let output = Output { format: Format::Hf, source: Some(source), ..output };
+    let writer = Writer::create(output, &config, scheme, dtype, rotations, &weights.sha256())?;
+    let wide = rotations.map(wide).transpose()?;
+    for l in 0..config.layers {
+        if !writer.has_layer(l) {
+            let mut layer = weights.layer(l, DType::F64)?;
+            if let Some(r) = &wide {
+                layer = rotated(&config, l, &layer, r, scheme.online)?;
+            }
+            writer.layer(l, &round_to_nearest(&layer.map(|w| w.to_dtype(dtype))?, &writer.spec())?)?;
+        }
+        progress(l + 1);
+    }
+    let rotate = |t: Tensor| wide.as_ref().map_or(Ok(t.clone()), |r| enter_basis(&t, &r.r1));
+    writer.finish(&rotate(weights.embedding(DType::F64)?)?, &rotate(weights.head(DType::F64)?)?)
+}
+
+/// Writes what [`Llama::merge`] makes of a model, weights rounded to nearest; a native output loads to the same bits.
+///
+/// # Errors
+/// Those of [`Writer`], and rotations that do not fit.
+pub fn write_rtn(
+    model: &Llama,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    output: Output<'_>,
+    mut progress: impl FnMut(usize),
+) -> Result<()> {
+    let (config, dtype, device) = (&model.config, model.dtype(), model.device());
+    let writer = Writer::create(output, config, scheme, dtype, rotations, &sample_sha256(model)?)?;
+    let wide = rotations.map(wide).transpose()?;
+    for (l, block) in model.blocks.iter().enumerate() {
+        if !writer.has_layer(l) {
+            let weights = match &wide {
+                Some(r) => {
+                    rotated(config, l, &block.weights, r, scheme.online)?.map(|w| w.to_dtype(dtype)?.to_device(&device))?
+                }
+                None => block.weights.clone(),
+            };
+            writer.layer(l, &round_to_nearest(&weights, &writer.spec())?)?;
+        }
+        progress(l + 1);
+    }
+    let rotate = |t: &Tensor| wide.as_ref().map_or(Ok(t.clone()), |r| enter_basis(t, &r.r1));
+    writer.finish(&rotate(&model.embedding)?, &rotate(&model.head)?)
+}
+
+/// In `f64`, which lives on the CPU.
+fn wide(rotations: &Rotations) -> Result<Rotations> {
+    rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+}
+
+/// A layer's weights with rotations in `f64` merged, in `f64`, not quantised.
+fn rotated(config: &LlamaConfig, layer: usize, weights: &LayerWeights, r: &Rotations, online: Online) -> Result<LayerWeights> {
+    let wide = weights.map(|w| w.to_device(&Device::Cpu)?.to_dtype(DType::F64))?;
+    let sites = Scheme::FULL_PRECISION.online(online).sites(config.head_dim);
+    let tape = Tape::new();
+    let (r1, r2) = (tape.constant(r.r1.clone()), tape.constant(r.r2.index(layer)?));
+    let w = Block::new(config, layer, wide).rotate(&r1, &r2, &sites, None)?;
+    Ok(LayerWeights::from_array([w.q, w.k, w.v, w.o, w.gate, w.up, w.down].map(Var::into_value)))
+}
+
+/// `W R1` in `f64`: what becomes of the embedding and the head.
+fn enter_basis(w: &Tensor, r1: &Tensor) -> Result<Tensor> {
+    let tape = Tape::new();
+    let w = tape.constant(w.to_device(&Device::Cpu)?.to_dtype(DType::F64)?);
+    Ok(w.matmul(tape.constant(r1.clone()))?.into_value())
+}
+
+/// SHA-256 of every weight's first row: tells models of one shape apart.
+pub fn sample_sha256(model: &Llama) -> Result<String> {
+    let mut hash = Sha256::new();
+    let layers = model.blocks.iter().flat_map(|b| b.weights.as_array());
+    for t in [&model.embedding, &model.head].into_iter().chain(layers) {
+        hash.update(io::bytes(&t.slice(0, 1)?.to_device(&Device::Cpu)?)?);
+    }
+    Ok(hex(hash.finalize().as_slice()))
+}

@@ -1,0 +1,251 @@
+//! The native format: packing, describing, loading. The layout is in the parent module's documentation.
+
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+use serde_json::{Map, Value, json};
+
+use super::parts::{Part, Raw};
+use super::{RECORD, Stored, StoredLayer};
+use crate::llama::{Block, EMBEDDING, HEAD, LINEARS, LayerWeights, LlamaConfig, Merged};
+use crate::ops::fake_quant::Quantized;
+use crate::quant::{QuantSpec, Scheme};
+use crate::rotation::{Hadamard, Rotations, TOLERANCE};
+use crate::{DType, Device, Error, Result, Tensor};
+
+pub const FORMAT: &str = "spinquant-native";
+pub const VERSION: u32 = 1;
+const HADAMARD: &str = "a row x of n values becomes H x: view it as [blocks, K, n/(K blocks)], natural-order Sylvester transform \
+    along the last axis, H_K (the tensor .core) from the left along the middle axis, divided by sqrt(n/blocks)";
+
+/// Two codes a byte.
+fn halves(spec: &QuantSpec) -> bool {
+    spec.bits <= 4
+}
+
+fn row_bytes(spec: &QuantSpec, cols: usize) -> usize {
+    if halves(spec) { cols.div_ceil(2) } else { cols }
+}
+
+/// The type of scales and zero points.
+fn grid_type(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// The tensors that hold one weight.
+pub fn pack(raws: &mut Vec<Raw>, name: &str, weight: &Stored, spec: &QuantSpec, dtype: DType) -> Result<()> {
+    let q = match weight {
+        Stored::Values(t) if !spec.is_active() => {
+            raws.push(Raw::new(format!("{name}.weight"), &t.to_dtype(dtype)?)?);
+            return Ok(());
+        }
+        Stored::Codes(q) if spec.is_active() => q,
+        Stored::Values(_) => {
+            return Err(Error::argument(name, format!("expected codes of {} bits, got values", spec.bits)));
+        }
+        Stored::Codes(_) => return Err(Error::argument(name, "expected values (weights of 16 bits), got codes")),
+    };
+    let [rows, cols] = q.shape[..] else { return Err(Error::shape(name, "[out, in]", &q.shape)) };
+    let group = spec.group_size(cols)?;
+    let grid = [rows, cols / group];
+    if q.group != group || q.codes.len() != rows * cols || q.scale.len() != grid[0] * grid[1] || q.zero.len() != q.scale.len() {
+        let message = format!(
+            "expected groups of {group} and {} scales, got groups of {} and {}",
+            grid[0] * grid[1],
+            q.group,
+            q.scale.len()
+        );
+        return Err(Error::argument(name, message));
+    }
+    let (min, max) = (spec.min_code() as i16, spec.max_code() as i16);
+    if let Some(code) = q.codes.iter().find(|c| !(min..=max).contains(c)) {
+        return Err(Error::argument(name, format!("expected codes from {min} to {max}, got {code}")));
+    }
+    let code = |c: i16| (c - min) as u8;
+    let packed: Vec<u8> = if halves(spec) {
+        let byte = |pair: &[i16]| code(pair[0]) | pair.get(1).map_or(0, |c| code(*c) << 4);
+        q.codes.chunks(cols).flat_map(|row| row.chunks(2).map(byte)).collect()
+    } else {
+        q.codes.iter().map(|c| code(*c)).collect()
+    };
+    let shape = vec![rows, row_bytes(spec, cols)];
+    raws.push(Raw { name: format!("{name}.codes"), dtype: Dtype::U8, shape, bytes: packed.into() });
+    let (expected, got) = (grid_type(dtype), q.scale.dtype());
+    if got != expected || q.zero.dtype() != expected {
+        return Err(Error::dtype(format!("{name}.scale"), expected, got));
+    }
+    raws.push(Raw::new(format!("{name}.scale"), &q.scale.clone().reshape(grid)?)?);
+    if !spec.symmetric {
+        raws.push(Raw::new(format!("{name}.zero"), &q.zero.clone().reshape(grid)?)?);
+    } else if q.zero.to_f64_vec()?.iter().any(|z| *z != 0.0) {
+        return Err(Error::argument(name, "expected no zero points on a symmetric grid"));
+    }
+    Ok(())
+}
+
+/// One weight, back from [`pack`].
+fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: DType) -> Result<Stored> {
+    if !spec.is_active() {
+        return Ok(Stored::Values(part.tensor(&format!("{name}.weight"), dtype, &shape)?));
+    }
+    let [rows, cols] = shape;
+    let group = spec.group_size(cols)?;
+    let bytes = row_bytes(spec, cols);
+    let packed = part.get(&format!("{name}.codes"), Dtype::U8, &[rows, bytes])?;
+    let min = spec.min_code() as i16;
+    let mut codes = Vec::with_capacity(rows * cols);
+    for row in packed.chunks(bytes) {
+        match halves(spec) {
+            true => codes.extend((0..cols).map(|i| i16::from(row[i / 2] >> (4 * (i % 2)) & 15) + min)),
+            false => codes.extend(row.iter().map(|c| i16::from(*c) + min)),
+        }
+    }
+    let max = spec.max_code() as i16;
+    if let Some(code) = codes.iter().find(|c| **c > max) {
+        return Err(Error::argument(format!("{name}.codes"), format!("expected codes from {min} to {max}, got {code}")));
+    }
+    let grid = |part_name: &str| part.tensor(&format!("{name}.{part_name}"), grid_type(dtype), &[rows, cols / group]);
+    let scale = grid("scale")?;
+    let zero = if spec.symmetric { Tensor::zeros(scale.shape(), scale.dtype(), &Device::Cpu)? } else { grid("zero")? };
+    Ok(Stored::Codes(Quantized { shape: shape.to_vec(), group, codes, scale, zero }))
+}
+
+/// A layer's seven weights.
+pub fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DType, layer: usize) -> Result<StoredLayer> {
+    let mut all = vec![];
+    for ((name, _), shape) in LINEARS.iter().zip(config.linear_shapes()) {
+        all.push(unpack(part, &format!("model.layers.{layer}.{name}"), shape, spec, dtype)?);
+    }
+    Ok(all.try_into().expect("seven of them"))
+}
+
+/// The online Hadamards of a scheme: name and map.
+fn online(config: &LlamaConfig, scheme: &Scheme) -> Result<Vec<(&'static str, Hadamard)>> {
+    let mut maps = vec![];
+    if scheme.online.r3 {
+        maps.push(("r3", Hadamard::new(config.head_dim)?));
+    }
+    if scheme.online.r4 {
+        maps.push(("r4", Hadamard::new(config.intermediate_size)?));
+    }
+    Ok(maps)
+}
+
+/// What the record says beside the run itself; adds rotations and Hadamard cores to the tensors.
+pub fn describe(
+    raws: &mut Vec<Raw>,
+    config: &LlamaConfig,
+    scheme: &Scheme,
+    dtype: DType,
+    rotations: Option<&Rotations>,
+) -> Result<Map<String, Value>> {
+    if let Some(r) = rotations {
+        for (name, t) in [("R1", &r.r1), ("R2", &r.r2)] {
+            raws.push(Raw::new(name.into(), t)?);
+        }
+    }
+    let mut hadamard = json!({"convention": HADAMARD});
+    for (name, map) in online(config, scheme)? {
+        let (k, core) = (map.k(), map.signs());
+        hadamard[name] = json!({"n": map.n(), "k": k, "blocks": map.blocks(), "construction": map.construction()});
+        if k > 1 {
+            let bytes = core.iter().map(|s| *s as u8).collect::<Vec<_>>().into();
+            raws.push(Raw { name: format!("{}.core", name.to_uppercase()), dtype: Dtype::I8, shape: vec![k, k], bytes });
+        }
+    }
+    let spec = scheme.sites(config.head_dim).weight;
+    let weights = spec.is_active().then(|| {
+        json!({
+            "bits": spec.bits,
+            "stored_bits": if halves(&spec) { 4 } else { 8 },
+            "symmetric": spec.symmetric,
+            "min_code": spec.min_code(),
+            "group": spec.group,
+            "scale_dtype": grid_type(dtype).to_string(),
+        })
+    });
+    Ok(Map::from_iter([("weights".into(), weights.into()), ("hadamard".into(), hadamard)]))
+}
+
+/// A native output, loaded.
+#[derive(Clone, Debug)]
+pub struct Native {
+    /// The network, to the bit what was written.
+    pub model: Merged,
+    /// The rotations that its weights hold.
+    pub rotations: Option<Rotations>,
+    /// The whole `spinquant.json`.
+    pub record: Value,
+}
+
+/// True of a folder that [`load_native`] is meant for.
+pub fn is_native(dir: &Path) -> bool {
+    let record = std::fs::read(dir.join(RECORD)).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    record.is_some_and(|r| r["format"] == FORMAT)
+}
+
+/// Loads a native output.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Format`] and others for a folder that does not follow the layout: another version, missing tensors or
+/// tensors of another shape, numbers that are not finite, codes off the grid, rotations that are not orthogonal.
+pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
+    let path = dir.join(RECORD);
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    let record: Value =
+        serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected a JSON object: {e}")))?;
+    let bad = |message: String| Error::format(&path, message);
+    if record["format"] != FORMAT || record["format_version"] != VERSION {
+        let (format, version) = (&record["format"], &record["format_version"]);
+        return Err(bad(format!("expected format {FORMAT} version {VERSION}, got {format:.40} version {version:.40}")));
+    }
+    let config = LlamaConfig::from_json(record["config"].to_string().as_bytes(), &path)?;
+    let scheme: Scheme = serde_json::from_value(record["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
+    let dtype: DType = record["dtype"].as_str().unwrap_or("").parse().map_err(|e: Error| bad(e.to_string()))?;
+    let sites = scheme.sites(config.head_dim);
+    let each = [(sites.weight, "weights"), (sites.activation, "activations"), (sites.key, "K"), (sites.value, "V")];
+    for (spec, what) in each {
+        if spec.is_active() {
+            // Every width whose group is right for its place.
+            spec.group_size(spec.group.unwrap_or(1)).map_err(|e| bad(format!("scheme: {what}: {e}")))?;
+        } else if spec.bits != 16 {
+            return Err(bad(format!("scheme: {what}: expected 2 to 8 bits or 16, got {}", spec.bits)));
+        }
+    }
+
+    let part = Part::open(&dir.join("model.safetensors"))?;
+    for (name, map) in online(&config, &scheme)? {
+        let k = map.k();
+        if k > 1 {
+            let core = part.get(&format!("{}.core", name.to_uppercase()), Dtype::I8, &[k, k])?;
+            if core.iter().zip(map.signs()).any(|(a, b)| *a as i8 != *b) {
+                return Err(bad(format!("{name}: written with another Hadamard matrix of size {k}")));
+            }
+        }
+    }
+    let table = |name: &str| {
+        let shape = [config.vocab_size, config.hidden_size];
+        part.tensor(&format!("{name}.weight"), dtype, &shape)?.to_device(device)
+    };
+    let (embedding, head) = (table(EMBEDDING)?, table(HEAD)?);
+    let rotations = match part.has("R1") {
+        false => None,
+        true => {
+            let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
+            let dtype = if part.get("R1", Dtype::F64, &[c, c]).is_ok() { DType::F64 } else { DType::F32 };
+            let r = Rotations { r1: part.tensor("R1", dtype, &[c, c])?, r2: part.tensor("R2", dtype, &[l, d, d])? };
+            r.check(c, d, l, TOLERANCE)?;
+            Some(r)
+        }
+    };
+    let block = |l: usize| {
+        let mut weights = vec![];
+        for w in read_layer(&part, &config, &sites.weight, dtype, l)? {
+            weights.push(w.values(dtype)?.to_device(device)?);
+        }
+        let weights = LayerWeights::from_array(weights.try_into().expect("seven of them"));
+        Ok(Block::new(&config, l, weights))
+    };
+    let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
+    Ok(Native { model: Merged { config, scheme, embedding, head, blocks }, rotations, record })
+}
