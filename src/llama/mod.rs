@@ -8,4 +8,5 @@ mod model;
 pub use block::{Block, Observer, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
 pub use load::{Checkpoint, LayerWeights, Weights};
+pub(crate) use model::Merger;
 pub use model::{Llama, Merged, Recompute, RotationVars};
