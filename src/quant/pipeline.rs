@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use crate::data::{self, Windows};
+use crate::device::cpu;
 use crate::llama::{Block, LayerWeights, Llama, Merged, Merger, Run};
 use crate::quant::{Hessian, QuantizedLinear, Scheme, WeightQuantizer};
 use crate::rotation::Rotations;
@@ -138,7 +139,7 @@ pub fn quantize_weights(
         None => return Err(Error::argument("calibration", format!("{} needs calibration text, got none", quantizer.name()))),
     };
     let mut saved = saved.into_iter();
-    model.merge_with(rotations, &scheme, |block, spec| {
+    let merged = model.merge_with(rotations, &scheme, |block, spec| {
         let start = Instant::now();
         let index = block.index;
         let last = index + 1 == layers;
@@ -166,7 +167,11 @@ pub fn quantize_weights(
             ControlFlow::Break(()) if !last => Err(Error::Interrupted { step: index + 1 }),
             _ => Ok(weights),
         }
-    })
+    });
+    if stream.take().is_some() {
+        cpu::trim(); // what comes next uses other shapes
+    }
+    merged
 }
 
 /// A layer's weights in the order of [`LayerWeights::NAMES`].
