@@ -1,4 +1,8 @@
-//! Blocked factorisations of square row-major matrices in `f64`: just what the manifold needs, built on the matrix product.
+//! Blocked factorisations of square row-major matrices in `f64`: just what the manifold and GPTQ need, built on the matrix product.
+//!
+//! Not from a library: faer 0.24, without default features, takes about 100 s of processor time to compile.
+
+use rayon::prelude::*;
 
 use crate::device::cpu::{self, Strides};
 
@@ -204,6 +208,79 @@ impl Lu {
     }
 }
 
+/// Columns of a trailing Cholesky update that are done at once; what lies above the diagonal is left out in steps of this.
+const STRIPE: usize = 256;
+
+/// The lower triangular L with `A = L Lᵀ` of a symmetric n×n matrix, of which only the lower triangle is read; `None` where a pivot
+/// is not positive.
+pub fn cholesky(mut a: Vec<f64>, n: usize) -> Option<Vec<f64>> {
+    // Columns [k, j) of a row are done: x ← (x − Σ l_i l_j) for its column j.
+    let reduced = |row: &[f64], other: &[f64], k: usize, j: usize| row[j] - dot(&row[k..j], &other[k..j]);
+    for k in (0..n).step_by(BLOCK) {
+        let end = (k + BLOCK).min(n);
+        for i in k..end {
+            let (top, row) = a.split_at_mut(i * n);
+            for j in k..i {
+                let other = &top[j * n..][..n];
+                row[j] = reduced(row, other, k, j) / other[j];
+            }
+            let pivot = row[i] - dot(&row[k..i], &row[k..i]);
+            if !(pivot > 0.0 && pivot.is_finite()) {
+                return None;
+            }
+            row[i] = pivot.sqrt();
+        }
+        let (top, bottom) = a.split_at_mut(end * n);
+        bottom.par_chunks_mut(n).for_each(|row| {
+            for j in k..end {
+                let other = &top[j * n..][..n];
+                row[j] = reduced(row, other, k, j) / other[j];
+            }
+        });
+        // A₂₂ −= L₂₁ L₂₁ᵀ
+        let b = end - k;
+        let l: Vec<f64> = bottom.chunks(n).flat_map(|row| &row[k..end]).copied().collect();
+        for s in (end..n).step_by(STRIPE) {
+            let (size, l) = ((n - s, STRIPE.min(n - s), b), &l[(s - end) * b..]);
+            update(size, &mut a[s * n + s..], n, 1.0, -1.0, l, b, l, b, true);
+        }
+    }
+    for i in 0..n {
+        a[i * n + i + 1..(i + 1) * n].fill(0.0);
+    }
+    Some(a)
+}
+
+/// The inverse of a lower triangular n×n matrix with no zero on its diagonal.
+pub fn invert_lower(l: &[f64], n: usize) -> Vec<f64> {
+    let mut x = vec![0.0; n * n];
+    for k in (0..n).step_by(BLOCK) {
+        let end = (k + BLOCK).min(n);
+        // L₂₁ X₁ + L₂₂ X₂ = I₂
+        let (top, bottom) = x.split_at_mut(k * n);
+        if k > 0 {
+            update((end - k, k, k), bottom, n, 0.0, -1.0, &l[k * n..], n, top, n, false);
+        }
+        for i in k..end {
+            let (top, row) = x.split_at_mut(i * n);
+            row[i] = 1.0;
+            (k..i).for_each(|j| axpy(&mut row[..=j], -l[i * n + j], &top[j * n..][..=j]));
+            row[..=i].iter_mut().for_each(|x| *x /= l[i * n + i]);
+        }
+    }
+    x
+}
+
+/// The upper triangular U with `A⁻¹ = Uᵀ U` of a symmetric n×n matrix; `None` where it is not positive definite.
+///
+/// With J the reversal of the order, `J A J = L Lᵀ` and `U = J L⁻¹ J`: one factorisation, and A⁻¹ is never formed.
+pub fn inverse_factor(mut a: Vec<f64>, n: usize) -> Option<Vec<f64>> {
+    a.reverse();
+    let mut u = invert_lower(&cholesky(a, n)?, n);
+    u.reverse();
+    u.iter().all(|x| x.is_finite()).then_some(u)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,5 +315,28 @@ mod tests {
         // A zero column: Q is orthogonal all the same.
         let (q, _) = qr(&[0.0, 1.0, 0.0, 2.0], 2);
         assert!((q[0] * q[1] + q[2] * q[3]).abs() < 1e-15);
+    }
+    #[test]
+    fn positive_definite_matrices_are_factored() {
+        for n in [1, 2, 3, 47, 48, 49, 97, 150, 310] {
+            let b = crate::ops::randn([n, n], n as u64).into_vec::<f64>().unwrap();
+            let mut a = product(&b, &transpose(&b, n), n);
+            a.iter_mut().step_by(n + 1).for_each(|x| *x += 0.1 * n as f64);
+            let eye = crate::Tensor::eye(n, crate::DType::F64).unwrap().into_vec::<f64>().unwrap();
+            let l = cholesky(a.clone(), n).unwrap();
+            assert!(distance(&product(&l, &transpose(&l, n), n), &a) < 1e-11 * n as f64, "L Lᵀ = A, n = {n}");
+            assert!(distance(&product(&l, &invert_lower(&l, n), n), &eye) < 1e-12, "L L⁻¹ = I, n = {n}");
+            let u = inverse_factor(a.clone(), n).unwrap();
+            assert!(distance(&product(&a, &product(&transpose(&u, n), &u, n), n), &eye) < 1e-11, "A UᵀU = I, n = {n}");
+            for i in 0..n {
+                assert!(u[i * n + i] > 0.0 && u[i * n..][..i].iter().all(|x| *x == 0.0), "U, n = {n}");
+                assert!(l[i * n + i + 1..(i + 1) * n].iter().all(|x| *x == 0.0), "L, n = {n}");
+            }
+            // The smallest pivot, made negative.
+            a[n * n - 1] -= 1.001 * l[n * n - 1] * l[n * n - 1];
+            assert!(cholesky(a.clone(), n).is_none() && inverse_factor(a, n).is_none(), "n = {n}");
+        }
+        assert!(cholesky(vec![f64::NAN], 1).is_none() && cholesky(vec![0.0], 1).is_none());
+        assert!(cholesky(vec![], 0).is_some_and(|l| l.is_empty()));
     }
 }

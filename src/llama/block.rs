@@ -100,24 +100,44 @@ impl Block {
 
     /// Runs the layer: `x` [tokens, C] in R1's basis, and out again.
     pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
-        let Run { sites: s, rope, seq, .. } = run;
-        let d = self.head_dim;
-        let r3 = |x: Var<'t>| if s.online.r3 { x.hadamard() } else { Ok(x) };
-
-        let h = self.quantized(Site::AttentionInput, x.clone().rms_norm(self.eps)?, run)?;
-        let q = r3(h.clone().linear(w.q)?.heads(d)?.rope(rope)?)?;
-        let k = self.rotated(Site::Key, s.online.r3, h.clone().linear(w.k)?.heads(d)?.rope(rope)?, run)?; // R3
-        let v = self.quantized(Site::Value, h.linear(w.v)?, run)?.heads(d)?; // in R2's basis
-        let a = self.quantized(Site::AttentionOutput, attention(q, k, v, *seq)?, run)?;
+        let h = self.attention_input(x.clone(), run)?;
+        let a = self.attend(h, w.q, w.k, w.v, run)?;
         let x = x.add(a.linear(w.o)?)?; // R2 undone, back in R1's basis
 
-        let h = self.quantized(Site::MlpInput, x.clone().rms_norm(self.eps)?, run)?;
+        let h = self.mlp_input(x.clone(), run)?;
         let h = match w.leave {
             Some(r1) => h.linear(r1)?,
             None => h,
         };
-        let m = h.clone().linear(w.gate)?.swiglu(h.linear(w.up)?)?;
-        x.add(self.rotated(Site::DownInput, s.online.r4, m, run)?.linear(w.down)?) // R4
+        let m = self.gated(h, w.gate, w.up, run)?;
+        x.add(m.linear(w.down)?)
+    }
+
+    /// The input of q, k and v.
+    pub fn attention_input<'t>(&self, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        self.quantized(Site::AttentionInput, x.rms_norm(self.eps)?, run)
+    }
+
+    /// The input of o `[tokens, H·D]`, values in R2's basis.
+    pub fn attend<'t>(&self, h: Var<'t>, q: Var<'t>, k: Var<'t>, v: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        let Run { sites: s, rope, seq, .. } = run;
+        let d = self.head_dim;
+        let r3 = |x: Var<'t>| if s.online.r3 { x.hadamard() } else { Ok(x) };
+        let q = r3(h.clone().linear(q)?.heads(d)?.rope(rope)?)?;
+        let k = self.rotated(Site::Key, s.online.r3, h.clone().linear(k)?.heads(d)?.rope(rope)?, run)?; // R3
+        let v = self.quantized(Site::Value, h.linear(v)?, run)?.heads(d)?; // in R2's basis
+        self.quantized(Site::AttentionOutput, attention(q, k, v, *seq)?, run)
+    }
+
+    /// The input of gate and up.
+    pub fn mlp_input<'t>(&self, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        self.quantized(Site::MlpInput, x.rms_norm(self.eps)?, run)
+    }
+
+    /// The input of down `[tokens, F]`, after R4.
+    pub fn gated<'t>(&self, h: Var<'t>, gate: Var<'t>, up: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        let m = h.clone().linear(gate)?.swiglu(h.linear(up)?)?;
+        self.rotated(Site::DownInput, run.sites.online.r4, m, run) // R4
     }
 
     fn quantized<'t>(&self, site: Site, x: Var<'t>, run: &Run) -> Result<Var<'t>> {

@@ -387,7 +387,10 @@ impl Weights {
 }
 
 impl LayerWeights {
-    /// Of the seven linears in the order of the fields.
+    /// The names of the fields, in their order.
+    pub const NAMES: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
+
+    /// The seven in the order of [`LayerWeights::NAMES`].
     pub fn from_array([q, k, v, o, gate, up, down]: [Tensor; 7]) -> Self {
         Self { q, k, v, o, gate, up, down }
     }

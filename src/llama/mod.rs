@@ -9,4 +9,5 @@ pub use block::{Block, Observer, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
 pub use load::{Checkpoint, LayerWeights, Source, Weights};
 pub(crate) use load::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS};
+pub(crate) use model::Merger;
 pub use model::{Llama, Merged, Recompute, RotationVars};

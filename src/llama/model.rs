@@ -7,7 +7,7 @@ use crate::data;
 use crate::llama::block::{Block, RotatedWeights, Run};
 use crate::llama::{LayerWeights, LlamaConfig, Weights};
 use crate::ops::rope::Rope;
-use crate::quant::{Scheme, Sites};
+use crate::quant::{Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::tape::checkpoint;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
@@ -159,62 +159,97 @@ impl Llama {
     }
 
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
-    /// Without rotations the network is the plain one: no R3 and no R4 either.
+    /// Without rotations the network is the plain one: no R3 and no R4 either. Other weight quantisers:
+    /// [`quantize_weights`](crate::quant::quantize_weights).
     pub fn merge(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
-        let dtype = self.dtype();
-        let (config, device) = (&self.config, self.device());
-        let scheme = if rotations.is_some() { *scheme } else { scheme.online(crate::quant::Online::NONE) };
-        let sites = scheme.sites(config.head_dim);
-        let exact = Sites { weight: crate::quant::QuantSpec::NONE, ..sites };
-        // f64 lives on the CPU.
-        let wide = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64);
-        let narrow = |t: Var<'_>| t.into_value().to_dtype(dtype)?.to_device(&device);
-        let Some(rotations) = rotations else {
-            let weights = |b: &Arc<Block>| b.weights.map(|w| quantize_weight(w.clone(), &sites));
-            return Ok(Merged {
-                config: config.clone(),
-                scheme,
-                embedding: self.embedding.clone(),
-                head: self.head.clone(),
-                blocks: self.blocks.iter().map(|b| Ok(Block::new(config, b.index, weights(b)?))).collect::<Result<_>>()?,
-            });
-        };
-        rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
-        let rotations = rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-        let rotate = |t: &Tensor| {
-            let tape = Tape::new();
-            narrow(tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?)
-        };
-        let block = |(i, b): (usize, &Arc<Block>)| {
-            let tape = Tape::new();
-            let r1 = tape.constant(rotations.r1.clone());
-            let r2 = tape.constant(rotations.r2.index(i)?);
-            let w = Block::new(config, i, b.weights.map(wide)?).rotate(&r1, &r2, &exact, None)?;
-            let last = |t: Var<'_>| quantize_weight(narrow(t)?, &sites);
-            let weights = LayerWeights {
-                q: last(w.q)?,
-                k: last(w.k)?,
-                v: last(w.v)?,
-                o: last(w.o)?,
-                gate: last(w.gate)?,
-                up: last(w.up)?,
-                down: last(w.down)?,
-            };
-            Ok(Block::new(config, i, weights))
-        };
-        Ok(Merged {
-            config: config.clone(),
-            scheme,
-            embedding: rotate(&self.embedding)?,
-            head: rotate(&self.head)?,
-            blocks: self.blocks.iter().enumerate().map(block).collect::<Result<_>>()?,
-        })
+        self.merge_with(rotations, scheme, |block, spec| block.weights.map(|w| fake_quantize(w.clone(), spec)))
+    }
+
+    /// [`Llama::merge`] without quantising the weights, whatever the scheme says about them.
+    pub fn merge_exact(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
+        self.merge_with(rotations, scheme, |block, _| Ok(block.weights.clone()))
+    }
+
+    /// Merges a layer at a time; `quantize` is given each rotated layer in order and says what its weights become.
+    pub(crate) fn merge_with(
+        &self,
+        rotations: Option<&Rotations>,
+        scheme: &Scheme,
+        mut quantize: impl FnMut(&Block, &QuantSpec) -> Result<LayerWeights>,
+    ) -> Result<Merged> {
+        let merger = Merger::new(self, rotations, scheme)?;
+        let spec = merger.scheme.sites(self.config.head_dim).weight;
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for i in 0..self.blocks.len() {
+            let block = merger.block(i)?;
+            blocks.push(Block::new(&self.config, i, quantize(&block, &spec)?));
+        }
+        let (embedding, head) = (merger.table(&self.embedding)?, merger.table(&self.head)?);
+        Ok(Merged { config: self.config.clone(), scheme: merger.scheme, embedding, head, blocks })
     }
 }
 
-fn quantize_weight(w: Tensor, sites: &Sites) -> Result<Tensor> {
+/// Merges rotations into a model's weights in float64, piece by piece.
+pub(crate) struct Merger<'a> {
+    model: &'a Llama,
+    rotations: Option<Rotations>,
+    /// The scheme of the merged network: without rotations, none runs online either.
+    pub(crate) scheme: Scheme,
+}
+
+impl<'a> Merger<'a> {
+    pub(crate) fn new(model: &'a Llama, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Self> {
+        let config = &model.config;
+        let Some(rotations) = rotations else {
+            return Ok(Self { model, rotations: None, scheme: scheme.online(Online::NONE) });
+        };
+        rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
+        let rotations = rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+        Ok(Self { model, rotations: Some(rotations), scheme: *scheme })
+    }
+
+    /// `E R1` or `W_head R1`.
+    pub(crate) fn table(&self, t: &Tensor) -> Result<Tensor> {
+        let Some(rotations) = &self.rotations else { return Ok(t.clone()) };
+        let tape = Tape::new();
+        self.narrow(tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?)
+    }
+
+    /// A layer with its weights rotated, not quantised.
+    pub(crate) fn block(&self, i: usize) -> Result<Block> {
+        let (config, block) = (&self.model.config, &self.model.blocks[i]);
+        let Some(rotations) = &self.rotations else { return Ok(Block::clone(block)) };
+        let tape = Tape::new();
+        let r1 = tape.constant(rotations.r1.clone());
+        let r2 = tape.constant(rotations.r2.index(i)?);
+        let exact = self.scheme.unquantized_weights().sites(config.head_dim);
+        let w = Block::new(config, i, block.weights.map(wide)?).rotate(&r1, &r2, &exact, None)?;
+        let narrow = |t| self.narrow(t);
+        let weights = LayerWeights {
+            q: narrow(w.q)?,
+            k: narrow(w.k)?,
+            v: narrow(w.v)?,
+            o: narrow(w.o)?,
+            gate: narrow(w.gate)?,
+            up: narrow(w.up)?,
+            down: narrow(w.down)?,
+        };
+        Ok(Block::new(config, i, weights))
+    }
+
+    fn narrow(&self, t: Var<'_>) -> Result<Tensor> {
+        t.into_value().to_dtype(self.model.dtype())?.to_device(&self.model.device())
+    }
+}
+
+/// In f64, which lives on the CPU.
+fn wide(t: &Tensor) -> Result<Tensor> {
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+}
+
+fn fake_quantize(w: Tensor, spec: &QuantSpec) -> Result<Tensor> {
     let tape = Tape::new();
-    Ok(tape.constant(w).fake_quant(&sites.weight)?.into_value())
+    Ok(tape.constant(w).fake_quant(spec)?.into_value())
 }
 
 fn check_tokens(config: &LlamaConfig, tokens: &[u32], seq: usize, layers: usize) -> Result<()> {

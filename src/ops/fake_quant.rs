@@ -88,12 +88,12 @@ impl Quantized {
 
 /// The codes and grids that [`FakeQuant`] would use. 16-bit tensors are widened first.
 pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
-    fn go<T: GridFloat>(x: &Tensor, group: usize, grid: impl Fn(&[T]) -> Grid<T> + Sync) -> Result<Quantized> {
+    fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec) -> Result<Quantized> {
         let groups: Vec<_> = x
             .as_slice::<T>()?
             .par_chunks(group)
             .map(|g| {
-                let grid = grid(g);
+                let grid = T::grid(spec, g);
                 (grid, g.iter().map(|&v| grid.code(v).to_f64() as i16).collect::<Vec<_>>())
             })
             .collect();
@@ -112,8 +112,8 @@ pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
         return crate::device::cuda::ops::quantize(x, spec, group);
     }
     match x.dtype() {
-        DType::F64 => go::<f64>(x, group, |g| reference_grid(spec, g)),
-        _ => go::<f32>(&x.to_dtype(DType::F32)?, group, |g| cpu::simd(|| fast_grid(spec, g))),
+        DType::F64 => go::<f64>(x, group, spec),
+        _ => go::<f32>(&x.to_dtype(DType::F32)?, group, spec),
     }
 }
 
@@ -161,6 +161,11 @@ fn fast(spec: &QuantSpec, group: usize, y: &mut [f32]) {
             },
         );
     });
+}
+
+/// The grid of one group in single precision.
+pub fn vector_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
+    cpu::simd(|| fast_grid(spec, x))
 }
 
 #[inline(always)]

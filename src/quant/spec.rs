@@ -112,10 +112,12 @@ pub trait GridFloat: crate::device::cpu::Real + std::ops::Div<Output = Self> + s
     fn abs(self) -> Self;
     /// Rounds from double.
     fn of(x: f64) -> Self;
+    /// The grid of a group of values, its clip ratio found where the specification says so.
+    fn grid(spec: &QuantSpec, group: &[Self]) -> Grid<Self>;
 }
 
 macro_rules! grid_float {
-    ($t:ty) => {
+    ($t:ty, $grid:expr) => {
         impl GridFloat for $t {
             #[inline(always)]
             fn round(self) -> Self {
@@ -129,11 +131,14 @@ macro_rules! grid_float {
             fn of(x: f64) -> Self {
                 x as $t
             }
+            fn grid(spec: &QuantSpec, group: &[Self]) -> Grid<Self> {
+                $grid(spec, group)
+            }
         }
     };
 }
-grid_float!(f32);
-grid_float!(f64);
+grid_float!(f32, crate::ops::fake_quant::vector_grid);
+grid_float!(f64, crate::ops::fake_quant::reference_grid);
 
 /// A uniform grid: values `scale · (code − zero)` for codes in `[min, max]`. All arithmetic is in `T`.
 #[derive(Clone, Copy, Debug, PartialEq)]

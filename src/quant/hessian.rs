@@ -1,0 +1,100 @@
+//! The Hessian of a linear layer's squared output error in its weights: `H = (2/n) Σ xᵀ x`.
+
+use crate::device::cpu::{self, Real, Strides};
+use crate::{DType, Device, Error, Result, Tensor};
+
+/// Rows that one `f32` product sums over before it is added up in `f64`.
+const ROWS: usize = 1024;
+/// Rows of H computed at once; what lies right of the diagonal is left out in steps of this.
+const STRIPE: usize = 128;
+
+/// `H = (2/n) Σ xᵀ x [in, in]` over the inputs of a linear layer, added up in `f64`.
+///
+/// For `f64` inputs everything is; for others, `f32` products of at most 1024 rows are. The sum does not depend on the number of
+/// threads.
+///
+/// ```
+/// use spinquant::{Tensor, quant::Hessian};
+/// let mut h = Hessian::new(2);
+/// h.add(&Tensor::from_vec(vec![1f32, 2.0, 3.0, 4.0], [2, 2])?)?;
+/// assert_eq!(h.finish(1)?.to_vec::<f64>()?, [20.0, 28.0, 28.0, 40.0]);
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Hessian {
+    cols: usize,
+    /// The lower triangle of Σ xᵀ x, with some of the upper.
+    sum: Vec<f64>,
+}
+
+impl Hessian {
+    /// For inputs of `cols` channels.
+    pub fn new(cols: usize) -> Self {
+        Self { cols, sum: vec![0.0; cols * cols] }
+    }
+
+    /// Adds inputs `[.., in]`.
+    pub fn add(&mut self, x: &Tensor) -> Result<()> {
+        let n = self.cols;
+        if x.cols() != n {
+            return Err(Error::shape("Hessian", format!("[.., {n}]"), x.shape()));
+        }
+        let x = x.to_device(&Device::Cpu)?;
+        if x.dtype() == DType::F64 {
+            x.as_slice::<f64>()?.chunks(ROWS * n.max(1)).for_each(|x| gram(x, n, &mut self.sum, 1.0));
+            return Ok(());
+        }
+        let x = x.to_dtype(DType::F32)?;
+        let mut part = cpu::alloc(n * n);
+        for x in x.as_slice::<f32>()?.chunks(ROWS * n.max(1)) {
+            gram(x, n, &mut part, 0.0);
+            cpu::map_rows(&mut self.sum, &part, n, n, |first, sum, part| {
+                for (i, (sum, part)) in sum.chunks_mut(n).zip(part.chunks(n)).enumerate() {
+                    let lower = ..=first + i;
+                    sum[lower].iter_mut().zip(&part[lower]).for_each(|(s, p)| *s += f64::from(*p));
+                }
+            });
+        }
+        cpu::recycle(part);
+        Ok(())
+    }
+
+    /// H `[in, in]` in `f64`, both triangles, for inputs from `sequences` sequences (of any length; it is only a scale).
+    ///
+    /// # Errors
+    /// Inputs that were not finite.
+    pub fn finish(self, sequences: usize) -> Result<Tensor> {
+        let Self { cols: n, mut sum } = self;
+        for i in 0..n {
+            for j in 0..=i {
+                let h = 2.0 / sequences.max(1) as f64 * sum[i * n + j];
+                if !h.is_finite() {
+                    return Err(Error::numeric("Hessian", format!("is {h} at ({i}, {j}): an input is not finite or too large")));
+                }
+                (sum[i * n + j], sum[j * n + i]) = (h, h);
+            }
+        }
+        Tensor::from_vec(sum, [n, n])
+    }
+}
+
+/// The lower triangle of `c ← beta c + xᵀ x`, in stripes of rows.
+fn gram<T: Real>(x: &[T], n: usize, c: &mut [T], beta: T) {
+    let rows = x.len() / n.max(1);
+    for i in (0..n).step_by(STRIPE) {
+        let m = STRIPE.min(n - i);
+        let (c, transposed) = (&mut c[i * n..], Strides::new(n, true));
+        cpu::gemm(
+            (m, i + m, rows),
+            c,
+            Strides::new(n, false),
+            beta,
+            &x[i..],
+            transposed,
+            x,
+            Strides::new(n, false),
+            T::ONE,
+            true,
+        );
+    }
+}

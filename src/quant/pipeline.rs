@@ -1,0 +1,298 @@
+//! From a model and rotations to a quantised network, layer by layer.
+//!
+//! For quantisers that need Hessians, calibration text runs through the network once. Every layer is fed by the already quantised
+//! ones, and inside a layer q, k, v are quantised first, then o, then gate and up, then down, each on what its quantised predecessors
+//! make of the text. Inputs are the rotated ones: o's values in R2's basis, down's input after R4.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use crate::data::{self, Windows};
+use crate::device::cpu;
+use crate::llama::{Block, LayerWeights, Llama, Merged, Merger, Run};
+use crate::quant::{Hessian, QuantizedLinear, Scheme, WeightQuantizer};
+use crate::rotation::Rotations;
+use crate::{Error, Result, Tape, Tensor, Var};
+
+/// Tokens that go through a layer at once.
+const TOKENS_AT_ONCE: usize = 4096;
+
+/// The text that Hessians are measured on.
+#[derive(Clone, Debug)]
+pub struct Calibration<'a> {
+    /// Where it comes from.
+    pub text: &'a Windows,
+    /// Which windows.
+    pub windows: Vec<usize>,
+    /// Quantise activations, K and V as the scheme says while calibrating. As published, they are not.
+    pub quantize_activations: bool,
+    /// Sequences that go through a layer at once; changes only rounding.
+    pub at_once: usize,
+}
+
+impl<'a> Calibration<'a> {
+    /// The first `count` windows of a text.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there are fewer: says how many there are.
+    pub fn first(text: &'a Windows, count: usize) -> Result<Self> {
+        if count == 0 || count > text.len() {
+            let message = format!("expected 1 to {} windows of {} tokens, got {count}", text.len(), text.seq_len());
+            return Err(Error::argument("calibration", format!("{message}; the text has no more")));
+        }
+        let at_once = (TOKENS_AT_ONCE / text.seq_len()).max(1);
+        Ok(Self { text, windows: (0..count).collect(), quantize_activations: false, at_once })
+    }
+
+    /// `count` different windows of a text, drawn by `seed`.
+    pub fn random(text: &'a Windows, count: usize, seed: u64) -> Result<Self> {
+        let windows = data::Sampler::new((0..text.len()).collect(), count.clamp(1, text.len()), seed)?.step(0);
+        Ok(Self { windows, ..Self::first(text, count)? })
+    }
+
+    /// The same with activations, K and V quantised or not.
+    pub fn quantize_activations(self, on: bool) -> Self {
+        Self { quantize_activations: on, ..self }
+    }
+}
+
+/// A layer's seven linears, quantised: what there is to keep of it.
+#[derive(Clone, Debug)]
+pub struct QuantizedLayer {
+    /// Which layer, from 0.
+    pub index: usize,
+    /// In the order of [`LayerWeights::NAMES`].
+    pub linears: [QuantizedLinear; 7],
+}
+
+impl QuantizedLayer {
+    /// The weights to run with.
+    pub fn weights(&self) -> LayerWeights {
+        LayerWeights::from_array(self.linears.each_ref().map(|l| l.weight.clone()))
+    }
+}
+
+/// Keeps quantised layers, so that an interrupted run can go on where it stopped. `()` keeps nothing.
+pub trait LayerStore {
+    /// A layer saved earlier, by the same run; asked for from layer 0 on until there is none.
+    fn load(&mut self, index: usize) -> Result<Option<QuantizedLayer>>;
+    /// Called with every new layer, in order.
+    fn save(&mut self, layer: &QuantizedLayer) -> Result<()>;
+}
+
+impl LayerStore for () {
+    fn load(&mut self, _: usize) -> Result<Option<QuantizedLayer>> {
+        Ok(None)
+    }
+    fn save(&mut self, _: &QuantizedLayer) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What happened to one layer, as told to the callback.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerReport {
+    /// Layers done, this one included.
+    pub done: usize,
+    /// Layers in all.
+    pub layers: usize,
+    /// The layer came from the [`LayerStore`].
+    pub loaded: bool,
+    /// The largest damping that a linear of this layer was given, where one was: more than asked for if a Hessian was not positive
+    /// definite.
+    pub damping: Option<f64>,
+    /// Wall-clock time of this layer.
+    pub seconds: f64,
+}
+
+/// Merges rotations into the weights as [`Llama::merge`] does, and quantises them by `quantizer` on `calibration` text (which a
+/// quantiser that needs no Hessian does without). `None`: the plain network, no R3 and no R4 either.
+///
+/// Hidden states of all calibration tokens T are kept: T·(C + max(H·D, F)) values at most. `progress` hears of every layer and may
+/// stop the run, after the layer was saved.
+///
+/// # Errors
+/// Rotations that do not fit the model; no calibration text where it is needed; what the quantiser and the store report;
+/// [`Error::Interrupted`] when stopped.
+#[allow(clippy::too_many_arguments)]
+pub fn quantize_weights(
+    model: &Llama,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    quantizer: &dyn WeightQuantizer,
+    calibration: Option<&Calibration<'_>>,
+    store: &mut dyn LayerStore,
+    mut progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
+) -> Result<Merged> {
+    let layers = model.config.layers;
+    let scheme = if rotations.is_some() { *scheme } else { scheme.online(crate::quant::Online::NONE) };
+    let calibrate = quantizer.needs_hessian() && scheme.weight_bits < 16;
+    let mut saved = vec![];
+    while saved.len() < layers
+        && let Some(layer) = store.load(saved.len())?
+    {
+        saved.push(layer);
+    }
+    let mut stream = match calibration {
+        _ if !calibrate || saved.len() == layers => None,
+        Some(c) => Some(Stream::new(model, rotations, &scheme, c)?),
+        None => return Err(Error::argument("calibration", format!("{} needs calibration text, got none", quantizer.name()))),
+    };
+    let mut saved = saved.into_iter();
+    let merged = model.merge_with(rotations, &scheme, |block, spec| {
+        let start = Instant::now();
+        let index = block.index;
+        let last = index + 1 == layers;
+        let (layer, loaded) = match saved.next() {
+            Some(layer) => (layer, true),
+            None => {
+                let linears = match &mut stream {
+                    _ if !spec.is_active() => all(&block.weights).map(QuantizedLinear::exact),
+                    Some(stream) => stream.quantize(block, |w, h| quantizer.quantize(w, spec, Some(h)))?,
+                    None => seven(quantizer.quantize(&all(&block.weights), spec, None)?)?,
+                };
+                (QuantizedLayer { index, linears }, false)
+            }
+        };
+        let weights = layer.weights();
+        if let Some(stream) = stream.as_mut().filter(|_| !last) {
+            stream.pass(&Block::new(&model.config, index, weights.clone()), loaded)?;
+        }
+        if !loaded {
+            store.save(&layer)?;
+        }
+        let damping = layer.linears.iter().filter_map(|l| l.damping).reduce(f64::max);
+        let seconds = start.elapsed().as_secs_f64();
+        match progress(&LayerReport { done: index + 1, layers, loaded, damping, seconds }) {
+            ControlFlow::Break(()) if !last => Err(Error::Interrupted { step: index + 1 }),
+            _ => Ok(weights),
+        }
+    });
+    if stream.take().is_some() {
+        cpu::trim(); // what comes next uses other shapes
+    }
+    merged
+}
+
+/// A layer's weights in the order of [`LayerWeights::NAMES`].
+fn all(w: &LayerWeights) -> [&Tensor; 7] {
+    [&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down]
+}
+
+fn seven(linears: Vec<QuantizedLinear>) -> Result<[QuantizedLinear; 7]> {
+    linears.try_into().map_err(|l: Vec<_>| Error::argument("weight quantiser", format!("expected 7 results, got {}", l.len())))
+}
+
+/// The calibration text on its way through the network, some sequences at a time.
+struct Stream {
+    run: Run,
+    sequences: usize,
+    /// The hidden states `[tokens, C]` in front of the current layer, behind attention once o is quantised.
+    x: Vec<Tensor>,
+    /// The input of o, then that of down, of the weights quantised so far.
+    inner: Vec<Tensor>,
+}
+
+impl Stream {
+    fn new(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, c: &Calibration<'_>) -> Result<Self> {
+        let seq = c.text.seq_len();
+        if c.windows.is_empty() || c.at_once == 0 || c.windows.iter().any(|&w| w >= c.text.len()) {
+            let message = format!("expected windows below {}, at least one and one at once", c.text.len());
+            return Err(Error::argument("calibration", message));
+        }
+        let scheme = match c.quantize_activations {
+            true => *scheme,
+            false => Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..*scheme },
+        };
+        let table = Merger::new(model, rotations, &scheme)?.table(&model.embedding)?;
+        let embed = |windows: &[usize]| {
+            let tape = Tape::new();
+            Ok(tape.constant(table.clone()).embedding(c.text.batch(windows).into())?.into_value())
+        };
+        let x = c.windows.chunks(c.at_once).map(embed).collect::<Result<_>>()?;
+        Ok(Self { run: model.run(&scheme, seq)?, sequences: c.windows.len(), x, inner: vec![] })
+    }
+
+    /// Quantises a layer group by group; afterwards `x` and `inner` hold what its output is made of.
+    fn quantize(
+        &mut self,
+        block: &Block,
+        quantize: impl Fn(&[&Tensor], &Tensor) -> Result<Vec<QuantizedLinear>>,
+    ) -> Result<[QuantizedLinear; 7]> {
+        let (w, run, n) = (&block.weights, &self.run, self.sequences);
+        let mut done: Vec<QuantizedLinear> = Vec::with_capacity(7);
+
+        let mut h = Hessian::new(w.q.cols());
+        for x in &self.x {
+            h.add(&value(|t| block.attention_input(t.constant(x.clone()), run))?)?;
+        }
+        done.extend(quantize(&[&w.q, &w.k, &w.v], &h.finish(n)?)?);
+
+        let mut h = Hessian::new(w.o.cols());
+        self.attend(block, [&done[0].weight, &done[1].weight, &done[2].weight], |a| h.add(a))?;
+        done.extend(quantize(&[&w.o], &h.finish(n)?)?);
+
+        let mut h = Hessian::new(w.gate.cols());
+        self.add(&done[3].weight)?;
+        for x in &self.x {
+            h.add(&value(|t| block.mlp_input(t.constant(x.clone()), &self.run))?)?;
+        }
+        done.extend(quantize(&[&w.gate, &w.up], &h.finish(n)?)?);
+
+        let mut h = Hessian::new(w.down.cols());
+        self.gate(block, [&done[4].weight, &done[5].weight], |m| h.add(m))?;
+        done.extend(quantize(&[&w.down], &h.finish(n)?)?);
+        seven(done)
+    }
+
+    /// Moves on behind a layer: all of it, or what [`Stream::quantize`] has left to do.
+    fn pass(&mut self, block: &Block, whole: bool) -> Result<()> {
+        let w = &block.weights;
+        if whole {
+            self.attend(block, [&w.q, &w.k, &w.v], |_| Ok(()))?;
+            self.add(&w.o)?;
+            self.gate(block, [&w.gate, &w.up], |_| Ok(()))?;
+        }
+        self.add(&w.down)
+    }
+
+    /// `inner` becomes the input of o, which is shown to `see`.
+    fn attend(&mut self, block: &Block, w: [&Tensor; 3], mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        for x in &self.x {
+            let a = value(|t| {
+                let [q, k, v] = w.map(|w| t.constant(w.clone()));
+                block.attend(block.attention_input(t.constant(x.clone()), &self.run)?, q, k, v, &self.run)
+            })?;
+            see(&a)?;
+            self.inner.push(a);
+        }
+        Ok(())
+    }
+
+    /// `inner` becomes the input of down, which is shown to `see`.
+    fn gate(&mut self, block: &Block, w: [&Tensor; 2], mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        for x in &self.x {
+            let m = value(|t| {
+                let [gate, up] = w.map(|w| t.constant(w.clone()));
+                block.gated(block.mlp_input(t.constant(x.clone()), &self.run)?, gate, up, &self.run)
+            })?;
+            see(&m)?;
+            self.inner.push(m);
+        }
+        Ok(())
+    }
+
+    /// `x ← x + inner Wᵀ`; `inner` is used up.
+    fn add(&mut self, w: &Tensor) -> Result<()> {
+        for (x, inner) in self.x.iter_mut().zip(self.inner.drain(..)) {
+            *x = value(|t| t.constant(x.clone()).add(t.constant(inner).linear(t.constant(w.clone()))?))?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs a computation without gradients.
+fn value(f: impl for<'t> FnOnce(&'t Tape) -> Result<Var<'t>>) -> Result<Tensor> {
+    let tape = Tape::new();
+    Ok(f(&tape)?.into_value())
+}
