@@ -9,7 +9,7 @@ use crate::llama::{LayerWeights, LlamaConfig};
 use crate::ops::attention::attention;
 use crate::ops::rope::Rope;
 use crate::quant::{Site, Sites};
-use crate::{Result, Tensor, Var};
+use crate::{Error, Result, Tensor, Var};
 
 /// A layer's frozen weights, RMSNorm gains folded in, not rotated.
 #[derive(Clone, Debug)]
@@ -22,6 +22,8 @@ pub struct Block {
     kv_heads: usize,
     head_dim: usize,
     eps: f64,
+    /// Gains of the two norms where they are not folded into the weights.
+    gains: Option<[Tensor; 2]>,
 }
 
 /// The weights a layer runs with: rotated and quantised, on a tape.
@@ -65,12 +67,31 @@ impl Block {
     /// Layer `index` of a model of this configuration.
     pub fn new(config: &LlamaConfig, index: usize, weights: LayerWeights) -> Self {
         let LlamaConfig { heads, kv_heads, head_dim, rms_norm_eps: eps, .. } = *config;
-        Self { weights, index, heads, kv_heads, head_dim, eps }
+        Self { weights, index, heads, kv_heads, head_dim, eps, gains: None }
+    }
+
+    /// The same layer with other weights.
+    pub fn with_weights(&self, weights: LayerWeights) -> Self {
+        Self { weights, ..self.clone() }
+    }
+
+    /// The same layer with gains `[C]` of its two norms that are *not* folded into the weights. It cannot be rotated: a gain does not
+    /// commute with R1.
+    pub fn with_gains(self, gains: [Tensor; 2]) -> Self {
+        Self { gains: Some(gains), ..self }
+    }
+
+    /// Gains of the two norms where they are not folded into the weights.
+    pub fn gains(&self) -> Option<&[Tensor; 2]> {
+        self.gains.as_ref()
     }
 
     /// Rotates and quantises the weights. Gradients flow to `r1` [C, C] and `r2` [D, D]. Given the number of input rows, unquantised
     /// weights may be left unrotated where rotating the input instead is cheaper ([`RotatedWeights::leave`]).
     pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
+        if self.gains.is_some() {
+            return Err(Error::argument("rotation", "the gains of this layer's norms are not folded into its weights"));
+        }
         let tape = r1.tape();
         let constant = |w: &Tensor| tape.constant(w.clone());
         let w = &self.weights;
@@ -115,7 +136,7 @@ impl Block {
 
     /// The input of q, k and v.
     pub fn attention_input<'t>(&self, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        self.quantized(Site::AttentionInput, x.rms_norm(self.eps)?, run)
+        self.quantized(Site::AttentionInput, self.norm(x, 0)?, run)
     }
 
     /// The input of o `[tokens, H·D]`, values in R2's basis.
@@ -131,13 +152,17 @@ impl Block {
 
     /// The input of gate and up.
     pub fn mlp_input<'t>(&self, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        self.quantized(Site::MlpInput, x.rms_norm(self.eps)?, run)
+        self.quantized(Site::MlpInput, self.norm(x, 1)?, run)
     }
 
     /// The input of down `[tokens, F]`, after R4.
     pub fn gated<'t>(&self, h: Var<'t>, gate: Var<'t>, up: Var<'t>, run: &Run) -> Result<Var<'t>> {
         let m = h.clone().linear(gate)?.swiglu(h.linear(up)?)?;
         self.rotated(Site::DownInput, run.sites.online.r4, m, run) // R4
+    }
+
+    fn norm<'t>(&self, x: Var<'t>, which: usize) -> Result<Var<'t>> {
+        x.rms_norm_gain(self.eps, self.gains.as_ref().map(|g| &g[which]))
     }
 
     fn quantized<'t>(&self, site: Site, x: Var<'t>, run: &Run) -> Result<Var<'t>> {

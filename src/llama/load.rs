@@ -312,13 +312,25 @@ impl Source {
 
     /// The linears of layer `l`, read in parallel.
     pub fn layer(&self, l: usize, dtype: DType) -> Result<LayerWeights> {
+        Ok(self.read_layer(l, dtype, true)?.0)
+    }
+
+    /// The linears of layer `l` as they are, and the gains of its two norms, `[C]` each, that [`Source::layer`] would fold.
+    pub fn plain_layer(&self, l: usize, dtype: DType) -> Result<(LayerWeights, [Tensor; 2])> {
+        self.read_layer(l, dtype, false)
+    }
+
+    fn read_layer(&self, l: usize, dtype: DType, fold: bool) -> Result<(LayerWeights, [Tensor; 2])> {
         let [first, second] = NORMS.map(|norm| self.gain(&format!("model.layers.{l}.{norm}")));
         let gains = [first?, second?];
         let read = |(&(part, norm), shape): (&(&str, Option<usize>), [usize; 2])| {
-            self.entry(&format!("model.layers.{l}.{part}"), &shape)?.read(dtype, norm.map(|i| &gains[i][..]))
+            let gain = norm.filter(|_| fold).map(|i| &gains[i][..]);
+            self.entry(&format!("model.layers.{l}.{part}"), &shape)?.read(dtype, gain)
         };
         let tensors = LINEARS.par_iter().zip(self.config.linear_shapes()).map(read).collect::<Result<Vec<_>>>()?;
-        Ok(LayerWeights::from_array(tensors.try_into().expect("seven of them")))
+        let weights = LayerWeights::from_array(tensors.try_into().expect("seven of them"));
+        let [first, second] = gains.map(|g| Tensor::from_vec(g, [self.config.hidden_size])?.to_dtype(dtype));
+        Ok((weights, [first?, second?]))
     }
 }
 

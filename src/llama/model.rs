@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::data;
 use crate::llama::block::{Block, RotatedWeights, Run};
-use crate::llama::{LayerWeights, LlamaConfig, Weights};
+use crate::llama::{LayerWeights, LlamaConfig, Source, Weights};
 use crate::ops::rope::Rope;
 use crate::quant::{Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
@@ -75,6 +75,22 @@ impl Llama {
         Self::new(config, weights)?.to_device(device)
     }
 
+    /// The same with every gain left where it is: the model as it runs without rotations, which is what quantising without them is
+    /// compared on. It cannot be rotated.
+    pub fn load_plain(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        let dir = dir.as_ref();
+        let config = LlamaConfig::from_file(dir.join("config.json"))?;
+        let source = Source::open(dir, &config)?;
+        let block = |l| {
+            let (weights, gains) = source.plain_layer(l, dtype)?;
+            Ok(Arc::new(Block::new(&config, l, weights).with_gains(gains)))
+        };
+        let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
+        // The head is never quantised: folding the final gain into it changes nothing.
+        let (embedding, head) = (source.embedding(dtype)?, source.head(dtype)?);
+        Self { config, embedding, head, blocks }.to_device(device)
+    }
+
     /// A model of given weights.
     pub fn new(config: LlamaConfig, weights: Weights) -> Result<Self> {
         config.validate()?;
@@ -93,7 +109,11 @@ impl Llama {
         }
         let block = |b: &Arc<Block>| {
             let weights = b.weights.map(|w| w.to_device(device))?;
-            Ok(Arc::new(Block::new(&self.config, b.index, weights)))
+            let block = b.with_weights(weights);
+            Ok(Arc::new(match b.gains() {
+                Some([first, second]) => block.with_gains([first.to_device(device)?, second.to_device(device)?]),
+                None => block,
+            }))
         };
         Ok(Self {
             embedding: self.embedding.to_device(device)?,
@@ -182,7 +202,7 @@ impl Llama {
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for i in 0..self.blocks.len() {
             let block = merger.block(i)?;
-            blocks.push(Block::new(&self.config, i, quantize(&block, &spec)?));
+            blocks.push(block.with_weights(quantize(&block, &spec)?));
         }
         let (embedding, head) = (merger.table(&self.embedding)?, merger.table(&self.head)?);
         Ok(Merged { config: self.config.clone(), scheme: merger.scheme, embedding, head, blocks })
@@ -223,7 +243,7 @@ impl<'a> Merger<'a> {
         let r1 = tape.constant(rotations.r1.clone());
         let r2 = tape.constant(rotations.r2.index(i)?);
         let exact = self.scheme.unquantized_weights().sites(config.head_dim);
-        let w = Block::new(config, i, block.weights.map(wide)?).rotate(&r1, &r2, &exact, None)?;
+        let w = block.with_weights(block.weights.map(wide)?).rotate(&r1, &r2, &exact, None)?;
         let narrow = |t| self.narrow(t);
         let weights = LayerWeights {
             q: narrow(w.q)?,
@@ -234,7 +254,7 @@ impl<'a> Merger<'a> {
             up: narrow(w.up)?,
             down: narrow(w.down)?,
         };
-        Ok(Block::new(config, i, weights))
+        Ok(block.with_weights(weights))
     }
 
     fn narrow(&self, t: Var<'_>) -> Result<Tensor> {

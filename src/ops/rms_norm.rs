@@ -1,16 +1,19 @@
-//! Root-mean-square normalisation of every row, without a gain (gains are folded into the linear layers that follow):
-//! `y = x r`, `r = 1/√(mean(x²) + ε)` (Zhang & Sennrich 2019). Backward: `dx = r (dy − y mean(dy · y))`.
+//! Root-mean-square normalisation of every row: `y = x r`, `r = 1/√(mean(x²) + ε)` (Zhang & Sennrich 2019). Backward:
+//! `dx = r (dy − y mean(dy · y))`. Gains are usually folded into the linear layers that follow; a constant gain g, `y = x r g`, is there
+//! for networks that are to run as they are.
 
 use crate::device::{Device, cpu};
 use crate::ops::{Case, randn, unsupported, widened, widened_backward};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
-use crate::{DType, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps x and r of every row.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RmsNorm {
     /// Added to the mean square, inside the root.
     pub eps: f64,
+    /// Multiplies every row, `[cols]` in the type and on the device of the operand; it gets no gradient.
+    pub gain: Option<Tensor>,
 }
 
 impl Op for RmsNorm {
@@ -20,20 +23,24 @@ impl Op for RmsNorm {
     fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         let shape = x.shape().to_vec();
+        if let Some(g) = self.gain.as_ref().filter(|g| g.shape() != [x.cols()]) {
+            return Err(Error::shape("rms_norm: gain", format!("[{}]", x.cols()), g.shape()));
+        }
         let (y, inverse) = match (x.device(), x.dtype()) {
             (Device::Cpu, DType::F64) => {
                 let (y, inverse) = reference(x.as_slice()?, x.cols(), self.eps);
-                (Tensor::from_vec(y, shape)?, Tensor::from_vec(inverse, [x.rows()])?)
+                (self.times_gain::<f64>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
             }
             (Device::Cpu, DType::F32) => {
                 let (y, inverse) = fast(x.as_slice()?, x.cols(), self.eps as f32);
-                (Tensor::from_vec(y, shape)?, Tensor::from_vec(inverse, [x.rows()])?)
+                (self.times_gain::<f32>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
             }
             (Device::Cpu, DType::F16 | DType::BF16) => return widened(self, vec![x].into(), save),
             #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_forward(&x, self.eps)?,
+            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_forward(&x, self.gain.as_ref(), self.eps)?,
             _ => return Err(unsupported(self, &x)),
         };
+        let y = y.reshape(shape)?;
         if save.wants(0) {
             save.push(x);
             save.push(inverse);
@@ -49,24 +56,42 @@ impl Op for RmsNorm {
         let cols = dy.cols();
         Ok(vec![Some(match (dy.device(), dy.dtype()) {
             (Device::Cpu, DType::F64) => {
+                let dy = self.times_gain::<f64>(dy.into_owned()?)?;
                 Tensor::from_vec(reference_backward(dy.as_slice()?, x.as_slice()?, inverse.as_slice()?, cols), shape)?
             }
             (Device::Cpu, DType::F32) => {
-                let mut dx = dy.into_owned::<f32>()?;
+                let mut dx = self.times_gain::<f32>(dy.into_owned()?)?.into_owned::<f32>()?;
                 fast_backward(&mut dx, x.as_slice()?, inverse.as_slice()?, cols);
                 Tensor::from_vec(dx, shape)?
             }
             #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_backward(dy, &x, &inverse)?,
+            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_backward(dy, &x, self.gain.as_ref(), &inverse)?,
             _ => return Err(unsupported(self, &dy)),
         })])
+    }
+}
+
+impl RmsNorm {
+    /// Rows of values times the gain, as one flat tensor.
+    fn times_gain<T: cpu::Real>(&self, mut y: Vec<T>) -> Result<Tensor> {
+        if let Some(gain) = &self.gain {
+            let gain = gain.to_dtype(T::DTYPE)?;
+            let g = gain.as_slice::<T>()?;
+            y.chunks_mut(g.len().max(1)).for_each(|row| row.iter_mut().zip(g).for_each(|(y, &g)| *y = *y * g));
+        }
+        let n = y.len();
+        Tensor::from_vec(y, [n])
     }
 }
 
 impl Var<'_> {
     /// Divides every row (last axis) by the root of its mean square plus `eps`.
     pub fn rms_norm(self, eps: f64) -> Result<Self> {
-        self.tape().record(RmsNorm { eps }, vec![self])
+        self.tape().record(RmsNorm { eps, gain: None }, vec![self])
+    }
+    /// The same times a constant gain `[cols]`, where there is one.
+    pub fn rms_norm_gain(self, eps: f64, gain: Option<&Tensor>) -> Result<Self> {
+        self.tape().record(RmsNorm { eps, gain: gain.cloned() }, vec![self])
     }
 }
 
@@ -132,7 +157,18 @@ pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], eps: f64| {
         Case::new("rms_norm", name, vec![randn(shape, 21)], move |mut v| v.remove(0).rms_norm(eps))
     };
+    let gain = |name: &str, shape: &[usize]| {
+        let g = randn([shape[shape.len() - 1]], 22).to_dtype(DType::BF16).expect("a float type");
+        Case::new("rms_norm", name, vec![randn(shape, 23)], move |mut v| {
+            let x = v.remove(0);
+            // The gain of the precision and device under test, rounded alike for all of them.
+            let g = g.to_dtype(x.value().dtype())?.to_device(&x.value().device())?;
+            x.rms_norm_gain(1e-5, Some(&g))
+        })
+    };
     vec![
+        gain("gain", &[5, 24]),
+        gain("gain, one odd row", &[1, 37]),
         case("one value", &[1], 0.5),
         case("one row", &[1, 24], 1e-5),
         case("odd", &[3, 37], 1e-6),

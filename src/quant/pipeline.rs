@@ -156,7 +156,7 @@ pub fn quantize_weights(
         };
         let weights = layer.weights();
         if let Some(stream) = stream.as_mut().filter(|_| !last) {
-            stream.pass(&Block::new(&model.config, index, weights.clone()), loaded)?;
+            stream.pass(&block.with_weights(weights.clone()), loaded)?;
         }
         if !loaded {
             store.save(&layer)?;

@@ -255,27 +255,36 @@ pub(crate) fn quantize(x: &Tensor, spec: &QuantSpec, group: usize) -> Result<Qua
     Ok(Quantized { shape: x.shape().to_vec(), group, codes, scale: scale.to_device(&cpu)?, zero: zero.to_device(&cpu)? })
 }
 
+/// The address of a gain of the right type, or null.
+fn gain_of(gain: Option<&Tensor>, dtype: DType) -> Result<*const c_void> {
+    match gain {
+        None => Ok(std::ptr::null()),
+        Some(g) if g.dtype() == dtype => Ok(ptr(g)?),
+        Some(g) => Err(Error::dtype("rms_norm: gain", dtype, g.dtype())),
+    }
+}
+
 /// y and 1/rms of every row.
-pub(crate) fn rms_norm_forward(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+pub(crate) fn rms_norm_forward(x: &Tensor, gain: Option<&Tensor>, eps: f64) -> Result<(Tensor, Tensor)> {
     let d = device(x)?;
     let x = aligned(x.clone())?;
     let (y, inverse) = (d.alloc(x.shape(), x.dtype())?, d.alloc(&[x.rows()], DType::F32)?);
     let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
-    let none = std::ptr::null();
+    let gain = gain_of(gain, x.dtype())?;
     // SAFETY: sizes as declared.
     d.launch("rms_norm", |s| unsafe {
-        ffi::sq_rms_norm_forward(ptr_of(&y), ptr_of(&inverse).cast(), ptr_of(&x), none, rows, cols, eps as f32, dtype, s)
+        ffi::sq_rms_norm_forward(ptr_of(&y), ptr_of(&inverse).cast(), ptr_of(&x), gain, rows, cols, eps as f32, dtype, s)
     })?;
     Ok((y, inverse))
 }
 
 /// dx, in place of dy when unshared.
-pub(crate) fn rms_norm_backward(dy: Tensor, x: &Tensor, inverse: &Tensor) -> Result<Tensor> {
+pub(crate) fn rms_norm_backward(dy: Tensor, x: &Tensor, gain: Option<&Tensor>, inverse: &Tensor) -> Result<Tensor> {
     let d = device(x)?;
     let (mut dy, x) = (aligned(dy)?, aligned(x.clone())?);
     let dx = in_place(&mut dy)?;
     let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
-    let (none, no_gain) = (std::ptr::null(), std::ptr::null_mut());
+    let (gain, no_gain) = (gain_of(gain, x.dtype())?, std::ptr::null_mut());
     // SAFETY: sizes as declared; in place is allowed.
     d.launch("rms_norm backward", |s| unsafe {
         ffi::sq_rms_norm_backward(
@@ -283,7 +292,7 @@ pub(crate) fn rms_norm_backward(dy: Tensor, x: &Tensor, inverse: &Tensor) -> Res
             no_gain,
             ptr_of(&dy),
             ptr_of(&x),
-            none,
+            gain,
             ptr_of(inverse).cast(),
             rows,
             cols,
