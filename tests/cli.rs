@@ -374,7 +374,7 @@ fn bad_arguments() {
     let place = Place::new();
     std::fs::write(place.path("R.safetensors"), "an earlier result").unwrap();
     let learn = |rest: &str, parts: &[&str]| {
-        place.fails(&format!("{LEARN} --steps 2 {rest}"), parts);
+        place.fails(&format!("{LEARN} {rest}"), parts);
         assert_eq!(place.read("R.safetensors"), b"an earlier result");
     };
     std::fs::write(place.path("short.txt"), "w1 w2 w3").unwrap();
@@ -396,9 +396,10 @@ fn bad_arguments() {
     learn("--optimizer adam", &["optimizer: expected cayley or cayley-parity, got \"adam\""]);
     learn("--schedule step", &["expected constant, linear or cosine, got \"step\""]);
     learn("--steps 0", &["at least 1"]);
-    learn("--batch 0", &["at least 1"]);
-    learn("--held-out 100", &["held-out windows: expected fewer than the text has (100), got 100"]);
-    learn("--batch 93", &["batch", "(92), got 93"]);
+    learn("--micro-batch 0", &["at least 1"]);
+    place.fails(&LEARN.replace("--batch 4", "--batch 0"), &["at least 1"]);
+    place.fails(&LEARN.replace("--batch 4", "--batch 93"), &["batch", "(92), got 93"]);
+    place.fails(&LEARN.replace("--held-out 8", "--held-out 100"), &["held-out windows", "(100), got 100"]);
     learn("--start none", &["--start", "nothing to learn"]);
     learn("--lr=-1", &["learning rate", "-1"]);
 

@@ -291,16 +291,23 @@ const SEQ: usize = 12;
 fn learnable(dtype: DType) -> (Llama, Windows) {
     let c = LlamaConfig { vocab_size: 32, ..config([4, 2], 8, 24, 56) };
     let mut w = Weights::random(&c, 5).unwrap();
-    // Channels 3 and 17 are large; the head makes a sharp choice.
-    let outliers = |t: &Tensor, factor: f64| {
-        let x = values(t).into_iter().enumerate().map(|(i, x)| if [3, 17].contains(&(i % 24)) { factor * x } else { x });
+    // Channels 3 and 17 are large and say nothing, as trained models have them: they spoil the grid of all others.
+    let columns = |t: &Tensor, f: &dyn Fn(usize, f64) -> f64| {
+        let x = values(t).into_iter().enumerate().map(|(i, x)| f(i % 24, x));
         Tensor::from_vec(x.collect::<Vec<_>>(), t.shape()).unwrap()
     };
-    w.embedding = outliers(&w.embedding, 12.0);
-    w.head = scale(3.0, outliers(&w.head, 0.5)).unwrap();
+    let loud = |channel: usize| [3, 17].contains(&channel);
+    w.embedding = columns(&w.embedding, &|i, x| if loud(i) { 1.5 } else { x });
+    let read = |t: &Tensor, gain: f64| columns(t, &|i, x| if loud(i) { 0.0 } else { gain * x });
+    w.head = read(&w.head, 5.0);
+    for l in &mut w.layers {
+        for t in [&mut l.q, &mut l.k, &mut l.v, &mut l.gate, &mut l.up] {
+            *t = read(t, 2.0);
+        }
+    }
     let m = Llama::new(c, w).unwrap();
     let plain = m.merge(None, &FULL).unwrap();
-    let (windows, v) = (96, m.config.vocab_size);
+    let (windows, v) = (240, m.config.vocab_size);
     let dice = values(&ops::randn([windows * SEQ, v], 6));
     let mut text = tokens(&m, windows * SEQ, 7);
     for at in 1..SEQ {
@@ -327,22 +334,31 @@ fn run(m: &Llama, w: &Windows, o: &mut dyn Optimizer, options: &LearnOptions, st
     (learned, reports)
 }
 
+/// With 24 channels and straight-through gradients a single run is a matter of luck; the mean of a few is not.
 #[test]
 fn learning_helps_text_it_has_not_seen() {
     let (m, w) = learnable(DType::F32);
-    for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
-        let (learned, reports) = run(&m, &w, &mut CayleySgd::new(Mode::Default), &options(scheme, 40), 0);
+    let o = LearnOptions { batch: 24, micro_batch: 24, learning_rate: 0.1, ..options(Scheme::new(16, 3, 16), 40) };
+    let runs = (0..6).map(|seed| {
+        let mut reports = vec![];
+        let learned = learn(&m, &w, hadamard(&m, seed), &mut CayleySgd::new(Mode::Default), &o, |r| {
+            reports.push(*r);
+            ControlFlow::Continue(())
+        });
         let learned = learned.unwrap();
-        let (first, last) = (learned.held_out_first, learned.held_out_last);
-        println!("{scheme}: held out {first:.4} -> {last:.4}");
-        assert!(last < first - 0.02, "{scheme}: held out {first} -> {last}");
+        println!("held out {:.4} -> {:.4}", learned.held_out_first, learned.held_out_last);
         assert_eq!((reports.len(), reports[0].loss, reports[39].loss), (40, learned.loss_first, learned.loss_last));
         // Orthogonal after every step, by the optimiser's account and by ours.
         assert!(reports.iter().all(|r| r.orthogonality_error <= 1e-6));
         assert!(learned.orthogonality_error > 0.0 && learned.orthogonality_error <= 1e-6);
         assert_eq!(learned.rotations.r1.dtype(), DType::F32);
         learned.rotations.check(24, 8, 2, 1e-6).unwrap();
-    }
+        [learned.held_out_first, learned.held_out_last]
+    });
+    let runs: Vec<_> = runs.collect();
+    let [first, last] = [0, 1].map(|i| runs.iter().map(|r| r[i]).sum::<f64>() / runs.len() as f64);
+    println!("mean {first:.4} -> {last:.4}");
+    assert!(last < 0.95 * first, "held out {first} -> {last}");
 }
 
 #[test]
@@ -475,7 +491,7 @@ fn a_state_of_another_run_is_refused() {
     ] {
         says(run(&m, &w, &mut cayley(), &other, 0).0, &["state", "saved by another run", &format!("{field} was ")]);
     }
-    let half = Windows::new(w.batch(&(0..48).collect::<Vec<_>>()), SEQ).unwrap();
+    let half = Windows::new(w.batch(&(0..120).collect::<Vec<_>>()), SEQ).unwrap();
     says(run(&m, &half, &mut cayley(), &o, 0).0, &["saved by another run"]);
     let mut text = w.batch(&(0..w.len()).collect::<Vec<_>>());
     text[5] ^= 1;
@@ -538,7 +554,7 @@ fn learning_refuses_what_does_not_fit() {
     says(from(crooked, &o), &["R1 is not orthogonal", "max|RᵀR−I| = 2.0e-2"]);
     let start = || hadamard(&m, 1);
     says(from(start(), &LearnOptions { steps: 0, ..o.clone() }), &["at least 1"]);
-    says(from(start(), &LearnOptions { batch: 80, ..o.clone() }), &["batch", "(72), got 80"]);
-    says(from(start(), &LearnOptions { held_out: 96, ..o.clone() }), &["held-out windows", "(96), got 96"]);
+    says(from(start(), &LearnOptions { batch: 250, ..o.clone() }), &["batch", "(216), got 250"]);
+    says(from(start(), &LearnOptions { held_out: 240, ..o.clone() }), &["held-out windows", "(240), got 240"]);
     says(from(start(), &LearnOptions { learning_rate: f64::NAN, ..o }), &["learning rate", "NaN"]);
 }
