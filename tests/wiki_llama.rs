@@ -30,7 +30,8 @@ fn setup(windows: usize) -> Option<(Llama, Windows)> {
     let model = Llama::load(&dir, DType::F32, &Device::Cpu).unwrap();
     // Windows take some 70 KB of the text; a cut changes no token before the last words.
     let text = read_text(text).unwrap();
-    let text = &text[..text.floor_char_boundary(8 * CONTEXT * windows)];
+    let end = (0..8 * CONTEXT * windows).rev().find(|&i| text.is_char_boundary(i)).unwrap();
+    let text = &text[..end];
     let tokens = Tokenizer::from_dir(&dir).unwrap().encode_stream(text, model.config.bos_token_id).unwrap();
     Some((model, Windows::new(&tokens[..CONTEXT * windows], CONTEXT).unwrap()))
 }
