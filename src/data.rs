@@ -90,9 +90,7 @@ impl Windows {
 
     /// A checksum of the whole stream (64-bit FNV-1a of the little-endian ids, in hex), to tell texts apart.
     pub fn checksum(&self) -> String {
-        let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        let bytes = self.tokens.iter().flat_map(|t| t.to_le_bytes());
-        format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
+        checksum(self.tokens.iter().flat_map(|t| t.to_le_bytes()))
     }
 
     /// Window `i`.
@@ -111,6 +109,12 @@ impl Windows {
     pub fn batch(&self, indices: &[usize]) -> Vec<u32> {
         indices.iter().flat_map(|&i| self.get(i)).copied().collect()
     }
+}
+
+/// 64-bit FNV-1a in hex.
+pub(crate) fn checksum(bytes: impl Iterator<Item = u8>) -> String {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    format!("{:016x}", bytes.fold(0xcbf2_9ce4_8422_2325, step))
 }
 
 /// What each position should predict: the next token of its window of `seq` tokens; −1 (nothing) at each window's last.

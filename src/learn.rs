@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::data::{Sampler, Windows, split_held_out};
+use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::llama::{Llama, Recompute, RotationVars};
 use crate::optim::{Optimizer, Schedule, State};
 use crate::quant::Scheme;
 use crate::rotation::Rotations;
-use crate::{DType, Device, Error, Result, Tape};
+use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The recipe. The defaults are the published ones.
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ struct Progress {
 /// which then leaves a checkpoint (if one was asked for) and returns [`Error::Interrupted`].
 ///
 /// # Errors
-/// Rotations that do not fit the model; too few windows; a loss or gradient that is not finite (names the step; the checkpoint stays as
+/// Rotations that do not fit the model; too few windows; a loss, gradient or rotation that is not finite (names the step; the checkpoint stays as
 /// it was); a state of another run; and whatever the optimiser reports.
 pub fn learn(
     model: &Llama,
@@ -133,7 +133,7 @@ pub fn learn(
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (train, held_out) = split_held_out(windows, options.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
-    let fingerprint = fingerprint(model, windows, optimizer.name(), options);
+    let fingerprint = fingerprint(model, windows, &rotations, optimizer.name(), options)?;
 
     let saved = match &options.checkpoint {
         Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
@@ -158,13 +158,14 @@ pub fn learn(
     }
     while now.step < steps {
         let start = Instant::now();
-        let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options)
-            .map_err(|e| Error::numeric(format!("step {}", now.step + 1), e))?;
+        let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
+        let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options).map_err(failed)?;
         let learning_rate = options.schedule.at(now.step, steps, options.learning_rate);
         let mut params = now.rotations.as_params()?;
-        optimizer.step(&mut params, grads, learning_rate)?;
-        now.rotations = Rotations::from_params(&params)?;
-        let orthogonality_error = optimizer.orthogonality_error();
+        optimizer.step(&mut params, grads, learning_rate).map_err(failed)?;
+        let rotations = Rotations::from_params(&params)?;
+        let orthogonality_error = audit(&rotations, optimizer).map_err(failed)?;
+        now.rotations = rotations;
         let seconds = start.elapsed().as_secs_f64();
 
         now.step += 1;
@@ -199,6 +200,17 @@ pub fn learn(
     })
 }
 
+/// max|RᵀR − I|: the optimiser's word for it, or measured where it gives none.
+fn audit(rotations: &Rotations, optimizer: &dyn Optimizer) -> Result<f64> {
+    let error = optimizer.orthogonality_error();
+    if error.is_finite() {
+        return Ok(error);
+    }
+    rotations.check(rotations.hidden(), rotations.head_dim(), rotations.layers(), f64::MAX)?;
+    let (r1, r2) = rotations.orthogonality_errors()?;
+    Ok(r2.into_iter().fold(r1, f64::max))
+}
+
 /// Mean loss of a batch and the gradients of R1 `[1, C, C]` and R2 `[L, D, D]`, micro-batches averaged.
 fn gradients(
     model: &Llama,
@@ -206,9 +218,9 @@ fn gradients(
     batch: &[usize],
     rotations: &Rotations,
     options: &LearnOptions,
-) -> Result<(f64, Vec<crate::Tensor>)> {
+) -> Result<(f64, Vec<Tensor>)> {
     use crate::ops::add::linear_combination;
-    let mut total: Option<(f64, Vec<crate::Tensor>)> = None;
+    let mut total: Option<(f64, Vec<Tensor>)> = None;
     for part in batch.chunks(options.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
         let tape = Tape::new();
@@ -257,8 +269,12 @@ pub fn held_out_loss(
 }
 
 /// What must agree between a saved state and the run that continues it.
-fn fingerprint(model: &Llama, windows: &Windows, optimizer: &str, o: &LearnOptions) -> Value {
-    json!({
+fn fingerprint(model: &Llama, windows: &Windows, start: &Rotations, optimizer: &str, o: &LearnOptions) -> Result<Value> {
+    let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
+    // A row of every layer tells models apart without reading them whole.
+    let rows = model.blocks.iter().map(|b| &b.weights.down).chain([&model.head]).map(|w| w.slice(0, 1));
+    let rows = rows.map(|row| values(&row?)).collect::<Result<Vec<_>>>()?;
+    Ok(json!({
         "scheme": format!("{:?}", o.scheme),
         "steps": o.steps,
         "batch": o.batch,
@@ -270,10 +286,12 @@ fn fingerprint(model: &Llama, windows: &Windows, optimizer: &str, o: &LearnOptio
         "seq_len": windows.seq_len(),
         "windows": windows.len(),
         "text": windows.checksum(),
+        "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?)),
+        "weights": data::checksum(rows.into_iter().flatten()),
         "optimizer": optimizer,
         "dtype": model.dtype().to_string(),
         "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
-    })
+    }))
 }
 
 fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimizer) -> Result<()> {

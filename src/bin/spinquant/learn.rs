@@ -4,8 +4,9 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use spinquant::data::Windows;
+use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, Recompute};
 use spinquant::optim::{self, Schedule};
@@ -130,7 +131,8 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     check_writable(&args.out)?;
-    let mut log = args.log.as_deref().map(|path| open_log(path, args.resume)).transpose()?;
+    args.log.as_deref().map_or(Ok(()), check_writable)?;
+    let mut log: Option<File> = None;
     let model = args.model.load(&progress)?;
     let choice = args.start.clone().unwrap_or(RotationChoice::Hadamard(args.seed));
     let start = choice.load(&model.config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
@@ -143,18 +145,23 @@ pub fn run(args: &Args) -> Result<()> {
 
     let mut log_failed = None;
     let learned = args.recipe.learn(&model, &windows, start, &options, &progress, "learning", |r| {
-        if let Some((path, file)) = &mut log {
+        if let Some(path) = &args.log {
             let line = json!({
                 "step": r.step, "loss": r.loss, "learning_rate": r.learning_rate, "held_out": r.held_out,
                 "orthogonality_error": r.orthogonality_error, "seconds": r.seconds,
             });
-            if let Err(e) = writeln!(file, "{line}").and_then(|()| file.flush()) {
-                log_failed.get_or_insert((path.clone(), e));
+            let file = match log.take() {
+                Some(file) => Ok(file),
+                None => open_log(path, if args.resume { r.step } else { 0 }),
+            };
+            let written = file.and_then(|file| writeln!(log.insert(file), "{line}").map_err(Error::io(path)));
+            if let Err(e) = written {
+                log_failed.get_or_insert(e);
             }
         }
     })?;
-    if let Some((path, e)) = log_failed {
-        eprintln!("warning: the log {} is incomplete: {e}", path.display());
+    if let Some(e) = log_failed {
+        eprintln!("warning: the log is incomplete: {e}");
     }
     let notes = [
         ("scheme", scheme.to_string()),
@@ -194,7 +201,15 @@ fn state_path(out: &Path) -> PathBuf {
     name.into()
 }
 
-fn open_log(path: &Path, append: bool) -> Result<(PathBuf, File)> {
-    let file = OpenOptions::new().create(true).write(true).append(append).truncate(!append).open(path);
-    Ok((path.to_path_buf(), file.map_err(Error::io(path))?))
+/// Opens the log for the line of step `first`, keeping those of earlier steps and no others: a run that was killed may have logged
+/// more than its state knows of.
+fn open_log(path: &Path, first: usize) -> Result<File> {
+    if !path.exists() || path.is_file() {
+        let old = if first > 1 { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() };
+        let step = |line: &str| serde_json::from_str::<Value>(line).ok()?["step"].as_u64();
+        let kept = old.lines().filter(|line| step(line).is_some_and(|s| s < first as u64));
+        let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
+        write_atomically(path, |out| out.write_all(kept.as_bytes()))?;
+    }
+    OpenOptions::new().append(true).open(path).map_err(Error::io(path))
 }

@@ -1,0 +1,464 @@
+//! The command line on a tiny model: what it prints and writes, that runs repeat and resume, and one clear message for bad input.
+#![cfg(feature = "cli")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+use spinquant::rotation::Rotations;
+use spinquant::{Device, Tensor, ops};
+use tempfile::TempDir;
+
+type Tensors = BTreeMap<String, Tensor>;
+
+/// A model folder, a text and a place for outputs.
+struct Place(TempDir);
+
+fn config() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 24, "intermediate_size": 56,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "bos_token_id": 0, "torch_dtype": "float32",
+    })
+}
+
+fn tensors() -> Tensors {
+    let mut shapes: Vec<(String, Vec<usize>)> =
+        vec![("model.embed_tokens".into(), vec![32, 24]), ("lm_head".into(), vec![32, 24]), ("model.norm".into(), vec![24])];
+    for l in 0..2 {
+        for (part, shape) in [
+            ("input_layernorm", vec![24]),
+            ("post_attention_layernorm", vec![24]),
+            ("self_attn.q_proj", vec![32, 24]),
+            ("self_attn.k_proj", vec![16, 24]),
+            ("self_attn.v_proj", vec![16, 24]),
+            ("self_attn.o_proj", vec![24, 32]),
+            ("mlp.gate_proj", vec![56, 24]),
+            ("mlp.up_proj", vec![56, 24]),
+            ("mlp.down_proj", vec![24, 56]),
+        ] {
+            shapes.push((format!("model.layers.{l}.{part}"), shape));
+        }
+    }
+    let tensor = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
+        let x = ops::randn(shape.clone(), i as u64).into_vec::<f64>().unwrap();
+        let x = x.into_iter().map(|x| if shape.len() == 1 { 1.0 + 0.1 * x } else { 0.2 * x });
+        (format!("{name}.weight"), Tensor::from_vec(x.collect::<Vec<_>>(), shape).unwrap())
+    };
+    shapes.into_iter().enumerate().map(tensor).collect()
+}
+
+fn write(path: &Path, tensors: &Tensors, dtype: Dtype) {
+    let bytes = tensors.iter().map(|(name, t)| {
+        let narrow = |x: &f64| if dtype == Dtype::F32 { (*x as f32).to_le_bytes().to_vec() } else { vec![*x as u8] };
+        (name, t.shape(), t.as_slice::<f64>().unwrap().iter().flat_map(narrow).collect::<Vec<u8>>())
+    });
+    let bytes: Vec<_> = bytes.collect();
+    let views = bytes.iter().map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.to_vec(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        std::fs::create_dir(place.path("model")).unwrap();
+        place.config(config());
+        write(&place.path("model/model.safetensors"), &tensors(), Dtype::F32);
+        let vocab: BTreeMap<String, u32> =
+            (0..30).map(|i| (format!("w{i}"), i + 2)).chain([("<s>".into(), 0), ("?".into(), 1)]).collect();
+        let tokenizer = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": null,
+            "truncation": null, "padding": null, "post_processor": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "?"},
+        });
+        std::fs::write(place.path("model/tokenizer.json"), tokenizer.to_string()).unwrap();
+        // Words that mostly follow from the one before.
+        let noise = ops::randn([1600], 9).into_vec::<f64>().unwrap();
+        let mut word = 0;
+        let text = noise.iter().map(|x| {
+            word = (word * 7 + 3 + (x.abs() * 2.0) as usize) % 30;
+            format!("w{word} ")
+        });
+        std::fs::write(place.path("text.txt"), text.collect::<String>()).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn config(&self, config: Value) {
+        std::fs::write(self.path("model/config.json"), config.to_string()).unwrap();
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    fn command(&self, args: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_spinquant"));
+        command.args(args.split_whitespace()).current_dir(self.0.path()).env("RAYON_NUM_THREADS", "2");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, args: &str) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Runs to success and returns the one JSON object on standard output.
+    fn json(&self, args: &str) -> Value {
+        let out = self.run(args);
+        let (stdout, stderr) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8_lossy(&out.stderr));
+        assert!(out.status.success() && !stderr.contains("error"), "{args}: {stderr}");
+        assert_eq!(stdout.lines().count(), 1, "{stdout}");
+        let value: Value = serde_json::from_str(&stdout).unwrap();
+        assert!(value.is_object(), "{stdout}");
+        value
+    }
+
+    /// Runs to failure: nothing on standard output, one message with these parts.
+    fn fails(&self, args: &str, parts: &[&str]) {
+        let out = self.run(args);
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.code().is_some_and(|c| c != 0), "{args}: {:?}, {stderr}", out.status);
+        assert!(out.stdout.is_empty(), "{args}: {}", String::from_utf8_lossy(&out.stdout));
+        let errors: Vec<_> = stderr.lines().filter(|l| l.contains("error:")).collect();
+        assert!(errors.len() == 1 && errors[0].starts_with("error: ") && !stderr.contains("panicked"), "{args}: {stderr}");
+        assert!(parts.iter().all(|p| errors[0].contains(p)), "{args}: {:?} lacks one of {parts:?}", errors[0]);
+    }
+}
+
+const MODEL: &str = "--model model --device cpu --seq-len 16";
+const LEARN: &str = "learn --model model --device cpu --seq-len 16 --text text.txt --batch 4 --held-out 8 --out R.safetensors";
+const EVAL: &str = "eval --model model --device cpu --seq-len 16 --text text.txt";
+
+fn number(v: &Value, name: &str) -> f64 {
+    v[name].as_f64().unwrap_or_else(|| panic!("no number {name:?} in {v}"))
+}
+
+#[test]
+fn learn_writes_rotations_a_log_and_one_object() {
+    let place = Place::new();
+    let learn = format!("{LEARN} --scheme W4A4KV4 --steps 6 --held-out-every 2 --log steps.jsonl --json");
+    let report = place.json(&learn);
+    for name in ["loss_first", "loss_last", "held_out_first", "held_out_last", "seconds_per_step", "peak_bytes"] {
+        assert!(number(&report, name) > 0.0, "{report}");
+    }
+    assert!(number(&report, "orthogonality_error") <= 1e-6, "{report}");
+
+    let log = String::from_utf8(place.read("steps.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.iter().map(|l| number(l, "step")).collect::<Vec<_>>(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    assert_eq!(number(&lines[0], "loss"), number(&report, "loss_first"));
+    assert_eq!(number(&lines[5], "loss"), number(&report, "loss_last"));
+    assert_eq!(number(&lines[5], "held_out"), number(&report, "held_out_last"));
+    assert!(lines[0]["held_out"].is_null() && lines[1]["held_out"].is_number());
+    assert_eq!(number(&lines[0], "learning_rate"), 1.5);
+
+    let bytes = place.read("R.safetensors");
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (r1, r2) = (file.tensor("R1").unwrap(), file.tensor("R2").unwrap());
+    assert_eq!((r1.dtype(), r1.shape(), r2.shape()), (Dtype::F32, &[24, 24][..], &[2, 8, 8][..]));
+    Rotations::load(&place.path("R.safetensors")).unwrap().check(24, 8, 2, 1e-6).unwrap();
+    assert!(!place.path("R.safetensors.state").exists(), "the state of a finished run is gone");
+
+    // The same again gives the same bytes; the log is a new one.
+    place.json(&learn);
+    assert!(place.read("R.safetensors") == bytes, "two runs differ");
+    assert_eq!(String::from_utf8(place.read("steps.jsonl")).unwrap().lines().count(), 6);
+    place.json(&format!("{learn} --seed 1"));
+    assert!(place.read("R.safetensors") != bytes, "two seeds agree");
+
+    // What was learned can be scored, and is not the start.
+    let score = |rotations: &str| number(&place.json(&format!("{EVAL} --json --rotations {rotations}")), "perplexity");
+    assert!((score("R.safetensors") / score("hadamard:1") - 1.0).abs() > 1e-6);
+}
+
+#[test]
+fn without_json_people_read_it() {
+    let place = Place::new();
+    let out = place.run(&format!("{LEARN} --steps 2"));
+    assert!(out.status.success());
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(["loss", "held-out loss", "max|RᵀR − I|", "R.safetensors"].iter().all(|p| text.contains(p)), "{text}");
+    let out = place.run(&format!("{EVAL} --rotations R.safetensors"));
+    assert!(String::from_utf8(out.stdout).unwrap().contains("W4A4KV4, rotations R.safetensors, weights rtn: perplexity "));
+}
+
+#[test]
+fn eval_agrees_with_itself() {
+    let place = Place::new();
+    let eval = |rest: &str| place.json(&format!("{EVAL} --json {rest}"));
+    let full = eval("--scheme W16A16KV16 --rotations none");
+    assert_eq!((number(&full, "windows"), number(&full, "tokens")), (100.0, 1600.0));
+    assert!(number(&full, "seconds") > 0.0);
+    let perplexity = |rest: &str| number(&eval(rest), "perplexity");
+    let plain = number(&full, "perplexity");
+    for rotations in ["identity", "hadamard", "hadamard:7", "orthogonal:7"] {
+        for online in ["none", "r3", "r4", "r3,r4"] {
+            let rotated = perplexity(&format!("--scheme W16A16KV16 --rotations {rotations} --online {online}"));
+            assert!((rotated / plain - 1.0).abs() <= 1e-5, "{rotations}, {online}: {rotated}, not {plain}");
+        }
+    }
+    assert_eq!(perplexity("--rotations hadamard"), perplexity("--rotations hadamard:0 --weights rtn"));
+    assert_ne!(perplexity("--rotations hadamard:1"), perplexity("--rotations hadamard:2"));
+    assert_eq!(number(&eval("--max-windows 3"), "windows"), 3.0);
+    assert!(perplexity("--scheme W3A3KV3") != plain);
+}
+
+#[test]
+fn compare_prints_the_table() {
+    let place = Place::new();
+    let args = format!("compare {MODEL} --calibration text.txt --text text.txt --scheme W4A4KV4 --seeds 3 --steps 4 --batch 4");
+    let table = place.json(&format!("{args} --json"));
+    let row = |name: &str| {
+        let rows = table["rows"].as_array().unwrap();
+        let row = rows.iter().find(|r| r["name"] == name).unwrap_or_else(|| panic!("no row {name}"));
+        assert!(["scheme", "rotations", "weights"].iter().all(|f| row[*f].is_string()), "{row}");
+        (row["scheme"].as_str().unwrap().to_string(), number(row, "perplexity"))
+    };
+    assert_eq!(row("full precision").0, "W16A16KV16");
+    for name in ["rtn", "hadamard mean", "hadamard best", "hadamard worst", "learned"] {
+        assert_eq!(row(name).0, "W4A4KV4", "{name}");
+    }
+    let [best, mean, worst] = ["best", "mean", "worst"].map(|n| row(&format!("hadamard {n}")).1);
+    assert!(best <= mean && mean <= worst && best > 1.0, "{table}");
+    let full = number(&place.json(&format!("{EVAL} --json --scheme W16A16KV16")), "perplexity");
+    assert_eq!(row("full precision").1, full);
+    let out = place.run(&args);
+    assert!(out.status.success() && String::from_utf8(out.stdout).unwrap().contains("hadamard worst"));
+}
+
+/// Starts a run that keeps its state, ends it after a few steps by `end`, and returns the steps its log then holds.
+fn end_early(place: &Place, args: &str, end: impl FnOnce(&mut std::process::Child)) -> usize {
+    let mut child = place.command(args).spawn().unwrap();
+    let logged = || std::fs::read_to_string(place.path("steps.jsonl")).map_or(0, |s| s.lines().count());
+    while !(logged() >= 4 && place.path("R.safetensors.state").exists()) {
+        assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    end(&mut child);
+    let out = child.wait_with_output().unwrap();
+    assert!(!out.status.success(), "the run was over before it could be ended");
+    logged()
+}
+
+fn steps_of(place: &Place) -> Vec<(u64, f64)> {
+    let log = String::from_utf8(place.read("steps.jsonl")).unwrap();
+    let lines = log.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+    lines.map(|l| (l["step"].as_u64().unwrap(), number(&l, "loss"))).collect()
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_bytes() {
+    let place = Place::new();
+    let args = format!("{LEARN} --scheme W4A4KV4 --steps 150 --checkpoint-every 1 --log steps.jsonl --resume --json");
+    let whole = place.json(&args);
+    let (want, steps) = (place.read("R.safetensors"), steps_of(&place));
+    std::fs::remove_file(place.path("steps.jsonl")).unwrap();
+    std::fs::write(place.path("R.safetensors"), b"an earlier result").unwrap();
+
+    let done = end_early(&place, &args, |child| child.kill().unwrap());
+    assert!(done < 150, "killed too late");
+    assert_eq!(place.read("R.safetensors"), b"an earlier result", "a run that is killed leaves outputs alone");
+    place.fails(&format!("{args} --lr 0.1"), &["R.safetensors.state", "learning_rate was 1.5, now 0.1"]);
+    let resumed = place.json(&args);
+    assert!(place.read("R.safetensors") == want, "rotations differ after resuming");
+    for name in ["loss_first", "loss_last", "held_out_first", "held_out_last", "orthogonality_error"] {
+        assert_eq!(number(&resumed, name), number(&whole, name), "{name}");
+    }
+    assert_eq!(steps_of(&place), steps, "one line a step, however often it was run");
+    assert!(!place.path("R.safetensors.state").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_says_how_to_go_on() {
+    let place = Place::new();
+    let args = format!("{LEARN} --steps 150 --checkpoint-every 2 --log steps.jsonl --resume --json");
+    place.json(&args);
+    let (want, steps) = (place.read("R.safetensors"), steps_of(&place));
+    std::fs::remove_file(place.path("steps.jsonl")).unwrap();
+    std::fs::remove_file(place.path("R.safetensors")).unwrap();
+    let mut child = place.command(&args).spawn().unwrap();
+    while !place.path("R.safetensors.state").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(1) && stderr.contains("continue with --resume"), "{stderr}");
+    assert!(steps_of(&place).len() < 150 && !place.path("R.safetensors").exists());
+    place.json(&args);
+    assert!(place.read("R.safetensors") == want);
+    assert_eq!(steps_of(&place), steps);
+}
+
+#[test]
+fn bad_models() {
+    let place = Place::new();
+    let file = place.path("model/model.safetensors");
+    for (name, old) in [("R.safetensors", "an earlier result"), ("steps.jsonl", "an earlier log")] {
+        std::fs::write(place.path(name), old).unwrap();
+    }
+    let learn = format!("{LEARN} --steps 2 --log steps.jsonl");
+    let both = |parts: &[&str]| {
+        place.fails(EVAL, parts);
+        place.fails(&learn, parts);
+        assert_eq!(place.read("R.safetensors"), b"an earlier result");
+        assert_eq!(place.read("steps.jsonl"), b"an earlier log");
+        assert!(!place.path("R.safetensors.state").exists());
+    };
+
+    place.fails(&EVAL.replace("--model model", "--model absent"), &["absent/config.json", "No such file"]);
+    let with = |changes: Value| {
+        let mut c = config();
+        changes.as_object().unwrap().iter().for_each(|(k, v)| c[k] = v.clone());
+        place.config(c);
+    };
+    with(json!({"hidden_size": null}));
+    both(&["config.json: hidden_size: a needed field is missing"]);
+    with(json!({"architectures": ["MistralForCausalLM"]}));
+    both(&["config.json: architectures: expected [\"LlamaForCausalLM\"], got [\"MistralForCausalLM\"]"]);
+    with(json!({"head_dim": 7}));
+    both(&["config.json: head_dim: expected an even number", "got 7"]);
+    with(json!({"vocab_size": 31}));
+    both(&["model.safetensors: model.embed_tokens.weight: expected shape [31, 24], got [32, 24]"]);
+    std::fs::write(place.path("model/config.json"), "{").unwrap();
+    both(&["config.json: expected a JSON object"]);
+    place.config(config());
+
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    both(&["model.safetensors: expected a complete safetensors file"]);
+    std::fs::write(&file, b"").unwrap();
+    both(&["model.safetensors"]);
+    std::fs::remove_file(&file).unwrap();
+    both(&["expected model.safetensors or model.safetensors.index.json", "found neither"]);
+    let index = json!({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}});
+    let index_file = place.path("model/model.safetensors.index.json");
+    std::fs::write(&index_file, index.to_string()).unwrap();
+    both(&["index.json: lm_head.weight: names the shard model-00001-of-00002.safetensors, which does not exist"]);
+    std::fs::remove_file(index_file).unwrap();
+
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let mut changed = tensors();
+    changed.insert(name.into(), ops::randn([24, 56], 1));
+    write(&file, &changed, Dtype::F32);
+    both(&[name, "expected shape [56, 24], got [24, 56]"]);
+    changed.remove(name);
+    write(&file, &changed, Dtype::F32);
+    both(&[name, "missing"]);
+    write(&file, &tensors(), Dtype::U8);
+    both(&["expected dtype F64, F32, F16 or BF16, got U8"]);
+    let mut values = ops::randn([56, 24], 1).into_vec::<f64>().unwrap();
+    values[77] = f64::NAN;
+    changed.insert(name.into(), Tensor::from_vec(values, [56, 24]).unwrap());
+    write(&file, &changed, Dtype::F32);
+    both(&[name, "expected finite values, got 1 of 1344 that are NaN or infinite"]);
+    write(&file, &tensors(), Dtype::F32);
+
+    std::fs::write(place.path("model/tokenizer.json"), "{}").unwrap();
+    both(&["tokenizer.json: expected a tokenizer"]);
+    std::fs::remove_file(place.path("model/tokenizer.json")).unwrap();
+    both(&["tokenizer.json", "No such file"]);
+}
+
+#[test]
+fn bad_arguments() {
+    let place = Place::new();
+    std::fs::write(place.path("R.safetensors"), "an earlier result").unwrap();
+    let learn = |rest: &str, parts: &[&str]| {
+        place.fails(&format!("{LEARN} {rest}"), parts);
+        assert_eq!(place.read("R.safetensors"), b"an earlier result");
+    };
+    std::fs::write(place.path("short.txt"), "w1 w2 w3").unwrap();
+    place.fails(&EVAL.replace("text.txt", "short.txt"), &["short.txt", "shorter than one window: 4 tokens, 16 are needed"]);
+    place.fails(&EVAL.replace("text.txt", "absent.txt"), &["absent.txt", "No such file"]);
+    place.fails(&LEARN.replace("text.txt", "short.txt"), &["short.txt", "shorter than one window"]);
+    std::fs::write(place.path("bytes.txt"), b"w1 \xff").unwrap();
+    place.fails(&EVAL.replace("text.txt", "bytes.txt"), &["bytes.txt", "expected UTF-8 text", "byte 3"]);
+
+    for scheme in ["W4", "W4A4KV99", "W1A4KV4", "4-4-4"] {
+        learn(&format!("--scheme {scheme}"), &["--scheme", "expected W<bits>A<bits>KV<bits>", scheme]);
+    }
+    place.fails(&EVAL.replace("cpu", "tpu"), &["--device: expected auto, cpu or cuda, got \"tpu\""]);
+    place.fails(&format!("{EVAL} --weights awq"), &["--weights", "rtn", "\"awq\""]);
+    place.fails(&format!("{EVAL} --online r5"), &["expected none, r3, r4 or r3,r4, got \"r5\""]);
+    place.fails(&format!("{EVAL} --dtype int8"), &["--dtype", "int8"]);
+    place.fails(&format!("{EVAL} --weight-group 5"), &["quantisation group: 5 does not divide rows of 24"]);
+    place.fails(&format!("{EVAL} --activation-clip 1.5"), &["clip ratio: expected a number in (0, 1], got 1.5"]);
+    learn("--optimizer adam", &["optimizer: expected cayley or cayley-parity, got \"adam\""]);
+    learn("--schedule step", &["expected constant, linear or cosine, got \"step\""]);
+    learn("--steps 0", &["at least 1"]);
+    learn("--micro-batch 0", &["at least 1"]);
+    place.fails(&LEARN.replace("--batch 4", "--batch 0"), &["at least 1"]);
+    place.fails(&LEARN.replace("--batch 4", "--batch 93"), &["batch", "(92), got 93"]);
+    place.fails(&LEARN.replace("--held-out 8", "--held-out 100"), &["held-out windows", "(100), got 100"]);
+    learn("--start none", &["--start", "nothing to learn"]);
+    learn("--lr=-1", &["learning rate", "-1"]);
+
+    let save = |r: &Rotations| r.save(&place.path("given.safetensors")).unwrap();
+    let given = |parts: &[&str]| {
+        let parts = [&["given.safetensors"], parts].concat();
+        place.fails(&format!("{EVAL} --rotations given.safetensors"), &parts);
+        learn("--start given.safetensors", &parts);
+    };
+    given(&["No such file"]);
+    save(&Rotations::random_hadamard(28, 8, 2, 0).unwrap());
+    given(&["R1: expected shape [24, 24] for this model, got [28, 28]"]);
+    save(&Rotations::random_hadamard(24, 8, 3, 0).unwrap());
+    given(&["R2: expected shape [2, 8, 8] for this model, got [3, 8, 8]"]);
+    let mut crooked = Rotations::random_hadamard(24, 8, 2, 0).unwrap();
+    crooked.r1 = ops::add::scale(1.01, crooked.r1).unwrap();
+    save(&crooked);
+    given(&["R1 is not orthogonal: max|RᵀR−I| = 2.0e-2, at most 1e-4 is accepted"]);
+    std::fs::write(place.path("given.safetensors"), "pickle").unwrap();
+    given(&["not a whole safetensors file"]);
+}
+
+#[test]
+fn unwritable_outputs() {
+    let place = Place::new();
+    let out = |out: &str, parts: &[&str]| place.fails(&format!("{LEARN} --steps 2").replace("R.safetensors", out), parts);
+    out("absent/R.safetensors", &["absent", "No such file"]);
+    out("model", &["model: is a folder"]);
+    place.fails(&format!("{LEARN} --steps 2 --log absent/steps.jsonl"), &["absent", "No such file"]);
+    place.fails(&format!("{LEARN} --steps 2 --log model"), &["model: is a folder"]);
+
+    // Found out at once, not after the last step.
+    let locked = place.path("locked");
+    std::fs::write(&locked, "an earlier result").unwrap();
+    let mut permissions = locked.metadata().unwrap().permissions();
+    permissions.set_readonly(true);
+    std::fs::set_permissions(&locked, permissions).unwrap();
+    place.fails(
+        &format!("{LEARN} --steps 1000000 --checkpoint-every 1").replace("R.safetensors", "locked"),
+        &["locked: is read-only"],
+    );
+    assert_eq!(place.read("locked"), b"an earlier result");
+
+    #[cfg(target_os = "linux")]
+    if Path::new("/dev/full").exists() {
+        std::os::unix::fs::symlink("/dev/full", place.path("full")).unwrap();
+        out("full", &["full: No space left on device"]);
+        // Nothing is lost: the state is still there.
+        assert!(place.path("full.state").exists());
+    }
+}
+
+#[test]
+fn a_gpu_is_asked_for() {
+    if let Ok(device) = Device::cuda(0) {
+        return println!("skipped: {device} is there");
+    }
+    let place = Place::new();
+    let reason = if cfg!(feature = "cuda") { "driver" } else { "no GPU support: rebuild with `--features cuda`" };
+    place.fails(&EVAL.replace("cpu", "cuda"), &["error: cuda: ", reason]);
+    place.json(&format!("{} --json", EVAL.replace("cpu", "auto")));
+}
