@@ -5,6 +5,8 @@
 //! The last plain number also gets PTX, so that later cards can compile it. DOCS_RS skips nvcc: documentation needs no toolkit.
 
 fn main() {
+    // Without a word about it cargo would build again whenever any file of the repository changed.
+    println!("cargo::rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
     cuda::build();
 }

@@ -60,6 +60,8 @@ pub mod eval;
 pub mod export;
 mod factor;
 pub mod io;
+#[cfg(feature = "cuda")]
+pub mod kernels;
 pub mod laws;
 pub mod learn;
 pub mod llama;

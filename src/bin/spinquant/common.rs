@@ -67,14 +67,19 @@ impl SchemeArgs {
     }
 }
 
+/// The device that `--device` names.
+pub fn device(name: &str) -> Result<Device> {
+    match name {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" => Device::cuda(0),
+        "auto" => Ok(Device::cuda(0).unwrap_or(Device::Cpu)),
+        other => Err(Error::argument("--device", format!("expected auto, cpu or cuda, got {other:?}"))),
+    }
+}
+
 impl ModelArgs {
     pub fn device(&self) -> Result<Device> {
-        match self.device.as_str() {
-            "cpu" => Ok(Device::Cpu),
-            "cuda" => Device::cuda(0),
-            "auto" => Ok(Device::cuda(0).unwrap_or(Device::Cpu)),
-            other => Err(Error::argument("--device", format!("expected auto, cpu or cuda, got {other:?}"))),
-        }
+        device(&self.device)
     }
 
     pub fn load(&self, progress: &Progress) -> Result<Llama> {

@@ -1,5 +1,6 @@
-//! The command line: `spinquant learn`, `eval`, `compare`.
+//! The command line: `spinquant learn`, `eval`, `compare`, `bench`.
 
+mod bench;
 mod common;
 mod compare;
 mod eval;
@@ -25,6 +26,8 @@ enum Command {
     Eval(eval::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
     Compare(compare::Args),
+    /// Check a kernel's answer, then time it against a copy.
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
         Command::Learn(args) => learn::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

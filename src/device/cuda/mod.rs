@@ -187,12 +187,17 @@ impl CudaDevice {
 
     /// Calls a launcher of `kernels.h` with this device's stream, the context bound.
     fn launch(&self, what: &str, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
-        self.bind()?;
-        match f(self.0.stream.cu_stream().cast()) {
-            0 => Ok(()),
-            1 => Err(Error::Cuda(format!("{what}: the kernel does not support these sizes"))),
-            code => Err(Error::Cuda(format!("{what}: launch failed with cudaError {code}"))),
-        }
+        launch(&self.0.stream, what, f)
+    }
+}
+
+/// Calls a launcher of `kernels.h` with a stream, its context bound.
+pub(crate) fn launch(stream: &CudaStream, what: &str, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
+    stream.context().bind_to_thread().map_err(driver_error("binding the context"))?;
+    match f(stream.cu_stream().cast()) {
+        0 => Ok(()),
+        1 => Err(Error::Cuda(format!("{what}: the kernel does not support these sizes"))),
+        code => Err(Error::Cuda(format!("{what}: launch failed with cudaError {code}"))),
     }
 }
 

@@ -55,7 +55,8 @@ pub(crate) fn stack(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor> {
     Ok(y)
 }
 
-fn code(dtype: DType) -> Result<ffi::sq_dtype> {
+/// A type as the launchers name it.
+pub(crate) fn code(dtype: DType) -> Result<ffi::sq_dtype> {
     match dtype {
         DType::F32 => Ok(ffi::SQ_F32),
         DType::F16 => Ok(ffi::SQ_F16),
@@ -69,7 +70,8 @@ fn in_place(x: &mut Tensor) -> Result<Tensor> {
     if x.is_unique() { Ok(x.clone()) } else { device(x)?.alloc(x.shape(), x.dtype()) }
 }
 
-fn quant(spec: &QuantSpec) -> ffi::sq_quant {
+/// A specification as the launchers take it.
+pub(crate) fn quant(spec: &QuantSpec) -> ffi::sq_quant {
     ffi::sq_quant {
         bits: spec.bits as i32,
         symmetric: spec.symmetric.into(),

@@ -1,0 +1,104 @@
+//! One learning step of 8 x 1024 tokens on a LLaMA of 15 million weights, and evaluation, with their peak memory.
+//!
+//! `cargo bench --bench step`. The model is that of SPINQUANT_MODEL (a Hugging Face folder), or ../shared/models/wiki-llama-15m where
+//! that exists, or random weights of its shape: time does not depend on the values. A GPU is used where there is one (bf16).
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use rand::{RngExt, SeedableRng};
+use spinquant::data::Windows;
+use spinquant::eval::perplexity;
+use spinquant::learn::{LearnOptions, learn};
+use spinquant::llama::{Llama, LlamaConfig, Weights};
+use spinquant::optim::{CayleySgd, Mode};
+use spinquant::quant::Scheme;
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Result};
+
+const SEQ: usize = 1024;
+const BATCH: usize = 8;
+/// Steps timed, after one that is not.
+const STEPS: usize = 3;
+
+fn main() -> Result<()> {
+    let device = Device::cuda(0).unwrap_or(Device::Cpu);
+    let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let model = model(dtype, &device)?;
+    let c = &model.config;
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+    let tokens: Vec<u32> = (0..24 * SEQ).map(|_| rng.random_range(0..c.vocab_size as u32)).collect();
+    let windows = Windows::new(tokens, SEQ)?;
+    println!("{BATCH} x {SEQ} tokens a step, {dtype} on {device}");
+    for name in ["W16A4KV4", "W4A4KV4"] {
+        let options = LearnOptions {
+            scheme: name.parse::<Scheme>()?,
+            steps: STEPS + 1,
+            batch: BATCH,
+            micro_batch: BATCH,
+            held_out: 0,
+            ..LearnOptions::default()
+        };
+        let start = Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, 0)?;
+        let mut seconds = vec![];
+        learn(&model, &windows, start, &mut CayleySgd::new(Mode::Default), &options, |step| {
+            assert!(step.loss.is_finite(), "the loss of step {} is {}", step.step, step.loss);
+            assert!(step.orthogonality_error <= 1e-6, "max|RᵀR − I| = {:e}", step.orthogonality_error);
+            seconds.push(step.seconds);
+            ControlFlow::Continue(())
+        })?;
+        let (least, most) = seconds[1..].iter().fold((f64::INFINITY, 0f64), |(a, b), &s| (a.min(s), b.max(s)));
+        println!("{name}: {least:.2} to {most:.2} s a step (first: {:.2}), peak memory {}", seconds[0], peak(&device));
+    }
+    let plain = model.merge(None, &Scheme::new(16, 16, 16))?;
+    let score = || -> Result<f64> {
+        let start = Instant::now();
+        let score = perplexity(&plain, &windows, |_| ControlFlow::Continue(()))?;
+        assert!(score.perplexity.is_finite());
+        Ok(score.tokens as f64 / start.elapsed().as_secs_f64())
+    };
+    score()?;
+    println!("full-precision evaluation: {:.0} tokens/s, peak memory {}", score()?, peak(&device));
+    Ok(())
+}
+
+fn model(dtype: DType, device: &Device) -> Result<Llama> {
+    let usual = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/models/wiki-llama-15m");
+    let folder = std::env::var_os("SPINQUANT_MODEL").map_or_else(|| PathBuf::from(usual), PathBuf::from);
+    if std::env::var_os("SPINQUANT_MODEL").is_some() || folder.is_dir() {
+        println!("{}", folder.display());
+        return Llama::load(&folder, dtype, device);
+    }
+    println!("random weights");
+    let config = LlamaConfig {
+        hidden_size: 384,
+        intermediate_size: 1376,
+        layers: 6,
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 64,
+        vocab_size: 4096,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: 2048,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        tie_word_embeddings: false,
+        bos_token_id: Some(0),
+        eos_token_ids: vec![1],
+        dtype: None,
+    };
+    let weights = Weights::random(&config, 0)?;
+    let layers = weights.layers.iter().map(|l| l.map(|w| w.to_dtype(dtype))).collect::<Result<_>>()?;
+    let (embedding, head) = (weights.embedding.to_dtype(dtype)?, weights.head.to_dtype(dtype)?);
+    Llama::new(config, Weights { embedding, head, layers })?.to_device(device)
+}
+
+fn peak(device: &Device) -> String {
+    let bytes = match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(d) => d.peak_bytes().ok(),
+        _ => spinquant::device::cpu::peak_bytes(),
+    };
+    bytes.map_or("unknown".into(), |b| format!("{:.2} GiB", b as f64 / f64::from(1 << 30)))
+}
