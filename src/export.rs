@@ -223,7 +223,11 @@ impl<'a> Writer<'a> {
         weights: &str,
     ) -> Result<Self> {
         config.validate()?;
-        let scheme = if rotations.is_some() { *scheme } else { scheme.online(Online::NONE) };
+        let scheme = match (rotations, output.format) {
+            (Some(_), _) => *scheme,
+            (None, Format::Native) => scheme.unrotated(),
+            (None, Format::Hf) => scheme.online(Online::NONE),
+        };
         if output.format == Format::Hf && scheme.online != Online::NONE {
             let online = scheme.online;
             return Err(Error::argument(

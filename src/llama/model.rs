@@ -7,7 +7,7 @@ use crate::data;
 use crate::llama::block::{Block, RotatedWeights, Run};
 use crate::llama::{LayerWeights, LlamaConfig, Source, Weights};
 use crate::ops::rope::Rope;
-use crate::quant::{Online, QuantSpec, Scheme};
+use crate::quant::{QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::tape::checkpoint;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
@@ -179,7 +179,7 @@ impl Llama {
     }
 
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
-    /// Without rotations the network is the plain one: no R3 and no R4 either. Other weight quantisers:
+    /// Without rotations the network is the plain one, R3 included ([`Scheme::unrotated`]). Other weight quantisers:
     /// [`quantize_weights`](crate::quant::quantize_weights).
     pub fn merge(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
         self.merge_with(rotations, scheme, |block, spec| block.weights.map(|w| fake_quantize(w.clone(), spec)))
@@ -221,7 +221,7 @@ impl<'a> Merger<'a> {
     pub(crate) fn new(model: &'a Llama, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Self> {
         let config = &model.config;
         let Some(rotations) = rotations else {
-            return Ok(Self { model, rotations: None, scheme: scheme.online(Online::NONE) });
+            return Ok(Self { model, rotations: None, scheme: scheme.unrotated() });
         };
         rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
         let rotations = rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;

@@ -106,7 +106,7 @@ pub struct LayerReport {
 }
 
 /// Merges rotations into the weights as [`Llama::merge`] does, and quantises them by `quantizer` on `calibration` text (which a
-/// quantiser that needs no Hessian does without). `None`: the plain network, no R3 and no R4 either.
+/// quantiser that needs no Hessian does without). `None`: the plain network ([`Scheme::unrotated`]).
 ///
 /// Hidden states of all calibration tokens T are kept: T·(C + max(H·D, F)) values at most. `progress` hears of every layer and may
 /// stop the run, after the layer was saved.
@@ -125,7 +125,7 @@ pub fn quantize_weights(
     mut progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
 ) -> Result<Merged> {
     let layers = model.config.layers;
-    let scheme = if rotations.is_some() { *scheme } else { scheme.online(crate::quant::Online::NONE) };
+    let scheme = if rotations.is_some() { *scheme } else { scheme.unrotated() };
     let calibrate = quantizer.needs_hessian() && scheme.weight_bits < 16;
     let mut saved = vec![];
     while saved.len() < layers

@@ -109,6 +109,12 @@ impl Scheme {
         Self { online, ..self }
     }
 
+    /// The same for a network whose weights are not rotated: R4, whose other half is in W_down, cannot run. R3 cancels in q kᵀ by itself
+    /// and stays, as in the published code, where it belongs to the quantiser of K.
+    pub fn unrotated(self) -> Self {
+        self.online(Online { r4: false, ..self.online })
+    }
+
     /// The same with weights left alone, as rotations for GPTQ are learned.
     pub fn unquantized_weights(self) -> Self {
         Self { weight_bits: 16, ..self }

@@ -82,14 +82,26 @@ impl ModelArgs {
         device(&self.device)
     }
 
-    pub fn load(&self, progress: &Progress) -> Result<Llama> {
+    fn place(&self) -> Result<(Device, DType)> {
         let device = self.device()?;
         let dtype = self.dtype.unwrap_or(if device.is_cpu() { DType::F32 } else { DType::BF16 });
         if dtype == DType::F64 && !device.is_cpu() {
             return Err(Error::argument("--dtype", "f64 runs on the CPU only"));
         }
+        Ok((device, dtype))
+    }
+
+    pub fn load(&self, progress: &Progress) -> Result<Llama> {
+        let (device, dtype) = self.place()?;
         progress.say(&format!("loading {} as {dtype} on {device}", self.model.display()));
         Llama::load(&self.model, dtype, &device)
+    }
+
+    /// The model as it is, for running it without rotations: RMSNorm gains not folded into the weights.
+    pub fn load_plain(&self, progress: &Progress) -> Result<Llama> {
+        let (device, dtype) = self.place()?;
+        progress.say(&format!("loading {} as {dtype} on {device}, unrotated", self.model.display()));
+        Llama::load_plain(&self.model, dtype, &device)
     }
 
     /// Text as windows of this model's tokens.

@@ -56,6 +56,7 @@ struct Row {
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     let model = args.model.load(&progress)?;
+    let plain = args.model.load_plain(&progress)?;
     let config = model.config.clone();
     let calibration = args.model.windows(&config, &args.calibration, args.seq_len)?;
     let text = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
@@ -68,7 +69,8 @@ pub fn run(args: &Args) -> Result<()> {
         ..scheme
     });
     let evaluate = |rotations: Option<&Rotations>, scheme: &Scheme, what: &str| {
-        Ok::<f64, spinquant::Error>(score(&model.merge(rotations, scheme)?, &text, &progress, what)?.perplexity)
+        let merged = if rotations.is_some() { model.merge(rotations, scheme) } else { plain.merge(None, scheme) };
+        Ok::<f64, spinquant::Error>(score(&merged?, &text, &progress, what)?.perplexity)
     };
     let hadamard = |seed| Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, seed);
     let full = Scheme::FULL_PRECISION;

@@ -42,7 +42,10 @@ pub fn run(args: &Args) -> Result<()> {
     if args.weights != "rtn" {
         return Err(Error::argument("--weights", format!("expected rtn, got {:?}", args.weights)));
     }
-    let model = args.model.load(&progress)?;
+    let model = match args.rotations {
+        RotationChoice::None => args.model.load_plain(&progress)?,
+        _ => args.model.load(&progress)?,
+    };
     let rotations = args.rotations.load(&model.config)?;
     let windows = limited(args.model.windows(&model.config, &args.text, args.seq_len)?, args.max_windows)?;
     let scheme = args.scheme.scheme();

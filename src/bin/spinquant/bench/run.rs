@@ -212,7 +212,7 @@ fn clip_search(job: &Job, device: &Device) -> Result<Measured> {
 
 fn rms_norm(job: &Job, device: &Device) -> Result<Measured> {
     let x = random([job.rows, job.n], 1, job.dtype, device)?;
-    let call = || op(&RmsNorm { eps: EPS }, vec![x.clone()]);
+    let call = || op(&RmsNorm { eps: EPS, gain: None }, vec![x.clone()]);
     let y = call()?;
     for r in some(job.rows) {
         let want = rms_norm::reference(&row(&x, r, job.n)?, job.n, EPS).0;
@@ -240,7 +240,7 @@ fn backward(operation: &impl Op, kept: &[Tensor], dy: &Tensor, operands: usize) 
 
 fn rms_norm_backward(job: &Job, device: &Device) -> Result<Measured> {
     let (x, dy) = (random([job.rows, job.n], 1, job.dtype, device)?, random([job.rows, job.n], 2, job.dtype, device)?);
-    let kernel = RmsNorm { eps: EPS };
+    let kernel = RmsNorm { eps: EPS, gain: None };
     let kept = saved(&kernel, vec![x.clone()])?;
     let call = || backward(&kernel, &kept, &dy, 1);
     let dx = call()?.remove(0);
