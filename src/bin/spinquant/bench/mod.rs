@@ -30,15 +30,19 @@ pub enum Kernel {
     ClipSearch,
     /// RMSNorm of rows of n
     RmsNorm,
+    /// Its gradient
     RmsNormBackward,
     /// SwiGLU of rows of n
     Swiglu,
+    /// Its gradients
     SwigluBackward,
     /// Rotary embedding of rows of n / 128 heads
     Rope,
+    /// Its gradient: the rotation back
     RopeBackward,
     /// Causal attention of `rows` sequences of n tokens, 32 heads of 128
     Attention,
+    /// Its gradients
     AttentionBackward,
     /// A Cayley step of `rows` matrices of n x n, re-orthonormalised and audited
     Cayley,
@@ -167,7 +171,13 @@ fn report(job: &Job, outcome: &Result<Measured, String>) -> (String, Value) {
             value["tflop_per_s"] = json!(flops);
             let number = |x: Option<f64>, digits: usize| x.map_or_else(String::new, |x| format!("{x:.digits$}"));
             let ms = format!("{:.*}", if m.ms < 0.1 { 5 } else { 3 }, m.ms);
-            [ms, number((m.bytes > 0.0).then_some(rate), 0), number(fraction, 2), number(flops, 1), m.how.to_string()]
+            [
+                ms,
+                number((m.bytes > 0.0).then_some(rate), 0),
+                number(fraction, 2),
+                number(flops, if m.flops / m.ms > 1e10 { 1 } else { 3 }),
+                m.how.to_string(),
+            ]
         }
     };
     let [a, b, c, d] = start;
@@ -188,9 +198,9 @@ fn one(args: &Args, device: &Device) -> Job {
     let (cpu, values) = if device.is_cpu() { (true, 1 << 24) } else { (false, 1 << 28) };
     let attention = matches!(kernel, Kernel::Attention | Kernel::AttentionBackward);
     let cayley = matches!(kernel, Kernel::Cayley | Kernel::CayleyAudit);
-    let n = args.n.unwrap_or(match (attention, cpu) {
-        (true, false) => 2048,
-        (true, true) | (false, true) if attention || cayley => 512,
+    let n = args.n.unwrap_or(match cpu {
+        true if attention || cayley => 512,
+        false if attention => 2048,
         _ => 4096,
     });
     let rows = args.rows.unwrap_or(match kernel {
@@ -229,13 +239,13 @@ fn table(device: &Device) -> Vec<Job> {
     use Kernel::*;
     let job = |kernel, n, rows, dtype| Job { kernel, n, rows, dtype };
     if device.is_cpu() {
-        let values = 1 << 22;
+        let values = 1 << 24;
         let by_rows = [Copy, Hadamard, FakeQuant, HadamardFakeQuant, RmsNorm, RmsNormBackward, Swiglu, SwigluBackward];
         let mut jobs = vec![];
         for kernel in by_rows {
             jobs.extend([4096, 11008].map(|n| job(kernel, n, values / n, F32)));
         }
-        jobs.extend([Rope, RopeBackward].map(|k| job(k, 4096, 1024, F32)));
+        jobs.extend([Rope, RopeBackward].map(|k| job(k, 4096, values / 4096, F32)));
         jobs.push(job(ClipSearch, 4096, 64, F32));
         jobs.extend([Attention, AttentionBackward].map(|k| job(k, 512, 1, F32)));
         jobs.extend([Cayley, CayleyAudit].map(|k| job(k, 384, 1, F32)));
@@ -243,7 +253,7 @@ fn table(device: &Device) -> Vec<Job> {
         return jobs;
     }
     let values = 1 << 28;
-    // The columns of the table first, the slow checks last.
+    // The slow checks last.
     let mut jobs = vec![job(Copy, 4096, values / 4096, BF16), job(Copy, 4096, values / 4096, F32)];
     for n in (6..16).map(|m| 1 << m) {
         jobs.extend([F16, BF16, F32].map(|t| job(Hadamard, n, values / n, t)));
