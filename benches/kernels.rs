@@ -1,5 +1,5 @@
-//! Every operation, on the CPU and on a GPU where there is one, from the same large `cases()` as the parity tests: parity first, then
-//! time, then the rate as a fraction of a copy's (matrix products: GFLOP/s).
+//! Every operation, on the CPU and on a GPU where there is one, from the same large `cases()` as the parity tests: parity first,
+//! then time, then the rate as a fraction of a copy's (matrix products: GFLOP/s).
 //!
 //! `cargo bench --bench kernels [-- FILTER]`. What a GPU's kernels reach at a model's sizes is measured by `spinquant bench`.
 

@@ -1,7 +1,7 @@
 //! One learning step of 8 x 1024 tokens on a LLaMA of 15 million weights, and evaluation, with their peak memory.
 //!
-//! `cargo bench --bench step`. The model is that of SPINQUANT_MODEL (a Hugging Face folder), or ../shared/models/wiki-llama-15m where
-//! that exists, or random weights of its shape: time does not depend on the values. A GPU is used where there is one (bf16).
+//! `cargo bench --bench step`. The model is that of SPINQUANT_MODEL (a Hugging Face folder), or ../shared/models/wiki-llama-15m
+//! where that exists, or random weights of its shape: time does not depend on the values. A GPU is used where there is one (bf16).
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;

@@ -1,9 +1,9 @@
 //! The GPU kernels without a tape and without [`Tensor`](crate::Tensor)s: cudarc slices in, cudarc slices out, on a stream of the
 //! caller's. For microbenchmarks, and for engines that have their own tensors.
 //!
-//! Every function checks lengths, alignment (16 bytes: the start of an allocation always is) and that all slices and the stream are
-//! of one context, launches asynchronously, and allocates nothing. Rows are contiguous; 16-bit values are computed on in `f32` and
-//! rounded once. What is not here is in [`device::cuda::ffi`](crate::device::cuda::ffi), unchecked.
+//! Every function checks lengths, alignment (16 bytes: the start of an allocation always is) and that all slices and the stream
+//! are of one context, launches asynchronously, and allocates nothing. Rows are contiguous; 16-bit values are computed on in `f32`
+//! and rounded once. What is not here is in [`device::cuda::ffi`](crate::device::cuda::ffi), unchecked.
 //!
 //! ```no_run
 //! use half::bf16;

@@ -32,8 +32,8 @@ pub fn hadamard(x: &[f64], map: &Hadamard) -> Vec<f64> {
     y
 }
 
-/// Within one rounding of the stored type, plus a few of f32 (or a 64th of a 16-bit one) of the largest value; `factor` times that for
-/// sums of products.
+/// Within one rounding of the stored type, plus a few of f32 (or a 64th of a 16-bit one) of the largest value; `factor` times that
+/// for sums of products.
 pub fn close(what: &str, got: &[f64], want: &[f64], dtype: DType, factor: f64) -> Result<()> {
     let largest = want.iter().fold(0f64, |m, x| m.max(x.abs()));
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
