@@ -515,6 +515,9 @@ pub fn write_rtn(
     mut progress: impl FnMut(usize),
 ) -> Result<()> {
     let (config, dtype, device) = (&model.config, model.dtype(), model.device());
+    if model.blocks.iter().any(|b| b.gains().is_some()) {
+        return Err(Error::argument("export", "expected a model whose RMSNorm gains are folded (Llama::load)"));
+    }
     let writer = Writer::create(output, config, scheme, dtype, rotations, &sample_sha256(model)?)?;
     let wide = rotations.map(wide).transpose()?;
     for (l, block) in model.blocks.iter().enumerate() {

@@ -388,7 +388,7 @@ fn bad_arguments() {
         learn(&format!("--scheme {scheme}"), &["--scheme", "expected W<bits>A<bits>KV<bits>", scheme]);
     }
     place.fails(&EVAL.replace("cpu", "tpu"), &["--device: expected auto, cpu or cuda, got \"tpu\""]);
-    place.fails(&format!("{EVAL} --weights awq"), &["--weights", "rtn", "\"awq\""]);
+    place.fails(&format!("{EVAL} --weights awq"), &["--weights", "'awq'"]);
     place.fails(&format!("{EVAL} --online r5"), &["expected none, r3, r4 or r3,r4, got \"r5\""]);
     place.fails(&format!("{EVAL} --dtype int8"), &["--dtype", "int8"]);
     place.fails(&format!("{EVAL} --weight-group 5"), &["quantisation group: 5 does not divide rows of 24"]);
@@ -461,4 +461,64 @@ fn a_gpu_is_asked_for() {
     let reason = if cfg!(feature = "cuda") { "driver" } else { "no GPU support: rebuild with `--features cuda`" };
     place.fails(&EVAL.replace("cpu", "cuda"), &["error: cuda: ", reason]);
     place.json(&format!("{} --json", EVAL.replace("cpu", "auto")));
+}
+
+#[test]
+fn quantized_models_are_written_and_read_back() {
+    let place = Place::new();
+    let scheme = "--scheme W4A4KV4 --rotations hadamard:3";
+    let perplexity = |args: &str| number(&place.json(args), "perplexity").to_bits();
+    let quantize = |rest: &str| place.run(&format!("quantize --model model --device cpu --seq-len 16 {rest}"));
+    let calibration = "--calibration text.txt --calibration-windows 16";
+
+    assert!(quantize(&format!("{scheme} --out rtn")).status.success());
+    let native = perplexity("eval --model rtn --device cpu --seq-len 16 --text text.txt --json");
+    assert_eq!(native, perplexity(&format!("{EVAL} {scheme} --json")), "round to nearest");
+
+    assert!(quantize(&format!("{scheme} --weights gptq {calibration} --out gptq")).status.success());
+    let native = perplexity("eval --model gptq --device cpu --seq-len 16 --text text.txt --json");
+    assert_eq!(native, perplexity(&format!("{EVAL} {scheme} --weights gptq {calibration} --json")), "GPTQ");
+
+    assert!(quantize("--scheme W16A16KV16 --online none --rotations hadamard:3 --format hf --out hf").status.success());
+    let exact = number(&place.json(&format!("{EVAL} --scheme W16A16KV16 --json")), "perplexity");
+    let merged =
+        number(&place.json("eval --model hf --scheme W16A16KV16 --device cpu --seq-len 16 --text text.txt --json"), "perplexity");
+    assert!((merged / exact - 1.0).abs() < 1e-5, "{merged} against {exact}");
+
+    let fails =
+        |rest: &str, parts: &[&str]| place.fails(&format!("quantize --model model --device cpu --seq-len 16 {rest}"), parts);
+    fails(&format!("{scheme} --out rtn"), &["rtn", "not empty"]);
+    fails(&format!("{scheme} --weights gptq --out new"), &["--calibration"]);
+    fails(
+        &format!("{scheme} --weights gptq --calibration text.txt --calibration-windows 9999 --out new"),
+        &["1 to 100 windows", "9999"],
+    );
+    fails(&format!("{scheme} --format hf --out new"), &["format hf", "r3,r4"]);
+    assert!(!place.path("new").exists());
+}
+
+#[test]
+fn rotations_are_checked_and_translated() {
+    let place = Place::new();
+    let rotations = Rotations::random_orthogonal(24, 8, 2, 5).unwrap().to_dtype(spinquant::DType::F32).unwrap();
+    rotations.save(&place.path("R.safetensors")).unwrap();
+    for args in ["rotations convert R.safetensors R.bin", "rotations convert R.bin again.safetensors"] {
+        assert!(place.run(args).status.success(), "{args}");
+    }
+    let again = Rotations::load(&place.path("again.safetensors")).unwrap();
+    let error = |a: &Tensor, b: &Tensor| {
+        let (a, b) = (a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
+        a.iter().zip(&b).fold(0f64, |m, (a, b)| m.max((a - b).abs()))
+    };
+    assert!(error(&rotations.r1, &again.r1) < 1e-6 && error(&rotations.r2, &again.r2) < 1e-6);
+    let report = String::from_utf8(place.run("rotations check R.bin").stdout).unwrap();
+    assert_eq!(report.lines().count(), 3, "{report}");
+    assert!(report.lines().all(|l| l.contains("max|RᵀR−I|") && l.contains("det")), "{report}");
+
+    let bent = Rotations { r1: ops::randn([24, 24], 1), r2: rotations.r2.to_dtype(spinquant::DType::F64).unwrap() };
+    bent.save(&place.path("bent.safetensors")).unwrap();
+    let out = place.run("rotations check bent.safetensors");
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("R1 is not orthogonal"));
+    place.fails("rotations convert bent.safetensors bent.bin", &["bent.safetensors", "R1"]);
+    assert!(!place.path("bent.bin").exists());
 }

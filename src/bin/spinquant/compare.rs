@@ -10,6 +10,7 @@ use spinquant::rotation::Rotations;
 use crate::common::{ModelArgs, Progress, SchemeArgs};
 use crate::eval::{file_name, limited, score};
 use crate::learn::Recipe;
+use crate::weights::GptqArgs;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -37,6 +38,11 @@ pub struct Args {
     /// Quantisation while learning (default: the scheme itself, as is right for round-to-nearest weights).
     #[arg(long, value_name = "W.A.KV.")]
     learn_scheme: Option<Scheme>,
+    /// Add rows with GPTQ weights, learned rotations for them learned at W16.
+    #[arg(long)]
+    gptq: bool,
+    #[command(flatten)]
+    gptq_args: GptqArgs,
     /// Score at most this many windows.
     #[arg(long, value_name = "N")]
     max_windows: Option<usize>,
@@ -95,10 +101,32 @@ pub fn run(args: &Args) -> Result<()> {
         row("hadamard best", scheme, format!("hadamard:{best}"), "rtn", random[best]);
         row("hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", random[worst]);
     }
+    let gptq = |rotations: Option<&Rotations>, what: &str| {
+        let from = if rotations.is_some() { &model } else { &plain };
+        let merged = args.gptq_args.quantize(from, rotations, &scheme, &calibration, &mut (), &progress)?;
+        Ok::<f64, spinquant::Error>(score(&merged, &text, &progress, what)?.perplexity)
+    };
+    if args.gptq {
+        row("gptq", scheme, "none".into(), "gptq", gptq(None, "gptq")?);
+        let all = (0..args.seeds)
+            .map(|seed| gptq(Some(&hadamard(seed)?), &format!("hadamard:{seed} + gptq")))
+            .collect::<Result<Vec<f64>>>()?;
+        if !all.is_empty() {
+            let mean = all.iter().sum::<f64>() / all.len() as f64;
+            row("hadamard + gptq mean", scheme, format!("hadamard, {} seeds", all.len()), "gptq", mean);
+        }
+    }
     let mut runs: Vec<Value> = vec![];
     let mut learned = vec![];
+    let mut learned_gptq = vec![];
     for seed in 0..args.learn_seeds {
-        let options = args.recipe.options(learn_scheme, seed);
+        if args.gptq {
+            let options = args.recipe.options(scheme.unquantized_weights(), seed, &calibration);
+            let what = format!("learning at W16 from hadamard:{seed}");
+            let result = args.recipe.learn(&model, &calibration, hadamard(seed)?, &options, &progress, &what, |_| {})?;
+            learned_gptq.push(gptq(Some(&result.rotations), &format!("learned:{seed} + gptq"))?);
+        }
+        let options = args.recipe.options(learn_scheme, seed, &calibration);
         let what = format!("learning from hadamard:{seed}");
         let result = args.recipe.learn(&model, &calibration, hadamard(seed)?, &options, &progress, &what, |_| {})?;
         let perplexity = evaluate(Some(&result.rotations), &scheme, &format!("learned:{seed}"))?;
@@ -113,6 +141,11 @@ pub fn run(args: &Args) -> Result<()> {
     if !learned.is_empty() {
         let rotations = format!("learned at {learn_scheme}, {} seeds", learned.len());
         row("learned", scheme, rotations, "rtn", learned.iter().sum::<f64>() / learned.len() as f64);
+    }
+    if !learned_gptq.is_empty() {
+        let rotations = format!("learned at {}, {} seeds", scheme.unquantized_weights(), learned_gptq.len());
+        let mean = learned_gptq.iter().sum::<f64>() / learned_gptq.len() as f64;
+        row("learned + gptq", scheme, rotations, "gptq", mean);
     }
 
     if args.json {

@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::json;
+use spinquant::Result;
 use spinquant::data::Windows;
 use spinquant::eval::{Perplexity, perplexity};
+use spinquant::export::{is_native, load_native};
 use spinquant::llama::Merged;
-use spinquant::{Error, Result};
+use spinquant::quant::Scheme;
 
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted};
+use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -26,9 +29,14 @@ pub struct Args {
     /// none, identity, hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
     #[arg(long, value_name = "WHICH", default_value = "none")]
     rotations: RotationChoice,
-    /// How weights are quantised: rtn (round to nearest).
-    #[arg(long, value_name = "HOW", default_value = "rtn")]
-    weights: String,
+    /// How weights are quantised.
+    #[arg(long, value_enum, default_value_t = Method::Rtn)]
+    weights: Method,
+    /// Calibration text for GPTQ.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    #[command(flatten)]
+    gptq: GptqArgs,
     /// Read at most this many windows.
     #[arg(long, value_name = "N")]
     max_windows: Option<usize>,
@@ -39,8 +47,11 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
-    if args.weights != "rtn" {
-        return Err(Error::argument("--weights", format!("expected rtn, got {:?}", args.weights)));
+    if is_native(&args.model.model) {
+        let native = load_native(&args.model.model, &args.model.device()?)?;
+        let windows = args.model.windows(&native.model.config, &args.text, args.seq_len)?;
+        let scheme = native.model.scheme;
+        return report(args, &native.model, &limited(windows, args.max_windows)?, &scheme, &progress, "as written");
     }
     let model = match args.rotations {
         RotationChoice::None => args.model.load_plain(&progress)?,
@@ -49,17 +60,28 @@ pub fn run(args: &Args) -> Result<()> {
     let rotations = args.rotations.load(&model.config)?;
     let windows = limited(args.model.windows(&model.config, &args.text, args.seq_len)?, args.max_windows)?;
     let scheme = args.scheme.scheme();
-    let merged = model.merge(rotations.as_ref(), &scheme)?;
+    let merged = match args.weights {
+        Method::Rtn => model.merge(rotations.as_ref(), &scheme)?,
+        Method::Gptq => {
+            let text = args.gptq.text(&args.model, &model, args.calibration.as_ref(), args.seq_len)?;
+            args.gptq.quantize(&model, rotations.as_ref(), &scheme, &text, &mut (), &progress)?
+        }
+    };
     drop(model);
+    let how = format!("rotations {}, weights {}", args.rotations, args.weights.name());
+    report(args, &merged, &windows, &scheme, &progress, &how)
+}
+
+fn report(args: &Args, merged: &Merged, windows: &Windows, scheme: &Scheme, progress: &Progress, how: &str) -> Result<()> {
     let start = Instant::now();
-    let score = score(&merged, &windows, &progress, &format!("{scheme}"))?;
+    let score = score(merged, windows, progress, &format!("{scheme}"))?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         let Perplexity { perplexity, windows, tokens } = score;
         println!("{}", json!({"perplexity": perplexity, "windows": windows, "tokens": tokens, "seconds": seconds}));
     } else {
         let speed = score.tokens as f64 / seconds;
-        println!("{scheme}, rotations {}, weights {}: perplexity {:.4}", args.rotations, args.weights, score.perplexity);
+        println!("{scheme}, {how}: perplexity {:.4}", score.perplexity);
         println!("{} windows, {} tokens in {seconds:.1} s ({speed:.0} tokens/s)", score.windows, score.tokens);
     }
     Ok(())

@@ -36,11 +36,11 @@ pub struct Recipe {
     /// cayley, or cayley-parity for the published code's arithmetic, drift included.
     #[arg(long, default_value = "cayley")]
     optimizer: String,
-    /// Windows held out of training to score progress on.
-    #[arg(long, default_value_t = 8)]
-    held_out: usize,
+    /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
+    #[arg(long, value_name = "N")]
+    held_out: Option<usize>,
     /// Steps between scores.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 25)]
     held_out_every: usize,
     /// Keep only each layer's input and compute the rest again: less memory, more time.
     #[arg(long)]
@@ -48,7 +48,7 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    pub fn options(&self, scheme: spinquant::quant::Scheme, seed: u64) -> LearnOptions {
+    pub fn options(&self, scheme: spinquant::quant::Scheme, seed: u64, windows: &Windows) -> LearnOptions {
         LearnOptions {
             scheme,
             steps: self.steps,
@@ -57,7 +57,7 @@ impl Recipe {
             learning_rate: self.lr,
             schedule: self.schedule,
             seed,
-            held_out: self.held_out,
+            held_out: self.held_out.unwrap_or((windows.len() / 8).clamp(1, 64)),
             held_out_every: self.held_out_every,
             recompute: if self.recompute { Recompute::All } else { Recompute::None },
             checkpoint: None,
@@ -139,7 +139,7 @@ pub fn run(args: &Args) -> Result<()> {
     let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
     let state = state_path(&args.out);
     let scheme = args.scheme.scheme();
-    let mut options = args.recipe.options(scheme, args.seed);
+    let mut options = args.recipe.options(scheme, args.seed, &windows);
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
     options.resume = args.resume;
 

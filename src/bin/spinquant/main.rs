@@ -1,10 +1,13 @@
-//! The command line: `spinquant learn`, `eval`, `compare`, `bench`.
+//! The command line: `spinquant learn`, `eval`, `compare`, `quantize`, `rotations`, `bench`.
 
 mod bench;
 mod common;
 mod compare;
 mod eval;
 mod learn;
+mod quantize;
+mod rotations;
+mod weights;
 
 use std::process::ExitCode;
 
@@ -26,6 +29,10 @@ enum Command {
     Eval(eval::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
     Compare(compare::Args),
+    /// Write a quantised model.
+    Quantize(Box<quantize::Args>),
+    /// Check rotation files, or translate them.
+    Rotations(rotations::Args),
     /// Check a kernel's answer, then time it against a copy.
     Bench(bench::Args),
 }
@@ -36,6 +43,8 @@ fn main() -> ExitCode {
         Command::Learn(args) => learn::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Rotations(args) => rotations::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match outcome {
