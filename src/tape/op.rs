@@ -59,7 +59,8 @@ impl Saved {
 /// Gradients of an operation, one per operand; `None` where it was not wanted.
 pub type Grads = Vec<Option<Tensor>>;
 
-/// A differentiable operation. Implement it to add one, inside or outside this crate, and run it with [`Tape::record`].
+/// A differentiable operation. Implement it to add one, inside or outside this crate, and run it with
+/// [`Tape::record`](crate::Tape::record).
 pub trait Op {
     /// For messages.
     fn name(&self) -> &'static str;
