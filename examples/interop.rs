@@ -9,11 +9,13 @@
 mod tiny;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 
-use spinquant::export::{Format, Output, write_hf, write_rtn};
-use spinquant::llama::{Llama, LlamaConfig};
-use spinquant::quant::{Online, Scheme};
+use spinquant::data::Windows;
+use spinquant::export::{Format, Output, write_hf, write_quantized, write_rtn};
+use spinquant::llama::{Llama, LlamaConfig, Rotated, Source};
+use spinquant::quant::{Calibration, Gptq, LayerReport, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 
@@ -47,6 +49,16 @@ fn write(dir: &Path) -> Result<()> {
         let scheme = Scheme::new(4, 16, 16).online(Online::NONE);
         write_hf(&source, Some(&rotations), &scheme, overwrite(&quantised), |_| {})?;
 
+        // The same by GPTQ.
+        let calibrated = dir.join(name).join("hf-gptq");
+        let text =
+            Windows::new((0..8 * SEQ as u32).map(|i| (i * i * 5 + i / 3) % config.vocab_size as u32).collect::<Vec<_>>(), SEQ)?;
+        let files = Source::open(&source, &config)?;
+        let rotated = Rotated::open(&files, Some(&rotations), &scheme, &Device::Cpu)?;
+        let output = Output { source: Some(&source), ..overwrite(&calibrated) };
+        let go_on = |_: &LayerReport| ControlFlow::Continue(());
+        write_quantized(&rotated, &Gptq::default(), Some(&Calibration::first(&text, 8)?), output, go_on)?;
+
         let tokens: Vec<u32> = (0..2 * SEQ as u32).map(|i| (i * i * 7 + 3 * i + 1) % config.vocab_size as u32).collect();
         let logits = |folder: &Path| {
             let model = Llama::load(folder, DType::F32, &Device::Cpu)?;
@@ -55,6 +67,7 @@ fn write(dir: &Path) -> Result<()> {
         let ours = BTreeMap::from([
             ("logits".to_string(), logits(&source)?),
             ("logits-w4".to_string(), logits(&quantised)?),
+            ("logits-gptq".to_string(), logits(&calibrated)?),
             ("tokens".to_string(), Tensor::from_vec(tokens.iter().map(|t| *t as f32).collect(), [2, SEQ])?),
         ]);
         io::save_tensors(&dir.join(name).join("ours.safetensors"), &ours, &BTreeMap::new())?;

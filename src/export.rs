@@ -39,17 +39,21 @@ pub use native::{Native, is_native, load_native};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::llama::{Block, EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, Llama, LlamaConfig, NORMS, Source};
+use crate::llama::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, Llama, LlamaConfig, NORMS, Rotated, Source};
 use crate::ops::fake_quant::{Quantized, quantize};
-use crate::quant::{Online, QuantSpec, Scheme};
+use crate::quant::{
+    Calibration, LayerReport, LayerStore, Online, QuantSpec, QuantizedLayer, QuantizedLinear, Rtn, Scheme, WeightQuantizer,
+    quantize_layers,
+};
 use crate::rotation::Rotations;
-use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
+use crate::{DType, Device, Error, Result, Tensor, io};
 use parts::{Part, Raw};
 
 /// The file that says what an output folder is.
@@ -175,11 +179,7 @@ pub fn round_to_nearest(weights: &LayerWeights, spec: &QuantSpec) -> Result<Stor
 
 /// SHA-256 in hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
-    hex(Sha256::digest(bytes).as_slice())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    io::hex(&Sha256::digest(bytes))
 }
 
 /// SHA-256 of the shape, type and values of R1 and R2.
@@ -190,7 +190,7 @@ pub fn rotations_sha256(rotations: &Rotations) -> Result<String> {
         hash.update(format!("{} {:?}\n", t.dtype(), t.shape()));
         hash.update(io::bytes(&t)?);
     }
-    Ok(hex(hash.finalize().as_slice()))
+    Ok(io::hex(&hash.finalize()))
 }
 
 /// Writes an output folder layer by layer.
@@ -470,9 +470,58 @@ fn check_free(dir: &Path, overwrite: bool) -> Result<()> {
     }
 }
 
+/// Quantises a rotated model layer by layer and writes it. A run that was interrupted continues, and ends in the same bytes.
+///
+/// # Errors
+/// Those of [`Writer`] and [`quantize_layers`]; a model whose RMSNorm gains are not folded into its weights.
+pub fn write_quantized(
+    rotated: &Rotated<'_>,
+    quantizer: &dyn WeightQuantizer,
+    calibration: Option<&Calibration<'_>>,
+    output: Output<'_>,
+    progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
+) -> Result<()> {
+    if !rotated.is_folded() {
+        return Err(Error::argument("export", "expected a model whose RMSNorm gains are folded (Llama::load)"));
+    }
+    let (dtype, rotations) = (rotated.dtype(), rotated.rotations());
+    let writer = Writer::create(output, rotated.config(), rotated.scheme(), dtype, rotations, &rotated.sha256()?)?;
+    quantize_layers(rotated, quantizer, calibration, &mut Layers(&writer), progress, drop)?;
+    writer.finish(&rotated.embedding()?, &rotated.head()?)
+}
+
+/// The layers of an unfinished output.
+struct Layers<'a, 'w>(&'a Writer<'w>);
+
+impl LayerStore for Layers<'_, '_> {
+    fn has(&self, index: usize) -> bool {
+        self.0.has_layer(index)
+    }
+
+    fn load(&mut self, index: usize, dtype: DType, device: &Device) -> Result<QuantizedLayer> {
+        let mut linears = vec![];
+        for stored in self.0.read_layer(index)? {
+            linears.push(match stored {
+                Stored::Codes(codes) => QuantizedLinear::from_codes(codes, dtype, device)?,
+                Stored::Values(values) => QuantizedLinear::exact(&values.to_device(device)?),
+            });
+        }
+        Ok(QuantizedLayer { index, linears: linears.try_into().expect("seven of them") })
+    }
+
+    fn save(&mut self, layer: &QuantizedLayer) -> Result<()> {
+        let hf = self.0.output.format == Format::Hf;
+        let stored = layer.linears.each_ref().map(|l| match &l.codes {
+            Some(codes) if !hf => Stored::Codes(codes.clone()),
+            _ => Stored::Values(l.weight.clone()),
+        });
+        self.0.layer(layer.index, &stored)
+    }
+}
+
 /// Merges rotations into the model at `source` and writes it in the Hugging Face layout: all in `f64`, a layer at a time, rounded
-/// once to the source's element type; then, where the scheme quantises weights, to the nearest values of its grid. The products
-/// run on `device`. `progress` is told how many layers are done.
+/// once to the source's element type; then, where the scheme quantises weights, to the nearest values of its grid. `progress` is
+/// told how many layers are done. Other quantisers: [`Rotated::open`] and [`write_quantized`].
 ///
 /// # Errors
 /// Those of [`Source`], [`Writer`], and rotations that do not fit.
@@ -481,26 +530,12 @@ pub fn write_hf(
     rotations: Option<&Rotations>,
     scheme: &Scheme,
     output: Output<'_>,
-    mut progress: impl FnMut(usize),
+    progress: impl FnMut(usize),
 ) -> Result<()> {
     let config = LlamaConfig::from_file(source.join("config.json"))?;
     let weights = Source::open(source, &config)?;
-    let dtype = weights.dtype()?;
     let output = Output { format: Format::Hf, source: Some(source), ..output };
-    let writer = Writer::create(output, &config, scheme, dtype, rotations, &weights.sha256())?;
-    let wide = rotations.map(wide).transpose()?;
-    for l in 0..config.layers {
-        if !writer.has_layer(l) {
-            let mut layer = weights.layer(l, DType::F64)?;
-            if let Some(r) = &wide {
-                layer = rotated(&config, l, &layer, r, scheme.online)?;
-            }
-            writer.layer(l, &round_to_nearest(&layer.map(|w| w.to_dtype(dtype))?, &writer.spec())?)?;
-        }
-        progress(l + 1);
-    }
-    let rotate = |t: Tensor| wide.as_ref().map_or(Ok(t.clone()), |r| enter_basis(&t, &r.r1));
-    writer.finish(&rotate(weights.embedding(DType::F64)?)?, &rotate(weights.head(DType::F64)?)?)
+    write_rounded(&Rotated::open(&weights, rotations, scheme, &Device::Cpu)?, output, progress)
 }
 
 /// Writes what [`Llama::merge`] makes of a model, weights rounded to nearest; a native output loads to the same bits.
@@ -512,58 +547,14 @@ pub fn write_rtn(
     rotations: Option<&Rotations>,
     scheme: &Scheme,
     output: Output<'_>,
-    mut progress: impl FnMut(usize),
+    progress: impl FnMut(usize),
 ) -> Result<()> {
-    let (config, dtype, device) = (&model.config, model.dtype(), model.device());
-    if model.blocks.iter().any(|b| b.gains().is_some()) {
-        return Err(Error::argument("export", "expected a model whose RMSNorm gains are folded (Llama::load)"));
-    }
-    let writer = Writer::create(output, config, scheme, dtype, rotations, &sample_sha256(model)?)?;
-    let wide = rotations.map(wide).transpose()?;
-    for (l, block) in model.blocks.iter().enumerate() {
-        if !writer.has_layer(l) {
-            let weights = match &wide {
-                Some(r) => {
-                    rotated(config, l, &block.weights, r, scheme.online)?.map(|w| w.to_dtype(dtype)?.to_device(&device))?
-                }
-                None => block.weights.clone(),
-            };
-            writer.layer(l, &round_to_nearest(&weights, &writer.spec())?)?;
-        }
-        progress(l + 1);
-    }
-    let rotate = |t: &Tensor| wide.as_ref().map_or(Ok(t.clone()), |r| enter_basis(t, &r.r1));
-    writer.finish(&rotate(&model.embedding)?, &rotate(&model.head)?)
+    write_rounded(&Rotated::new(model, rotations, scheme)?, output, progress)
 }
 
-/// In `f64`, which lives on the CPU.
-fn wide(rotations: &Rotations) -> Result<Rotations> {
-    rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)
-}
-
-/// A layer's weights with rotations in `f64` merged, in `f64`, not quantised.
-fn rotated(config: &LlamaConfig, layer: usize, weights: &LayerWeights, r: &Rotations, online: Online) -> Result<LayerWeights> {
-    let wide = weights.map(|w| w.to_device(&Device::Cpu)?.to_dtype(DType::F64))?;
-    let sites = Scheme::FULL_PRECISION.online(online).sites(config.head_dim);
-    let tape = Tape::new();
-    let (r1, r2) = (tape.constant(r.r1.clone()), tape.constant(r.r2.index(layer)?));
-    let w = Block::new(config, layer, wide).rotate(&r1, &r2, &sites, None)?;
-    Ok(LayerWeights::from_array([w.q, w.k, w.v, w.o, w.gate, w.up, w.down].map(Var::into_value)))
-}
-
-/// `W R1` in `f64`: what becomes of the embedding and the head.
-fn enter_basis(w: &Tensor, r1: &Tensor) -> Result<Tensor> {
-    let tape = Tape::new();
-    let w = tape.constant(w.to_device(&Device::Cpu)?.to_dtype(DType::F64)?);
-    Ok(w.matmul(tape.constant(r1.clone()))?.into_value())
-}
-
-/// SHA-256 of every weight's first row: tells models of one shape apart.
-pub fn sample_sha256(model: &Llama) -> Result<String> {
-    let mut hash = Sha256::new();
-    let layers = model.blocks.iter().flat_map(|b| b.weights.as_array());
-    for t in [&model.embedding, &model.head].into_iter().chain(layers) {
-        hash.update(io::bytes(&t.slice(0, 1)?.to_device(&Device::Cpu)?)?);
-    }
-    Ok(hex(hash.finalize().as_slice()))
+fn write_rounded(rotated: &Rotated<'_>, output: Output<'_>, mut progress: impl FnMut(usize)) -> Result<()> {
+    write_quantized(rotated, &Rtn, None, output, |report| {
+        progress(report.done);
+        ControlFlow::Continue(())
+    })
 }

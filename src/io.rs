@@ -75,6 +75,11 @@ pub fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &
     })
 }
 
+/// Bytes in hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// The memory of a CPU tensor (little-endian machines only, as everywhere in this crate).
 pub(crate) fn bytes(t: &Tensor) -> Result<&[u8]> {
     Ok(match t.dtype() {

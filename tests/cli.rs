@@ -485,6 +485,21 @@ fn quantized_models_are_written_and_read_back() {
         number(&place.json("eval --model hf --scheme W16A16KV16 --device cpu --seq-len 16 --text text.txt --json"), "perplexity");
     assert!((merged / exact - 1.0).abs() < 1e-5, "{merged} against {exact}");
 
+    let plain = "--scheme W4A16KV16 --online none --rotations hadamard:3";
+    assert!(quantize(&format!("{plain} --weights gptq {calibration} --format hf --out hf-gptq")).status.success());
+    let read = |model: &str| {
+        let args = format!("eval --model {model} --scheme W16A16KV16 --device cpu --seq-len 16 --text text.txt --json");
+        number(&place.json(&args), "perplexity")
+    };
+    let gptq = number(&place.json(&format!("{EVAL} {plain} --weights gptq {calibration} --json")), "perplexity");
+    assert!((read("hf-gptq") / gptq - 1.0).abs() < 1e-3, "{} against {gptq}", read("hf-gptq"));
+    let record: serde_json::Value = serde_json::from_slice(&place.read("hf-gptq/spinquant.json")).unwrap();
+    let provenance = &record["provenance"];
+    assert_eq!((&provenance["seeds"]["rotations"], &provenance["weights"]), (&3.into(), &"gptq".into()));
+    assert_eq!((&provenance["notes"]["damping"], &provenance["notes"]["device"]), (&0.01.into(), &"cpu".into()));
+    assert_eq!(provenance["calibration_sha256"].as_str().map(str::len), Some(64));
+    assert!(provenance["command"].as_str().unwrap().contains("--format hf"));
+
     let fails =
         |rest: &str, parts: &[&str]| place.fails(&format!("quantize --model model --device cpu --seq-len 16 {rest}"), parts);
     fails(&format!("{scheme} --out rtn"), &["rtn", "not empty"]);
@@ -494,6 +509,7 @@ fn quantized_models_are_written_and_read_back() {
         &["1 to 100 windows", "9999"],
     );
     fails(&format!("{scheme} --format hf --out new"), &["format hf", "r3,r4"]);
+    fails(&format!("{plain} --format hf --dtype bf16 --out new"), &["--dtype", "files"]);
     assert!(!place.path("new").exists());
 }
 

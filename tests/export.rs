@@ -4,17 +4,21 @@ mod tiny;
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use serde_json::Value;
-use spinquant::export::{self, Format, Output, Provenance, RECORD, Stored, Writer, load_native, write_hf, write_rtn};
-use spinquant::llama::{Llama, LlamaConfig, Merged};
+use spinquant::data::Windows;
+use spinquant::export::{
+    self, Format, Output, Provenance, RECORD, Stored, Writer, load_native, write_hf, write_quantized, write_rtn,
+};
+use spinquant::llama::{Llama, LlamaConfig, Merged, Rotated, Source};
 use spinquant::ops::fake_quant::Quantized;
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Online, Scheme};
+use spinquant::quant::{Calibration, Clip, Gptq, LayerReport, Online, Scheme, quantize_layers};
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Device, Result, Tensor, io};
+use spinquant::{DType, Device, Error, Result, Tensor, io};
 use zip::CompressionMethod::Stored as StoredEntry;
 use zip::write::SimpleFileOptions;
 
@@ -489,6 +493,61 @@ fn a_killed_run_ends_in_the_same_bytes() {
         std::fs::write(dir.path().join(".out.partial/layer-00001.safetensors"), b"cut").unwrap();
         write_rtn(&model, Some(&r), &scheme, named(&out), |_| {}).unwrap();
         assert_eq!(contents(&out), contents(&whole));
+    }
+}
+
+/// GPTQ into either format, stopped after every layer in turn.
+#[test]
+fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, whole, out) = (dir.path().join("source"), dir.path().join("whole"), dir.path().join("out"));
+    let config = LlamaConfig { layers: 3, ..tiny::config(4, 2, false) };
+    let text = Windows::new((0..16 * 8).map(|i| (i * i * 7 + i / 3) % 31).collect::<Vec<u32>>(), 16).unwrap();
+    let calibration = Calibration::first(&text, 8).unwrap();
+    let r = Rotations::random_hadamard(16, 8, 3, 5).unwrap();
+    for dtype in [DType::F32, DType::BF16] {
+        tiny::write(&source, &config, dtype, 9, true);
+        let (files, model) = (Source::open(&source, &config).unwrap(), Llama::load(&source, dtype, &Device::Cpu).unwrap());
+        for format in [Format::Native, Format::Hf] {
+            let scheme = match format {
+                Format::Native => Scheme { weight_group: Some(8), ..Scheme::new(4, 4, 4) },
+                Format::Hf => Scheme::new(3, 16, 16).online(Online::NONE),
+            };
+            let rotated = match format {
+                Format::Native => Rotated::new(&model, Some(&r), &scheme),
+                Format::Hf => Rotated::open(&files, Some(&r), &scheme, &Device::Cpu),
+            }
+            .unwrap();
+            let write = |dir: &Path, stop: usize| {
+                let output = Output { source: Some(&source), ..Output::new(dir, format) };
+                write_quantized(&rotated, &Gptq::default(), Some(&calibration), output, |report| {
+                    if report.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                })
+            };
+            write(&whole, 0).unwrap();
+            for stop in [1, 2] {
+                assert!(matches!(write(&out, stop), Err(Error::Interrupted { step }) if step == stop));
+                assert!(!out.exists());
+                write(&out, 0).unwrap();
+                assert_eq!(contents(&out), contents(&whole), "{format:?} {dtype}, stopped after {stop}");
+                std::fs::remove_dir_all(&out).unwrap();
+            }
+            // What is written is what GPTQ made of the rotated layers.
+            let mut blocks = vec![];
+            let go_on = |_: &LayerReport| ControlFlow::Continue(());
+            quantize_layers(&rotated, &Gptq::default(), Some(&calibration), &mut (), go_on, |b| blocks.push(b)).unwrap();
+            let written = match format {
+                Format::Native => load_native(&whole, &Device::Cpu).unwrap().model,
+                Format::Hf => Llama::load(&whole, dtype, &Device::Cpu).unwrap().merge(None, &PLAIN).unwrap(),
+            };
+            let (embedding, head) = (rotated.embedding().unwrap(), rotated.head().unwrap());
+            same_weights(&written, &Merged { config: config.clone(), scheme, embedding, head, blocks });
+            let rounded = Rotated::new(&model, Some(&r), &scheme).unwrap();
+            let nearest = export::round_to_nearest(&rounded.block(0).unwrap().weights, &scheme.sites(8).weight).unwrap();
+            let gptq = written.blocks[0].weights.as_array().map(|w| w.to_f64_vec().unwrap());
+            assert_ne!(gptq[0], nearest[0].values(dtype).unwrap().to_f64_vec().unwrap(), "GPTQ is not rounding to nearest");
+            std::fs::remove_dir_all(&whole).unwrap();
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use spinquant::quant::{
     Scheme, Site, WeightQuantizer, quantize_weights,
 };
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Error, Result, Tape, Tensor};
+use spinquant::{DType, Device, Error, Result, Tape, Tensor};
 
 fn values(t: &Tensor) -> Vec<f64> {
     t.to_f64_vec().unwrap()
@@ -418,8 +418,11 @@ fn the_pipeline_does_what_it_says() {
 struct Memory(Vec<QuantizedLayer>);
 
 impl LayerStore for Memory {
-    fn load(&mut self, index: usize) -> Result<Option<QuantizedLayer>> {
-        Ok(self.0.get(index).cloned())
+    fn has(&self, index: usize) -> bool {
+        index < self.0.len()
+    }
+    fn load(&mut self, index: usize, _: DType, _: &Device) -> Result<QuantizedLayer> {
+        Ok(self.0[index].clone())
     }
     fn save(&mut self, layer: &QuantizedLayer) -> Result<()> {
         assert_eq!(layer.index, self.0.len());

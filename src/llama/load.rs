@@ -269,6 +269,11 @@ impl Source {
         Ok(Self { checkpoint: Checkpoint::open(dir)?, config: config.clone() })
     }
 
+    /// Sizes.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
     fn entry(&self, name: &str, shape: &[usize]) -> Result<Entry<'_>> {
         self.checkpoint.entry(&format!("{name}.weight"), shape)
     }
@@ -296,7 +301,7 @@ impl Source {
             hash.update(format!("{name} {} {:?}\n", info.dtype, info.shape));
             hash.update(&map[start + from..start + to.min(from + 4096)]);
         }
-        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+        io::hex(&hash.finalize())
     }
 
     /// The embedding, `[V, C]`.

@@ -3,14 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use crate::data;
 use crate::llama::block::{Block, RotatedWeights, Run};
-use crate::llama::{LayerWeights, LlamaConfig, Source, Weights};
+use crate::llama::{LayerWeights, LlamaConfig, Rotated, Source, Weights};
 use crate::ops::rope::Rope;
 use crate::quant::{QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::tape::checkpoint;
-use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
+use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
 /// Which layers keep their intermediate values for the backward pass, and which compute them again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -191,80 +193,30 @@ impl Llama {
     }
 
     /// Merges a layer at a time; `quantize` is given each rotated layer in order and says what its weights become.
-    pub(crate) fn merge_with(
+    fn merge_with(
         &self,
         rotations: Option<&Rotations>,
         scheme: &Scheme,
-        mut quantize: impl FnMut(&Block, &QuantSpec) -> Result<LayerWeights>,
+        quantize: impl Fn(&Block, &QuantSpec) -> Result<LayerWeights>,
     ) -> Result<Merged> {
-        let merger = Merger::new(self, rotations, scheme)?;
-        let spec = merger.scheme.sites(self.config.head_dim).weight;
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for i in 0..self.blocks.len() {
-            let block = merger.block(i)?;
-            blocks.push(block.with_weights(quantize(&block, &spec)?));
+        let rotated = Rotated::new(self, rotations, scheme)?;
+        let spec = rotated.scheme().sites(self.config.head_dim).weight;
+        let block = |i| {
+            let block = rotated.block(i)?;
+            Ok(block.with_weights(quantize(&block, &spec)?))
+        };
+        Merged::new(&rotated, (0..self.blocks.len()).map(block).collect::<Result<_>>()?)
+    }
+
+    /// SHA-256 of every weight's first row: tells models of one shape apart.
+    pub fn sample_sha256(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        let layers = self.blocks.iter().flat_map(|b| b.weights.as_array());
+        for t in [&self.embedding, &self.head].into_iter().chain(layers) {
+            hash.update(io::bytes(&t.slice(0, 1)?.to_device(&Device::Cpu)?)?);
         }
-        let (embedding, head) = (merger.table(&self.embedding)?, merger.table(&self.head)?);
-        Ok(Merged { config: self.config.clone(), scheme: merger.scheme, embedding, head, blocks })
+        Ok(io::hex(&hash.finalize()))
     }
-}
-
-/// Merges rotations into a model's weights in float64, piece by piece.
-pub(crate) struct Merger<'a> {
-    model: &'a Llama,
-    rotations: Option<Rotations>,
-    /// The scheme of the merged network: without rotations, none runs online either.
-    pub(crate) scheme: Scheme,
-}
-
-impl<'a> Merger<'a> {
-    pub(crate) fn new(model: &'a Llama, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Self> {
-        let config = &model.config;
-        let Some(rotations) = rotations else {
-            return Ok(Self { model, rotations: None, scheme: scheme.unrotated() });
-        };
-        rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
-        let rotations = rotations.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-        Ok(Self { model, rotations: Some(rotations), scheme: *scheme })
-    }
-
-    /// `E R1` or `W_head R1`.
-    pub(crate) fn table(&self, t: &Tensor) -> Result<Tensor> {
-        let Some(rotations) = &self.rotations else { return Ok(t.clone()) };
-        let tape = Tape::new();
-        self.narrow(tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?)
-    }
-
-    /// A layer with its weights rotated, not quantised.
-    pub(crate) fn block(&self, i: usize) -> Result<Block> {
-        let (config, block) = (&self.model.config, &self.model.blocks[i]);
-        let Some(rotations) = &self.rotations else { return Ok(Block::clone(block)) };
-        let tape = Tape::new();
-        let r1 = tape.constant(rotations.r1.clone());
-        let r2 = tape.constant(rotations.r2.index(i)?);
-        let exact = self.scheme.unquantized_weights().sites(config.head_dim);
-        let w = block.with_weights(block.weights.map(wide)?).rotate(&r1, &r2, &exact, None)?;
-        let narrow = |t| self.narrow(t);
-        let weights = LayerWeights {
-            q: narrow(w.q)?,
-            k: narrow(w.k)?,
-            v: narrow(w.v)?,
-            o: narrow(w.o)?,
-            gate: narrow(w.gate)?,
-            up: narrow(w.up)?,
-            down: narrow(w.down)?,
-        };
-        Ok(block.with_weights(weights))
-    }
-
-    fn narrow(&self, t: Var<'_>) -> Result<Tensor> {
-        t.into_value().to_dtype(self.model.dtype())?.to_device(&self.model.device())
-    }
-}
-
-/// In f64, which lives on the CPU.
-fn wide(t: &Tensor) -> Result<Tensor> {
-    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
 }
 
 fn fake_quantize(w: Tensor, spec: &QuantSpec) -> Result<Tensor> {
@@ -306,6 +258,12 @@ pub struct Merged {
 }
 
 impl Merged {
+    /// A rotated network with these layers.
+    pub(crate) fn new(rotated: &Rotated<'_>, blocks: Vec<Block>) -> Result<Self> {
+        let (config, scheme) = (rotated.config().clone(), *rotated.scheme());
+        Ok(Self { config, scheme, embedding: rotated.embedding()?, head: rotated.head()?, blocks })
+    }
+
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
     pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
         check_tokens(&self.config, tokens, seq, self.config.layers)?;

@@ -207,7 +207,7 @@ impl Gptq {
         Ok(QuantizedLinear {
             damping: Some(*damping),
             loss: Some(losses.iter().sum()),
-            ..QuantizedLinear::from_codes(codes, weight)?
+            ..QuantizedLinear::from_codes(codes, weight.dtype(), &weight.device())?
         })
     }
 }

@@ -10,7 +10,7 @@ mod weight;
 
 pub use gptq::{Gptq, GroupScales, MAX_DAMPING};
 pub use hessian::Hessian;
-pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_weights};
+pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers, quantize_weights};
 pub use rtn::Rtn;
 pub use scheme::{Online, Scheme, Site, Sites};
 pub use spec::{Clip, Grid, GridFloat, QuantSpec, SEARCH_NORM, SEARCH_STEPS, Target};

@@ -9,10 +9,10 @@ use std::time::Instant;
 
 use crate::data::{self, Windows};
 use crate::device::cpu;
-use crate::llama::{Block, LayerWeights, Llama, Merged, Merger, Run};
+use crate::llama::{Block, LayerWeights, Llama, Merged, Rotated, Run};
 use crate::quant::{Hessian, QuantizedLinear, Scheme, WeightQuantizer};
 use crate::rotation::Rotations;
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
 
 /// Tokens that go through a layer at once.
 const TOKENS_AT_ONCE: usize = 4096;
@@ -74,15 +74,20 @@ impl QuantizedLayer {
 
 /// Keeps quantised layers, so that an interrupted run can go on where it stopped. `()` keeps nothing.
 pub trait LayerStore {
-    /// A layer saved earlier, by the same run; asked for from layer 0 on until there is none.
-    fn load(&mut self, index: usize) -> Result<Option<QuantizedLayer>>;
+    /// True of a layer saved earlier, by the same run.
+    fn has(&self, index: usize) -> bool;
+    /// A layer saved earlier, its weights in this type and on this device.
+    fn load(&mut self, index: usize, dtype: DType, device: &Device) -> Result<QuantizedLayer>;
     /// Called with every new layer, in order.
     fn save(&mut self, layer: &QuantizedLayer) -> Result<()>;
 }
 
 impl LayerStore for () {
-    fn load(&mut self, _: usize) -> Result<Option<QuantizedLayer>> {
-        Ok(None)
+    fn has(&self, _: usize) -> bool {
+        false
+    }
+    fn load(&mut self, index: usize, _: DType, _: &Device) -> Result<QuantizedLayer> {
+        Err(Error::argument("layer", format!("{index} was not kept")))
     }
     fn save(&mut self, _: &QuantizedLayer) -> Result<()> {
         Ok(())
@@ -106,14 +111,7 @@ pub struct LayerReport {
 }
 
 /// Merges rotations into the weights as [`Llama::merge`] does, and quantises them by `quantizer` on `calibration` text (which a
-/// quantiser that needs no Hessian does without). `None`: the plain network ([`Scheme::unrotated`]).
-///
-/// Hidden states of all calibration tokens T are kept: T·(C + max(H·D, F)) values at most. `progress` hears of every layer and may
-/// stop the run, after the layer was saved.
-///
-/// # Errors
-/// Rotations that do not fit the model; no calibration text where it is needed; what the quantiser and the store report;
-/// [`Error::Interrupted`] when stopped.
+/// quantiser that needs no Hessian does without). `None`: the plain network ([`Scheme::unrotated`]). More in [`quantize_layers`].
 #[allow(clippy::too_many_arguments)]
 pub fn quantize_weights(
     model: &Llama,
@@ -122,61 +120,73 @@ pub fn quantize_weights(
     quantizer: &dyn WeightQuantizer,
     calibration: Option<&Calibration<'_>>,
     store: &mut dyn LayerStore,
-    mut progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
+    progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
 ) -> Result<Merged> {
-    let layers = model.config.layers;
-    let scheme = if rotations.is_some() { *scheme } else { scheme.unrotated() };
-    let calibrate = quantizer.needs_hessian() && scheme.weight_bits < 16;
-    let mut saved = vec![];
-    while saved.len() < layers
-        && let Some(layer) = store.load(saved.len())?
-    {
-        saved.push(layer);
-    }
+    let rotated = Rotated::new(model, rotations, scheme)?;
+    let mut blocks = Vec::with_capacity(model.config.layers);
+    quantize_layers(&rotated, quantizer, calibration, store, progress, |block| blocks.push(block))?;
+    Merged::new(&rotated, blocks)
+}
+
+/// Quantises a rotated model layer by layer. `keep` is given every layer in order; one that lets go of them needs the memory of
+/// one layer, and of the hidden states of all calibration tokens T: T·(C + max(H·D, F)) values at most. `progress` hears of every
+/// layer and may stop the run, after the layer was saved.
+///
+/// # Errors
+/// No calibration text where it is needed; what the quantiser and the store report; [`Error::Interrupted`] when stopped.
+pub fn quantize_layers(
+    rotated: &Rotated<'_>,
+    quantizer: &dyn WeightQuantizer,
+    calibration: Option<&Calibration<'_>>,
+    store: &mut dyn LayerStore,
+    mut progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
+    mut keep: impl FnMut(Block),
+) -> Result<()> {
+    let layers = rotated.config().layers;
+    let spec = rotated.scheme().sites(rotated.config().head_dim).weight;
+    let saved = (0..layers).take_while(|&i| store.has(i)).count();
     let mut stream = match calibration {
-        _ if !calibrate || saved.len() == layers => None,
-        Some(c) => Some(Stream::new(model, rotations, &scheme, c)?),
+        _ if !quantizer.needs_hessian() || !spec.is_active() || saved == layers => None,
+        Some(c) => Some(Stream::new(rotated, c)?),
         None => return Err(Error::argument("calibration", format!("{} needs calibration text, got none", quantizer.name()))),
     };
-    let mut saved = saved.into_iter();
-    let merged = model.merge_with(rotations, &scheme, |block, spec| {
+    for index in 0..layers {
         let start = Instant::now();
-        let index = block.index;
-        let last = index + 1 == layers;
-        let (layer, loaded) = match saved.next() {
-            Some(layer) => (layer, true),
-            None => {
-                let linears = match &mut stream {
-                    _ if !spec.is_active() => all(&block.weights).map(QuantizedLinear::exact),
-                    Some(stream) => stream.quantize(block, |w, h| quantizer.quantize(w, spec, Some(h)))?,
-                    None => seven(quantizer.quantize(&all(&block.weights), spec, None)?)?,
-                };
-                (QuantizedLayer { index, linears }, false)
-            }
+        let loaded = index < saved;
+        let (layer, block) = if loaded {
+            let layer = store.load(index, rotated.dtype(), rotated.device())?;
+            let block = rotated.block_of(index, layer.weights());
+            (layer, block)
+        } else {
+            let block = rotated.block(index)?;
+            let all = block.weights.as_array();
+            let linears = match &mut stream {
+                _ if !spec.is_active() => all.map(QuantizedLinear::exact),
+                Some(stream) => stream.quantize(&block, |w, h| quantizer.quantize(w, &spec, Some(h)))?,
+                None => seven(quantizer.quantize(&all, &spec, None)?)?,
+            };
+            let layer = QuantizedLayer { index, linears };
+            let block = block.with_weights(layer.weights());
+            (layer, block)
         };
-        let weights = layer.weights();
+        let last = index + 1 == layers;
         if let Some(stream) = stream.as_mut().filter(|_| !last) {
-            stream.pass(&block.with_weights(weights.clone()), loaded)?;
+            stream.pass(&block, loaded)?;
         }
         if !loaded {
             store.save(&layer)?;
         }
         let damping = layer.linears.iter().filter_map(|l| l.damping).reduce(f64::max);
         let seconds = start.elapsed().as_secs_f64();
-        match progress(&LayerReport { done: index + 1, layers, loaded, damping, seconds }) {
-            ControlFlow::Break(()) if !last => Err(Error::Interrupted { step: index + 1 }),
-            _ => Ok(weights),
+        if progress(&LayerReport { done: index + 1, layers, loaded, damping, seconds }).is_break() && !last {
+            return Err(Error::Interrupted { step: index + 1 });
         }
-    });
+        keep(block);
+    }
     if stream.take().is_some() {
         cpu::trim(); // what comes next uses other shapes
     }
-    merged
-}
-
-/// A layer's weights in the order of [`LayerWeights::NAMES`].
-fn all(w: &LayerWeights) -> [&Tensor; 7] {
-    [&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down]
+    Ok(())
 }
 
 fn seven(linears: Vec<QuantizedLinear>) -> Result<[QuantizedLinear; 7]> {
@@ -194,23 +204,24 @@ struct Stream {
 }
 
 impl Stream {
-    fn new(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, c: &Calibration<'_>) -> Result<Self> {
+    fn new(rotated: &Rotated<'_>, c: &Calibration<'_>) -> Result<Self> {
         let seq = c.text.seq_len();
         if c.windows.is_empty() || c.at_once == 0 || c.windows.iter().any(|&w| w >= c.text.len()) {
             let message = format!("expected windows below {}, at least one and one at once", c.text.len());
             return Err(Error::argument("calibration", message));
         }
         let scheme = match c.quantize_activations {
-            true => *scheme,
-            false => Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..*scheme },
+            true => *rotated.scheme(),
+            false => Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..*rotated.scheme() },
         };
-        let table = Merger::new(model, rotations, &scheme)?.table(&model.embedding)?;
+        let table = rotated.embedding()?;
         let embed = |windows: &[usize]| {
             let tape = Tape::new();
             Ok(tape.constant(table.clone()).embedding(c.text.batch(windows).into())?.into_value())
         };
         let x = c.windows.chunks(c.at_once).map(embed).collect::<Result<_>>()?;
-        Ok(Self { run: model.run(&scheme, seq)?, sequences: c.windows.len(), x, inner: vec![] })
+        let run = Run::new(rotated.config(), &scheme, seq, rotated.dtype(), rotated.device())?;
+        Ok(Self { run, sequences: c.windows.len(), x, inner: vec![] })
     }
 
     /// Quantises a layer group by group; afterwards `x` and `inner` hold what its output is made of.

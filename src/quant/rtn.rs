@@ -16,6 +16,6 @@ impl WeightQuantizer for Rtn {
         false
     }
     fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, _: Option<&Tensor>) -> Result<Vec<QuantizedLinear>> {
-        weights.iter().map(|w| QuantizedLinear::from_codes(quantize(w, spec)?, w)).collect()
+        weights.iter().map(|w| QuantizedLinear::from_codes(quantize(w, spec)?, w.dtype(), &w.device())).collect()
     }
 }

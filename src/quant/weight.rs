@@ -3,7 +3,7 @@
 
 use crate::ops::fake_quant::Quantized;
 use crate::quant::QuantSpec;
-use crate::{Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// One linear layer, quantised.
 #[derive(Clone, Debug)]
@@ -25,9 +25,9 @@ impl QuantizedLinear {
         Self { weight: weight.clone(), codes: None, damping: None, loss: None }
     }
 
-    /// A weight of given codes, which takes the type and device of `like`.
-    pub fn from_codes(codes: Quantized, like: &Tensor) -> Result<Self> {
-        let weight = codes.dequantize()?.to_dtype(like.dtype())?.to_device(&like.device())?;
+    /// A weight of given codes, in this type and on this device.
+    pub fn from_codes(codes: Quantized, dtype: DType, device: &Device) -> Result<Self> {
+        let weight = codes.dequantize()?.to_dtype(dtype)?.to_device(device)?;
         Ok(Self { weight, codes: Some(codes), damping: None, loss: None })
     }
 }

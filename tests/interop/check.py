@@ -30,12 +30,13 @@ def logits(path, tokens):
 for case in ["gqa", "tied", "llama3"]:
     ours = load_file(folder / case / "ours.safetensors")
     tokens = ours["tokens"].long()
-    for name, wanted in [("source", "logits"), ("hf", "logits"), ("hf-w4", "logits-w4")]:
+    for name, wanted in [("source", "logits"), ("hf", "logits"), ("hf-w4", "logits-w4"), ("hf-gptq", "logits-gptq")]:
         got = logits(folder / case / name, tokens)
         error = (got - ours[wanted]).abs().max().item()
         report(f"{case}/{name}: logits agree", error < 1e-3, f"max|difference| {error:.1e}, max|logit| {got.abs().max().item():.2f}")
-    different = (ours["logits"] - ours["logits-w4"]).abs().max().item()
-    report(f"{case}: quantised weights differ", different > 1e-2, f"by {different:.1e}")
+    for a, b in [("logits", "logits-w4"), ("logits", "logits-gptq"), ("logits-w4", "logits-gptq")]:
+        different = (ours[a] - ours[b]).abs().max().item()
+        report(f"{case}: {a} and {b} differ", different > 1e-2, f"by {different:.1e}")
 
 for kind in ["f32", "f64"]:
     read = torch.load(folder / f"R-{kind}.bin", weights_only=True)

@@ -91,6 +91,14 @@ impl ModelArgs {
         Ok((device, dtype))
     }
 
+    /// The device, for work that is done in the type of the model's files.
+    pub fn device_in_file_type(&self, what: &str) -> Result<Device> {
+        if let Some(dtype) = self.dtype {
+            return Err(Error::argument("--dtype", format!("{what} keeps the type of the model's files, got {dtype}")));
+        }
+        self.device()
+    }
+
     pub fn load(&self, progress: &Progress) -> Result<Llama> {
         let (device, dtype) = self.place()?;
         progress.say(&format!("loading {} as {dtype} on {device}", self.model.display()));
@@ -156,6 +164,14 @@ impl std::fmt::Display for RotationChoice {
 }
 
 impl RotationChoice {
+    /// The seed, where there is one.
+    pub fn seed(&self) -> Option<u64> {
+        match self {
+            Self::Hadamard(seed) | Self::Orthogonal(seed) => Some(*seed),
+            Self::None | Self::Identity | Self::File(_) => None,
+        }
+    }
+
     pub fn load(&self, config: &LlamaConfig) -> Result<Option<Rotations>> {
         let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
         let rotations = match self {

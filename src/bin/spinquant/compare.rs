@@ -103,7 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let gptq = |rotations: Option<&Rotations>, what: &str| {
         let from = if rotations.is_some() { &model } else { &plain };
-        let merged = args.gptq_args.quantize(from, rotations, &scheme, &calibration, &mut (), &progress)?;
+        let merged = args.gptq_args.quantize(from, rotations, &scheme, &calibration, &progress)?;
         Ok::<f64, spinquant::Error>(score(&merged, &text, &progress, what)?.perplexity)
     };
     if args.gptq {

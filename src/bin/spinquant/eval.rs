@@ -63,8 +63,8 @@ pub fn run(args: &Args) -> Result<()> {
     let merged = match args.weights {
         Method::Rtn => model.merge(rotations.as_ref(), &scheme)?,
         Method::Gptq => {
-            let text = args.gptq.text(&args.model, &model, args.calibration.as_ref(), args.seq_len)?;
-            args.gptq.quantize(&model, rotations.as_ref(), &scheme, &text, &mut (), &progress)?
+            let text = args.gptq.text(&args.model, &model.config, args.calibration.as_ref(), args.seq_len)?;
+            args.gptq.quantize(&model, rotations.as_ref(), &scheme, &text, &progress)?
         }
     };
     drop(model);

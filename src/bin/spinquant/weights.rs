@@ -1,10 +1,13 @@
 //! How weights are quantised: the arguments, and the model they make.
 
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
+use serde_json::Value;
 use spinquant::data::Windows;
-use spinquant::llama::{Llama, Merged};
-use spinquant::quant::{Calibration, Gptq, LayerStore, Scheme, quantize_weights};
+use spinquant::llama::{Llama, LlamaConfig, Merged};
+use spinquant::quant::{Calibration, Gptq, LayerReport, Scheme, quantize_weights};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
@@ -46,33 +49,55 @@ pub struct GptqArgs {
 }
 
 impl GptqArgs {
-    /// Rotates and quantises a model by GPTQ, with a progress bar.
+    /// The quantiser.
+    pub fn quantizer(&self) -> Gptq {
+        Gptq { damping: self.damping, act_order: self.act_order, ..Gptq::default() }
+    }
+
+    /// What it is calibrated on.
+    pub fn calibration<'a>(&self, text: &'a Windows) -> Result<Calibration<'a>> {
+        Ok(Calibration::first(text, self.calibration_windows)?.quantize_activations(self.calibrate_quantized))
+    }
+
+    /// The settings, for the record: a run that continues must have the same.
+    pub fn notes(&self) -> BTreeMap<String, Value> {
+        BTreeMap::from([
+            ("calibration_windows".into(), self.calibration_windows.into()),
+            ("damping".into(), self.damping.into()),
+            ("act_order".into(), self.act_order.into()),
+            ("calibrate_quantized".into(), self.calibrate_quantized.into()),
+        ])
+    }
+
+    /// A progress bar that says where the damping was raised, and stops when interrupted.
+    pub fn watch<'a>(&self, progress: &'a Progress, layers: usize) -> impl FnMut(&LayerReport) -> ControlFlow<()> + 'a {
+        let (mut task, asked) = (progress.start("gptq, layers", layers), self.damping);
+        move |report| {
+            if let Some(damping) = report.damping.filter(|d| *d > asked) {
+                let layer = report.done - 1;
+                progress.say(&format!("layer {layer}: a Hessian is not positive definite; damping raised to {damping}"));
+            }
+            task.at(report.done, "");
+            interrupted()
+        }
+    }
+
+    /// Rotates and quantises a model, with a progress bar.
     pub fn quantize(
         &self,
         model: &Llama,
         rotations: Option<&Rotations>,
         scheme: &Scheme,
         text: &Windows,
-        store: &mut dyn LayerStore,
         progress: &Progress,
     ) -> Result<Merged> {
-        let calibration = Calibration::first(text, self.calibration_windows)?.quantize_activations(self.calibrate_quantized);
-        let gptq = Gptq { damping: self.damping, act_order: self.act_order, ..Gptq::default() };
-        let mut task = progress.start("gptq, layers", model.config.layers);
-        quantize_weights(model, rotations, scheme, &gptq, Some(&calibration), store, |report| {
-            let raised = report.damping.filter(|d| *d > self.damping);
-            if let Some(damping) = raised {
-                progress
-                    .say(&format!("layer {}: a Hessian is not positive definite; damping raised to {damping}", report.done - 1));
-            }
-            task.at(report.done, "");
-            interrupted()
-        })
+        let (calibration, watch) = (self.calibration(text)?, self.watch(progress, model.config.layers));
+        quantize_weights(model, rotations, scheme, &self.quantizer(), Some(&calibration), &mut (), watch)
     }
 
     /// Calibration text, which GPTQ cannot do without.
-    pub fn text(&self, model: &ModelArgs, llama: &Llama, file: Option<&PathBuf>, seq_len: usize) -> Result<Windows> {
+    pub fn text(&self, model: &ModelArgs, config: &LlamaConfig, file: Option<&PathBuf>, seq_len: usize) -> Result<Windows> {
         let file = file.ok_or_else(|| Error::argument("--weights gptq", "needs --calibration FILE"))?;
-        model.windows(&llama.config, file, seq_len)
+        model.windows(config, file, seq_len)
     }
 }

@@ -1,0 +1,158 @@
+//! Rotations merged into weights: in float64, a layer at a time, rounded once.
+
+use crate::llama::{Block, LayerWeights, Llama, LlamaConfig, Source};
+use crate::quant::Scheme;
+use crate::rotation::{Rotations, TOLERANCE};
+use crate::{DType, Device, Result, Tape, Tensor, Var};
+
+/// A model in the basis of its rotations, whose layers are made when asked for. One layer is in memory at a time, besides what
+/// they are made from.
+#[derive(Debug)]
+pub struct Rotated<'a> {
+    from: From<'a>,
+    config: &'a LlamaConfig,
+    scheme: Scheme,
+    rotations: Option<&'a Rotations>,
+    /// `rotations` in `f64`.
+    wide: Option<Rotations>,
+    dtype: DType,
+    device: Device,
+}
+
+#[derive(Debug)]
+enum From<'a> {
+    Memory(&'a Llama),
+    Files(&'a Source),
+}
+
+impl<'a> Rotated<'a> {
+    /// Of a model in memory: in its type, on its device. Without rotations it is the plain network ([`Scheme::unrotated`]).
+    ///
+    /// # Errors
+    /// Rotations of another size, or not orthogonal.
+    pub fn new(model: &'a Llama, rotations: Option<&'a Rotations>, scheme: &Scheme) -> Result<Self> {
+        let place = (model.dtype(), model.device());
+        Self::from(From::Memory(model), &model.config, rotations, scheme, place)
+    }
+
+    /// Of a model in files: gains folded and rotations merged in float64, then rounded once to the files' own type.
+    ///
+    /// # Errors
+    /// Those of [`Rotated::new`], and of reading.
+    pub fn open(source: &'a Source, rotations: Option<&'a Rotations>, scheme: &Scheme, device: &Device) -> Result<Self> {
+        let place = (source.dtype()?, device.clone());
+        Self::from(From::Files(source), source.config(), rotations, scheme, place)
+    }
+
+    fn from(
+        from: From<'a>,
+        config: &'a LlamaConfig,
+        rotations: Option<&'a Rotations>,
+        scheme: &Scheme,
+        (dtype, device): (DType, Device),
+    ) -> Result<Self> {
+        let wide = match rotations {
+            Some(r) => {
+                r.check(config.hidden_size, config.head_dim, config.layers, TOLERANCE)?;
+                Some(Rotations { r1: wide(&r.r1)?, r2: wide(&r.r2)? })
+            }
+            None => None,
+        };
+        let scheme = if rotations.is_some() { *scheme } else { scheme.unrotated() };
+        Ok(Self { from, config, scheme, rotations, wide, dtype, device })
+    }
+
+    /// Sizes.
+    pub fn config(&self) -> &'a LlamaConfig {
+        self.config
+    }
+
+    /// The scheme of the rotated network.
+    pub fn scheme(&self) -> &Scheme {
+        &self.scheme
+    }
+
+    /// The rotations.
+    pub fn rotations(&self) -> Option<&'a Rotations> {
+        self.rotations
+    }
+
+    /// The element type that is rounded to.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where the layers are made.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// False where the model's RMSNorm gains are beside its weights rather than in them ([`Llama::load_plain`]).
+    pub fn is_folded(&self) -> bool {
+        !matches!(self.from, From::Memory(model) if model.blocks.iter().any(|b| b.gains().is_some()))
+    }
+
+    /// Tells models of one shape apart: a SHA-256 of some of the weights.
+    pub fn sha256(&self) -> Result<String> {
+        match self.from {
+            From::Memory(model) => model.sample_sha256(),
+            From::Files(source) => Ok(source.sha256()),
+        }
+    }
+
+    /// `E R1`, `[V, C]`.
+    pub fn embedding(&self) -> Result<Tensor> {
+        match self.from {
+            From::Memory(model) => self.table(&model.embedding),
+            From::Files(source) => self.table(&source.embedding(DType::F64)?),
+        }
+    }
+
+    /// `W_head R1`, `[V, C]`.
+    pub fn head(&self) -> Result<Tensor> {
+        match self.from {
+            From::Memory(model) => self.table(&model.head),
+            From::Files(source) => self.table(&source.head(DType::F64)?),
+        }
+    }
+
+    /// Layer `i` with its weights rotated, not quantised.
+    pub fn block(&self, i: usize) -> Result<Block> {
+        match self.from {
+            From::Memory(model) => Ok(model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
+            From::Files(source) => Ok(Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
+        }
+    }
+
+    /// Layer `i` with weights that were made from it before.
+    pub fn block_of(&self, i: usize, weights: LayerWeights) -> Block {
+        match self.from {
+            From::Memory(model) => model.blocks[i].with_weights(weights),
+            From::Files(_) => Block::new(self.config, i, weights),
+        }
+    }
+
+    fn rotate(&self, i: usize, weights: &LayerWeights) -> Result<LayerWeights> {
+        let Some(rotations) = &self.wide else { return weights.map(|w| self.narrow(w)) };
+        let sites = Scheme::FULL_PRECISION.online(self.scheme.online).sites(self.config.head_dim);
+        let tape = Tape::new();
+        let (r1, r2) = (tape.constant(rotations.r1.clone()), tape.constant(rotations.r2.index(i)?));
+        let w = Block::new(self.config, i, weights.map(wide)?).rotate(&r1, &r2, &sites, None)?;
+        LayerWeights::from_array([w.q, w.k, w.v, w.o, w.gate, w.up, w.down].map(Var::into_value)).map(|w| self.narrow(w))
+    }
+
+    fn table(&self, t: &Tensor) -> Result<Tensor> {
+        let Some(rotations) = &self.wide else { return self.narrow(t) };
+        let tape = Tape::new();
+        self.narrow(&tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?.into_value())
+    }
+
+    fn narrow(&self, t: &Tensor) -> Result<Tensor> {
+        t.to_dtype(self.dtype)?.to_device(&self.device)
+    }
+}
+
+/// In `f64`, which lives on the CPU.
+fn wide(t: &Tensor) -> Result<Tensor> {
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+}
