@@ -162,6 +162,16 @@ int sq_gram_residual(float *residual, double *error, const double *gram, int64_t
 /* y = x widened to double. */
 int sq_widen(double *y, const float *x, int64_t count, sq_stream stream);
 
+/* moments.cu: what adaptive steps and triangular factors need; batch matrices of n x n, float --------------------- */
+
+/* mean[b] = sum of x[b]^2 / n^2, in a fixed order, in double. */
+int sq_mean_squares(double *mean, const float *x, int64_t batch, int64_t n, sq_stream stream);
+/* y = what is below the diagonal of x, 0 elsewhere; in place allowed. */
+int sq_strictly_lower(float *y, const float *x, int64_t batch, int64_t n, sq_stream stream);
+/* ym = b1 m + (1 - b1) g, yv = b2 v + (1 - b2) g^2, yd = (ym / c1) / (sqrt(yv / c2) + epsilon); in place allowed. */
+int sq_adam(float *ym, float *yv, float *yd, const float *m, const float *v, const float *g, float b1, float b2, float c1,
+            float c2, float epsilon, int64_t count, sq_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

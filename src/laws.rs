@@ -20,7 +20,7 @@ use crate::manifold::{Manifold, Orthogonal, Retraction};
 use crate::ops::add::{linear_combination, scale};
 use crate::ops::{fake_quant, hadamard, matmul, randn};
 use crate::optim::linalg::{product, skew};
-use crate::optim::{Optimizer, State};
+use crate::optim::{Optimizer, Schedule, State};
 use crate::quant::QuantSpec;
 use crate::rotation::Hadamard;
 use crate::{DType, Error, Result, Tensor};
@@ -136,35 +136,102 @@ pub fn quantizer(x: &Tensor, spec: &QuantSpec) -> Result<()> {
     Ok(())
 }
 
-/// An optimiser reaches the global minimum of `‖X A − B‖²` over the component of O(n) that it starts in, for random A and a B that
-/// is a rotation of A plus a little noise: the polar factor of `B Aᵀ` (Schönemann 1966).
-pub fn procrustes(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, steps: usize) -> Result<()> {
-    let law = format!("Procrustes by {} at n = {n}, seed {seed}", optimizer.name());
-    // A Aᵀ = D with D near 1: the rate of convergence should test the optimiser and not the problem.
-    let basis = Orthogonal.random_point(1, n, seed)?;
-    let diagonal: Vec<f64> =
-        (0..n * n).map(|i| if i % (n + 1) == 0 { 0.8 + 0.4 * (i / n) as f64 / n as f64 } else { 0.0 }).collect();
-    let a = product(&basis, false, &Tensor::from_vec(diagonal, [1, n, n])?, false)?;
-    let target = Orthogonal.random_point(1, n, seed ^ 0xb0b)?;
-    let b = linear_combination(1.0, product(&target, false, &a, false)?, 0.02, randn([1, n, n], seed ^ 0xe))?;
-    let optimum = Orthogonal.project_point(&product(&b, false, &a, true)?)?;
-    let mut start = Orthogonal.random_point(1, n, seed ^ 0x57a7)?.into_vec::<f64>()?;
-    let sign = |x: &Tensor| Ok::<_, Error>(Orthogonal.determinant_signs(x)?[0]);
-    if sign(&Tensor::from_vec(start.clone(), [1, n, n])?)? != sign(&optimum)? {
-        start[..n].iter_mut().for_each(|x| *x = -*x);
+/// The orthogonal Procrustes problem on O(n), batch of one: `f(X) = ‖X A − B‖²_F` with known minimum (Schönemann 1966).
+struct Procrustes {
+    a: Tensor,
+    b: Tensor,
+    optimum: Tensor,
+    start: Tensor,
+}
+
+impl Procrustes {
+    /// Random A and a B that is a rotation of A plus a little noise; the polar factor of `B Aᵀ` is the minimiser. The start is random
+    /// in its component of O(n).
+    fn new(n: usize, seed: u64) -> Result<Self> {
+        // A Aᵀ = D with D near 1: the rate of convergence should test the optimiser and not the problem.
+        let basis = Orthogonal.random_point(1, n, seed)?;
+        let diagonal: Vec<f64> =
+            (0..n * n).map(|i| if i % (n + 1) == 0 { 0.8 + 0.4 * (i / n) as f64 / n as f64 } else { 0.0 }).collect();
+        let a = product(&basis, false, &Tensor::from_vec(diagonal, [1, n, n])?, false)?;
+        let target = Orthogonal.random_point(1, n, seed ^ 0xb0b)?;
+        let b = linear_combination(1.0, product(&target, false, &a, false)?, 0.02, randn([1, n, n], seed ^ 0xe))?;
+        let optimum = Orthogonal.project_point(&product(&b, false, &a, true)?)?;
+        let mut start = Orthogonal.random_point(1, n, seed ^ 0x57a7)?.into_vec::<f64>()?;
+        let sign = |x: &Tensor| Ok::<_, Error>(Orthogonal.determinant_signs(x)?[0]);
+        if sign(&Tensor::from_vec(start.clone(), [1, n, n])?)? != sign(&optimum)? {
+            start[..n].iter_mut().for_each(|x| *x = -*x);
+        }
+        Ok(Self { a, b, optimum, start: Tensor::from_vec(start, [1, n, n])? })
     }
-    let mut params = [Tensor::from_vec(start, [1, n, n])?];
-    let residual = |x: &Tensor| minus(&product(x, false, &a, false)?, &b);
+
+    fn residual(&self, x: &Tensor) -> Result<Tensor> {
+        minus(&product(x, false, &self.a, false)?, &self.b)
+    }
+
+    fn value(&self, x: &Tensor) -> Result<f64> {
+        Ok(norm(&self.residual(x)?)?.powi(2))
+    }
+
+    fn gradient(&self, x: &Tensor) -> Result<Tensor> {
+        scale(2.0, product(&self.residual(x)?, false, &self.a, true)?)
+    }
+}
+
+/// An optimiser reaches the global minimum of `‖X A − B‖²` over the component of O(n) that it starts in, for random A and a B that
+/// is a rotation of A plus a little noise: the polar factor of `B Aᵀ` (Schönemann 1966). At a constant learning rate.
+pub fn procrustes(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, steps: usize) -> Result<()> {
+    procrustes_scheduled(optimizer, n, seed, lr, Schedule::Constant, steps)
+}
+
+/// [`procrustes`] with a learning rate that falls: for optimisers whose steps do not shorten with the gradient.
+pub fn procrustes_scheduled(
+    optimizer: &mut dyn Optimizer,
+    n: usize,
+    seed: u64,
+    lr: f64,
+    schedule: Schedule,
+    steps: usize,
+) -> Result<()> {
+    let law = format!("Procrustes by {} at n = {n}, seed {seed}", optimizer.name());
+    let problem = Procrustes::new(n, seed)?;
+    let mut params = [problem.start.clone()];
     for step in 0..steps {
-        if step % 50 == 0 && norm(&minus(&params[0], &optimum)?)? < 1e-6 {
+        if step % 50 == 0 && norm(&minus(&params[0], &problem.optimum)?)? < 1e-6 {
             break;
         }
-        let gradient = scale(2.0, product(&residual(&params[0])?, false, &a, true)?)?;
-        optimizer.step(&mut params, vec![gradient], lr)?;
+        let gradient = problem.gradient(&params[0])?;
+        optimizer.step(&mut params, vec![gradient], schedule.at(step, steps, lr))?;
     }
-    let (reached, best) = (norm(&residual(&params[0])?)?.powi(2), norm(&residual(&optimum)?)?.powi(2));
+    let (reached, best) = (problem.value(&params[0])?, problem.value(&problem.optimum)?);
     at_most(&law, format!("minimum {best:e}, reached {reached:e}, excess"), reached - best, 1e-8 * (1.0 + best))?;
-    at_most(&law, "distance from the minimiser", norm(&minus(&params[0], &optimum)?)?, 1e-3)
+    at_most(&law, "distance from the minimiser", norm(&minus(&params[0], &problem.optimum)?)?, 1e-3)
+}
+
+/// Each of the first steps of an optimiser at a small learning rate goes down: on `‖X A − B‖²` it turns by an angle θ > 0 (the length
+/// of the step over √n) and lowers the value, the first by at least a quarter of what steepest descent would over that length. `lr`
+/// should be such that θ is well below 1; nothing is asked near the minimum, where the slope is no longer along the gradient.
+pub fn descends(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, steps: usize) -> Result<()> {
+    let law = format!("descent by {} at n = {n}, seed {seed}, lr {lr}", optimizer.name());
+    let problem = Procrustes::new(n, seed)?;
+    let mut params = [problem.start.clone()];
+    for step in 0..steps {
+        let (x, before) = (params[0].clone(), problem.value(&params[0])?);
+        let gradient = problem.gradient(&x)?;
+        let steepest = norm(&Orthogonal.riemannian_gradient(&x, &gradient)?)?;
+        optimizer.step(&mut params, vec![gradient], lr)?;
+        let (after, length) = (problem.value(&params[0])?, norm(&minus(&params[0], &x)?)?);
+        let tiny = 1e-12 * (1.0 + before);
+        if steepest <= 1e-3 * before.sqrt() {
+            break; // there, or at a critical point: O(1) is one
+        }
+        at_most(&law, format!("the value after step {step} ({after:e}) less that before ({before:e})"), after - before, tiny)?;
+        at_most(&law, format!("the length of step {step} is {length:e}; its opposite"), -length, -f64::MIN_POSITIVE)?;
+        if step == 0 {
+            let (fell, least) = (before - after, 0.25 * steepest * length);
+            at_most(&law, format!("fell by {fell:e}, short of a quarter of steepest descent by"), least - fell, tiny)?;
+        }
+    }
+    Ok(())
 }
 
 /// After every step along random gradients of a given size, max|RᵀR − I| of `f32` parameters `[2, n, n]` is at most `tolerance`,

@@ -13,7 +13,7 @@ use crate::factor::{Lu, qr, transpose};
 use crate::ops::add::{linear_combination, scale};
 use crate::optim::linalg::{self, dims, gram_residual, largest, orthonormalize, product, same, skew};
 use crate::rotation::Hadamard;
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// What first-order optimisers ask of a manifold of matrices, with the metric of the surrounding space.
 pub trait Manifold {
@@ -205,7 +205,7 @@ fn tolerance(x: &Tensor) -> f64 {
     if x.dtype() == DType::F64 { TOLERANCE } else { linalg::F32_TOLERANCE }
 }
 
-/// The Q factor of X + ξ, R's diagonal positive.
+/// The Q factor of X + ξ, R's diagonal positive: by Householder reflections on the CPU, by [`linalg::cholesky_qr`] on a GPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Qr;
 
@@ -215,11 +215,13 @@ impl Retraction for Qr {
     }
     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
         same("QR retraction", x, &[tangent])?;
-        Ok(Orthogonal.qr(&linear_combination(1.0, x.clone(), 1.0, tangent.clone())?)?.0)
+        let y = linear_combination(1.0, x.clone(), 1.0, tangent.clone())?;
+        if y.device().is_cpu() { Ok(Orthogonal.qr(&y)?.0) } else { Ok(linalg::cholesky_qr(&y)?.0) }
     }
 }
 
-/// The polar factor of X + ξ: the nearest orthogonal matrix.
+/// The polar factor of X + ξ: the nearest orthogonal matrix. By Newton–Schulz, which is products only and runs where x is, unless ξ is
+/// too long for it (‖ξ‖₂ ≥ √2): then by [`Orthogonal::project_point`], on the CPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Polar;
 
@@ -229,7 +231,13 @@ impl Retraction for Polar {
     }
     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
         same("polar retraction", x, &[tangent])?;
-        Orthogonal.project_point(&linear_combination(1.0, x.clone(), 1.0, tangent.clone())?)
+        let y = linear_combination(1.0, x.clone(), 1.0, tangent.clone())?;
+        // Singular values σ converge to 1 where |1 − σ²| < 2; beyond √3 some reach −1.
+        let near = linalg::inverse_norms(&gram_residual(&y)?.0)?.into_iter().all(|inverse| inverse > 1.0 / 1.9);
+        match near {
+            true => Ok(orthonormalize(y, tolerance(x))?.0),
+            false => Orthogonal.project_point(&y.to_device(&Device::Cpu)?)?.to_device(&x.device()),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Fast CPU kernels against the f64 reference, and GPU kernels against both, on every operation's cases.
 
 use spinquant::manifold::Orthogonal;
-use spinquant::optim::{CayleySgd, Mode, Optimizer};
+use spinquant::optim::{self, CayleySgd, Mode, Optimizer};
 use spinquant::{DType, Device, check, ops};
 
 fn all(device: &Device, dtypes: &[DType]) {
@@ -61,6 +61,43 @@ fn cayley_on_the_cpu() {
 fn cayley_on_the_gpu() {
     match Device::cuda(0) {
         Ok(device) => cayley(&device),
+        Err(e) => println!("skipped: {e}"),
+    }
+}
+
+/// Every other optimiser against the CPU's in f64, on the manifold.
+fn optimizers(device: &Device) {
+    for (k, n) in [(1, 384), (6, 64), (3, 33), (1, 1)] {
+        for name in optim::all().iter().map(|o| o.name()).filter(|name| !name.starts_with("cayley")) {
+            let start = Orthogonal.random_hadamard(k, n, 7).unwrap().to_dtype(DType::F32).unwrap();
+            let run = |dtype: DType, device: &Device| {
+                let mut params = [start.to_dtype(dtype).unwrap().to_device(device).unwrap()];
+                let mut optimizer = optim::by_name(name).unwrap();
+                for step in 0..3 {
+                    let g = ops::randn([k, n, n], 8 + step).to_dtype(DType::F32).unwrap();
+                    optimizer.step(&mut params, vec![g.to_dtype(dtype).unwrap().to_device(device).unwrap()], 0.02).unwrap();
+                }
+                let [x] = params;
+                (x.to_device(&Device::Cpu).unwrap().to_f64_vec().unwrap(), optimizer.orthogonality_error())
+            };
+            let ((exact, _), (ours, audit)) = (run(DType::F64, &Device::Cpu), run(DType::F32, device));
+            let larger = |m: f64, e: f64| if e > m || e.is_nan() { e } else { m };
+            let error = ours.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0f64, larger);
+            println!("{k} x {n}, {name} on {device}: error {error:.1e}, drift {audit:.1e}");
+            assert!(error <= 1e-5 && audit <= 1e-6, "{k} x {n}, {name} on {device}: error {error:e}, drift {audit:e}");
+        }
+    }
+}
+
+#[test]
+fn optimizers_on_the_cpu() {
+    optimizers(&Device::Cpu);
+}
+
+#[test]
+fn optimizers_on_the_gpu() {
+    match Device::cuda(0) {
+        Ok(device) => optimizers(&device),
         Err(e) => println!("skipped: {e}"),
     }
 }

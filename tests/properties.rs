@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use rayon::prelude::*;
 use spinquant::manifold::{Manifold, Orthogonal, Retraction, retractions};
-use spinquant::optim::{CayleySgd, Mode, Optimizer, State};
+use spinquant::optim::{
+    self, CayleySgd, Mode, Optimizer, QrOrth, RiemannianAdam, RiemannianSgd, Schedule, State, gradient_through_qr, linalg,
+};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Tensor, laws, ops};
@@ -80,10 +82,78 @@ proptest! {
     }
 
     #[test]
+    fn optimizers_descend(n in 1usize..12, seed in any::<u64>()) {
+        for mut optimizer in optim::all() {
+            // A rate that is an angle, or one that a gradient of about 4 an entry turns into one.
+            let lr = if optimizer.is_scale_free() { 0.01 } else { 1e-3 };
+            laws::descends(&mut *optimizer, n, seed, lr, 8).unwrap();
+        }
+        laws::descends(&mut RiemannianSgd::polar().with_momentum(0.9).unwrap(), n, seed, 1e-3, 8).unwrap();
+        laws::descends(&mut QrOrth::new().with_momentum(0.9).unwrap(), n, seed, 1e-3, 8).unwrap();
+    }
+
+    #[test]
+    fn optimizers_reach_the_procrustes_optimum(n in 1usize..12, seed in any::<u64>()) {
+        for mut optimizer in optim::all() {
+            match (optimizer.name(), optimizer.is_scale_free()) {
+                ("cayley-parity", _) => {} // drifts, and has goldens of its own
+                // Steps that do not shorten with the gradient must be made to.
+                (_, true) => laws::procrustes_scheduled(&mut *optimizer, n, seed, 0.1, Schedule::Linear, 3000).unwrap(),
+                ("qr-orth", _) => laws::procrustes(&mut *optimizer, n, seed, 0.1, 3000).unwrap(),
+                _ => laws::procrustes(&mut *optimizer, n, seed, 0.25, 3000).unwrap(),
+            }
+        }
+        laws::procrustes(&mut RiemannianSgd::qr().with_momentum(0.5).unwrap(), n, seed, 0.25, 3000).unwrap();
+        laws::procrustes(&mut QrOrth::new().with_momentum(0.5).unwrap(), n, seed, 0.1, 3000).unwrap();
+    }
+
+    #[test]
+    fn qr_has_the_gradient_it_says(n in 1usize..10, seed in any::<u64>()) {
+        // d/dt ⟨G, qf(Z + tD)⟩ = ⟨dL/dZ, D⟩, in the middle of nowhere.
+        let (z, g, d) = (ops::randn([1, n, n], seed), ops::randn([1, n, n], seed ^ 1), ops::randn([1, n, n], seed ^ 2));
+        let inner = |a: &Tensor, b: &Tensor| -> f64 { a.to_f64_vec().unwrap().iter().zip(b.to_f64_vec().unwrap()).map(|(a, b)| a * b).sum() };
+        let along = |t: f64| Orthogonal.qr(&ops::add::linear_combination(1.0, z.clone(), t, d.clone()).unwrap()).unwrap();
+        let (x, r) = along(0.0);
+        // Near a singular matrix the differences are no measure.
+        let smallest = (0..n).map(|i| r.as_slice::<f64>().unwrap()[i * (n + 1)]).fold(f64::INFINITY, f64::min);
+        prop_assume!(smallest > 0.1);
+        let r_inverse = {
+            let lower = linalg::cholesky_qr(&z).unwrap();
+            prop_assert!(distance(&lower.0, &x) < 1e-6);
+            lower.1
+        };
+        let slope = inner(&gradient_through_qr(&x, &g, &r_inverse).unwrap(), &d);
+        let value = |t: f64| inner(&g, &along(t).0);
+        let h = 1e-5;
+        let numeric = (8.0 * (value(h) - value(-h)) - (value(2.0 * h) - value(-2.0 * h))) / (12.0 * h);
+        prop_assert!((slope - numeric).abs() <= 1e-5 * (1.0 + slope.abs() + 1.0 / smallest.powi(2)), "{slope} and {numeric}");
+    }
+
+    #[test]
+    fn statistics_have_no_direction_of_their_own(n in 2usize..10, seed in any::<u64>(), factor in 1e-3f64..1e3) {
+        // Scaling the loss changes nothing but the bound of ε.
+        for make in [|| RiemannianAdam::polar(), || RiemannianAdam::polar().elementwise()] {
+            let run = |factor: f64| {
+                let (mut o, mut params) = (make(), [Orthogonal.random_point(2, n, seed).unwrap()]);
+                for step in 0..4u64 {
+                    let g = ops::add::scale(factor, ops::randn([2, n, n], seed ^ step)).unwrap();
+                    o.step(&mut params, vec![g], 0.02).unwrap();
+                }
+                params[0].clone()
+            };
+            prop_assert!(distance(&run(1.0), &run(factor)) < 1e-5);
+        }
+    }
+
+    #[test]
     fn optimizers_resume(seed in any::<u64>(), momentum in prop::sample::select(vec![0.0, 0.9])) {
         for dtype in [DType::F64, DType::F32] {
             laws::resumes(&|| Ok(Box::new(CayleySgd::new(Mode::Default).with_momentum(momentum)?)), dtype, seed, 3).unwrap();
-            laws::resumes(&|| Ok(Box::new(CayleySgd::new(Mode::Parity))), dtype, seed, 3).unwrap();
+            laws::resumes(&|| Ok(Box::new(RiemannianSgd::qr().with_momentum(momentum)?)), dtype, seed, 3).unwrap();
+            laws::resumes(&|| Ok(Box::new(QrOrth::new().with_momentum(momentum)?)), dtype, seed, 3).unwrap();
+            for name in optim::all().iter().map(|o| o.name()) {
+                laws::resumes(&|| optim::by_name(name), dtype, seed, 3).unwrap();
+            }
         }
     }
 }
@@ -128,10 +198,51 @@ fn cayley_keeps_f32_orthogonal() {
 }
 
 #[test]
+fn optimizers_keep_f32_orthogonal() {
+    for (n, steps) in [(1, 5), (2, 50), (17, 50), (64, 30), (384, 4)] {
+        for (size, lr) in [(1.0, 1.5), (1e-4, 1.5), (1e3, 1.5), (1.0, 0.01), (0.0, 1.5)] {
+            for mut optimizer in optim::all().into_iter().filter(|o| o.name() != "cayley-parity") {
+                laws::stays_orthogonal(&mut *optimizer, n, 1, size, lr, steps, 1e-6).unwrap();
+            }
+            let mut optimizer = QrOrth::new().with_momentum(0.9).unwrap();
+            laws::stays_orthogonal(&mut optimizer, n, 1, size, lr, steps, 1e-6).unwrap();
+        }
+    }
+}
+
+#[test]
+fn optimizers_go_by_their_names() {
+    for o in optim::all() {
+        assert_eq!(optim::by_name(o.name()).unwrap().name(), o.name());
+    }
+    let message = optim::by_name("lbfgs").err().unwrap().to_string();
+    assert!(optim::all().iter().all(|o| message.contains(o.name())) && message.contains("\"lbfgs\""), "{message}");
+    // A broken optimiser is noticed: one that climbs, one that stays.
+    struct Wrong(f64, RiemannianSgd);
+    impl Optimizer for Wrong {
+        fn name(&self) -> &str {
+            "wrong"
+        }
+        fn step(&mut self, params: &mut [Tensor], grads: Vec<Tensor>, lr: f64) -> spinquant::Result<()> {
+            let grads = grads.into_iter().map(|g| ops::add::scale(self.0, g)).collect::<spinquant::Result<_>>()?;
+            self.1.step(params, grads, lr)
+        }
+        fn state(&self) -> State {
+            self.1.state()
+        }
+        fn load_state(&mut self, _: State) -> spinquant::Result<()> {
+            Ok(())
+        }
+    }
+    assert!(laws::descends(&mut Wrong(-1.0, RiemannianSgd::polar()), 6, 1, 1e-3, 3).is_err());
+    assert!(laws::descends(&mut Wrong(0.0, RiemannianSgd::polar()), 6, 1, 1e-3, 3).is_err());
+}
+
+#[test]
 fn optimizers_refuse_what_does_not_fit() {
     let eye = || Tensor::eye(4, DType::F64).unwrap().reshape([1, 4, 4]).unwrap();
-    for mode in [Mode::Parity, Mode::Default] {
-        let mut optimizer = CayleySgd::new(mode);
+    for mut optimizer in optim::all() {
+        let name = optimizer.name().to_string();
         let mut params = [eye()];
         assert!(optimizer.step(&mut params, vec![], 1.0).is_err());
         assert!(optimizer.step(&mut params, vec![ops::randn([1, 3, 3], 0)], 1.0).is_err());
@@ -140,12 +251,26 @@ fn optimizers_refuse_what_does_not_fit() {
         let mut nan = ops::randn([1, 4, 4], 0).into_vec::<f64>().unwrap();
         nan[5] = f64::NAN;
         let e = optimizer.step(&mut params, vec![Tensor::from_vec(nan, [1, 4, 4]).unwrap()], 1.0);
-        assert!(e.is_err(), "{mode:?} takes NaN gradients");
+        assert!(e.is_err(), "{name} takes NaN gradients");
         assert_eq!(params[0].to_vec::<f64>().unwrap(), eye().to_vec::<f64>().unwrap(), "a refused step changes nothing");
         assert!(optimizer.load_state(State::default()).is_err());
-        let other = if mode == Mode::Parity { Mode::Default } else { Mode::Parity };
-        assert!(optimizer.load_state(CayleySgd::new(other).state()).is_err());
+        for other in optim::all().iter().filter(|o| o.name() != name) {
+            assert!(optimizer.load_state(other.state()).is_err(), "{name} takes a state of {}", other.name());
+        }
+        // Statistics of other sizes, or of more parameters.
+        let mut small = optim::by_name(&name).unwrap();
+        let mut three = [Tensor::eye(3, DType::F64).unwrap().reshape([1, 3, 3]).unwrap()];
+        small.step(&mut three, vec![ops::randn([1, 3, 3], 0)], 0.1).unwrap();
+        optimizer.load_state(small.state()).unwrap();
+        if !small.state().tensors.is_empty() {
+            assert!(
+                optimizer.step(&mut [eye()], vec![ops::randn([1, 4, 4], 0)], 0.1).is_err(),
+                "{name} takes another's statistics"
+            );
+        }
     }
+    assert!(RiemannianSgd::qr().with_momentum(1.0).is_err() && QrOrth::new().with_momentum(-0.1).is_err());
+    assert!(RiemannianAdam::qr().with_betas(0.9, 1.0).is_err());
     assert!(CayleySgd::new(Mode::Default).with_momentum(1.0).is_err());
     assert!(CayleySgd::new(Mode::Parity).with_momentum(0.9).is_err());
 }

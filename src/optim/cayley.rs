@@ -22,14 +22,12 @@
 
 use crate::ops::add::linear_combination;
 use crate::optim::linalg::{
-    F32_TOLERANCE, add_scaled, gram_residual, largest, normalize_rows, orthonormalize, product, same, skew, step_size,
+    add_scaled, gram_residual, largest, normalize_rows, orthonormalize, product, same, skew, step_size, tolerance,
     transpose_axpby,
 };
-use crate::optim::{Optimizer, State};
-use crate::{DType, Error, Result, Tensor};
+use crate::optim::{Audit, Optimizer, State, check_step};
+use crate::{Error, Result, Tensor};
 
-/// What [`Mode::Default`] keeps max|RᵀR − I| within for `f64` parameters; for `f32`: [`F32_TOLERANCE`].
-const DRIFT_F64: f64 = 1e-12;
 /// Fixed-point iterations of the published code.
 const ITERATIONS: usize = 5;
 
@@ -73,14 +71,13 @@ pub struct CayleySgd {
     mode: Mode,
     /// V of every parameter; empty before the first step and without momentum.
     velocity: Vec<Tensor>,
-    steps: u64,
-    error: Option<f64>,
+    audit: Audit,
 }
 
 impl CayleySgd {
     /// Without momentum.
     pub fn new(mode: Mode) -> Self {
-        Self { momentum: 0.0, mode, velocity: vec![], steps: 0, error: None }
+        Self { momentum: 0.0, mode, velocity: vec![], audit: Audit::default() }
     }
 
     /// With momentum β in [0, 1).
@@ -101,7 +98,7 @@ impl CayleySgd {
 
     /// Steps taken so far.
     pub fn steps(&self) -> u64 {
-        self.steps
+        self.audit.steps
     }
 
     /// One published step: the new X and its drift.
@@ -130,8 +127,7 @@ impl CayleySgd {
         let v = product(&w, false, &xt, false)?;
         let y = add_scaled(xt.clone(), &alpha, 1.0, &v)?;
         let y = Self::iterate(y, &xt, &w, &alpha, ITERATIONS - 1)?;
-        let tolerance = if x.dtype() == DType::F64 { DRIFT_F64 } else { F32_TOLERANCE };
-        let (x, errors) = orthonormalize(transpose_axpby(1.0, &y, 0.0, None)?, tolerance)?;
+        let (x, errors) = orthonormalize(transpose_axpby(1.0, &y, 0.0, None)?, tolerance(x))?;
         Ok((x, largest(&errors), v))
     }
 
@@ -158,20 +154,10 @@ impl Optimizer for CayleySgd {
     }
 
     fn step(&mut self, params: &mut [Tensor], grads: Vec<Tensor>, lr: f64) -> Result<()> {
-        if grads.len() != params.len() {
-            return Err(Error::argument("Cayley SGD", format!("{} gradients for {} parameters", grads.len(), params.len())));
-        }
-        if !(lr >= 0.0 && lr.is_finite()) {
-            return Err(Error::argument("learning rate", format!("expected a finite number of at least 0, got {lr}")));
-        }
-        if !self.velocity.is_empty() && self.velocity.len() != params.len() {
-            let message = format!("the state is of {} parameters, not {}", self.velocity.len(), params.len());
-            return Err(Error::argument("Cayley SGD", message));
-        }
+        check_step("Cayley SGD", params, &grads, lr, self.velocity.len())?;
         // Nothing of self or params changes before every parameter has been stepped.
-        let (mut points, mut velocity, mut error) = (vec![], vec![], 0f64);
+        let (mut points, mut velocity, mut errors) = (vec![], vec![], vec![]);
         for (i, (x, g)) in params.iter().zip(grads).enumerate() {
-            same("Cayley SGD", x, &[&g])?;
             let drift = match self.mode {
                 Mode::Parity => {
                     let (x, drift) = Self::parity_step(x.clone(), g, lr)?;
@@ -194,25 +180,19 @@ impl Optimizer for CayleySgd {
                     drift
                 }
             };
-            error = largest(&[error, drift]);
+            errors.push(drift);
         }
         params.clone_from_slice(&points);
         self.velocity = if self.momentum > 0.0 { velocity } else { vec![] };
-        self.steps += 1;
-        self.error = Some(error);
+        self.audit.stepped(&errors);
         Ok(())
     }
 
     fn state(&self) -> State {
         let tensors = self.velocity.iter().enumerate().map(|(i, v)| (format!("velocity.{i}"), v.clone())).collect();
-        let scalars = [
-            ("optimizer".to_string(), "cayley".into()),
-            ("mode".to_string(), self.mode.name().into()),
-            ("momentum".to_string(), self.momentum.into()),
-            ("steps".to_string(), self.steps.into()),
-            ("orthogonality_error".to_string(), self.error.into()),
-        ];
-        State { tensors, scalars: scalars.into() }
+        let mut state = self.audit.state("cayley", tensors, &[("momentum", self.momentum)]);
+        state.scalars.insert("mode".into(), self.mode.name().into());
+        state
     }
 
     fn load_state(&mut self, state: State) -> Result<()> {
@@ -221,18 +201,12 @@ impl Optimizer for CayleySgd {
             let message = format!("expected that of cayley in {} mode, got {kind} in {mode} mode", self.mode.name());
             return Err(Error::argument("optimiser state", message));
         }
-        let momentum = state.number("momentum")?;
-        if momentum != self.momentum {
-            let message = format!("was saved with momentum {momentum}, this run has {}", self.momentum);
-            return Err(Error::argument("optimiser state", message));
-        }
-        self.steps = state.number("steps")? as u64;
-        self.error = state.number("orthogonality_error").ok();
+        self.audit = Audit::load(&state, "cayley", &[("momentum", self.momentum)])?;
         self.velocity = state.list("velocity");
         Ok(())
     }
 
     fn orthogonality_error(&self) -> f64 {
-        self.error.unwrap_or(f64::NAN)
+        self.audit.error()
     }
 }

@@ -9,6 +9,7 @@ use crate::device::Device;
 use crate::device::cpu::{self, Real, Strides};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::linalg as cuda;
+use crate::factor::{cholesky, invert_lower, transpose};
 use crate::ops::matmul;
 use crate::{DType, Error, Result, Tensor};
 
@@ -18,6 +19,8 @@ const TINY: f64 = 1e-8;
 const SMALL: usize = 256;
 /// max|XᵀX − I| that re-orthonormalised `f32` matrices are kept within.
 pub const F32_TOLERANCE: f64 = 1e-6;
+/// The same for `f64` matrices.
+const F64_TOLERANCE: f64 = 1e-12;
 /// Side of the tiles that transposes work in.
 const TILE: usize = 32;
 
@@ -215,6 +218,82 @@ pub fn orthonormalize(x: Tensor, tolerance: f64) -> Result<(Tensor, Vec<f64>)> {
     }
 }
 
+/// The mean of the squares of every matrix of the batch, summed in `f64`, on the host.
+pub fn mean_squares(x: &Tensor) -> Result<Vec<f64>> {
+    let (_, n) = same("mean_squares", x, &[])?;
+    fn go<T: Real>(x: &Tensor, n: usize) -> Result<Vec<f64>> {
+        let of = |x: &[T]| x.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>() / (n * n) as f64;
+        Ok(x.as_slice::<T>()?.par_chunks(n * n).map(of).collect())
+    }
+    on_cpu!("mean_squares", x, go(x, n), gpu: cuda::mean_squares(x))
+}
+
+/// What is below the diagonal of every matrix of the batch; zeros elsewhere.
+pub fn strictly_lower(x: &Tensor) -> Result<Tensor> {
+    let (_, n) = same("strictly_lower", x, &[])?;
+    fn go<T: Real>(x: &Tensor, n: usize) -> Result<Tensor> {
+        let mut y = x.to_vec::<T>()?;
+        y.par_chunks_mut(n).enumerate().for_each(|(row, y)| y[row % n..].fill(T::ZERO));
+        Tensor::from_vec(y, x.shape())
+    }
+    on_cpu!("strictly_lower", x, go(x, n), gpu: cuda::strictly_lower(x))
+}
+
+/// Adam's statistics of one step (Kingma & Ba 2015), elementwise: `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`; returns m, v and the
+/// direction `(m / c₁) / (√(v / c₂) + ε)`. `betas` are β₁ and β₂, `corrections` c₁ and c₂.
+pub fn adam(m: &Tensor, v: &Tensor, g: &Tensor, betas: [f64; 2], corrections: [f64; 2], epsilon: f64) -> Result<[Tensor; 3]> {
+    same("adam", m, &[v, g])?;
+    type Constants = ([f64; 2], [f64; 2], f64);
+    fn go<T: Real>(m: &Tensor, v: &Tensor, g: &Tensor, (b, c, epsilon): Constants) -> Result<[Tensor; 3]> {
+        let shape = m.shape().to_vec();
+        let (mut m, mut v, mut d) = (m.to_vec::<T>()?, v.to_vec::<T>()?, g.to_vec::<T>()?);
+        m.par_iter_mut().zip(&mut v).zip(&mut d).for_each(|((m, v), d)| {
+            let g = d.to_f64();
+            *m = T::from_f64(b[0] * m.to_f64() + (1.0 - b[0]) * g);
+            *v = T::from_f64(b[1] * v.to_f64() + (1.0 - b[1]) * g * g);
+            *d = T::from_f64(m.to_f64() / c[0] / ((v.to_f64() / c[1]).sqrt() + epsilon));
+        });
+        Ok([Tensor::from_vec(m, shape.clone())?, Tensor::from_vec(v, shape.clone())?, Tensor::from_vec(d, shape)?])
+    }
+    let constants = (betas, corrections, epsilon);
+    on_cpu!("adam", m, go(m, v, g, constants), gpu: cuda::adam(m, v, g, betas, corrections, epsilon))
+}
+
+/// `x = Q R` with R upper triangular and a positive diagonal: (Q, R⁻¹). Cholesky–QR done twice (Yamamoto et al. 2015): R from
+/// `xᵀx = RᵀR`. Products run where x is, with the Gram matrix in `f64`; the triangular factor is found on the host in `f64`.
+///
+/// # Errors
+/// [`Error::Numeric`] where x is singular, not finite, or of a condition number beyond about 1e3 in `f32`, 1e7 in `f64`.
+pub fn cholesky_qr(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (_, n) = same("cholesky_qr", x, &[])?;
+    let once = |x: &Tensor| -> Result<(Tensor, Tensor)> {
+        let residual = gram_residual(x)?.0.to_f64_vec()?;
+        let invert = |e: &[f64]| -> Result<Vec<f64>> {
+            let gram = e.iter().enumerate().map(|(i, e)| f64::from(u8::from(i % (n + 1) == 0)) - e).collect();
+            let lower = cholesky(gram, n).ok_or_else(|| {
+                Error::numeric("QR factorisation", "the matrix is not finite, or too near a singular one for its type")
+            })?;
+            Ok(transpose(&invert_lower(&lower, n), n))
+        };
+        let inverse = residual.par_chunks(n * n).map(invert).collect::<Result<Vec<_>>>()?.concat();
+        let inverse = Tensor::from_vec(inverse, x.shape())?.to_dtype(x.dtype())?.to_device(&x.device())?;
+        Ok((product(x, false, &inverse, false)?, inverse))
+    };
+    let (q, first) = once(x)?;
+    let (q, second) = once(&q)?;
+    Ok((q, product(&first, false, &second, false)?))
+}
+
+/// `1 / ‖x‖₁` of every matrix of the batch on the host, ‖·‖₁ the largest column sum of |·|; NaN where x has one.
+pub fn inverse_norms(x: &Tensor) -> Result<Vec<f64>> {
+    step_size(x, f64::from(f32::MAX))?.to_f64_vec()
+}
+
+/// What steps keep max|XᵀX − I| within for parameters of the type of x: [`F32_TOLERANCE`], or 1e-12 in `f64`.
+pub fn tolerance(x: &Tensor) -> f64 {
+    if x.dtype() == DType::F64 { F64_TOLERANCE } else { F32_TOLERANCE }
+}
+
 /// The largest of some errors; NaN if any is.
 pub fn largest(errors: &[f64]) -> f64 {
     errors.iter().fold(0f64, |m, &e| if e > m || e.is_nan() { e } else { m })
@@ -257,6 +336,49 @@ mod tests {
                 assert!((error - worst).abs() < 1e-12);
             }
         }
+    }
+
+    #[test]
+    fn statistics_by_their_definition() {
+        for (k, n) in [(1, 1), (3, 5), (2, 33)] {
+            let (a, b) = (randn([k, n, n], 1), randn([k, n, n], 2));
+            let lower = strictly_lower(&a).unwrap();
+            for (i, (l, a)) in lower.to_f64_vec().unwrap().iter().zip(a.to_f64_vec().unwrap()).enumerate() {
+                assert_eq!(*l, if i % n < i / n % n { a } else { 0.0 });
+            }
+            for (mean, a) in mean_squares(&a).unwrap().iter().zip(a.to_f64_vec().unwrap().chunks(n * n)) {
+                assert!((mean - a.iter().map(|a| a * a).sum::<f64>() / (n * n) as f64).abs() < 1e-12);
+            }
+            let v = Tensor::from_vec(vec![0.25; k * n * n], [k, n, n]).unwrap();
+            let [m, v, d] = adam(&b, &v, &a, [0.9, 0.99], [0.5, 0.75], 1e-3).unwrap().map(|t| t.to_f64_vec().unwrap());
+            for (i, (a, b)) in a.to_f64_vec().unwrap().iter().zip(b.to_f64_vec().unwrap()).enumerate() {
+                assert!((m[i] - (0.9 * b + 0.1 * a)).abs() < 1e-14);
+                assert!((v[i] - (0.2475 + 0.01 * a * a)).abs() < 1e-14);
+                assert!((d[i] - (m[i] / 0.5) / ((v[i] / 0.75).sqrt() + 1e-3)).abs() < 1e-13);
+            }
+        }
+    }
+
+    #[test]
+    fn cholesky_qr_is_householder_qr() {
+        for (k, n) in [(1, 1), (3, 5), (2, 64)] {
+            let mut x = randn([k, n, n], 3).into_vec::<f64>().unwrap();
+            x.iter_mut().enumerate().for_each(|(i, x)| *x = *x / n as f64 + if i % (n * n) % (n + 1) == 0 { 1.5 } else { 0.0 });
+            let x = Tensor::from_vec(x, [k, n, n]).unwrap();
+            for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 2e-6)] {
+                let (q, inverse) = cholesky_qr(&x.to_dtype(dtype).unwrap()).unwrap();
+                for (i, x) in x.to_f64_vec().unwrap().chunks(n * n).enumerate() {
+                    let (want, r) = crate::factor::qr(x, n);
+                    let eye = Tensor::eye(n, DType::F64).unwrap().into_vec::<f64>().unwrap();
+                    let rr = matmul::reference(&r, false, &inverse.index(i).unwrap().to_f64_vec().unwrap(), false, (n, n, n));
+                    let off = |a: &[f64], b: &[f64]| a.iter().zip(b).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+                    assert!(off(&q.index(i).unwrap().to_f64_vec().unwrap(), &want) < bound, "Q of {n} in {dtype}");
+                    assert!(off(&rr, &eye) < bound, "R R⁻¹ of {n} in {dtype}");
+                }
+            }
+        }
+        assert!(cholesky_qr(&Tensor::from_vec(vec![1.0, 2.0, 2.0, 4.0], [1, 2, 2]).unwrap()).is_err());
+        assert!(cholesky_qr(&Tensor::from_vec(vec![f64::NAN; 4], [1, 2, 2]).unwrap()).is_err());
     }
 
     #[test]

@@ -27,14 +27,15 @@ pub struct Recipe {
     /// Sequences that go through the network at once (default: the batch).
     #[arg(long, value_name = "N")]
     micro_batch: Option<usize>,
-    /// Learning rate of the first step.
-    #[arg(long, default_value_t = 1.5)]
-    lr: f64,
+    /// Learning rate of the first step (default: the optimiser's own; 1.5 for cayley).
+    #[arg(long)]
+    lr: Option<f64>,
     /// constant, linear or cosine.
     #[arg(long, default_value = "cosine")]
     schedule: Schedule,
-    /// cayley, or cayley-parity for the published code's arithmetic, drift included.
-    #[arg(long, default_value = "cayley")]
+    /// cayley, cayley-parity (the published code's arithmetic, drift included), sgd-qr, sgd-polar, adam-qr, adam-polar,
+    /// adam-polar-elementwise, or qr-orth.
+    #[arg(long, value_name = "NAME", default_value = "cayley")]
     optimizer: String,
     /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
     #[arg(long, value_name = "N")]
@@ -48,13 +49,13 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    pub fn options(&self, scheme: spinquant::quant::Scheme, seed: u64, windows: &Windows) -> LearnOptions {
-        LearnOptions {
+    pub fn options(&self, scheme: spinquant::quant::Scheme, seed: u64, windows: &Windows) -> Result<LearnOptions> {
+        Ok(LearnOptions {
             scheme,
             steps: self.steps,
             batch: self.batch,
             micro_batch: self.micro_batch.unwrap_or(self.batch),
-            learning_rate: self.lr,
+            learning_rate: self.learning_rate()?,
             schedule: self.schedule,
             seed,
             held_out: self.held_out.unwrap_or((windows.len() / 8).clamp(1, 64)),
@@ -62,7 +63,12 @@ impl Recipe {
             recompute: if self.recompute { Recompute::All } else { Recompute::None },
             checkpoint: None,
             resume: false,
-        }
+        })
+    }
+
+    /// Of the first step.
+    fn learning_rate(&self) -> Result<f64> {
+        self.lr.map_or_else(|| Ok(optim::by_name(&self.optimizer)?.default_learning_rate()), Ok)
     }
 
     /// Learns with a progress bar.
@@ -139,7 +145,7 @@ pub fn run(args: &Args) -> Result<()> {
     let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
     let state = state_path(&args.out);
     let scheme = args.scheme.scheme();
-    let mut options = args.recipe.options(scheme, args.seed, &windows);
+    let mut options = args.recipe.options(scheme, args.seed, &windows)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
     options.resume = args.resume;
 
@@ -170,6 +176,7 @@ pub fn run(args: &Args) -> Result<()> {
         ("steps", args.recipe.steps.to_string()),
         ("seed", args.seed.to_string()),
         ("optimizer", args.recipe.optimizer.clone()),
+        ("learning_rate", options.learning_rate.to_string()),
         ("calibration", windows.checksum()),
     ];
     learned.rotations.save_with(&args.out, &notes.map(|(k, v)| (k.to_string(), v)).into())?;

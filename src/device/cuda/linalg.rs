@@ -62,3 +62,32 @@ pub(crate) fn gram_residual(x: &Tensor) -> Result<(Tensor, Vec<f64>)> {
     })?;
     Ok((e, errors.to_device(&Device::Cpu)?.into_vec()?))
 }
+
+pub(crate) fn mean_squares(x: &Tensor) -> Result<Vec<f64>> {
+    let (d, k, n) = parts(x)?;
+    let means = d.alloc(&[k as usize], DType::F64)?;
+    // SAFETY: x is [k, n, n] of f32, means [k] of f64.
+    d.launch("mean_squares", |s| unsafe { ffi::sq_mean_squares(ptr_of(&means).cast(), float(x), k, n, s) })?;
+    means.to_device(&Device::Cpu)?.into_vec()
+}
+
+pub(crate) fn strictly_lower(x: &Tensor) -> Result<Tensor> {
+    let (d, k, n) = parts(x)?;
+    let y = d.alloc(x.shape(), DType::F32)?;
+    // SAFETY: both are [k, n, n] of f32.
+    d.launch("strictly_lower", |s| unsafe { ffi::sq_strictly_lower(float(&y), float(x), k, n, s) })?;
+    Ok(y)
+}
+
+pub(crate) fn adam(m: &Tensor, v: &Tensor, g: &Tensor, b: [f64; 2], c: [f64; 2], epsilon: f64) -> Result<[Tensor; 3]> {
+    let d = parts(m)?.0;
+    let new = || d.alloc(m.shape(), DType::F32);
+    let (to_m, to_v, to_d, count) = (new()?, new()?, new()?, m.len() as i64);
+    let [b1, b2, c1, c2, epsilon] = [b[0], b[1], c[0], c[1], epsilon].map(|x| x as f32);
+    // SAFETY: all six have m.len() values of f32.
+    d.launch("adam", |s| unsafe {
+        let (ym, yv, yd) = (float(&to_m), float(&to_v), float(&to_d));
+        ffi::sq_adam(ym, yv, yd, float(m), float(v), float(g), b1, b2, c1, c2, epsilon, count, s)
+    })?;
+    Ok([to_m, to_v, to_d])
+}
