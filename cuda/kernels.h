@@ -143,6 +143,21 @@ int sq_sum(float *sum, double *workspace, const void *x, int64_t count, sq_dtype
 /* *flag = 1 where any value is NaN or infinite; *flag is not cleared first. */
 int sq_not_finite(int32_t *flag, const void *x, int64_t count, sq_dtype dtype, sq_stream stream);
 
+/* kl_divergence.cu -------------------------------------------------------------------------------------------- */
+
+/* Per row of logits and teacher [rows, vocab]: loss[row] = sum p (log p - log q), p = softmax(teacher), q = softmax(logits),
+ * and, when scale != 0, logits are overwritten by scale (q - p). */
+int sq_kl_divergence(void *logits, float *loss, const void *teacher, int64_t rows, int64_t vocab, float scale,
+                     sq_dtype dtype, sq_stream stream);
+
+/* spread.cu --------------------------------------------------------------------------------------------------- */
+
+#define SQ_SPREAD_CHUNK 8192
+
+/* sums[i] = sum of phi over values [i SQ_SPREAD_CHUNK, ..), phi(x) = exp(-|x|) for measure 0 and x^4 for 1; values are
+ * overwritten by scale phi'(x). */
+int sq_spread(void *values, float *sums, int32_t measure, int64_t count, float scale, sq_dtype dtype, sq_stream stream);
+
 /* cayley.cu: what a Cayley step needs besides matrix products; batch matrices of n x n, float ------------------ */
 
 /* y[b] = x[b] with every row divided by (its 2-norm + 1e-8); in place allowed. */

@@ -1,13 +1,15 @@
-//! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser.
+//! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser and any objective.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::llama::{Llama, Recompute, RotationVars};
+use crate::objective::{Batch, CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule, State};
 use crate::quant::Scheme;
 use crate::rotation::Rotations;
@@ -36,6 +38,8 @@ pub struct LearnOptions {
     pub held_out_every: usize,
     /// Memory against time.
     pub recompute: Recompute,
+    /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
+    pub objective: Arc<dyn Objective>,
     /// Where to keep a resumable state, and every how many steps.
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Continue from that state if it exists.
@@ -55,6 +59,7 @@ impl Default for LearnOptions {
             held_out: 8,
             held_out_every: 10,
             recompute: Recompute::None,
+            objective: Arc::new(CrossEntropy),
             checkpoint: None,
             resume: false,
         }
@@ -66,11 +71,11 @@ impl Default for LearnOptions {
 pub struct StepReport {
     /// Steps done, this one included.
     pub step: usize,
-    /// Mean training loss of the step's batch, before the update.
+    /// The objective on the step's batch, before the update.
     pub loss: f64,
     /// Learning rate used.
     pub learning_rate: f64,
-    /// Mean loss on the held-out windows after the update, when it was scored.
+    /// Mean cross entropy on the held-out windows after the update, when it was scored.
     pub held_out: Option<f64>,
     /// max|RᵀR − I| over all rotations after the update.
     pub orthogonality_error: f64,
@@ -83,13 +88,13 @@ pub struct StepReport {
 pub struct Learned {
     /// What was learned.
     pub rotations: Rotations,
-    /// Loss of the first step's batch at the start.
+    /// The objective on the first step's batch at the start.
     pub loss_first: f64,
-    /// Loss of the last step's batch.
+    /// The objective on the last step's batch.
     pub loss_last: f64,
-    /// Held-out loss at the start.
+    /// Held-out cross entropy at the start.
     pub held_out_first: f64,
-    /// Held-out loss at the end.
+    /// Held-out cross entropy at the end.
     pub held_out_last: f64,
     /// The largest max|RᵀR − I| after any step.
     pub orthogonality_error: f64,
@@ -226,7 +231,9 @@ fn gradients(
         let tape = Tape::new();
         let vars = RotationVars::variables(&tape, rotations)?;
         let tokens = windows.batch(part);
-        let loss = model.loss(&vars, &tokens, windows.seq_len(), &options.scheme, options.recompute)?;
+        let LearnOptions { scheme, recompute, objective, .. } = options;
+        let batch = Batch { model, tokens: &tokens, seq: windows.seq_len(), scheme, recompute: *recompute };
+        let loss = objective.loss(&vars, &batch)?;
         let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
         let value = loss.value().clone();
         let mut grads = tape.backward(loss)?;
@@ -246,7 +253,7 @@ fn gradients(
     total.ok_or_else(|| Error::argument("learn", "a step without windows"))
 }
 
-/// Mean loss of the network being learned on fixed windows.
+/// Mean cross entropy of the network being learned on fixed windows.
 pub fn held_out_loss(
     model: &Llama,
     windows: &Windows,
@@ -289,6 +296,7 @@ fn fingerprint(model: &Llama, windows: &Windows, start: &Rotations, optimizer: &
         "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?)),
         "weights": data::checksum(rows.into_iter().flatten()),
         "optimizer": optimizer,
+        "objective": o.objective.name(),
         "dtype": model.dtype().to_string(),
         "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
     }))

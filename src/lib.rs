@@ -47,6 +47,7 @@
 //! | what is quantised, and to which grid | [`quant::Scheme`], [`quant::QuantSpec`] |
 //! | rotations and Hadamard matrices | [`rotation`] |
 //! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
+//! | what learning minimises | [`objective`] |
 //! | the learning loop and its checkpoints | [`learn`](mod@learn) |
 //! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]
@@ -66,6 +67,7 @@ pub mod laws;
 pub mod learn;
 pub mod llama;
 pub mod manifold;
+pub mod objective;
 pub mod ops;
 pub mod optim;
 pub mod outliers;

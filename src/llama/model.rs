@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::data;
-use crate::llama::block::{Block, RotatedWeights, Run};
+use crate::llama::block::{Block, Observer, RotatedWeights, Run};
 use crate::llama::{LayerWeights, LlamaConfig, Rotated, Source, Weights};
 use crate::ops::rope::Rope;
 use crate::quant::{QuantSpec, Scheme};
@@ -266,8 +266,18 @@ impl Merged {
 
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
     pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
+        self.forward(tokens, seq, None)
+    }
+
+    /// [`Merged::logits`], showing the input of every quantiser to `observer`.
+    pub fn observe(&self, tokens: &[u32], seq: usize, observer: Arc<Observer>) -> Result<Tensor> {
+        self.forward(tokens, seq, Some(observer))
+    }
+
+    fn forward(&self, tokens: &[u32], seq: usize, observer: Option<Arc<Observer>>) -> Result<Tensor> {
         check_tokens(&self.config, tokens, seq, self.config.layers)?;
         let run = Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())?;
+        let run = Run { observer, ..run };
         let tape = Tape::new();
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?;
         for block in &self.blocks {

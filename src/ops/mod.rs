@@ -10,9 +10,11 @@ pub mod embedding;
 pub mod fake_quant;
 pub mod hadamard;
 pub mod hadamard_fake_quant;
+pub mod kl_divergence;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
+pub mod spread;
 pub mod swiglu;
 
 use std::sync::Arc;
@@ -77,9 +79,11 @@ pub fn cases() -> Vec<Case> {
         fake_quant::cases(),
         hadamard::cases(),
         hadamard_fake_quant::cases(),
+        kl_divergence::cases(),
         matmul::cases(),
         rms_norm::cases(),
         rope::cases(),
+        spread::cases(),
         swiglu::cases(),
     ]
     .concat()

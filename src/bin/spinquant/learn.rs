@@ -9,6 +9,7 @@ use spinquant::data::Windows;
 use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, Recompute};
+use spinquant::objective;
 use spinquant::optim::{self, Schedule};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
@@ -27,7 +28,7 @@ pub struct Recipe {
     /// Sequences that go through the network at once (default: the batch).
     #[arg(long, value_name = "N")]
     micro_batch: Option<usize>,
-    /// Learning rate of the first step (default: the optimiser's own; 1.5 for cayley).
+    /// Learning rate of the first step (default: by optimiser and objective; 1.5 for cayley and cross-entropy).
     #[arg(long)]
     lr: Option<f64>,
     /// constant, linear or cosine.
@@ -37,6 +38,9 @@ pub struct Recipe {
     /// adam-polar-elementwise, or qr-orth.
     #[arg(long, value_name = "NAME", default_value = "cayley")]
     optimizer: String,
+    /// What to minimise: cross-entropy, kl (to the full-precision model), whip or kurtosis (of rotated activations).
+    #[arg(long, value_name = "NAME", default_value = "cross-entropy")]
+    objective: String,
     /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
     #[arg(long, value_name = "N")]
     held_out: Option<usize>,
@@ -60,6 +64,7 @@ impl Recipe {
             seed,
             held_out: self.held_out.unwrap_or((windows.len() / 8).clamp(1, 64)),
             held_out_every: self.held_out_every,
+            objective: objective::by_name(&self.objective)?,
             recompute: if self.recompute { Recompute::All } else { Recompute::None },
             checkpoint: None,
             resume: false,
@@ -68,7 +73,9 @@ impl Recipe {
 
     /// Of the first step.
     fn learning_rate(&self) -> Result<f64> {
-        self.lr.map_or_else(|| Ok(optim::by_name(&self.optimizer)?.default_learning_rate()), Ok)
+        let (optimizer, objective) = (optim::by_name(&self.optimizer)?, objective::by_name(&self.objective)?);
+        let factor = if optimizer.is_scale_free() { 1.0 } else { objective.rate() };
+        Ok(self.lr.unwrap_or(factor * optimizer.default_learning_rate()))
     }
 
     /// Learns with a progress bar.
@@ -176,6 +183,7 @@ pub fn run(args: &Args) -> Result<()> {
         ("steps", args.recipe.steps.to_string()),
         ("seed", args.seed.to_string()),
         ("optimizer", args.recipe.optimizer.clone()),
+        ("objective", args.recipe.objective.clone()),
         ("learning_rate", options.learning_rate.to_string()),
         ("calibration", windows.checksum()),
     ];

@@ -9,6 +9,7 @@ use super::gemm::{Arithmetic, Shape};
 use super::{CudaBuffer, CudaDevice, ffi};
 use crate::ops::fake_quant::Quantized;
 use crate::ops::matmul::Problem;
+use crate::ops::spread::Measure;
 use crate::quant::{Clip, QuantSpec, Target};
 use crate::rotation::Hadamard;
 use crate::{DType, Error, Result, Tensor};
@@ -450,19 +451,60 @@ fn rows_of_cross_entropy(logits: &Tensor, targets: &[i32], scale: f64) -> Result
 
 /// Mean loss over `count` rows as an f32 scalar, and the gradient of the logits where wanted (in their memory when unshared).
 pub(crate) fn cross_entropy(logits: Tensor, targets: &[i32], count: usize, want: bool) -> Result<(Tensor, Option<Tensor>)> {
-    let d = device(&logits)?;
-    let mut logits = aligned(logits)?;
-    let gradient = if want && !logits.is_unique() { axpby(1.0, logits.clone(), 0.0, None)? } else { logits };
+    let gradient = if want { owned(logits)? } else { aligned(logits)? };
     let mean = 1.0 / count.max(1) as f64;
     let losses = rows_of_cross_entropy(&gradient, targets, if want { mean } else { 0.0 })?;
-    let loss = d.alloc(&[], DType::F32)?;
+    Ok((sum_scaled(mean, &losses)?, want.then_some(gradient)))
+}
+
+/// `factor Σ x` of `f32` values, as an f32 scalar.
+fn sum_scaled(factor: f64, x: &Tensor) -> Result<Tensor> {
+    let d = device(x)?;
+    let sum = d.alloc(&[], DType::F32)?;
     let workspace = d.alloc(&[2 * 1024], DType::F32)?;
-    let n = losses.len() as i64;
+    let n = x.len() as i64;
     // SAFETY: the workspace holds 1024 doubles.
-    d.launch("sum", |s| unsafe {
-        ffi::sq_sum(ptr_of(&loss).cast(), ptr_of(&workspace).cast(), ptr_of(&losses), n, ffi::SQ_F32, s)
+    d.launch("sum", |s| unsafe { ffi::sq_sum(ptr_of(&sum).cast(), ptr_of(&workspace).cast(), ptr_of(x), n, ffi::SQ_F32, s) })?;
+    axpby(factor, sum, 0.0, None)
+}
+
+/// `x` in memory of its own.
+fn owned(x: Tensor) -> Result<Tensor> {
+    let mut x = aligned(x)?;
+    if x.is_unique() { Ok(x) } else { axpby(1.0, x, 0.0, None) }
+}
+
+/// Mean divergence of logits from a teacher's as an f32 scalar, and the gradient of the logits (in their memory when unshared).
+pub(crate) fn kl_divergence(logits: Tensor, teacher: &Tensor) -> Result<(Tensor, Tensor)> {
+    let d = device(&logits)?;
+    let (gradient, teacher) = (owned(logits)?, aligned(teacher.clone())?);
+    let losses = d.alloc(&[gradient.rows()], DType::F32)?;
+    let (rows, vocab, dtype) = (gradient.rows() as i64, gradient.cols() as i64, code(gradient.dtype())?);
+    let mean = 1.0 / rows as f64;
+    // SAFETY: logits and teacher have one shape and type, which the caller checked; one loss a row.
+    d.launch("kl_divergence", |s| unsafe {
+        let (x, loss, t) = (ptr_of(&gradient), ptr_of(&losses).cast(), ptr_of(&teacher));
+        ffi::sq_kl_divergence(x, loss, t, rows, vocab, mean as f32, dtype, s)
     })?;
-    Ok((axpby(mean, loss, 0.0, None)?, want.then_some(gradient)))
+    Ok((sum_scaled(mean, &losses)?, gradient))
+}
+
+/// Mean of a measure as an f32 scalar, and the gradient of the values (in their memory when unshared).
+pub(crate) fn spread(x: Tensor, measure: Measure) -> Result<(Tensor, Tensor)> {
+    let d = device(&x)?;
+    let gradient = owned(x)?;
+    let (count, dtype) = (gradient.len(), code(gradient.dtype())?);
+    let sums = d.alloc(&[count.div_ceil(ffi::SQ_SPREAD_CHUNK as usize)], DType::F32)?;
+    let mean = 1.0 / count as f64;
+    let which = match measure {
+        Measure::Whip => 0,
+        Measure::Kurtosis => 1,
+    };
+    // SAFETY: one sum a chunk.
+    d.launch("spread", |s| unsafe {
+        ffi::sq_spread(ptr_of(&gradient), ptr_of(&sums).cast(), which, count as i64, mean as f32, dtype, s)
+    })?;
+    Ok((sum_scaled(mean, &sums)?, gradient))
 }
 
 /// Loss of every row, on the host.

@@ -1,0 +1,127 @@
+//! What learning minimises: a scalar function of R1 and every R2, built on a tape from a batch of tokens.
+//!
+//! | name | what | cost of a step |
+//! |---|---|---|
+//! | `cross-entropy` | [`CrossEntropy`] of the quantised network: the paper's | forward and backward |
+//! | `kl` | [`Kl`] divergence of its probabilities from the full-precision model's | one more forward |
+//! | `whip`, `kurtosis` | [`Local`]: how rotated activations spread, without back-propagation through the model | a full-precision forward |
+//!
+//! To add one, inside the crate or outside: implement [`Objective`] and give it to
+//! [`LearnOptions::objective`](crate::learn::LearnOptions::objective).
+//!
+//! ```
+//! use spinquant::objective::{Batch, CrossEntropy, Kl, Objective};
+//! use spinquant::{Result, Var, llama::RotationVars};
+//!
+//! /// Cross entropy plus a little of the divergence from the full-precision model.
+//! #[derive(Debug)]
+//! struct Both(f64);
+//! impl Objective for Both {
+//!     fn name(&self) -> String {
+//!         format!("cross-entropy + {} kl", self.0)
+//!     }
+//!     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
+//!         CrossEntropy.loss(rotations, batch)?.add(Kl.loss(rotations, batch)?.scale(self.0)?)
+//!     }
+//! }
+//! ```
+
+mod local;
+
+pub use local::Local;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crate::llama::{Llama, Recompute, RotationVars};
+use crate::ops::spread::Measure;
+use crate::quant::{Online, Scheme};
+use crate::{Error, Result, Tensor, Var};
+
+/// What an objective is evaluated on: whole sequences of `seq` tokens, and the network as it is being learned.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The frozen model.
+    pub model: &'a Llama,
+    /// Token ids, a multiple of `seq` of them.
+    pub tokens: &'a [u32],
+    /// Tokens of a sequence.
+    pub seq: usize,
+    /// What the network is quantised to.
+    pub scheme: &'a Scheme,
+    /// Memory against time.
+    pub recompute: Recompute,
+}
+
+impl Batch<'_> {
+    /// Logits `[tokens, V]` of the model in full precision, unrotated.
+    pub fn teacher(&self) -> Result<Tensor> {
+        self.model.merge_exact(None, &full_precision())?.logits(self.tokens, self.seq)
+    }
+}
+
+/// Nothing quantised and nothing online: R3 would cancel.
+fn full_precision() -> Scheme {
+    Scheme::FULL_PRECISION.online(Online::NONE)
+}
+
+/// Something for [`learn`](crate::learn::learn) to minimise.
+pub trait Objective: Debug + Send + Sync {
+    /// What it is called on the command line, with any constants: runs of objectives of different names cannot resume one another.
+    fn name(&self) -> String;
+
+    /// The loss of a batch, a scalar whose gradients flow to the rotations. Micro-batches are averaged.
+    fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>>;
+
+    /// Factor on the default learning rate of optimisers whose steps grow with the gradient.
+    fn rate(&self) -> f64 {
+        1.0
+    }
+}
+
+/// Mean next-token cross entropy of the fake-quantised network.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CrossEntropy;
+
+impl Objective for CrossEntropy {
+    fn name(&self) -> String {
+        "cross-entropy".into()
+    }
+    fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
+        batch.model.loss(rotations, batch.tokens, batch.seq, batch.scheme, batch.recompute)
+    }
+}
+
+/// Mean divergence, over all positions, of the fake-quantised network's next-token probabilities from the full-precision model's:
+/// zero for a quantisation that does no harm, whatever the text.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kl;
+
+impl Objective for Kl {
+    fn name(&self) -> String {
+        "kl".into()
+    }
+    fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
+        let teacher = batch.teacher()?;
+        let run = Arc::new(batch.model.run(batch.scheme, batch.seq)?);
+        batch.model.logits(rotations, batch.tokens, run, batch.recompute)?.kl_divergence(teacher)
+    }
+    fn rate(&self) -> f64 {
+        4.0
+    }
+}
+
+/// Every objective of this crate.
+pub fn all() -> Vec<Arc<dyn Objective>> {
+    vec![Arc::new(CrossEntropy), Arc::new(Kl), Arc::new(Local(Measure::Whip)), Arc::new(Local(Measure::Kurtosis))]
+}
+
+/// An objective by its name on the command line.
+///
+/// # Errors
+/// Any other name: lists them all.
+pub fn by_name(name: &str) -> Result<Arc<dyn Objective>> {
+    let names: Vec<String> = all().iter().map(|o| o.name()).collect();
+    let found = all().into_iter().find(|o| o.name() == name);
+    found.ok_or_else(|| Error::argument("objective", format!("expected one of {}, got {name:?}", names.join(", "))))
+}

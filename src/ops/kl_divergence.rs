@@ -1,0 +1,170 @@
+//! Mean Kullback–Leibler divergence of logits `x [rows, vocab]` from a teacher's `t`: `L = 1/rows Σ_r Σ_j p_rj (log p_rj − log q_rj)`,
+//! p = softmax(t), q = softmax(x) (Hinton, Vinyals & Dean 2015, temperature 1). Zero exactly where both give the same probabilities.
+//! Backward: `dx = dL (q − p)/rows`, made by forward in the logits' own memory. The teacher is a constant.
+
+use rayon::prelude::*;
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, add, randn, unsupported};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+/// The operation; keeps the gradient.
+#[derive(Clone, Debug)]
+pub struct KlDivergence {
+    /// Logits `[rows, vocab]`.
+    pub teacher: Tensor,
+}
+
+impl Op for KlDivergence {
+    fn name(&self) -> &'static str {
+        "kl_divergence"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let shape = x.shape().to_vec();
+        if shape.len() != 2 || x.is_empty() {
+            return Err(Error::shape("kl_divergence", "[rows, vocabulary]", &shape));
+        }
+        if self.teacher.shape() != shape {
+            return Err(Error::shape("kl_divergence: the teacher's logits", format!("{shape:?}"), self.teacher.shape()));
+        }
+        if self.teacher.device() != x.device() {
+            return Err(Error::device("kl_divergence", format!("operands on {} and {}", x.device(), self.teacher.device())));
+        }
+        let rows = x.rows() as f64;
+        let (loss, gradient) = match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let teacher = self.teacher.to_dtype(DType::F64)?;
+                let (losses, gradient) = reference(x.as_slice()?, teacher.as_slice()?, x.cols());
+                (Tensor::scalar(losses.iter().sum::<f64>() / rows), Tensor::from_vec(gradient, shape)?)
+            }
+            (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) => {
+                let cols = x.cols();
+                let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
+                let mut x = wide.into_owned::<f32>()?;
+                let losses = fast(&mut x, self.teacher.to_dtype(DType::F32)?.as_slice()?, cols, (1.0 / rows) as f32);
+                let loss = losses.iter().sum::<f64>() / rows;
+                (Tensor::scalar(loss as f32), Tensor::from_vec(x, shape)?.to_dtype(dtype)?)
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), dtype) => crate::device::cuda::ops::kl_divergence(x, &self.teacher.to_dtype(dtype)?)?,
+            _ => return Err(unsupported(self, &x)),
+        };
+        if save.wants(0) {
+            save.push(gradient);
+        }
+        Ok(loss)
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        let [gradient] = saved.take()?;
+        let factor = dy.item()?;
+        Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+    }
+}
+
+impl Var<'_> {
+    /// The mean divergence of the probabilities of logits `[rows, vocab]` from those of the teacher's (a constant of the same shape, on
+    /// the same device): a scalar, in `f64` for `f64` logits and in `f32` for all others.
+    pub fn kl_divergence(self, teacher: Tensor) -> Result<Self> {
+        self.tape().record(KlDivergence { teacher }, vec![self])
+    }
+}
+
+/// The divergence of every row and the gradient of their mean, by the definition.
+pub fn reference(x: &[f64], teacher: &[f64], cols: usize) -> (Vec<f64>, Vec<f64>) {
+    let log_softmax = |x: &[f64]| -> Vec<f64> {
+        let max = x.iter().fold(f64::NEG_INFINITY, |m, &v| m.max(v));
+        let sum: f64 = x.iter().map(|v| (v - max).exp()).sum();
+        x.iter().map(|v| v - max - sum.ln()).collect()
+    };
+    let (mut losses, mut gradient) = (vec![], vec![]);
+    let rows = (x.len() / cols) as f64;
+    for (x, t) in x.chunks(cols).zip(teacher.chunks(cols)) {
+        let (q, p) = (log_softmax(x), log_softmax(t));
+        losses.push(p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum());
+        gradient.extend(p.iter().zip(&q).map(|(p, q)| (q.exp() - p.exp()) / rows));
+    }
+    (losses, gradient)
+}
+
+/// Overwrites logits with `scale · (q − p)`; returns the divergence of every row.
+fn fast(x: &mut [f32], teacher: &[f32], cols: usize, scale: f32) -> Vec<f64> {
+    let row = |p: &mut Vec<f32>, (x, t): (&mut [f32], &[f32])| {
+        p.copy_from_slice(t);
+        cpu::simd(
+            #[inline(always)]
+            || {
+                let (max_t, max_x) = (cpu::max(t), cpu::max(x));
+                let sum_t = cpu::exp_sum(p, max_t);
+                // Σ p (t − x), relative to the maxima, so that nothing cancels but what is alike.
+                let shift = max_t - max_x;
+                let mut apart = 0f64;
+                for ((p, t), x) in p.iter().zip(t).zip(x.iter()) {
+                    apart += f64::from(p * (t - x - shift));
+                }
+                let sum_x = cpu::exp_sum(x, max_x);
+                let (student, teacher) = (scale / sum_x, scale / sum_t);
+                x.iter_mut().zip(p.iter()).for_each(|(x, p)| *x = student * *x - teacher * p);
+                apart / f64::from(sum_t) + f64::from(sum_x).ln() - f64::from(sum_t).ln()
+            },
+        )
+    };
+    let rows = x.par_chunks_mut(cols).zip(teacher.par_chunks(cols)).with_min_len(cpu::rows_per_task(cols));
+    rows.map_init(|| vec![0f32; cols], row).collect()
+}
+
+/// Worked cases: one row, one column, a teacher near and far.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, rows: usize, vocab: usize, size: f64, apart: f64| {
+        let scaled = |seed: u64, size: f64| -> Vec<f64> {
+            randn([rows, vocab], seed).into_vec::<f64>().expect("f64").into_iter().map(|x| x * size).collect()
+        };
+        let x = scaled(71, size);
+        // Exact in every type, so that every precision has the same teacher.
+        let teacher = x.iter().zip(scaled(72, apart)).map(|(x, d)| ((x + d) * 8.0).round() / 8.0).collect();
+        let teacher: Tensor = Tensor::from_vec(teacher, [rows, vocab]).expect("the same size");
+        let x = Tensor::from_vec(x, [rows, vocab]).expect("the same size");
+        Case::new("kl_divergence", name, vec![x], move |mut v| {
+            let x = v.remove(0);
+            let teacher = teacher.to_dtype(x.value().dtype())?.to_device(&x.value().device())?;
+            x.kl_divergence(teacher)
+        })
+    };
+    vec![
+        case("one row", 1, 5, 1.0, 1.0),
+        case("one column", 4, 1, 1.0, 1.0),
+        case("odd", 5, 37, 1.0, 0.5),
+        case("large logits", 7, 24, 8.0, 8.0),
+        case("256x4096", 256, 4096, 3.0, 0.5).large(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tape;
+
+    #[test]
+    fn equal_logits_do_not_diverge() {
+        for dtype in [DType::F64, DType::F32] {
+            let x = randn([3, 50], 1).to_dtype(dtype).unwrap();
+            let tape = Tape::new();
+            let v = tape.variable(x.clone());
+            // A constant added to all logits changes no probability.
+            let moved = Tensor::from_vec(x.to_f64_vec().unwrap().into_iter().map(|x| x + 2.0).collect(), [3, 50]).unwrap();
+            let loss = v.clone().kl_divergence(moved.to_dtype(dtype).unwrap()).unwrap();
+            assert!(loss.value().item().unwrap().abs() < 4.0 * dtype.epsilon());
+            let mut grads = tape.backward(loss).unwrap();
+            let most = grads.take(&v).unwrap().to_f64_vec().unwrap().into_iter().fold(0f64, |m, g| m.max(g.abs()));
+            assert!(most < 4.0 * dtype.epsilon());
+        }
+    }
+
+    #[test]
+    fn teachers_that_do_not_fit_are_errors() {
+        let tape = Tape::new();
+        assert!(tape.constant(randn([2, 3], 1)).kl_divergence(randn([3, 2], 1)).is_err());
+        assert!(tape.constant(randn([6], 1)).kl_divergence(randn([6], 1)).is_err());
+    }
+}

@@ -1,0 +1,174 @@
+//! How far values spread from zero, as one number to minimise: `L = mean φ(x)` over all values, `dx = dL φ′(x)/count`.
+//!
+//! | measure | φ(x) | source |
+//! |---|---|---|
+//! | Whip | `exp(−\|x\|)` | Shao et al. 2025 (arXiv 2511.04063): lifts values from near zero, so that, the norm fixed, outliers shrink |
+//! | kurtosis | `x⁴` | of rows of mean square 1, which rotations keep: the kurtosis about zero, 3 for a Gaussian, 1.8 for a uniform row |
+
+use rayon::prelude::*;
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, add, randn, unsupported};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Result, Tensor};
+
+/// Which φ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// `exp(−|x|)`
+    Whip,
+    /// `x⁴`
+    Kurtosis,
+}
+
+impl Measure {
+    /// (φ(x), φ′(x)); φ′(0) = 0.
+    fn at(self, x: f64) -> (f64, f64) {
+        match self {
+            Self::Whip => {
+                let e = (-x.abs()).exp();
+                (
+                    e,
+                    if x > 0.0 {
+                        -e
+                    } else if x < 0.0 {
+                        e
+                    } else {
+                        0.0
+                    },
+                )
+            }
+            Self::Kurtosis => (x * x * x * x, 4.0 * x * x * x),
+        }
+    }
+
+    /// [`Measure::at`] in `f32`, vectorised; overwrites x with `scale · φ′(x)` and returns Σ φ(x).
+    #[inline(always)]
+    fn fast(self, x: &mut [f32], scale: f32) -> f64 {
+        let mut sum = 0f64;
+        for chunk in x.chunks_mut(256) {
+            let mut part = 0f32;
+            match self {
+                Self::Whip => chunk.iter_mut().for_each(|x| {
+                    let e = cpu::exp_f32(-x.abs());
+                    part += e;
+                    *x = if *x == 0.0 { 0.0 } else { -(scale * e).copysign(*x) };
+                }),
+                Self::Kurtosis => chunk.iter_mut().for_each(|x| {
+                    let cube = *x * *x * *x;
+                    part += cube * *x;
+                    *x = 4.0 * scale * cube;
+                }),
+            }
+            sum += f64::from(part);
+        }
+        sum
+    }
+}
+
+/// The operation; keeps the gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread(pub Measure);
+
+impl Op for Spread {
+    fn name(&self) -> &'static str {
+        "spread"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        if x.is_empty() {
+            return Err(crate::Error::shape("spread", "at least one value", x.shape()));
+        }
+        let (shape, count) = (x.shape().to_vec(), x.len() as f64);
+        let (loss, gradient) = match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let of = |x: &f64| self.0.at(*x);
+                let (values, slopes): (Vec<f64>, Vec<f64>) = x.as_slice::<f64>()?.iter().map(of).unzip();
+                let slopes = slopes.into_iter().map(|s| s / count).collect();
+                (Tensor::scalar(values.iter().sum::<f64>() / count), Tensor::from_vec(slopes, shape)?)
+            }
+            (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) => {
+                let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
+                let mut y = wide.into_owned::<f32>()?;
+                let scale = (1.0 / count) as f32;
+                let of = |x: &mut [f32]| {
+                    cpu::simd(
+                        #[inline(always)]
+                        || self.0.fast(x, scale),
+                    )
+                };
+                // Collected first, so that the order of the sum does not depend on the threads.
+                let sums: Vec<f64> = y.par_chunks_mut(1 << 14).map(of).collect();
+                (Tensor::scalar((sums.iter().sum::<f64>() / count) as f32), Tensor::from_vec(y, shape)?.to_dtype(dtype)?)
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::spread(x, self.0)?,
+            _ => return Err(unsupported(self, &x)),
+        };
+        if save.wants(0) {
+            save.push(gradient);
+        }
+        Ok(loss)
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        let [gradient] = saved.take()?;
+        let factor = dy.item()?;
+        Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+    }
+}
+
+impl Var<'_> {
+    /// The mean of a measure over all values: a scalar, in `f64` for `f64` values and in `f32` for all others.
+    pub fn spread(self, measure: Measure) -> Result<Self> {
+        self.tape().record(Spread(measure), vec![self])
+    }
+}
+
+/// Worked cases: zeros, outliers, odd sizes.
+pub fn cases() -> Vec<Case> {
+    let case = |measure: Measure, name: &str, shape: &[usize]| {
+        let mut x = randn(shape, 81).into_vec::<f64>().expect("f64");
+        if let Some(first) = x.first_mut() {
+            *first *= 8.0; // an outlier
+        }
+        let x = Tensor::from_vec(x, shape).expect("the same size");
+        Case::new("spread", format!("{name} {measure:?}"), vec![x], move |mut v| v.remove(0).spread(measure))
+    };
+    let both = |measure| {
+        [case(measure, "one value", &[1, 1]), case(measure, "odd", &[5, 37]), case(measure, "1024x384", &[1024, 384]).large()]
+    };
+    [both(Measure::Whip), both(Measure::Kurtosis)].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tape;
+
+    #[test]
+    fn spread_values_measure_less() {
+        // Rows of one norm: all of it in one channel, Gaussian, evenly spread.
+        let n = 64;
+        let mut spike = vec![0f64; n];
+        spike[3] = (n as f64).sqrt();
+        let gaussian = randn([n], 1).into_vec::<f64>().unwrap();
+        let norm = (gaussian.iter().map(|x| x * x).sum::<f64>() / n as f64).sqrt();
+        let rows = [spike, gaussian.into_iter().map(|x| x / norm).collect(), vec![1.0; n]];
+        for measure in [Measure::Whip, Measure::Kurtosis] {
+            for dtype in [DType::F64, DType::F32, DType::BF16] {
+                let of = |row: &Vec<f64>| {
+                    let tape = Tape::new();
+                    let x = Tensor::from_vec(row.clone(), [1, n]).unwrap().to_dtype(dtype).unwrap();
+                    tape.constant(x).spread(measure).unwrap().value().item().unwrap()
+                };
+                let [spike, gaussian, even] = [of(&rows[0]), of(&rows[1]), of(&rows[2])];
+                assert!(spike > gaussian && gaussian > even, "{measure:?} {dtype}: {spike} {gaussian} {even}");
+            }
+        }
+        let tape = Tape::new();
+        let zero = tape.variable(Tensor::zeros([2, 2], DType::F32, &Device::Cpu).unwrap());
+        let loss = zero.clone().spread(Measure::Whip).unwrap();
+        let mut grads = tape.backward(loss).unwrap();
+        assert_eq!(grads.take(&zero).unwrap().to_f64_vec().unwrap(), [0.0; 4]);
+    }
+}
