@@ -152,10 +152,9 @@ int sq_kl_divergence(void *logits, float *loss, const void *teacher, int64_t row
 
 /* spread.cu --------------------------------------------------------------------------------------------------- */
 
-#define SQ_SPREAD_CHUNK 8192
-
-/* sums[i] = sum of phi over values [i SQ_SPREAD_CHUNK, ..), phi(x) = exp(-|x|) for measure 0 and x^4 for 1; values are
+/* sums[sq_spread_sums(count)]: parts of the sum of phi, in order; phi(x) = exp(-|x|) for measure 0 and x^4 for 1. Values are
  * overwritten by scale phi'(x). */
+int64_t sq_spread_sums(int64_t count);
 int sq_spread(void *values, float *sums, int32_t measure, int64_t count, float scale, sq_dtype dtype, sq_stream stream);
 
 /* cayley.cu: what a Cayley step needs besides matrix products; batch matrices of n x n, float ------------------ */

@@ -7,7 +7,7 @@ namespace {
 using namespace sq;
 
 constexpr int kThreads = 256;
-constexpr int64_t kChunk = SQ_SPREAD_CHUNK;
+constexpr int64_t kChunk = 8192;
 
 template <typename T, int MEASURE>
 __global__ void __launch_bounds__(kThreads) spread_kernel(T *values, float *sums, int64_t count, float scale) {
@@ -31,6 +31,8 @@ __global__ void __launch_bounds__(kThreads) spread_kernel(T *values, float *sums
 }
 
 }  // namespace
+
+extern "C" int64_t sq_spread_sums(int64_t count) { return ceil_div(count, kChunk); }
 
 extern "C" int sq_spread(void *values, float *sums, int32_t measure, int64_t count, float scale, sq_dtype dtype,
                          sq_stream stream) {

@@ -234,6 +234,67 @@ fn compare_prints_the_table() {
 }
 
 /// Starts a run that keeps its state, ends it after a few steps by `end`, and returns the steps its log then holds.
+#[test]
+fn clip_ratios_travel_with_the_rotations() {
+    let place = Place::new();
+    let ratios = |file: &str| -> String {
+        let (_, notes) = Rotations::load_with(&place.path(file)).unwrap();
+        notes["activation_clip"].clone()
+    };
+    for goal in ["error", "loss"] {
+        let args = format!(
+            "clip {MODEL} --text text.txt --rotations hadamard:3 --scheme W4A3KV3 --goal {goal} --out C.safetensors --json"
+        );
+        let found = place.json(&args);
+        assert!(number(&found, "after") <= number(&found, "before"), "{found}");
+        assert!(ratios("C.safetensors").contains('='), "{found}");
+        // Used where the file is, unless others are asked for or the number of levels is another.
+        let score = |args: &str| number(&place.json(&format!("{EVAL} --scheme {args} --json")), "perplexity");
+        let plain = score("W4A3KV3 --rotations hadamard:3");
+        let clipped = score("W4A3KV3 --rotations C.safetensors");
+        assert!(clipped != plain, "{goal}: the ratios do nothing");
+        assert_eq!(score("W4A3KV3 --rotations C.safetensors --activation-clip 1"), plain);
+        let spelt = format!("W4A3KV3 --rotations hadamard:3 --activation-clip {}", ratios("C.safetensors"));
+        assert_eq!(score(&spelt), clipped);
+        assert_eq!(score("W4A4KV4 --rotations C.safetensors"), score("W4A4KV4 --rotations hadamard:3"));
+        // And written into a quantised model.
+        let quantize = "quantize --model model --device cpu --rotations C.safetensors --scheme W4A3KV3 --overwrite --out Q";
+        assert!(place.run(quantize).status.success());
+        let args = "eval --model Q --device cpu --seq-len 16 --text text.txt --json";
+        std::fs::copy(place.path("model/tokenizer.json"), place.path("Q/tokenizer.json")).unwrap();
+        assert!((number(&place.json(args), "perplexity") - clipped).abs() < 1e-3 * clipped);
+    }
+    place.fails(
+        &format!("clip {MODEL} --text text.txt --rotations none --out C2.safetensors"),
+        &["--rotations", "none has no file"],
+    );
+    place.fails(
+        &format!("clip {MODEL} --text text.txt --rotations hadamard --goal best --out C2.safetensors"),
+        &["error or loss"],
+    );
+    place.fails(&format!("{EVAL} --activation-clip key=2"), &["(0, 1]"]);
+    assert!(!place.path("C2.safetensors").exists());
+}
+
+#[test]
+fn learning_with_clip_ratios_resumes_to_the_same_bytes() {
+    let place = Place::new();
+    let args = format!(
+        "{LEARN} --scheme W4A3KV3 --steps 100 --clip loss --optimizer adam-polar --objective kl --checkpoint-every 1 \
+         --log steps.jsonl --resume --json"
+    );
+    let whole = place.json(&args);
+    assert!(number(&whole["clip"], "after") <= number(&whole["clip"], "before"), "{whole}");
+    let wanted = place.read("R.safetensors");
+    std::fs::remove_file(place.path("steps.jsonl")).unwrap();
+    let done = end_early(&place, &args, |child| child.kill().unwrap());
+    assert!(done < 100, "killed too late");
+    place.fails(&args.replace("--clip loss", ""), &["R.safetensors.state", "scheme was"]);
+    place.fails(&args.replace("kl", "cross-entropy"), &["objective was \"kl\", now \"cross-entropy\""]);
+    assert_eq!(place.json(&args)["clip"], whole["clip"]);
+    assert!(place.read("R.safetensors") == wanted, "rotations differ after resuming");
+}
+
 fn end_early(place: &Place, args: &str, end: impl FnOnce(&mut std::process::Child)) -> usize {
     let mut child = place.command(args).spawn().unwrap();
     let logged = || std::fs::read_to_string(place.path("steps.jsonl")).map_or(0, |s| s.lines().count());

@@ -9,7 +9,7 @@ use super::parts::{Part, Raw};
 use super::{RECORD, Stored, StoredLayer};
 use crate::llama::{Block, EMBEDDING, HEAD, LINEARS, LayerWeights, LlamaConfig, Merged};
 use crate::ops::fake_quant::Quantized;
-use crate::quant::{QuantSpec, Scheme};
+use crate::quant::{QuantSpec, Scheme, Site};
 use crate::rotation::{Hadamard, Rotations, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -203,8 +203,8 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
     let scheme: Scheme = serde_json::from_value(record["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
     let dtype: DType = record["dtype"].as_str().unwrap_or("").parse().map_err(|e: Error| bad(e.to_string()))?;
     let sites = scheme.sites(config.head_dim);
-    let each = [(sites.weight, "weights"), (sites.activation, "activations"), (sites.key, "K"), (sites.value, "V")];
-    for (spec, what) in each {
+    let each = Site::ALL.map(|site| (*sites.at(site), site.name()));
+    for (spec, what) in each.into_iter().chain([(sites.weight, "weights")]) {
         if spec.is_active() {
             // Every width whose group is right for its place.
             spec.group_size(spec.group.unwrap_or(1)).map_err(|e| bad(format!("scheme: {what}: {e}")))?;

@@ -1,5 +1,7 @@
 //! Quantisation: grids, schemes, weight quantisers.
 
+mod clip;
+mod clip_search;
 mod gptq;
 mod hessian;
 mod pipeline;
@@ -8,6 +10,8 @@ mod scheme;
 mod spec;
 mod weight;
 
+pub use clip::ClipRatios;
+pub use clip_search::{ClipFound, ClipGoal, search_clips};
 pub use gptq::{Gptq, GroupScales, MAX_DAMPING};
 pub use hessian::Hessian;
 pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers, quantize_weights};

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::quant::{Clip, QuantSpec};
+use crate::quant::{Clip, ClipRatios, QuantSpec};
 use crate::{Error, Result};
 
 /// The Hadamard rotations that run with the network.
@@ -78,8 +78,8 @@ pub struct Scheme {
     pub weight_group: Option<usize>,
     /// Clip rule of weights (published: search).
     pub weight_clip: Clip,
-    /// Clip ratio of activations, K and V (published: 1).
-    pub activation_clip: f64,
+    /// Clip ratios of activations, K and V (published: 1).
+    pub activation_clip: ClipRatios,
     /// The Hadamards that run with the network.
     pub online: Online,
 }
@@ -95,7 +95,7 @@ impl Scheme {
         symmetric_activations: false,
         weight_group: None,
         weight_clip: Clip::Search,
-        activation_clip: 1.0,
+        activation_clip: ClipRatios::NONE,
         online: Online::BOTH,
     };
 
@@ -127,15 +127,18 @@ impl Scheme {
 
     /// The quantiser of every site of a layer with heads of `head_dim`.
     pub fn sites(&self, head_dim: usize) -> Sites {
-        let clip = Clip::Ratio(self.activation_clip);
-        let act = |bits| QuantSpec::activation(bits, self.symmetric_activations).clipped(clip);
+        let at = |site, bits| {
+            QuantSpec::activation(bits, self.symmetric_activations).clipped(Clip::Ratio(self.activation_clip.at(site)))
+        };
         let weight = QuantSpec::weight(self.weight_bits, self.symmetric_weights).clipped(self.weight_clip);
         Sites {
             weight: QuantSpec { group: self.weight_group, ..weight },
-            activation: act(self.activation_bits),
-            attention_output: act(self.activation_bits).grouped(head_dim),
-            key: act(self.key_bits),
-            value: act(self.value_bits).grouped(head_dim),
+            attention_input: at(Site::AttentionInput, self.activation_bits),
+            key: at(Site::Key, self.key_bits),
+            value: at(Site::Value, self.value_bits).grouped(head_dim),
+            attention_output: at(Site::AttentionOutput, self.activation_bits).grouped(head_dim),
+            mlp_input: at(Site::MlpInput, self.activation_bits),
+            down_input: at(Site::DownInput, self.activation_bits),
             online: self.online,
         }
     }
@@ -172,14 +175,18 @@ impl fmt::Display for Scheme {
 pub struct Sites {
     /// The seven weights.
     pub weight: QuantSpec,
-    /// Inputs of q, k, v; of gate and up; of down (after R4).
-    pub activation: QuantSpec,
-    /// Input of o, a head at a time.
-    pub attention_output: QuantSpec,
+    /// Input of q, k and v.
+    pub attention_input: QuantSpec,
     /// K, every head a row.
     pub key: QuantSpec,
     /// V, a head at a time.
     pub value: QuantSpec,
+    /// Input of o, a head at a time.
+    pub attention_output: QuantSpec,
+    /// Input of gate and up.
+    pub mlp_input: QuantSpec,
+    /// Input of down, after R4.
+    pub down_input: QuantSpec,
     /// The Hadamards that run with the network.
     pub online: Online,
 }
@@ -223,10 +230,12 @@ impl Sites {
     /// The quantiser of a site.
     pub fn at(&self, site: Site) -> &QuantSpec {
         match site {
-            Site::AttentionInput | Site::MlpInput | Site::DownInput => &self.activation,
+            Site::AttentionInput => &self.attention_input,
             Site::Key => &self.key,
             Site::Value => &self.value,
             Site::AttentionOutput => &self.attention_output,
+            Site::MlpInput => &self.mlp_input,
+            Site::DownInput => &self.down_input,
         }
     }
 }

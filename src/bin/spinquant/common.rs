@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Tokenizer, Windows};
 use spinquant::llama::{Llama, LlamaConfig};
-use spinquant::quant::{Online, Scheme};
+use spinquant::quant::{ClipRatios, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result};
 
@@ -45,9 +45,10 @@ pub struct SchemeArgs {
     /// Do not search the weights' clip ratio.
     #[arg(long)]
     no_clip_search: bool,
-    /// Clip ratio of activations, K and V.
-    #[arg(long, value_name = "RATIO", default_value_t = 1.0)]
-    activation_clip: f64,
+    /// Clip ratios of activations, K and V: one number, or activations=R,key=R,value=R (also attention_input,
+    /// attention_output, mlp_input, down_input). Default: what the rotation file holds, else 1.
+    #[arg(long, value_name = "RATIOS")]
+    activation_clip: Option<ClipRatios>,
     /// Hadamards that run with the rotated network: none, r3, r4 or r3,r4.
     #[arg(long, value_name = "WHICH", default_value = "r3,r4")]
     online: Online,
@@ -59,12 +60,47 @@ impl SchemeArgs {
         scheme.symmetric_activations = self.symmetric_activations;
         scheme.symmetric_weights = !self.asymmetric_weights;
         scheme.weight_group = self.weight_group;
-        scheme.activation_clip = self.activation_clip;
+        scheme.activation_clip = self.activation_clip.unwrap_or_default();
         if self.no_clip_search {
             scheme.weight_clip = spinquant::quant::Clip::Ratio(1.0);
         }
         scheme
     }
+
+    /// The same with the clip ratios that came with the rotations, unless others were asked for.
+    pub fn scheme_with(&self, rotations: &RotationChoice) -> Result<Scheme> {
+        let scheme = self.scheme();
+        let RotationChoice::File(path) = rotations else { return Ok(scheme) };
+        if self.activation_clip.is_some() {
+            return Ok(scheme);
+        }
+        let (_, notes) = Rotations::load_with(path)?;
+        let Some(ratios) = notes.get(CLIP_RATIOS) else { return Ok(scheme) };
+        let ratios: ClipRatios = ratios.parse().map_err(|e| Error::format(path, e))?;
+        // The best ratio depends on the number of levels.
+        let found = notes.get(CLIP_SCHEME).map_or("another scheme", String::as_str);
+        if found != activation_bits(&scheme) {
+            eprintln!("note: the clip ratios of {} are for {found}, not used for {scheme}", path.display());
+            return Ok(scheme);
+        }
+        Ok(Scheme { activation_clip: ratios, ..scheme })
+    }
+}
+
+/// Where a rotation file's notes keep clip ratios, and the bits that they were found for.
+pub const CLIP_RATIOS: &str = "activation_clip";
+pub const CLIP_SCHEME: &str = "activation_clip_for";
+
+/// The part of a scheme that clip ratios of activations, K and V depend on.
+pub fn activation_bits(scheme: &Scheme) -> String {
+    let grid = if scheme.symmetric_activations { "symmetric" } else { "asymmetric" };
+    format!("{} {grid}", scheme.to_string().trim_start_matches(|c| c == 'W' || char::is_ascii_digit(&c)))
+}
+
+/// Windows of calibration text that clip ratios are searched on: spread evenly.
+pub fn clip_windows(windows: &Windows, count: usize) -> Vec<usize> {
+    let count = count.clamp(1, windows.len());
+    (0..count).map(|i| i * windows.len() / count).collect()
 }
 
 /// The device that `--device` names.

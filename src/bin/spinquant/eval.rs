@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let rotations = args.rotations.load(&model.config)?;
     let windows = limited(args.model.windows(&model.config, &args.text, args.seq_len)?, args.max_windows)?;
-    let scheme = args.scheme.scheme();
+    let scheme = args.scheme.scheme_with(&args.rotations)?;
     let merged = match args.weights {
         Method::Rtn => model.merge(rotations.as_ref(), &scheme)?,
         Method::Gptq => {

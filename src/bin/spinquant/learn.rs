@@ -1,5 +1,6 @@
 //! `spinquant learn`.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,11 @@ use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, Recompute};
 use spinquant::objective;
 use spinquant::optim::{self, Schedule};
+use spinquant::quant::{ClipGoal, ClipRatios};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
+use crate::clip;
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, check_writable, interrupted, peak_bytes};
 
 /// The recipe; the defaults are the published ones.
@@ -124,6 +127,13 @@ pub struct Args {
     /// Where to start: hadamard[:SEED] (default: --seed), orthogonal[:SEED], identity, or a file.
     #[arg(long, value_name = "WHICH")]
     start: Option<RotationChoice>,
+    /// Search clip ratios of activations, K and V on the start, learn with them, and keep them with the rotations: error
+    /// (of every quantiser, by itself) or loss (of the whole network). Default: none.
+    #[arg(long, value_name = "error|loss")]
+    clip: Option<ClipGoal>,
+    /// Windows to search them on.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    clip_windows: usize,
     /// Where to write the rotations.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -151,7 +161,16 @@ pub fn run(args: &Args) -> Result<()> {
     let start = choice.load(&model.config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
     let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
     let state = state_path(&args.out);
-    let scheme = args.scheme.scheme();
+    let mut scheme = args.scheme.scheme_with(&choice)?;
+    // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
+    let mut clip = None;
+    if let Some(goal) = args.clip {
+        let found = clip::search(&model, &start, &scheme, &windows, (goal, args.clip_windows), &progress)?;
+        scheme.activation_clip = found.ratios;
+        let (line, value) = clip::report(&found, goal);
+        progress.say(&line);
+        clip = Some(value);
+    }
     let mut options = args.recipe.options(scheme, args.seed, &windows)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
     options.resume = args.resume;
@@ -187,7 +206,11 @@ pub fn run(args: &Args) -> Result<()> {
         ("learning_rate", options.learning_rate.to_string()),
         ("calibration", windows.checksum()),
     ];
-    learned.rotations.save_with(&args.out, &notes.map(|(k, v)| (k.to_string(), v)).into())?;
+    let mut notes: BTreeMap<String, String> = notes.map(|(k, v)| (k.to_string(), v)).into();
+    if scheme.activation_clip != ClipRatios::NONE {
+        notes.extend(clip::notes(scheme.activation_clip, &scheme));
+    }
+    learned.rotations.save_with(&args.out, &notes)?;
     // The state has served its purpose.
     let _ = std::fs::remove_file(&state);
     if args.json {
@@ -197,7 +220,7 @@ pub fn run(args: &Args) -> Result<()> {
                 "loss_first": learned.loss_first, "loss_last": learned.loss_last,
                 "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
                 "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
-                "peak_bytes": peak_bytes(&model.device()),
+                "peak_bytes": peak_bytes(&model.device()), "clip": clip,
             })
         );
     } else {

@@ -1,6 +1,7 @@
-//! The command line: `spinquant learn`, `eval`, `compare`, `quantize`, `rotations`, `bench`.
+//! The command line: `spinquant learn`, `clip`, `eval`, `compare`, `quantize`, `rotations`, `bench`.
 
 mod bench;
+mod clip;
 mod common;
 mod compare;
 mod eval;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Learn rotations on calibration text and write them to a file.
     Learn(learn::Args),
+    /// Search the clip ratios of activations, K and V for given rotations, and write both to a file.
+    Clip(clip::Args),
     /// Perplexity of a model, rotated and quantised as asked.
     Eval(eval::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     common::stop_on_interrupt();
     let outcome = match Cli::parse().command {
         Command::Learn(args) => learn::run(&args),
+        Command::Clip(args) => clip::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Quantize(args) => quantize::run(&args),

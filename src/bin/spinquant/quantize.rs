@@ -44,7 +44,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
-    let scheme = args.scheme.scheme();
+    let scheme = args.scheme.scheme_with(&args.rotations)?;
     match args.format {
         Format::Hf => {
             let device = args.model.device_in_file_type("--format hf")?;

@@ -494,13 +494,14 @@ pub(crate) fn spread(x: Tensor, measure: Measure) -> Result<(Tensor, Tensor)> {
     let d = device(&x)?;
     let gradient = owned(x)?;
     let (count, dtype) = (gradient.len(), code(gradient.dtype())?);
-    let sums = d.alloc(&[count.div_ceil(ffi::SQ_SPREAD_CHUNK as usize)], DType::F32)?;
+    // SAFETY: arithmetic.
+    let sums = d.alloc(&[unsafe { ffi::sq_spread_sums(count as i64) } as usize], DType::F32)?;
     let mean = 1.0 / count as f64;
     let which = match measure {
         Measure::Whip => 0,
         Measure::Kurtosis => 1,
     };
-    // SAFETY: one sum a chunk.
+    // SAFETY: as many sums as it asks for.
     d.launch("spread", |s| unsafe {
         ffi::sq_spread(ptr_of(&gradient), ptr_of(&sums).cast(), which, count as i64, mean as f32, dtype, s)
     })?;

@@ -1,0 +1,99 @@
+//! `spinquant clip`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use spinquant::data::Windows;
+use spinquant::llama::Llama;
+use spinquant::quant::{ClipFound, ClipGoal, ClipRatios, Scheme, Site, search_clips};
+use spinquant::rotation::Rotations;
+use spinquant::{Error, Result};
+
+use crate::common::{
+    CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, check_writable, clip_windows,
+    interrupted,
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    scheme: SchemeArgs,
+    /// Calibration text.
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Tokens of a window.
+    #[arg(long, default_value_t = 2048)]
+    seq_len: usize,
+    /// identity, hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
+    #[arg(long, value_name = "WHICH")]
+    rotations: RotationChoice,
+    /// What to make small: error (of every quantiser, by itself) or loss (of the whole network).
+    #[arg(long, value_name = "error|loss", default_value = "loss")]
+    goal: ClipGoal,
+    /// Windows to search on.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    windows: usize,
+    /// Where to write the rotations with their clip ratios; may be the file they came from.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Searches with a progress bar.
+pub fn search(
+    model: &Llama,
+    rotations: &Rotations,
+    scheme: &Scheme,
+    windows: &Windows,
+    (goal, count): (ClipGoal, usize),
+    progress: &Progress,
+) -> Result<ClipFound> {
+    let mut task = None;
+    search_clips(model, Some(rotations), scheme, windows, &clip_windows(windows, count), goal, |done, total| {
+        task.get_or_insert_with(|| progress.start("searching clip ratios", total)).at(done, "");
+        interrupted()
+    })
+}
+
+/// What a rotation file says of its clip ratios.
+pub fn notes(ratios: ClipRatios, scheme: &Scheme) -> [(String, String); 2] {
+    [(CLIP_RATIOS.to_string(), ratios.to_string()), (CLIP_SCHEME.to_string(), activation_bits(scheme))]
+}
+
+/// For people and for programs.
+pub fn report(found: &ClipFound, goal: ClipGoal) -> (String, Value) {
+    let (before, after) = found.goal;
+    let ratios: BTreeMap<&str, f64> = Site::ALL.iter().map(|&s| (s.name(), found.ratios.at(s))).collect();
+    let each: Vec<String> = Site::ALL.iter().map(|&s| format!("{} {}", s.name(), found.ratios.at(s))).collect();
+    let line = format!("clip ratios by {goal} ({before:.4} -> {after:.4}, {} tried): {}", found.tried, each.join(", "));
+    (line, json!({"goal": goal.to_string(), "ratios": ratios, "before": before, "after": after, "tried": found.tried}))
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let progress = Progress::new();
+    check_writable(&args.out)?;
+    let model = args.model.load(&progress)?;
+    let rotations = args.rotations.load(&model.config)?;
+    let rotations =
+        rotations.ok_or_else(|| Error::argument("--rotations", "clip ratios are kept with rotations; none has no file"))?;
+    let mut kept = match &args.rotations {
+        RotationChoice::File(path) => Rotations::load_with(path)?.1,
+        _ => BTreeMap::from([("start".to_string(), args.rotations.to_string())]),
+    };
+    let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
+    let scheme = args.scheme.scheme();
+    let found = search(&model, &rotations, &scheme, &windows, (args.goal, args.windows), &progress)?;
+    kept.extend(notes(found.ratios, &scheme));
+    rotations.save_with(&args.out, &kept)?;
+    let (line, value) = report(&found, args.goal);
+    match args.json {
+        true => println!("{value}"),
+        false => println!("{line}\nwritten to {}", args.out.display()),
+    }
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! Clip ratios of quantiser sites: how they are written, what they do, and that the search finds the best of its candidates.
+
+use std::ops::ControlFlow;
+
+use proptest::prelude::*;
+use spinquant::data::Windows;
+use spinquant::llama::{Llama, LlamaConfig, Weights};
+use spinquant::quant::{Clip, ClipGoal, ClipRatios, Scheme, Site, search_clips};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Tape, Tensor, eval, ops};
+
+const SEQ: usize = 8;
+
+fn model(seed: u64) -> Llama {
+    let config = LlamaConfig {
+        hidden_size: 32,
+        intermediate_size: 48,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        vocab_size: 23,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: 64,
+        rope_theta: 10000.0,
+        rope_scaling: None,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_ids: vec![],
+        dtype: None,
+    };
+    Llama::new(config.clone(), Weights::random(&config, seed).unwrap()).unwrap()
+}
+
+fn text(seed: u64) -> Windows {
+    let x = ops::randn([12 * SEQ], seed).into_vec::<f64>().unwrap();
+    Windows::new(x.iter().map(|x| (x.abs() * 1e6) as u32 % 23).collect::<Vec<u32>>(), SEQ).unwrap()
+}
+
+fn start(m: &Llama, seed: u64) -> Rotations {
+    Rotations::random_hadamard(m.config.hidden_size, m.config.head_dim, m.config.layers, seed).unwrap()
+}
+
+fn ratios() -> impl Strategy<Value = ClipRatios> {
+    prop::collection::vec(0.01f64..=1.0, 6)
+        .prop_map(|r| Site::ALL.into_iter().zip(r).fold(ClipRatios::NONE, |all, (site, r)| all.with(site, r).unwrap()))
+}
+
+const ALL: [usize; 3] = [0, 5, 11];
+
+fn go(_: usize, _: usize) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn ratios_survive_text_and_json(ratios in ratios(), one in 0.01f64..=1.0) {
+        for r in [ratios, ClipRatios::uniform(one).unwrap(), ClipRatios::NONE] {
+            prop_assert_eq!(r.to_string().parse::<ClipRatios>().unwrap(), r);
+            let scheme = Scheme { activation_clip: r, ..Scheme::new(4, 4, 4) };
+            let json = serde_json::to_string(&scheme).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Scheme>(&json).unwrap(), scheme);
+            let sites = scheme.sites(8);
+            for site in Site::ALL {
+                prop_assert_eq!(sites.at(site).clip, Clip::Ratio(r.at(site)));
+            }
+        }
+    }
+
+    /// Every site has its own ratio and no other: lowering one changes the network exactly where that site is quantised.
+    #[test]
+    fn each_site_has_its_own(seed: u64, site in prop::sample::select(Site::ALL.to_vec())) {
+        let (m, w) = (model(seed), text(seed));
+        let logits = |scheme: Scheme| m.merge(Some(&start(&m, seed)), &scheme).unwrap().logits(w.get(0), SEQ).unwrap().to_f64_vec().unwrap();
+        let clipped = |scheme: Scheme| Scheme { activation_clip: ClipRatios::NONE.with(site, 0.5).unwrap(), ..scheme };
+        let (a, kv) = (Scheme::new(16, 4, 16), Scheme::new(16, 16, 4));
+        let is_cache = matches!(site, Site::Key | Site::Value);
+        prop_assert_eq!(logits(a) == logits(clipped(a)), is_cache);
+        prop_assert_eq!(logits(kv) == logits(clipped(kv)), !is_cache);
+    }
+
+    /// By error: no other candidate is better on what the quantisers saw, measured here in another way.
+    #[test]
+    fn the_error_is_least_at_what_is_found(seed: u64) {
+        let (m, w, scheme) = (model(seed), text(seed), Scheme::new(16, 3, 3));
+        let r = start(&m, seed);
+        let found = search_clips(&m, Some(&r), &scheme, &w, &ALL, ClipGoal::Error, go).unwrap();
+        let network = m.merge(Some(&r), &scheme).unwrap();
+        let seen = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
+        for i in ALL {
+            let seen = seen.clone();
+            let see = move |_: usize, site: Site, x: &Tensor| seen.lock().unwrap().push((site, x.clone()));
+            network.observe(w.get(i), SEQ, std::sync::Arc::new(see)).unwrap();
+        }
+        let seen = seen.lock().unwrap();
+        let error = |site: Site, ratio: f64| -> f64 {
+            let spec = scheme.sites(8).at(site).clipped(Clip::Ratio(ratio));
+            seen.iter().filter(|(s, _)| *s == site).map(|(_, x)| {
+                let y = Tape::new().constant(x.clone()).fake_quant(&spec).unwrap().into_value().to_f64_vec().unwrap();
+                let x = x.to_f64_vec().unwrap();
+                let off: f64 = x.iter().zip(y).map(|(x, y)| (x - y).powi(2)).sum();
+                off / x.iter().map(|x| x * x).sum::<f64>()
+            }).sum()
+        };
+        for site in Site::ALL {
+            let ours = error(site, found.ratios.at(site));
+            for i in 0..11 {
+                prop_assert!(ours <= error(site, 1.0 - 0.05 * f64::from(i)) * (1.0 + 1e-9), "{}: {i}", site.name());
+            }
+        }
+        prop_assert!(found.goal.1 <= found.goal.0);
+    }
+
+    /// By loss: what is found has the loss that is said, which is no worse than that of no clipping.
+    #[test]
+    fn the_loss_is_what_it_says(seed: u64) {
+        let (m, w, scheme) = (model(seed), text(seed), Scheme::new(4, 3, 3));
+        let r = start(&m, seed);
+        let found = search_clips(&m, Some(&r), &scheme, &w, &ALL, ClipGoal::Loss, go).unwrap();
+        let read = Windows::new(w.batch(&ALL), SEQ).unwrap();
+        let loss = |ratios: ClipRatios| {
+            let network = m.merge(Some(&r), &Scheme { activation_clip: ratios, ..scheme }).unwrap();
+            eval::perplexity(&network, &read, |_| ControlFlow::Continue(())).unwrap().perplexity.ln()
+        };
+        prop_assert!((loss(ClipRatios::NONE) - found.goal.0).abs() < 1e-9);
+        prop_assert!((loss(found.ratios) - found.goal.1).abs() < 1e-9);
+        prop_assert!(found.goal.1 <= found.goal.0);
+        prop_assert_eq!(search_clips(&m, Some(&r), &scheme, &w, &ALL, ClipGoal::Loss, go).unwrap(), found);
+    }
+}
+
+#[test]
+fn gaussian_rows_are_clipped_and_uniform_ones_are_not() {
+    // The reason for it all: at 4 bits a Gaussian row of 384 has less error with its tails cut off.
+    let error = |x: &[f64], ratio: f64| -> f64 {
+        let t = Tensor::from_vec(x.to_vec(), [x.len() / 384, 384]).unwrap();
+        let spec = Scheme::new(16, 4, 4).sites(64).attention_input.clipped(Clip::Ratio(ratio));
+        let y = Tape::new().constant(t).fake_quant(&spec).unwrap().into_value().to_f64_vec().unwrap();
+        x.iter().zip(y).map(|(x, y)| (x - y).powi(2)).sum()
+    };
+    let gaussian = ops::randn([64, 384], 1).into_vec::<f64>().unwrap();
+    assert!(error(&gaussian, 0.85) < 0.95 * error(&gaussian, 1.0));
+    let uniform: Vec<f64> = (0..64 * 384).map(|i| f64::from(i * 7919 % 1009) / 504.0 - 1.0).collect();
+    assert!(error(&uniform, 0.85) > error(&uniform, 1.0));
+}
+
+#[test]
+fn what_is_not_quantised_is_not_searched() {
+    let (m, w) = (model(1), text(1));
+    for goal in [ClipGoal::Error, ClipGoal::Loss] {
+        let found = search_clips(&m, Some(&start(&m, 1)), &Scheme::new(4, 16, 16), &w, &[0], goal, go).unwrap();
+        assert_eq!(found.ratios, ClipRatios::NONE);
+        let found = search_clips(&m, Some(&start(&m, 1)), &Scheme::new(16, 16, 3), &w, &ALL, goal, go).unwrap();
+        assert!(Site::ALL.into_iter().all(|s| matches!(s, Site::Key | Site::Value) || found.ratios.at(s) == 1.0));
+    }
+    // In f32 as well, and without rotations.
+    let weights = |m: &Llama| Weights {
+        embedding: m.embedding.to_dtype(DType::F32).unwrap(),
+        head: m.head.to_dtype(DType::F32).unwrap(),
+        layers: m.blocks.iter().map(|b| b.weights.map(|t| t.to_dtype(DType::F32)).unwrap()).collect(),
+    };
+    let narrow = Llama::new(m.config.clone(), weights(&m)).unwrap();
+    let found = search_clips(&narrow, None, &Scheme::new(4, 4, 4), &w, &[3], ClipGoal::Error, go).unwrap();
+    assert!(found.tried > 0 && found.goal.1 <= found.goal.0);
+}
+
+#[test]
+fn bad_ratios_and_windows_are_named() {
+    let says = |text: &str, part: &str| {
+        let message = text.parse::<ClipRatios>().unwrap_err().to_string();
+        assert!(message.contains(part), "{text}: {message}");
+    };
+    says("0", "expected a number in (0, 1], got 0");
+    says("1.01", "expected a number in (0, 1], got 1.01");
+    says("NaN", "got NaN");
+    says("much", "expected a number, got \"much\"");
+    says(
+        "key=0.9,query=0.5",
+        "expected activations or one of attention_input, key, value, attention_output, mlp_input, down_input, got \"query=0.5\"",
+    );
+    says("key=0.9,0.5", "got \"0.5\"");
+    assert!(serde_json::from_str::<ClipRatios>("7").unwrap_err().to_string().contains("(0, 1]"));
+    assert_eq!("best".parse::<ClipGoal>().unwrap_err().to_string(), "clip search: expected error or loss, got \"best\"");
+    let (m, w) = (model(1), text(1));
+    let search = |windows: &[usize]| search_clips(&m, None, &Scheme::new(4, 4, 4), &w, windows, ClipGoal::Loss, go);
+    assert!(search(&[]).unwrap_err().to_string().contains("expected windows below 12"));
+    assert!(search(&[12]).unwrap_err().to_string().contains("got [12]"));
+    let stopped = search_clips(&m, None, &Scheme::new(4, 4, 4), &w, &[0], ClipGoal::Loss, |_, _| ControlFlow::Break(()));
+    assert!(matches!(stopped, Err(spinquant::Error::Interrupted { .. })));
+}
