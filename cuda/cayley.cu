@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kPacks; ++k) {
       const int64_t i = first + k * (kThreads * N);
       if (i < size) {
-        held_a[k] = load_pack<float, N>(a + b * size + i);
+        held_a[k] = a != nullptr ? load_pack<float, N>(a + b * size + i) : Pack<float, N>{};
         held_x[k] = load_pack<float, N>(x + b * size + i);
       }
     }

@@ -168,7 +168,7 @@ int sq_transpose_axpby(float *y, float alpha, const float *x, float beta, const 
 int sq_skew(float *w, const float *a, int64_t batch, int64_t n, sq_stream stream);
 /* alpha[b] = min(lr, 1 / (largest column sum of |w[b]| + 1e-8)). */
 int sq_cayley_step_size(float *alpha, const float *w, float lr, int64_t batch, int64_t n, sq_stream stream);
-/* y[b] = a[b] + factor * alpha[b] * x[b]; y may be a or x. */
+/* y[b] = a[b] + factor * alpha[b] * x[b]; y may be a or x; a may be NULL for 0. */
 int sq_add_scaled(float *y, const float *a, const float *alpha, float factor, const float *x, int64_t batch, int64_t n,
                   sq_stream stream);
 /* error[b] = max |gram[b] - I| of a double Gram matrix; residual (NULL: not wanted) receives float(I - gram). */
@@ -185,6 +185,24 @@ int sq_strictly_lower(float *y, const float *x, int64_t batch, int64_t n, sq_str
 /* ym = b1 m + (1 - b1) g, yv = b2 v + (1 - b2) g^2, yd = (ym / c1) / (sqrt(yv / c2) + epsilon); in place allowed. */
 int sq_adam(float *ym, float *yv, float *yd, const float *m, const float *v, const float *g, float b1, float b2, float c1,
             float c2, float epsilon, int64_t count, sq_stream stream);
+
+/* split.cu: products of float matrices on tensor cores; batch matrices of n x n, n a multiple of 4 --------------- */
+
+/* x, or with transpose = 1 its transpose, as terms of f16: planes [batch][terms][n][n]. With s the power of two that
+ * brings the largest |x| to 2^14..2^15, plane `low` has what is left of x * s after the rounding that the other planes
+ * have. *largest receives the largest |x|. */
+int sq_split(void *planes, float *largest, const float *x, int64_t batch, int64_t n, int32_t transpose, int32_t low,
+             int32_t terms, sq_stream stream);
+/* factor[0] = alpha / (s_a * s_b), what a product of two such is to be multiplied by; factor[1] = 0. */
+int sq_split_factor(float *factor, const float *largest_a, const float *largest_b, float alpha, sq_stream stream);
+/* The columns of x as integers of four digits of base 256: digits [4][batch][n][n], the most significant first, every
+ * matrix transposed. largest and squares, both [batch][n], receive each column's largest |x| and sum of squares. */
+int sq_digits(int8_t *digits, float *largest, double *squares, const float *x, int64_t batch, int64_t n,
+              sq_stream stream);
+/* residual = float(I - x^T x) and error[b] = max |I - x^T x| from products [5][batch][n][n] of the digits of column i
+ * with those of column j: d0 d0, d0 d1, d0 d2, d1 d1, d0 d3 + d1 d2. n at most 32768. */
+int sq_digits_residual(float *residual, double *error, const int32_t *products, const float *largest,
+                       const double *squares, int64_t batch, int64_t n, sq_stream stream);
 
 #ifdef __cplusplus
 }

@@ -83,6 +83,28 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool) -> Result<Tensor> {
     on_cpu!("product", a, go(a, ta, b, tb, n))
 }
 
+/// What a product of `f32` matrices keeps of its operands where that makes it faster (large matrices on a GPU).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Digits {
+    /// 22 bits below the largest value: normwise errors near those of `f32` sums.
+    Most,
+    /// 11 bits: for corrections, whose own errors are corrected again or do not matter.
+    Few,
+}
+
+/// [`product`], of rounded operands where that makes it faster.
+pub fn rounded_product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, digits: Digits) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    {
+        let (_, n) = same("product", a, &[b])?;
+        if !a.device().is_cpu() && a.dtype() == DType::F32 && cuda::splits(n) {
+            return cuda::split_product(a, ta, b, tb, digits);
+        }
+    }
+    let _ = digits;
+    product(a, ta, b, tb)
+}
+
 /// `alpha xᵀ + beta z` for every matrix of the batch.
 pub fn transpose_axpby(alpha: f64, x: &Tensor, beta: f64, z: Option<&Tensor>) -> Result<Tensor> {
     let (_, n) = same("transpose_axpby", x, z.as_slice())?;
@@ -148,15 +170,18 @@ pub fn step_size(w: &Tensor, lr: f64) -> Result<Tensor> {
     on_cpu!("step_size", w, go(w, lr, k, n), gpu: cuda::step_size(w, lr))
 }
 
-/// `a + factor · alpha[b] · x` for every matrix b of the batch.
-pub fn add_scaled(a: Tensor, alpha: &Tensor, factor: f64, x: &Tensor) -> Result<Tensor> {
-    let (k, n) = same("add_scaled", &a, &[x])?;
-    if alpha.shape() != [k] || alpha.dtype() != a.dtype() {
-        return Err(Error::shape("add_scaled: alpha", format!("[{k}] of {}", a.dtype()), alpha.shape()));
+/// `a + factor · alpha[b] · x` for every matrix b of the batch; 0 for no `a`.
+pub fn add_scaled(a: Option<Tensor>, alpha: &Tensor, factor: f64, x: &Tensor) -> Result<Tensor> {
+    let (k, n) = same("add_scaled", x, a.as_ref().as_slice())?;
+    if alpha.shape() != [k] || alpha.dtype() != x.dtype() {
+        return Err(Error::shape("add_scaled: alpha", format!("[{k}] of {}", x.dtype()), alpha.shape()));
     }
-    fn go<T: Real>(a: Tensor, alpha: &Tensor, factor: f64, x: &Tensor, n: usize) -> Result<Tensor> {
-        let shape = a.shape().to_vec();
-        let mut y = a.into_vec::<T>()?;
+    fn go<T: Real>(a: Option<Tensor>, alpha: &Tensor, factor: f64, x: &Tensor, n: usize) -> Result<Tensor> {
+        let mut y = match a {
+            Some(a) => a.into_vec::<T>()?,
+            None => vec![T::ZERO; x.len()],
+        };
+        let shape = x.shape();
         let alpha = alpha.as_slice::<T>()?;
         let x = x.as_slice::<T>()?;
         y.par_chunks_mut(n).zip(x.par_chunks(n)).enumerate().for_each(|(row, (y, x))| {
@@ -165,7 +190,7 @@ pub fn add_scaled(a: Tensor, alpha: &Tensor, factor: f64, x: &Tensor) -> Result<
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("add_scaled", a, go(a, alpha, factor, x, n), gpu: cuda::add_scaled(&a, alpha, factor, x))
+    on_cpu!("add_scaled", x, go(a, alpha, factor, x, n), gpu: cuda::add_scaled(a.as_ref(), alpha, factor, x))
 }
 
 /// The residual `E = I − xᵀx`, computed in `f64` and rounded to the type of x, and max|E| of every matrix of the batch.
@@ -212,8 +237,8 @@ pub fn orthonormalize(x: Tensor, tolerance: f64) -> Result<(Tensor, Vec<f64>)> {
             let message = format!("max|RᵀR − I| = {worst:.1e} after {steps} Newton–Schulz steps");
             return Err(Error::numeric("re-orthonormalisation", message));
         }
-        let correction = product(&x, false, &e, false)?;
-        x = add_scaled(x, &half, 1.0, &correction)?;
+        let correction = rounded_product(&x, false, &e, false, Digits::Few)?;
+        x = add_scaled(Some(x), &half, 1.0, &correction)?;
         steps += 1;
     }
 }
@@ -313,7 +338,7 @@ mod tests {
             let t = transpose_axpby(0.5, &a, 2.0, Some(&b)).unwrap();
             let p = product(&a, true, &b, false).unwrap();
             let alpha = step_size(&a, 0.01).unwrap();
-            let s = add_scaled(a.clone(), &alpha, 0.5, &b).unwrap();
+            let s = add_scaled(Some(a.clone()), &alpha, 0.5, &b).unwrap();
             let (e, errors) = gram_residual(&a).unwrap();
             for (m, error) in errors.iter().enumerate() {
                 let norm = (0..n).map(|j| (0..n).map(|i| at(&a, m, i, j).abs()).sum::<f64>()).fold(0.0, f64::max);

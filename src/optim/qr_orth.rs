@@ -97,7 +97,7 @@ impl Optimizer for QrOrth {
             };
             // ‖V Z⁻¹‖, with Z⁻¹ = R⁻¹ Xᵀ
             let relative = product(&product(&v, false, &r_inverse, false)?, false, x, true)?;
-            let z = add_scaled(z, &step_size(&scale(2.0, relative)?, lr)?, -1.0, &v)?;
+            let z = add_scaled(Some(z), &step_size(&scale(2.0, relative)?, lr)?, -1.0, &v)?;
             let (q, r_inverse) = cholesky_qr(&z)?;
             let (q, error) = orthonormalize(q, tolerance(x))?;
             if is_skewed(&z, &r_inverse)? {

@@ -33,8 +33,7 @@ fn angular_gradient(x: &Tensor, g: &Tensor) -> Result<Tensor> {
 
 /// `Retract_X(−alpha[b] X M)` for every matrix b of the batch, re-orthonormalised; and its audited drift.
 fn advance(x: &Tensor, m: &Tensor, alpha: &Tensor, retraction: &dyn Retraction) -> Result<(Tensor, f64)> {
-    let zero = Tensor::zeros(x.shape(), x.dtype(), &x.device())?;
-    let tangent = add_scaled(zero, alpha, -1.0, &product(x, false, m, false)?)?;
+    let tangent = add_scaled(None, alpha, -1.0, &product(x, false, m, false)?)?;
     let (x, errors) = orthonormalize(retraction.retract(x, &tangent)?, tolerance(x))?;
     Ok((x, largest(&errors)))
 }

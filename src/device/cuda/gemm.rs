@@ -20,6 +20,10 @@ pub(crate) enum Arithmetic {
     Exact,
     /// `f32` operands rounded to 11 bits for the tensor cores.
     Tf32,
+    /// Operands as they are, sums in `f32`; the product is multiplied by a factor that lies on the device.
+    Scaled,
+    /// Operands are 8-bit integers and results 32-bit ones, whatever the types say. A must not be transposed, B must.
+    Integer,
 }
 
 /// Everything the heuristic looks at.
@@ -92,14 +96,47 @@ impl Blas {
     /// # Safety
     /// The pointers address tensors of the sizes in `s` on this stream's device.
     pub(crate) unsafe fn run(&self, s: Shape, y: *mut c_void, a: *const c_void, b: *const c_void, beta: f64) -> Result<()> {
-        let plan = self.plan(s)?;
         let (one, beta32, one64) = (1f32, beta as f32, 1f64);
-        let (alpha, beta): (*const c_void, *const c_void) = match s.y {
-            DType::F64 => ((&raw const one64).cast(), (&raw const beta).cast()),
+        let (one_integer, beta_integer) = (1i32, beta as i32);
+        let (alpha, beta): (*const c_void, *const c_void) = match (s.arithmetic, s.y) {
+            (Arithmetic::Integer, _) => ((&raw const one_integer).cast(), (&raw const beta_integer).cast()),
+            (_, DType::F64) => ((&raw const one64).cast(), (&raw const beta).cast()),
             _ => ((&raw const one).cast(), (&raw const beta32).cast()),
         };
-        let (workspace, _) = self.workspace.device_ptr(&self.stream);
         // SAFETY: by the caller; the scalars outlive the call (host pointer mode reads them at once).
+        unsafe { self.call(s, y, a, b, alpha, beta) }
+    }
+
+    /// `y = factor[0] op(a) op(b) + factor[1] y` in [`Arithmetic::Scaled`]; the factors are on the device.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    pub(crate) unsafe fn run_scaled(
+        &self,
+        s: Shape,
+        y: *mut c_void,
+        a: *const c_void,
+        b: *const c_void,
+        factor: *const f32,
+    ) -> Result<()> {
+        debug_assert_eq!(s.arithmetic, Arithmetic::Scaled);
+        // SAFETY: by the caller.
+        unsafe { self.call(s, y, a, b, factor.cast(), factor.add(1).cast()) }
+    }
+
+    /// With scalars where the plan expects them.
+    unsafe fn call(
+        &self,
+        s: Shape,
+        y: *mut c_void,
+        a: *const c_void,
+        b: *const c_void,
+        alpha: *const c_void,
+        beta: *const c_void,
+    ) -> Result<()> {
+        let plan = self.plan(s)?;
+        let (workspace, _) = self.workspace.device_ptr(&self.stream);
+        // SAFETY: by the caller.
         unsafe {
             result::matmul(
                 self.handle,
@@ -135,17 +172,21 @@ impl Blas {
 
     fn build(&self, s: Shape) -> Result<Plan> {
         use sys::cublasComputeType_t as Compute;
+        let integer = s.arithmetic == Arithmetic::Integer;
         let compute = match (s.y, s.arithmetic) {
+            (_, Arithmetic::Integer) => Compute::CUBLAS_COMPUTE_32I,
             (DType::F64, _) => Compute::CUBLAS_COMPUTE_64F,
             (_, Arithmetic::Tf32) => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
-            (_, Arithmetic::Exact) => Compute::CUBLAS_COMPUTE_32F,
+            (_, Arithmetic::Exact | Arithmetic::Scaled) => Compute::CUBLAS_COMPUTE_32F,
         };
-        let scale = data_type(if s.y == DType::F64 { DType::F64 } else { DType::F32 });
+        let of = |dtype, whole| if integer { whole } else { data_type(dtype) };
+        let (operand, result_type) = (sys::cudaDataType_t::CUDA_R_8I, sys::cudaDataType_t::CUDA_R_32I);
+        let scale = of(if s.y == DType::F64 { DType::F64 } else { DType::F32 }, result_type);
         let desc = result::create_matmul_desc(compute, scale).map_err(failed(s))?;
         // Their A is our B and the other way round.
-        let layout = |rows: usize, cols: usize, dtype, stride: usize| -> Result<_> {
-            let layout = result::create_matrix_layout(data_type(dtype), rows as u64, cols as u64, rows.max(1) as i64)
-                .map_err(failed(s))?;
+        let layout = |rows: usize, cols: usize, element, stride: usize| -> Result<_> {
+            let layout =
+                result::create_matrix_layout(element, rows as u64, cols as u64, rows.max(1) as i64).map_err(failed(s))?;
             let (count, stride) = (s.batch as i32, stride as i64);
             use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
             // SAFETY: the layout was just made; the attributes have these types.
@@ -160,9 +201,9 @@ impl Blas {
         let step = |batched: bool, size: usize| if batched { size } else { 0 };
         let (b_rows, b_cols) = if s.tb { (s.k, s.n) } else { (s.n, s.k) };
         let (a_rows, a_cols) = if s.ta { (s.m, s.k) } else { (s.k, s.m) };
-        let a = layout(b_rows, b_cols, s.b, step(s.batch_b, s.k * s.n))?;
-        let b = layout(a_rows, a_cols, s.a, step(s.batch_a, s.m * s.k))?;
-        let y = layout(s.n, s.m, s.y, step(s.batch > 1, s.m * s.n))?;
+        let a = layout(b_rows, b_cols, of(s.b, operand), step(s.batch_b, s.k * s.n))?;
+        let b = layout(a_rows, a_cols, of(s.a, operand), step(s.batch_a, s.m * s.k))?;
+        let y = layout(s.n, s.m, of(s.y, result_type), step(s.batch > 1, s.m * s.n))?;
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let op = i32::from; // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1
         let (op_a, op_b): (i32, i32) = (op(s.tb), op(s.ta));
@@ -174,6 +215,11 @@ impl Blas {
                 .map_err(failed(s))?;
             result::set_matmul_desc_attribute(desc, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const op_b).cast(), 4)
                 .map_err(failed(s))?;
+            if s.arithmetic == Arithmetic::Scaled {
+                let mode = sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE as i32;
+                let attribute = Attribute::CUBLASLT_MATMUL_DESC_POINTER_MODE;
+                result::set_matmul_desc_attribute(desc, attribute, (&raw const mode).cast(), 4).map_err(failed(s))?;
+            }
             let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), size_of::<usize>())
                 .map_err(failed(s))?;
