@@ -202,6 +202,7 @@ int dispatch(sq_dtype dtype, F &&f) {
     case SQ_F32: return f(Type<float>{});
     case SQ_F16: return f(Type<__half>{});
     case SQ_BF16: return f(Type<__nv_bfloat16>{});
+    case SQ_F64: break;
   }
   return cudaErrorInvalidValue;
 }

@@ -19,7 +19,8 @@ extern "C" {
 /* A cudaStream_t. */
 typedef void *sq_stream;
 
-typedef enum { SQ_F32 = 0, SQ_F16 = 1, SQ_BF16 = 2 } sq_dtype;
+/* SQ_F64 is for sq_cast alone. */
+typedef enum { SQ_F32 = 0, SQ_F16 = 1, SQ_BF16 = 2, SQ_F64 = 3 } sq_dtype;
 
 /* How a row is quantised. See src/quant/spec.rs for the formulas.
  *   bits       2..8
@@ -137,7 +138,15 @@ int sq_add(void *y, const void *a, const void *b, int64_t count, sq_dtype dtype,
 /* y = alpha * a + beta * b; b may be NULL when beta is 0. In place allowed. */
 int sq_axpby(void *y, float alpha, const void *a, float beta, const void *b, int64_t count, sq_dtype dtype,
              sq_stream stream);
+/* From and to any type, SQ_F64 included; one rounding. */
 int sq_cast(void *y, sq_dtype to, const void *x, sq_dtype from, int64_t count, sq_stream stream);
+/* *bits = the largest |x|, as the bits of a float; above those of infinity where x holds a NaN. */
+int sq_absmax(uint32_t *bits, const void *x, int64_t count, sq_dtype dtype, sq_stream stream);
+/* y = half(x * 2^s), s chosen from sq_absmax(x) so that the largest |y| lies in [2^14, 2^15): 11 bits of every value that is not
+ * tiny beside the largest. */
+int sq_scale_to_half(void *y, const void *x, const uint32_t *absmax, int64_t count, sq_dtype dtype, sq_stream stream);
+/* scale[0] = 2^-(s_a + s_b), which undoes the scaling of both factors of a product (NULL: that one was not scaled); scale[1] = 0. */
+int sq_unscale(float *scale, const uint32_t *absmax_a, const uint32_t *absmax_b, sq_stream stream);
 /* *sum = sum of x [count], in a fixed order, accumulated in double. workspace: 1024 doubles. */
 int sq_sum(float *sum, double *workspace, const void *x, int64_t count, sq_dtype dtype, sq_stream stream);
 /* *flag = 1 where any value is NaN or infinite; *flag is not cleared first. */
@@ -156,6 +165,14 @@ int sq_kl_divergence(void *logits, float *loss, const void *teacher, int64_t row
  * overwritten by scale phi'(x). */
 int64_t sq_spread_sums(int64_t count);
 int sq_spread(void *values, float *sums, int32_t measure, int64_t count, float scale, sq_dtype dtype, sq_stream stream);
+
+/* random.cu --------------------------------------------------------------------------------------------------- */
+
+/* y[rows, cols] = unit * row[r] * col[c] * z, z the centred sum of four uniform 16-bit integers made from (seed, tensor,
+ * (r - first_row) mod rows, c) by integer arithmetic, so that every device makes the same: see src/llama/synthetic.rs. row and col
+ * may be NULL (1). */
+int sq_random_weights(void *y, int64_t rows, int64_t cols, uint64_t seed, uint64_t tensor, int64_t first_row, float unit,
+                      const float *row, const float *col, sq_dtype dtype, sq_stream stream);
 
 /* cayley.cu: what a Cayley step needs besides matrix products; batch matrices of n x n, float ------------------ */
 

@@ -3,13 +3,12 @@
 
 use std::ops::ControlFlow;
 
-use crate::data::{self, Windows};
+use crate::data::Windows;
 use crate::llama::Merged;
-use crate::ops::cross_entropy::token_losses;
 use crate::{Error, Result};
 
-/// Tokens that go through the network at once on the CPU.
-const TOKENS_AT_ONCE: usize = 4096;
+/// Tokens that go through the network at once on the CPU, and on a GPU.
+const TOKENS_AT_ONCE: [usize; 2] = [4096, 16384];
 
 /// The outcome of [`perplexity`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,12 +24,12 @@ pub struct Perplexity {
 /// Perplexity of a model on windows of text; `progress` is told how many windows are done and may stop.
 pub fn perplexity(model: &Merged, text: &Windows, mut progress: impl FnMut(usize) -> ControlFlow<()>) -> Result<Perplexity> {
     let seq = text.seq_len();
-    let batch = (TOKENS_AT_ONCE / seq).max(1);
+    let batch = (TOKENS_AT_ONCE[usize::from(!model.embedding.device().is_cpu())] / seq).max(1);
     let mut total = 0.0;
     let all: Vec<usize> = (0..text.len()).collect();
     for (i, windows) in all.chunks(batch).enumerate() {
         let tokens = text.batch(windows);
-        let losses = token_losses(&model.logits(&tokens, seq)?, &data::targets(&tokens, seq))?;
+        let losses = model.token_losses(&tokens, seq)?;
         // The last position of a window has no target and a loss of zero.
         total += losses.chunks(seq).map(|w| w.iter().sum::<f64>() / (seq - 1) as f64).sum::<f64>();
         if !total.is_finite() {

@@ -13,6 +13,7 @@ use crate::objective::{Batch, CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule, State};
 use crate::quant::Scheme;
 use crate::rotation::Rotations;
+use crate::tape::{enter, enter_pass};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The recipe. The defaults are the published ones.
@@ -134,7 +135,8 @@ pub fn learn(
         return Err(Error::argument("sequence length", "expected at least 2 tokens"));
     }
     let config = &model.config;
-    rotations.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
+    let on_device = rotations.to_device(&model.device())?;
+    on_device.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (train, held_out) = split_held_out(windows, options.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
@@ -147,7 +149,7 @@ pub fn learn(
     let mut now = match saved {
         Some((path, state)) => resume(state, &fingerprint, path, optimizer)?,
         None => Progress {
-            rotations: rotations.to_dtype(dtype)?,
+            rotations: on_device.to_dtype(dtype)?,
             step: 0,
             losses: (f64::NAN, f64::NAN),
             held_out: (f64::NAN, f64::NAN),
@@ -166,6 +168,7 @@ pub fn learn(
         let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
         let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options).map_err(failed)?;
         let learning_rate = options.schedule.at(now.step, steps, options.learning_rate);
+        let _update = (enter_pass("update"), enter("optimiser"));
         let mut params = now.rotations.as_params()?;
         optimizer.step(&mut params, grads, learning_rate).map_err(failed)?;
         let rotations = Rotations::from_params(&params)?;

@@ -207,11 +207,34 @@ impl Tensor {
         if !first.device().is_cpu() {
             return crate::device::cuda::ops::stack(parts, shape);
         }
+        Self::join(parts, shape)
+    }
+
+    /// Tensors of one type and device, whose shapes differ in the first axis only, behind one another along it.
+    pub fn concat(parts: &[Self]) -> Result<Self> {
+        let first = parts.first().ok_or_else(|| Error::argument("concat", "expected at least one tensor, got none"))?;
+        let inner = first.shape.get(1..).unwrap_or_default();
+        if let Some(odd) = parts.iter().find(|p| p.shape.is_empty() || p.shape[1..] != *inner) {
+            return Err(Error::shape("concat", format!("[.., {inner:?}]"), odd.shape()));
+        }
+        if parts.len() == 1 {
+            return Ok(first.clone());
+        }
+        let shape = [&[parts.iter().map(|p| p.shape[0]).sum()], inner].concat();
+        #[cfg(feature = "cuda")]
+        if !first.device().is_cpu() {
+            return crate::device::cuda::ops::stack(parts, shape);
+        }
+        Self::join(parts, shape)
+    }
+
+    /// The values of CPU tensors behind one another.
+    fn join(parts: &[Self], shape: Vec<usize>) -> Result<Self> {
         fn go<T: Element>(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor> {
             let parts = parts.iter().map(|p| p.as_slice::<T>()).collect::<Result<Vec<_>>>()?;
             Tensor::from_vec(parts.concat(), shape)
         }
-        match first.dtype() {
+        match parts[0].dtype() {
             DType::F64 => go::<f64>(parts, shape),
             DType::F32 => go::<f32>(parts, shape),
             DType::F16 => go::<f16>(parts, shape),
@@ -286,11 +309,6 @@ impl Tensor {
                 },
                 &self.shape,
             ),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) if dtype == DType::F64 || self.dtype() == DType::F64 => {
-                let device = self.device();
-                self.to_device(&Device::Cpu)?.to_dtype(dtype)?.to_device(&device)
-            }
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => crate::device::cuda::cast(self, dtype),
         }

@@ -9,7 +9,8 @@ use crate::llama::{LayerWeights, LlamaConfig};
 use crate::ops::attention::attention;
 use crate::ops::rope::Rope;
 use crate::quant::{Site, Sites};
-use crate::{Error, Result, Tensor, Var};
+use crate::tape::enter;
+use crate::{DType, Error, Result, Tensor, Var};
 
 /// A layer's frozen weights, RMSNorm gains folded in, not rotated.
 #[derive(Clone, Debug)]
@@ -47,6 +48,22 @@ pub struct RotatedWeights<'t> {
     pub leave: Option<Var<'t>>,
 }
 
+impl<'t> RotatedWeights<'t> {
+    /// The seven linears in the order of the fields, then R1 where some were left unrotated.
+    pub fn into_vec(self) -> Vec<Var<'t>> {
+        let Self { q, k, v, o, gate, up, down, leave } = self;
+        [q, k, v, o, gate, up, down].into_iter().chain(leave).collect()
+    }
+
+    /// Back from [`RotatedWeights::into_vec`].
+    pub fn from_vec(mut vars: Vec<Var<'t>>) -> Result<Self> {
+        let leave = if vars.len() == 8 { vars.pop() } else { None };
+        let [q, k, v, o, gate, up, down] = <[_; 7]>::try_from(vars)
+            .map_err(|v| Error::argument("weights", format!("expected those of seven linears, got {}", v.len())))?;
+        Ok(Self { q, k, v, o, gate, up, down, leave })
+    }
+}
+
 /// Is shown the input of every quantiser: layer, site, values.
 pub type Observer = dyn Fn(usize, Site, &Tensor) + Send + Sync;
 
@@ -81,6 +98,15 @@ impl Block {
         Self { gains: Some(gains), ..self }
     }
 
+    /// The same layer with its weights on another device.
+    pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
+        let block = self.with_weights(self.weights.map(|w| w.to_device(device))?);
+        Ok(match &self.gains {
+            Some([first, second]) => block.with_gains([first.to_device(device)?, second.to_device(device)?]),
+            None => block,
+        })
+    }
+
     /// Gains of the two norms where they are not folded into the weights.
     pub fn gains(&self) -> Option<&[Tensor; 2]> {
         self.gains.as_ref()
@@ -88,30 +114,38 @@ impl Block {
 
     /// Rotates and quantises the weights. Gradients flow to `r1` [C, C] and `r2` [D, D]. Given the number of input rows, unquantised
     /// weights may be left unrotated where rotating the input instead is cheaper ([`RotatedWeights::leave`]).
+    ///
+    /// What is rotated twice (v and o by R1 and R2, down by R1 and R4) is kept in `f32` in between where weights have 16 bits.
     pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
         if self.gains.is_some() {
             return Err(Error::argument("rotation", "the gains of this layer's norms are not folded into its weights"));
         }
+        let _part = enter("weights");
         let tape = r1.tape();
         let constant = |w: &Tensor| tape.constant(w.clone());
         let w = &self.weights;
-        let (c, d) = (w.q.cols(), self.head_dim);
+        let (c, d, dtype) = (w.q.cols(), self.head_dim, w.q.dtype());
+        let wide = if dtype.is_half() { DType::F32 } else { dtype };
         let into = |w: Var<'t>| w.matmul(r1.clone());
-        let out_of = |w: Var<'t>| r1.clone().transpose_matmul(w);
-        let quantized = |w: Var<'t>| w.fake_quant(&s.weight);
+        let quantized = |w: Var<'t>| w.to_dtype(dtype)?.fake_quant(&s.weight);
 
-        let v = r2.clone().transpose_matmul(constant(&w.v).reshape([self.kv_heads, d, c])?)?.reshape([self.kv_heads * d, c])?;
-        let o = constant(&w.o).reshape([c * self.heads, d])?.matmul(r2.clone())?.reshape([c, self.heads * d])?;
-        let down = out_of(constant(&w.down))?;
-        let down = if s.online.r4 { down.hadamard()? } else { down };
+        let v = constant(&w.v).matmul_as(r1.clone(), wide)?.reshape([self.kv_heads, d, c])?;
+        let v = r2.clone().transpose_matmul(v)?.reshape([self.kv_heads * d, c])?;
+        let o = r1.clone().transpose_matmul_as(constant(&w.o), wide)?.reshape([c * self.heads, d])?;
+        let o = o.matmul(r2.clone())?.reshape([c, self.heads * d])?;
+        let down = if s.online.r4 {
+            r1.clone().transpose_matmul_as(constant(&w.down), wide)?.hadamard()?
+        } else {
+            r1.clone().transpose_matmul(constant(&w.down))?
+        };
         let outside = |tokens| cheaper_outside(w.gate.rows() + w.up.rows(), c, tokens);
         let leave = !s.weight.is_active() && tokens.is_some_and(outside);
         let mlp = |w: &Tensor| if leave { Ok(constant(w)) } else { quantized(into(constant(w))?) };
         Ok(RotatedWeights {
             q: quantized(into(constant(&w.q))?)?,
             k: quantized(into(constant(&w.k))?)?,
-            v: quantized(into(v)?)?,
-            o: quantized(out_of(o)?)?,
+            v: quantized(v)?,
+            o: quantized(o)?,
             gate: mlp(&w.gate)?,
             up: mlp(&w.up)?,
             down: quantized(down)?,
@@ -119,19 +153,23 @@ impl Block {
         })
     }
 
-    /// Runs the layer: `x` [tokens, C] in R1's basis, and out again.
+    /// Runs the layer: `x` [tokens, C] in R1's basis, and out again. The last operation is not computed on a tape
+    /// [for gradients](crate::Tape::for_gradients).
     pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
+        let part = enter("attention");
         let h = self.attention_input(x.clone(), run)?;
         let a = self.attend(h, w.q, w.k, w.v, run)?;
-        let x = x.add(a.linear(w.o)?)?; // R2 undone, back in R1's basis
+        let x = x.add_linear(a, w.o)?; // R2 undone, back in R1's basis
+        drop(part);
 
+        let _part = enter("mlp");
         let h = self.mlp_input(x.clone(), run)?;
         let h = match w.leave {
             Some(r1) => h.linear(r1)?,
             None => h,
         };
         let m = self.gated(h, w.gate, w.up, run)?;
-        x.add(m.linear(w.down)?)
+        x.add_linear_last(m, w.down)
     }
 
     /// The input of q, k and v.

@@ -53,8 +53,9 @@ impl<'a> Rotated<'a> {
     ) -> Result<Self> {
         let wide = match rotations {
             Some(r) => {
-                r.check(config.hidden_size, config.head_dim, config.layers, TOLERANCE)?;
-                Some(Rotations { r1: wide(&r.r1)?, r2: wide(&r.r2)? })
+                let wide = r.to_device(&device)?.to_dtype(DType::F64)?;
+                wide.check(config.hidden_size, config.head_dim, config.layers, TOLERANCE)?;
+                Some(wide)
             }
             None => None,
         };
@@ -137,22 +138,21 @@ impl<'a> Rotated<'a> {
         let sites = Scheme::FULL_PRECISION.online(self.scheme.online).sites(self.config.head_dim);
         let tape = Tape::new();
         let (r1, r2) = (tape.constant(rotations.r1.clone()), tape.constant(rotations.r2.index(i)?));
-        let w = Block::new(self.config, i, weights.map(wide)?).rotate(&r1, &r2, &sites, None)?;
+        let w = Block::new(self.config, i, weights.map(|w| self.widen(w))?).rotate(&r1, &r2, &sites, None)?;
         LayerWeights::from_array([w.q, w.k, w.v, w.o, w.gate, w.up, w.down].map(Var::into_value)).map(|w| self.narrow(w))
     }
 
     fn table(&self, t: &Tensor) -> Result<Tensor> {
         let Some(rotations) = &self.wide else { return self.narrow(t) };
         let tape = Tape::new();
-        self.narrow(&tape.constant(wide(t)?).matmul(tape.constant(rotations.r1.clone()))?.into_value())
+        self.narrow(&tape.constant(self.widen(t)?).matmul(tape.constant(rotations.r1.clone()))?.into_value())
+    }
+
+    fn widen(&self, t: &Tensor) -> Result<Tensor> {
+        t.to_device(&self.device)?.to_dtype(DType::F64)
     }
 
     fn narrow(&self, t: &Tensor) -> Result<Tensor> {
         t.to_dtype(self.dtype)?.to_device(&self.device)
     }
-}
-
-/// In `f64`, which lives on the CPU.
-fn wide(t: &Tensor) -> Result<Tensor> {
-    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
 }

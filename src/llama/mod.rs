@@ -2,12 +2,14 @@
 
 mod block;
 mod config;
+mod layer;
 mod load;
 mod merge;
 mod model;
 
 pub use block::{Block, Observer, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
+pub use layer::Plan;
 pub use load::{Checkpoint, LayerWeights, Source, Weights};
 pub(crate) use load::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS};
 pub use merge::Rotated;

@@ -7,11 +7,13 @@ use sha2::{Digest, Sha256};
 
 use crate::data;
 use crate::llama::block::{Block, Observer, RotatedWeights, Run};
-use crate::llama::{LayerWeights, LlamaConfig, Rotated, Source, Weights};
+use crate::llama::{LayerWeights, LlamaConfig, Plan, Rotated, Source, Weights};
+use crate::ops::linear_cross_entropy::linear_token_losses;
+use crate::ops::matmul;
 use crate::ops::rope::Rope;
 use crate::quant::{QuantSpec, Scheme};
 use crate::rotation::Rotations;
-use crate::tape::checkpoint;
+use crate::tape::enter;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
 /// Which layers keep their intermediate values for the backward pass, and which compute them again.
@@ -22,6 +24,19 @@ pub enum Recompute {
     None,
     /// Keep only each layer's input.
     All,
+    /// As planned.
+    Planned(Plan),
+}
+
+impl Recompute {
+    /// In full.
+    pub fn plan(self) -> Plan {
+        match self {
+            Self::None => Plan::KEEP_ALL,
+            Self::All => Plan::INPUTS,
+            Self::Planned(plan) => plan,
+        }
+    }
 }
 
 /// A LLaMA with frozen weights, RMSNorm gains folded into the linears that read them.
@@ -69,28 +84,34 @@ impl<'t> RotationVars<'t> {
 }
 
 impl Llama {
-    /// Loads a Hugging Face folder, folding gains in float64 and rounding once to `dtype`.
+    /// Loads a Hugging Face folder, folding gains in float64 and rounding once to `dtype`. Weights go to the device a tensor at a
+    /// time: the host never holds more than a layer of a model that runs elsewhere.
     pub fn load(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let dir = dir.as_ref();
-        let config = LlamaConfig::from_file(dir.join("config.json"))?;
-        let weights = Weights::load(dir, &config, dtype)?;
-        Self::new(config, weights)?.to_device(device)
+        Self::read(dir.as_ref(), dtype, device, |source, config, l| Ok(Block::new(config, l, source.layer(l, dtype)?)))
     }
 
     /// The same with every gain left where it is: the model as it runs without rotations, which is what quantising without them is
     /// compared on. It cannot be rotated.
     pub fn load_plain(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        let dir = dir.as_ref();
+        // The head is never quantised: folding the final gain into it changes nothing.
+        Self::read(dir.as_ref(), dtype, device, |source, config, l| {
+            let (weights, gains) = source.plain_layer(l, dtype)?;
+            Ok(Block::new(config, l, weights).with_gains(gains))
+        })
+    }
+
+    fn read(
+        dir: &Path,
+        dtype: DType,
+        device: &Device,
+        block: impl Fn(&Source, &LlamaConfig, usize) -> Result<Block>,
+    ) -> Result<Self> {
         let config = LlamaConfig::from_file(dir.join("config.json"))?;
         let source = Source::open(dir, &config)?;
-        let block = |l| {
-            let (weights, gains) = source.plain_layer(l, dtype)?;
-            Ok(Arc::new(Block::new(&config, l, weights).with_gains(gains)))
-        };
-        let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
-        // The head is never quantised: folding the final gain into it changes nothing.
-        let (embedding, head) = (source.embedding(dtype)?, source.head(dtype)?);
-        Self { config, embedding, head, blocks }.to_device(device)
+        let embedding = source.embedding(dtype)?.to_device(device)?;
+        let head = source.head(dtype)?.to_device(device)?;
+        let blocks = (0..config.layers).map(|l| Ok(Arc::new(block(&source, &config, l)?.to_device(device)?)));
+        Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config })
     }
 
     /// A model of given weights.
@@ -109,14 +130,7 @@ impl Llama {
         if self.device() == *device {
             return Ok(self);
         }
-        let block = |b: &Arc<Block>| {
-            let weights = b.weights.map(|w| w.to_device(device))?;
-            let block = b.with_weights(weights);
-            Ok(Arc::new(match b.gains() {
-                Some([first, second]) => block.with_gains([first.to_device(device)?, second.to_device(device)?]),
-                None => block,
-            }))
-        };
+        let block = |b: &Arc<Block>| Ok(Arc::new(b.to_device(device)?));
         Ok(Self {
             embedding: self.embedding.to_device(device)?,
             head: self.head.to_device(device)?,
@@ -140,8 +154,9 @@ impl Llama {
         Run::new(&self.config, scheme, seq, self.dtype(), &self.device())
     }
 
-    /// Logits `[tokens, V]` of the rotated, fake-quantised network; `tokens` are whole sequences of `run.seq` ids.
-    pub fn logits<'t>(
+    /// What the head reads, `[tokens, C]`: the final hidden state of the rotated, fake-quantised network, normalised and taken out of
+    /// R1's basis; `tokens` are whole sequences of `run.seq` ids.
+    pub fn hidden<'t>(
         &self,
         rotations: &RotationVars<'t>,
         tokens: &[u32],
@@ -151,23 +166,32 @@ impl Llama {
         check_tokens(&self.config, tokens, run.seq, rotations.r2.len())?;
         let tape = rotations.r1.tape();
         let r1 = &rotations.r1;
+        let part = enter("embedding");
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
+        drop(part);
+        let plan = recompute.plan();
         for (block, r2) in self.blocks.iter().zip(&rotations.r2) {
-            let (block, run, n) = (block.clone(), run.clone(), Some(tokens.len()));
             // A node of their own, so that a layer's gradients are summed before they join the others' in either branch.
             let (r1, r2) = (r1.clone().fork()?, r2.clone().fork()?);
-            x = match recompute {
-                Recompute::None => block.forward(x, block.rotate(&r1, &r2, &run.sites, n)?, &run)?,
-                Recompute::All => checkpoint(tape, vec![x, r1, r2], move |_, v| {
-                    let [x, r1, r2]: [Var<'_>; 3] = v.try_into().map_err(|_| Error::Tape("a layer has three inputs".into()))?;
-                    block.forward(x, block.rotate(&r1, &r2, &run.sites, n)?, &run)
-                })?,
-            };
+            x = plan.run(block, x, &r1, &r2, &run)?;
         }
-        x.rms_norm(self.config.rms_norm_eps)?.linear(r1.clone())?.linear(tape.constant(self.head.clone()))
+        let _part = enter("head");
+        x.rms_norm(self.config.rms_norm_eps)?.linear(r1.clone())
     }
 
-    /// Mean next-token cross entropy of [`Llama::logits`].
+    /// Logits `[tokens, V]` of the rotated, fake-quantised network; `tokens` are whole sequences of `run.seq` ids.
+    pub fn logits<'t>(
+        &self,
+        rotations: &RotationVars<'t>,
+        tokens: &[u32],
+        run: Arc<Run>,
+        recompute: Recompute,
+    ) -> Result<Var<'t>> {
+        let head = rotations.r1.tape().constant(self.head.clone());
+        self.hidden(rotations, tokens, run, recompute)?.linear(head)
+    }
+
+    /// Mean next-token cross entropy of [`Llama::logits`], of which few exist at a time.
     pub fn loss<'t>(
         &self,
         rotations: &RotationVars<'t>,
@@ -176,8 +200,9 @@ impl Llama {
         scheme: &Scheme,
         recompute: Recompute,
     ) -> Result<Var<'t>> {
-        self.logits(rotations, tokens, Arc::new(self.run(scheme, seq)?), recompute)?
-            .cross_entropy(data::targets(tokens, seq).into())
+        let hidden = self.hidden(rotations, tokens, Arc::new(self.run(scheme, seq)?), recompute)?;
+        let _part = enter("head");
+        hidden.linear_cross_entropy(rotations.r1.tape().constant(self.head.clone()), data::targets(tokens, seq).into())
     }
 
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
@@ -266,15 +291,25 @@ impl Merged {
 
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
     pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
-        self.forward(tokens, seq, None)
+        self.head(&self.hidden(tokens, seq, None)?)
     }
 
     /// [`Merged::logits`], showing the input of every quantiser to `observer`.
     pub fn observe(&self, tokens: &[u32], seq: usize, observer: Arc<Observer>) -> Result<Tensor> {
-        self.forward(tokens, seq, Some(observer))
+        self.head(&self.hidden(tokens, seq, Some(observer))?)
     }
 
-    fn forward(&self, tokens: &[u32], seq: usize, observer: Option<Arc<Observer>>) -> Result<Tensor> {
+    fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        matmul::product(hidden, false, &self.head, true, false, self.head.dtype())
+    }
+
+    /// The cross entropy of every token's prediction, 0 at the last of each sequence; few logits exist at a time.
+    pub fn token_losses(&self, tokens: &[u32], seq: usize) -> Result<Vec<f64>> {
+        linear_token_losses(&self.hidden(tokens, seq, None)?, &self.head, &data::targets(tokens, seq))
+    }
+
+    /// What the head reads, `[tokens, C]`.
+    fn hidden(&self, tokens: &[u32], seq: usize, observer: Option<Arc<Observer>>) -> Result<Tensor> {
         check_tokens(&self.config, tokens, seq, self.config.layers)?;
         let run = Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())?;
         let run = Run { observer, ..run };
@@ -283,7 +318,7 @@ impl Merged {
         for block in &self.blocks {
             x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run)?;
         }
-        Ok(x.rms_norm(self.config.rms_norm_eps)?.linear(tape.constant(self.head.clone()))?.into_value())
+        Ok(x.rms_norm(self.config.rms_norm_eps)?.into_value())
     }
 }
 

@@ -40,6 +40,8 @@ impl Op for Transform {
             }
             (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x].into(), save),
             #[cfg(feature = "cuda")]
+            (Device::Cuda(_), DType::F64) => by_products(x, &self.map, self.transpose),
+            #[cfg(feature = "cuda")]
             (Device::Cuda(_), _) => crate::device::cuda::ops::hadamard(x, &self.map, self.transpose, None),
             _ => Err(unsupported(self, &x)),
         }
@@ -64,6 +66,29 @@ impl Var<'_> {
 /// `x ← H x` for every row, without a tape; in place when unshared.
 pub fn transform(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
     Transform { map: map.clone(), transpose }.forward(vec![x].into(), &mut Saved::default())
+}
+
+/// The transform as matrix products, for types that have no kernel: H = H_K ⊗ H_a ⊗ H_b, one product a factor.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+fn by_products(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
+    use crate::ops::matmul::product;
+    let (shape, dtype, device) = (x.shape().to_vec(), x.dtype(), x.device());
+    let (k, size) = (map.k(), map.n() / map.blocks());
+    let m = size / k;
+    let a = 1 << (m.ilog2() / 2);
+    let rows = x.len() / size.max(1);
+    let matrix = |values: Vec<f64>, n: usize| Tensor::from_vec(values, [n, n])?.to_dtype(dtype)?.to_device(&device);
+    // Each factor orthonormal; those of powers of two are symmetric.
+    let sylvester = |n: usize| matrix(Hadamard::new(n)?.dense(), n);
+    let mut y = product(&x.reshape([rows * size / (m / a), m / a])?, false, &sylvester(m / a)?, false, false, dtype)?;
+    if a > 1 {
+        y = product(&sylvester(a)?, false, &y.reshape([rows * k, a, m / a])?, false, false, dtype)?;
+    }
+    if k > 1 {
+        let core = map.signs().iter().map(|&s| f64::from(s) / (k as f64).sqrt()).collect();
+        y = product(&matrix(core, k)?, transpose, &y.reshape([rows, k, m])?, false, false, dtype)?;
+    }
+    y.reshape(shape)
 }
 
 fn fast(x: &mut [f32], map: &Hadamard, transpose: bool) {
@@ -245,4 +270,24 @@ pub fn cases() -> Vec<Case> {
         all.push(case(9, n, false).large());
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_make_the_same_map() {
+        for n in [1, 2, 8, 64, 128, 12, 24, 28, 40, 80, 148, 172, 344, 214] {
+            let map = Hadamard::new(n).unwrap();
+            for transpose in [false, true] {
+                let x = randn([3, n], n as u64);
+                let mut want = x.to_vec::<f64>().unwrap();
+                want.chunks_mut(n).for_each(|row| map.reference(row, transpose));
+                let got = by_products(x, &map, transpose).unwrap().to_vec::<f64>().unwrap();
+                let error = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(error < 1e-13, "n = {n}, transposed {transpose}: {error:e}");
+            }
+        }
+    }
 }

@@ -17,6 +17,8 @@ pub struct Matmul {
     pub ta: bool,
     /// Read the last two axes of B transposed.
     pub tb: bool,
+    /// The type of the result; `None`: the 16-bit type among the operands, if any.
+    pub dtype: Option<DType>,
 }
 
 impl Op for Matmul {
@@ -26,7 +28,7 @@ impl Op for Matmul {
 
     fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [a, b] = inputs.take()?;
-        let dtype = narrowest(&[a.clone(), b.clone()]);
+        let dtype = self.dtype.unwrap_or_else(|| narrowest(&[a.clone(), b.clone()]));
         let mut shape = a.shape().to_vec();
         let flat = self.flatten(&a, &b)?;
         let y = product(&flat, self.ta, &b, self.tb, false, dtype)?;
@@ -82,6 +84,50 @@ impl Op for Matmul {
     }
 }
 
+/// `c + x Wᵀ`: a linear layer and the sum it goes into, rounded once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LinearAdd;
+
+impl LinearAdd {
+    const PRODUCT: Matmul = Matmul { ta: false, tb: true, dtype: None };
+}
+
+impl Op for LinearAdd {
+    fn name(&self) -> &'static str {
+        "linear_add"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [c, x, w] = inputs.take()?;
+        self.save_only(&[c.clone(), x.clone(), w.clone()], save).unwrap_or(Ok(()))?;
+        if c.shape().len() != 2 || w.shape().len() != 2 || c.shape() != [x.rows(), w.rows()] {
+            return Err(Error::shape("linear_add", format!("[{}, {}]", x.rows(), w.rows()), c.shape()));
+        }
+        #[cfg(feature = "cuda")]
+        if !c.device().is_cpu() && c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols() {
+            return crate::device::cuda::ops::linear_add(&c, &x, &w);
+        }
+        let y = product(&x, false, &w, true, false, narrowest(&[x.clone(), w.clone()]))?;
+        crate::ops::add::linear_combination(1.0, c, 1.0, y)
+    }
+    fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
+        let [_, x, w] = inputs else { return None };
+        let keep = |wanted: bool, t: &Tensor| if wanted { Ok(t.clone()) } else { placeholder(t) };
+        Some((|| {
+            let (x, w) = (keep(save.wants(2), x)?, keep(save.wants(1), w)?);
+            save.push(x);
+            save.push(w);
+            Ok(())
+        })())
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let [dx, dw]: [_; 2] = match Self::PRODUCT.backward(saved, dy.clone(), &want[1..])?.try_into() {
+            Ok(grads) => grads,
+            Err(_) => return Err(Error::Tape("linear_add: expected two gradients".into())),
+        };
+        Ok(vec![want[0].then_some(dy), dx, dw])
+    }
+}
+
 /// A tensor of the same rank, inner axes and type that holds no values: what is left of an operand nobody needs.
 fn placeholder(t: &Tensor) -> Result<Tensor> {
     let mut shape = t.shape().to_vec();
@@ -102,15 +148,32 @@ impl Matmul {
 impl<'t> Var<'t> {
     /// `self · other`: [.., m, k] × [k, n], or with a batch axis on both.
     pub fn matmul(self, other: Self) -> Result<Self> {
-        self.tape().record(Matmul { ta: false, tb: false }, vec![self, other])
+        self.tape().record(Matmul { ta: false, tb: false, dtype: None }, vec![self, other])
+    }
+    /// [`Var::matmul`] with a result of another type than the operands': the sums are not rounded to 16 bits.
+    pub fn matmul_as(self, other: Self, dtype: DType) -> Result<Self> {
+        self.tape().record(Matmul { ta: false, tb: false, dtype: Some(dtype) }, vec![self, other])
+    }
+    /// The same of [`Var::transpose_matmul`].
+    pub fn transpose_matmul_as(self, other: Self, dtype: DType) -> Result<Self> {
+        self.tape().record(Matmul { ta: true, tb: false, dtype: Some(dtype) }, vec![self, other])
     }
     /// A linear layer: `self · Wᵀ` with `W: [out, in]`.
     pub fn linear(self, weight: Self) -> Result<Self> {
-        self.tape().record(Matmul { ta: false, tb: true }, vec![self, weight])
+        self.tape().record(Matmul { ta: false, tb: true, dtype: None }, vec![self, weight])
+    }
+    /// `self + x Wᵀ` with self [tokens, out], x [tokens, in], W [out, in].
+    pub fn add_linear(self, x: Self, weight: Self) -> Result<Self> {
+        self.tape().record(LinearAdd, vec![self, x, weight])
+    }
+    /// The same as the last operation of a checkpointed function, where it is not computed a second time.
+    pub fn add_linear_last(self, x: Self, weight: Self) -> Result<Self> {
+        let shape = self.shape().to_vec();
+        self.tape().record_last(LinearAdd, vec![self, x, weight], &shape)
     }
     /// `selfᵀ · other`: [k, m] and [k, n] (or [b, k, n]: each batch entry is multiplied by the same matrix).
     pub fn transpose_matmul(self, other: Self) -> Result<Self> {
-        self.tape().record(Matmul { ta: true, tb: false }, vec![self, other])
+        self.tape().record(Matmul { ta: true, tb: false, dtype: None }, vec![self, other])
     }
 }
 
@@ -210,7 +273,9 @@ pub fn reference(a: &[f64], ta: bool, b: &[f64], tb: bool, (m, n, k): (usize, us
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, a: &[usize], ta, b: &[usize], tb| {
-        Case::new("matmul", name, vec![randn(a, 11), randn(b, 12)], move |v| v[0].tape().record(Matmul { ta, tb }, v))
+        Case::new("matmul", name, vec![randn(a, 11), randn(b, 12)], move |v| {
+            v[0].tape().record(Matmul { ta, tb, dtype: None }, v)
+        })
     };
     vec![
         case("one row", &[1, 5], false, &[5, 3], false),
@@ -222,6 +287,10 @@ pub fn cases() -> Vec<Case> {
         case("batch", &[2, 3, 7], false, &[2, 7, 5], false),
         case("batch, shared left", &[7, 3], true, &[4, 7, 5], false),
         case("batch, shared right", &[4, 7, 3], true, &[7, 5], false),
+        Case::new("matmul", "linear added", vec![randn([5, 3], 13), randn([5, 7], 11), randn([3, 7], 12)], |v| {
+            let [c, x, w]: [Var; 3] = v.try_into().map_err(|_| Error::Tape("three operands".into()))?;
+            c.add_linear(x, w)
+        }),
         case("square 256", &[256, 256], false, &[256, 256], false).large(),
         case("linear 1024x384x1376", &[1024, 384], false, &[1376, 384], true).large(),
     ]

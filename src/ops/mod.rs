@@ -5,12 +5,14 @@
 
 pub mod add;
 pub mod attention;
+pub mod cast;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod fake_quant;
 pub mod hadamard;
 pub mod hadamard_fake_quant;
 pub mod kl_divergence;
+pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
@@ -80,6 +82,7 @@ pub fn cases() -> Vec<Case> {
         hadamard::cases(),
         hadamard_fake_quant::cases(),
         kl_divergence::cases(),
+        linear_cross_entropy::cases(),
         matmul::cases(),
         rms_norm::cases(),
         rope::cases(),

@@ -110,7 +110,16 @@ impl Rotations {
             if x.is_empty() {
                 return Ok(vec![]);
             }
-            Ok(linalg::gram_residual(&x.to_device(&crate::Device::Cpu)?.to_dtype(DType::F64)?)?.1)
+            let wide = x.to_dtype(DType::F64)?;
+            if x.device().is_cpu() {
+                return Ok(linalg::gram_residual(&wide)?.1);
+            }
+            let gram = crate::ops::matmul::product(&wide, true, &wide, false, false, DType::F64)?.to_f64_vec()?;
+            let n = x.cols();
+            let off = |(i, g): (usize, &f64)| (g - if i % (n + 1) == 0 { 1.0 } else { 0.0 }).abs();
+            // NaN is not lost: it is no number's maximum.
+            let worst = |m: f64, e: f64| if e > m || e.is_nan() { e } else { m };
+            Ok(gram.chunks(n * n).map(|g| g.iter().enumerate().map(off).fold(0.0, worst)).collect())
         };
         let c = self.hidden();
         Ok((of(self.r1.clone().reshape([1, c, c])?)?[0], of(self.r2.clone())?))

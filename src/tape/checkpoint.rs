@@ -1,6 +1,6 @@
 //! Memory against time: values that are computed again instead of kept.
 
-use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var, enter_pass};
 use crate::{Result, Tensor};
 
 /// Runs `f` without keeping what is inside it: forward saves only `inputs`, backward runs `f` again.
@@ -31,10 +31,13 @@ impl<F: for<'s> Fn(&'s Tape, Vec<Var<'s>>) -> Result<Var<'s>>> Op for Checkpoint
         Ok((self.0)(&tape, inputs)?.into_value())
     }
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let tape = Tape::new();
+        let tape = Tape::for_gradients();
         let enter = |(t, &want)| if want { tape.variable(t) } else { tape.constant(t) };
         let inputs: Vec<_> = saved.into_vec().into_iter().zip(want).map(enter).collect();
-        let y = (self.0)(&tape, inputs.clone())?;
+        let y = {
+            let _pass = enter_pass("recompute");
+            (self.0)(&tape, inputs.clone())?
+        };
         let mut grads = tape.backward_from(y, dy)?;
         inputs.iter().zip(want).map(|(x, &want)| want.then(|| grads.take(x)).transpose()).collect()
     }

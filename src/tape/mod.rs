@@ -6,14 +6,17 @@
 
 mod checkpoint;
 mod op;
+mod part;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use crate::ops::add;
 use crate::{Error, Result, Tensor};
 
 pub use checkpoint::checkpoint;
 pub use op::{Grads, Inputs, Op, Saved};
+pub use part::{Part, enter};
+pub(crate) use part::{enter_pass, part};
 
 struct Node {
     /// `None` for a variable.
@@ -21,6 +24,7 @@ struct Node {
     inputs: Vec<Option<usize>>,
     shape: Vec<usize>,
     saved: Saved,
+    part: &'static str,
 }
 
 /// How operations with a surrogate behave; see [`crate::check`].
@@ -48,6 +52,8 @@ pub(crate) enum Residuals {
 pub struct Tape {
     nodes: RefCell<Option<Vec<Node>>>,
     pub(crate) residuals: RefCell<Residuals>,
+    /// The result is not wanted, only gradients.
+    replay: Cell<bool>,
 }
 
 /// A tensor on a tape: a variable, a constant, or the result of an operation. Cloning shares the memory.
@@ -61,12 +67,19 @@ pub struct Var<'t> {
 impl Tape {
     /// An empty tape.
     pub fn new() -> Self {
-        Self { nodes: RefCell::new(Some(vec![])), residuals: RefCell::default() }
+        Self { nodes: RefCell::new(Some(vec![])), residuals: RefCell::default(), replay: Cell::new(false) }
+    }
+
+    /// A tape for running a function again for its gradients alone: see [`Tape::record_last`].
+    pub fn for_gradients() -> Self {
+        let tape = Self::new();
+        tape.replay.set(true);
+        tape
     }
 
     /// A value whose gradient will be asked for.
     pub fn variable(&self, value: Tensor) -> Var<'_> {
-        let node = Node { op: None, inputs: vec![], shape: value.shape().to_vec(), saved: Saved::default() };
+        let node = Node { op: None, inputs: vec![], shape: value.shape().to_vec(), saved: Saved::default(), part: "" };
         Var { tape: self, node: self.push(node), value }
     }
 
@@ -91,11 +104,30 @@ impl Tape {
         let values = Inputs(operands.into_iter().map(|v| v.value).collect());
         let value = self.run(&op, values, &mut saved)?;
         let node = if saved.wants_any() {
-            self.push(Node { op: Some(Box::new(op)), inputs, shape: value.shape().to_vec(), saved })
+            self.push(Node { op: Some(Box::new(op)), inputs, shape: value.shape().to_vec(), saved, part: part().1 })
         } else {
             None
         };
         Ok(Var { tape: self, node, value })
+    }
+
+    /// [`Tape::record`] for the last operation of a function, with a result of `shape`. On a tape that was made
+    /// [for gradients](Tape::for_gradients) the result is not computed ([`Op::save_only`]) and the value is empty: it is good for
+    /// [`Tape::backward_from`] and nothing else.
+    pub fn record_last<'t>(&'t self, op: impl Op + 'static, operands: Vec<Var<'t>>, shape: &[usize]) -> Result<Var<'t>> {
+        let exact = matches!(*self.residuals.borrow(), Residuals::Off);
+        let inputs: Vec<_> = operands.iter().map(|v| v.node).collect();
+        let mut saved = Saved::new(inputs.iter().map(Option::is_some).collect());
+        if self.replay.get() && exact && saved.wants_any() {
+            let values: Vec<_> = operands.iter().map(|v| v.value.clone()).collect();
+            if let Some(done) = op.save_only(&values, &mut saved) {
+                done?;
+                let node = Node { op: Some(Box::new(op)), inputs, shape: shape.to_vec(), saved, part: part().1 };
+                let empty = Tensor::zeros([0], values[0].dtype(), &crate::Device::Cpu)?;
+                return Ok(Var { tape: self, node: self.push(node), value: empty });
+            }
+        }
+        self.record(op, operands)
     }
 
     fn run(&self, op: &impl Op, values: Inputs, saved: &mut Saved) -> Result<Tensor> {
@@ -138,26 +170,35 @@ impl Tape {
 
     /// Gradients of `⟨dy, y⟩` with respect to every variable. The tape is spent.
     pub fn backward_from(&self, y: Var<'_>, dy: Tensor) -> Result<Gradients> {
-        if !std::ptr::eq(y.tape, self) {
-            return Err(Error::Tape("backward: the value belongs to another tape".into()));
-        }
-        if dy.shape() != y.shape() {
-            return Err(Error::shape("backward: gradient of the output", format!("{:?}", y.shape()), dy.shape()));
-        }
+        self.backward_from_all(vec![(y, dy)])
+    }
+
+    /// Gradients of `Σ ⟨dy, y⟩` over several values with respect to every variable. The tape is spent.
+    pub fn backward_from_all(&self, values: Vec<(Var<'_>, Tensor)>) -> Result<Gradients> {
         let mut nodes = self.nodes.borrow_mut().take().ok_or_else(|| Error::Tape("played back a second time".into()))?;
         let mut grads: Vec<Option<Tensor>> = vec![];
         grads.resize_with(nodes.len(), || None);
-        if let Some(node) = y.node {
-            grads[node] = Some(dy);
+        for (y, dy) in values {
+            if !std::ptr::eq(y.tape, self) {
+                return Err(Error::Tape("backward: the value belongs to another tape".into()));
+            }
+            let shape = y.node.map_or(y.shape(), |n| &nodes[n].shape);
+            if dy.shape() != shape {
+                return Err(Error::shape("backward: gradient of the output", format!("{shape:?}"), dy.shape()));
+            }
+            if let Some(node) = y.node {
+                accumulate(&mut grads[node], dy)?;
+            }
         }
-        drop(y);
+        let _pass = enter_pass("backward");
         let mut variables = Gradients { of: vec![] };
-        while let Some(Node { op, inputs, saved, .. }) = nodes.pop() {
+        while let Some(Node { op, inputs, saved, part, .. }) = nodes.pop() {
             let Some(dy) = grads.pop().flatten() else { continue };
             let Some(op) = op else {
                 variables.of.push((nodes.len(), dy));
                 continue;
             };
+            let _part = enter(part);
             let want: Vec<_> = inputs.iter().map(Option::is_some).collect();
             let dx = op.backward(saved, dy, &want)?;
             if dx.len() != inputs.len() {
@@ -168,14 +209,20 @@ impl Tape {
                 if dx.shape() != nodes[i].shape {
                     return Err(Error::shape(format!("{}: gradient", op.name()), format!("{:?}", nodes[i].shape), dx.shape()));
                 }
-                grads[i] = Some(match grads[i].take() {
-                    Some(sum) => add::linear_combination(1.0, sum, 1.0, dx)?,
-                    None => dx,
-                });
+                accumulate(&mut grads[i], dx)?;
             }
         }
         Ok(variables)
     }
+}
+
+/// The one place where gradients add.
+fn accumulate(sum: &mut Option<Tensor>, dx: Tensor) -> Result<()> {
+    *sum = Some(match sum.take() {
+        Some(sum) => add::linear_combination(1.0, sum, 1.0, dx)?,
+        None => dx,
+    });
+    Ok(())
 }
 
 /// Gradients of the variables of a tape.

@@ -68,6 +68,12 @@ pub trait Op {
     fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor>;
     /// The gradients of the operands flagged in `want`, given that of the result.
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads>;
+    /// Keeps what [`Op::backward`] needs without computing the result; `None` where that is not possible. For the last operation of
+    /// a function that is run again only for its gradients ([`Tape::record_last`](crate::Tape::record_last)).
+    fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
+        let _ = (inputs, save);
+        None
+    }
     /// For operations that round: the smooth function of the operands whose derivative [`Op::backward`] is *defined* to be (that of
     /// the identity, straight through). Gradient checks differentiate it plus a constant in place of the operation.
     fn surrogate(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {

@@ -18,10 +18,6 @@ const WORKSPACE: usize = 64 << 20;
 pub(crate) enum Arithmetic {
     /// Operands as they are, sums in `f32` (`f64` for `f64`).
     Exact,
-    /// `f32` operands rounded to 11 bits for the tensor cores.
-    Tf32,
-    /// Operands as they are, sums in `f32`; the product is multiplied by a factor that lies on the device.
-    Scaled,
     /// Operands are 8-bit integers and results 32-bit ones, whatever the types say. A must not be transposed, B must.
     Integer,
 }
@@ -42,6 +38,16 @@ pub(crate) struct Shape {
     pub b: DType,
     pub y: DType,
     pub arithmetic: Arithmetic,
+    /// The two factors of [`Factors::Device`] rather than those of [`Factors::Host`].
+    pub device_factors: bool,
+}
+
+/// `alpha` and `beta` of `y = alpha op(a) op(b) + beta c`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Factors {
+    Host(f64, f64),
+    /// Two floats in device memory; for 16- and 32-bit products.
+    Device(*const f32),
 }
 
 struct Plan {
@@ -91,52 +97,30 @@ impl Blas {
         Ok(Self { handle, stream: stream.clone(), workspace, plans: Mutex::default() })
     }
 
-    /// `y = op(a) op(b) + beta y`.
+    /// `y = alpha op(a) op(b) + beta c`; c has the type of y and may be y.
     ///
     /// # Safety
-    /// The pointers address tensors of the sizes in `s` on this stream's device.
-    pub(crate) unsafe fn run(&self, s: Shape, y: *mut c_void, a: *const c_void, b: *const c_void, beta: f64) -> Result<()> {
-        let (one, beta32, one64) = (1f32, beta as f32, 1f64);
-        let (one_integer, beta_integer) = (1i32, beta as i32);
-        let (alpha, beta): (*const c_void, *const c_void) = match (s.arithmetic, s.y) {
-            (Arithmetic::Integer, _) => ((&raw const one_integer).cast(), (&raw const beta_integer).cast()),
-            (_, DType::F64) => ((&raw const one64).cast(), (&raw const beta).cast()),
-            _ => ((&raw const one).cast(), (&raw const beta32).cast()),
-        };
-        // SAFETY: by the caller; the scalars outlive the call (host pointer mode reads them at once).
-        unsafe { self.call(s, y, a, b, alpha, beta) }
-    }
-
-    /// `y = factor[0] op(a) op(b) + factor[1] y` in [`Arithmetic::Scaled`]; the factors are on the device.
-    ///
-    /// # Safety
-    /// As for [`Self::run`].
-    pub(crate) unsafe fn run_scaled(
+    /// The pointers address tensors of the sizes in `s` on this stream's device; c may be anything where beta is 0.
+    pub(crate) unsafe fn run(
         &self,
         s: Shape,
         y: *mut c_void,
         a: *const c_void,
         b: *const c_void,
-        factor: *const f32,
-    ) -> Result<()> {
-        debug_assert_eq!(s.arithmetic, Arithmetic::Scaled);
-        // SAFETY: by the caller.
-        unsafe { self.call(s, y, a, b, factor.cast(), factor.add(1).cast()) }
-    }
-
-    /// With scalars where the plan expects them.
-    unsafe fn call(
-        &self,
-        s: Shape,
-        y: *mut c_void,
-        a: *const c_void,
-        b: *const c_void,
-        alpha: *const c_void,
-        beta: *const c_void,
+        c: *const c_void,
+        factors: Factors,
     ) -> Result<()> {
         let plan = self.plan(s)?;
+        let host = if let Factors::Host(alpha, beta) = factors { [alpha, beta] } else { [0.0; 2] };
+        let (narrow, integer) = (host.map(|x| x as f32), host.map(|x| x as i32));
+        let (alpha, beta): (*const c_void, *const c_void) = match (factors, s.arithmetic, s.y) {
+            (Factors::Device(p), ..) => (p.cast(), p.wrapping_add(1).cast()),
+            (_, Arithmetic::Integer, _) => ((&raw const integer[0]).cast(), (&raw const integer[1]).cast()),
+            (.., DType::F64) => ((&raw const host[0]).cast(), (&raw const host[1]).cast()),
+            _ => ((&raw const narrow[0]).cast(), (&raw const narrow[1]).cast()),
+        };
         let (workspace, _) = self.workspace.device_ptr(&self.stream);
-        // SAFETY: by the caller.
+        // SAFETY: by the caller; the factors outlive the call (those of the host are read at once).
         unsafe {
             result::matmul(
                 self.handle,
@@ -147,7 +131,7 @@ impl Blas {
                 plan.a,
                 a,
                 plan.b,
-                y,
+                c,
                 plan.y,
                 y,
                 plan.y,
@@ -207,6 +191,7 @@ impl Blas {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let op = i32::from; // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1
         let (op_a, op_b): (i32, i32) = (op(s.tb), op(s.ta));
+        let pointer_mode = i32::from(s.device_factors); // CUBLASLT_POINTER_MODE_HOST is 0, _DEVICE is 1
         let preference = result::create_matmul_pref().map_err(failed(s))?;
         let bytes = WORKSPACE;
         // SAFETY: everything passed was made above and has the type the attribute asks for.
@@ -215,11 +200,8 @@ impl Blas {
                 .map_err(failed(s))?;
             result::set_matmul_desc_attribute(desc, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const op_b).cast(), 4)
                 .map_err(failed(s))?;
-            if s.arithmetic == Arithmetic::Scaled {
-                let mode = sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE as i32;
-                let attribute = Attribute::CUBLASLT_MATMUL_DESC_POINTER_MODE;
-                result::set_matmul_desc_attribute(desc, attribute, (&raw const mode).cast(), 4).map_err(failed(s))?;
-            }
+            let attribute = Attribute::CUBLASLT_MATMUL_DESC_POINTER_MODE;
+            result::set_matmul_desc_attribute(desc, attribute, (&raw const pointer_mode).cast(), 4).map_err(failed(s))?;
             let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             result::set_matmul_pref_attribute(preference, attribute, (&raw const bytes).cast(), size_of::<usize>())
                 .map_err(failed(s))?;

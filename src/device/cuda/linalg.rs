@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::gemm::{Arithmetic, Shape};
+use super::gemm::{Arithmetic, Factors, Shape};
 use super::ops::ptr_of;
 use super::{CudaDevice, ffi};
 use crate::ops::matmul;
@@ -101,11 +101,12 @@ pub(crate) fn split_product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, digits: 
         a: DType::F16,
         b: DType::F16,
         y: DType::F32,
-        arithmetic: Arithmetic::Scaled,
+        arithmetic: Arithmetic::Exact,
+        device_factors: true,
     };
     d.bind()?;
     // SAFETY: operands are [batch, terms n, n] of f16, y [batch, n, n] of f32, factor two floats.
-    unsafe { d.0.blas.run_scaled(shape, ptr_of(&y), ptr_of(&a), ptr_of(&b), float(&factor))? };
+    unsafe { d.gemm(shape, ptr_of(&y), ptr_of(&a), ptr_of(&b), ptr_of(&y), Factors::Device(float(&factor)))? };
     Ok(y)
 }
 
@@ -134,12 +135,14 @@ fn gram_residual_of_digits(x: &Tensor) -> Result<(Tensor, Vec<f64>)> {
         b: DType::U32,
         y: DType::U32,
         arithmetic: Arithmetic::Integer,
+        device_factors: false,
     };
     d.bind()?;
     let plane = |t: &Tensor, i: usize, bytes: usize| (ptr_of(t) as usize + i * bytes * batch * side * side) as *mut c_void;
     for (to, a, b, beta) in [(0, 0, 0, 0.0), (1, 0, 1, 0.0), (2, 0, 2, 0.0), (3, 1, 1, 0.0), (4, 0, 3, 0.0), (4, 1, 2, 1.0)] {
+        let y = plane(&products, to, 4);
         // SAFETY: planes of batch side² bytes and integers.
-        unsafe { d.0.blas.run(shape, plane(&products, to, 4), plane(&digits, a, 1), plane(&digits, b, 1), beta)? };
+        unsafe { d.gemm(shape, y, plane(&digits, a, 1), plane(&digits, b, 1), y, Factors::Host(1.0, beta))? };
     }
     let (e, errors) = (d.alloc(x.shape(), DType::F32)?, d.alloc(&[batch], DType::F64)?);
     // SAFETY: sizes as declared.

@@ -3,6 +3,7 @@
 mod gemm;
 pub(crate) mod linalg;
 pub(crate) mod ops;
+mod profile;
 
 /// The C launchers of `cuda/kernels.h`, generated from it.
 #[allow(non_camel_case_types, non_upper_case_globals, missing_docs, clippy::all)]
@@ -19,6 +20,8 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError,
 use crate::{DType, Device, Error, Result, Tensor};
 
 pub(crate) use ops::cast;
+pub use profile::Phase;
+use profile::Work;
 
 /// The oldest driver that runs a statically linked CUDA 13 runtime, as the driver numbers itself.
 const MIN_DRIVER: i32 = 13000;
@@ -33,6 +36,8 @@ struct Inner {
     blas: gemm::Blas,
     /// Bit-packed H_K by K.
     tables: Mutex<HashMap<usize, Arc<CudaSlice<u8>>>>,
+    /// Launches under watch, see [`CudaDevice::start_profile`].
+    profile: Mutex<Option<Vec<profile::Launch>>>,
 }
 
 impl PartialEq for CudaDevice {
@@ -100,7 +105,7 @@ impl CudaDevice {
             result::mem_pool::set_attribute(pool, attribute, (&raw mut keep).cast()).map_err(driver_error("memory pool"))?;
         }
         let blas = gemm::Blas::new(&stream)?;
-        Ok(Self(Arc::new(Inner { context, stream, blas, tables: Mutex::default() })))
+        Ok(Self(Arc::new(Inner { context, stream, blas, tables: Mutex::default(), profile: Mutex::default() })))
     }
 
     /// Which GPU.
@@ -186,8 +191,37 @@ impl CudaDevice {
     }
 
     /// Calls a launcher of `kernels.h` with this device's stream, the context bound.
-    fn launch(&self, what: &str, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
-        launch(&self.0.stream, what, f)
+    fn launch(&self, what: &'static str, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
+        self.profiled(Work { what, ..Work::default() }, || launch(&self.0.stream, what, f))
+    }
+
+    /// The same for a kernel that must move so many bytes.
+    fn launch_moving(&self, what: &'static str, bytes: usize, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
+        self.profiled(Work { what, bytes: bytes as f64, flops: 0.0 }, || launch(&self.0.stream, what, f))
+    }
+
+    /// The same for a kernel that is limited by its arithmetic.
+    fn launch_computing(&self, what: &'static str, flops: f64, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
+        self.profiled(Work { what, bytes: 0.0, flops }, || launch(&self.0.stream, what, f))
+    }
+
+    /// See [`gemm::Blas::run`].
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn gemm(
+        &self,
+        s: gemm::Shape,
+        y: *mut c_void,
+        a: *const c_void,
+        b: *const c_void,
+        c: *const c_void,
+        factors: gemm::Factors,
+    ) -> Result<()> {
+        self.bind()?;
+        let flops = 2.0 * (s.m * s.n) as f64 * (s.k * s.batch) as f64;
+        // SAFETY: by the caller.
+        self.profiled(Work { what: "product", bytes: 0.0, flops }, || unsafe { self.0.blas.run(s, y, a, b, c, factors) })
     }
 }
 

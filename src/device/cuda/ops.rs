@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, DevicePtr};
 
-use super::gemm::{Arithmetic, Shape};
+use super::gemm::{Arithmetic, Factors, Shape};
 use super::{CudaBuffer, CudaDevice, ffi};
 use crate::ops::fake_quant::Quantized;
 use crate::ops::matmul::Problem;
@@ -47,11 +47,13 @@ fn copy_into(y: &Tensor, start: usize, from: &Tensor) -> Result<()> {
 /// See [`Tensor::stack`].
 pub(crate) fn stack(parts: &[Tensor], shape: Vec<usize>) -> Result<Tensor> {
     let y = device(&parts[0])?.alloc(&shape, parts[0].dtype())?;
-    for (i, part) in parts.iter().enumerate() {
+    let mut start = 0;
+    for part in parts {
         if part.dtype() != y.dtype() {
             return Err(Error::dtype("stack", y.dtype(), part.dtype()));
         }
-        copy_into(&y, i * part.len(), part)?;
+        copy_into(&y, start, part)?;
+        start += part.len();
     }
     Ok(y)
 }
@@ -90,9 +92,12 @@ pub(crate) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     let d = device(x)?;
     let x = aligned(x.clone())?;
     let y = d.alloc(x.shape(), dtype)?;
-    let (to, from) = (code(dtype)?, code(x.dtype())?);
+    let wide = |t| if t == DType::F64 { Ok(ffi::SQ_F64) } else { code(t) };
+    let (to, from) = (wide(dtype)?, wide(x.dtype())?);
     // SAFETY: both have x.len() values of the types named.
-    d.launch("cast", |s| unsafe { ffi::sq_cast(ptr_of(&y), to, ptr_of(&x), from, x.len() as i64, s) })?;
+    d.launch_moving("cast", x.bytes() + y.bytes(), |s| unsafe {
+        ffi::sq_cast(ptr_of(&y), to, ptr_of(&x), from, x.len() as i64, s)
+    })?;
     Ok(y)
 }
 
@@ -114,29 +119,65 @@ pub(crate) fn axpby(alpha: f64, a: Tensor, beta: f64, b: Option<Tensor>) -> Resu
     let n = a.len() as i64;
     let other = b.as_ref().map_or(std::ptr::null_mut(), ptr_of);
     // SAFETY: all have n values of one type; in place is allowed.
-    d.launch("add", |s| unsafe { ffi::sq_axpby(ptr_of(&y), alpha as f32, ptr_of(&a), beta as f32, other, n, dtype, s) })?;
+    let passes = 2 + usize::from(b.is_some());
+    d.launch_moving("add", passes * a.bytes(), |s| unsafe {
+        ffi::sq_axpby(ptr_of(&y), alpha as f32, ptr_of(&a), beta as f32, other, n, dtype, s)
+    })?;
     Ok(y)
 }
 
 /// See [`crate::ops::matmul::product`].
 pub(crate) fn matmul(a: &Tensor, b: &Tensor, p: &Problem, shape: Vec<usize>, dtype: DType) -> Result<Tensor> {
     let d = device(a)?;
-    let (mut a, mut b) = (aligned(a.clone())?, aligned(b.clone())?);
-    // A rotation in f32 times a 16-bit tensor: rounding R to 11 bits keeps the error at an eighth of the 16-bit rounding that
-    // follows (8 bits of bf16 would double it), so tensor cores in TF32 do.
-    let mixed = a.dtype().is_half() != b.dtype().is_half();
-    if mixed {
-        (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+    let (a, b) = (aligned(a.clone())?, aligned(b.clone())?);
+    if a.dtype().is_half() != b.dtype().is_half() && a.dtype() != DType::F64 && b.dtype() != DType::F64 {
+        return mixed_matmul(&a, &b, p, shape, dtype);
     }
-    let same = a.dtype() == b.dtype() && a.dtype() != DType::U32;
-    let wide = if mixed || !same { DType::F32 } else { dtype };
-    if !same || (a.dtype() == DType::F64) != (wide == DType::F64) {
+    if a.dtype() != b.dtype() || a.dtype() == DType::U32 || (a.dtype() == DType::F64) != (dtype == DType::F64) {
         return Err(Error::dtype("matmul on a GPU", format!("{} (mixed only with f32)", a.dtype()), b.dtype()));
     }
+    let y = d.alloc(&shape, dtype)?;
+    multiply(p, &y, &a, &b, None, Factors::Host(1.0, 0.0))?;
+    Ok(y)
+}
+
+/// A matrix in `f32`, such as a rotation, times a 16-bit one. Both go through the tensor cores as halves of 11 bits, each scaled by
+/// a power of two that uses their range. A weight in bf16 loses nothing; R loses 12 of its 24 bits, an error of an eighth of the bf16
+/// rounding that follows (rounding R to bf16 would double the error).
+fn mixed_matmul(a: &Tensor, b: &Tensor, p: &Problem, shape: Vec<usize>, dtype: DType) -> Result<Tensor> {
+    let d = device(a)?;
+    let wide = if dtype == DType::F16 && !p.reduce { DType::F16 } else { DType::F32 };
+    let (a, size_a) = halved(a)?;
+    let (b, size_b) = halved(b)?;
+    let factors = d.alloc(&[2], DType::F32)?;
+    let bits = |t: &Option<Tensor>| t.as_ref().map_or(std::ptr::null(), |t| ptr_of(t).cast_const().cast());
+    // SAFETY: the sizes of absolute maxima are one word each.
+    d.launch("unscale", |s| unsafe { ffi::sq_unscale(ptr_of(&factors).cast(), bits(&size_a), bits(&size_b), s) })?;
     let y = d.alloc(&shape, wide)?;
-    let (batch, batch_a, batch_b) = if p.reduce { (1, false, false) } else { (p.batch, p.batch_a, p.batch_b) };
-    let arithmetic = if mixed { Arithmetic::Tf32 } else { Arithmetic::Exact };
-    let s = Shape {
+    multiply(p, &y, &a, &b, None, Factors::Device(ptr_of(&factors).cast_const().cast()))?;
+    y.to_dtype(dtype)
+}
+
+/// The tensor as halves, with the absolute maximum that their scale follows from; f16 as it is.
+fn halved(t: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    if t.dtype() == DType::F16 {
+        return Ok((t.clone(), None));
+    }
+    let d = device(t)?;
+    let (most, y) = (d.alloc(&[1], DType::U32)?, d.alloc(t.shape(), DType::F16)?);
+    let (n, dtype, bits) = (t.len() as i64, code(t.dtype())?, ptr_of(&most).cast());
+    // SAFETY: t and y have n values, most is one word.
+    d.launch_moving("absmax", t.bytes(), |s| unsafe { ffi::sq_absmax(bits, ptr_of(t), n, dtype, s) })?;
+    d.launch_moving("cast", t.bytes() + y.bytes(), |s| unsafe {
+        ffi::sq_scale_to_half(ptr_of(&y), ptr_of(t), bits, n, dtype, s)
+    })?;
+    Ok((y, Some(most)))
+}
+
+/// `alpha op(a) op(b) + beta c` into y, summed over the batch where the problem says so.
+fn multiply(p: &Problem, y: &Tensor, a: &Tensor, b: &Tensor, c: Option<&Tensor>, factors: Factors) -> Result<()> {
+    let d = device(y)?;
+    let shape = |batch, batch_a, batch_b, y: &Tensor| Shape {
         m: p.m,
         n: p.n,
         k: p.k,
@@ -147,22 +188,59 @@ pub(crate) fn matmul(a: &Tensor, b: &Tensor, p: &Problem, shape: Vec<usize>, dty
         batch_b,
         a: a.dtype(),
         b: b.dtype(),
-        y: wide,
-        arithmetic,
+        y: y.dtype(),
+        arithmetic: Arithmetic::Exact,
+        device_factors: matches!(factors, Factors::Device(_)),
     };
-    d.bind()?;
-    let rounds = if p.reduce { p.batch } else { 1 };
-    for i in 0..rounds {
-        let (skip_a, skip_b) = (if p.batch_a { i * p.m * p.k } else { 0 }, if p.batch_b { i * p.k * p.n } else { 0 });
-        let (pa, pb) = (offset(&a, if p.reduce { skip_a } else { 0 }), offset(&b, if p.reduce { skip_b } else { 0 }));
+    if !p.reduce || p.batch == 1 {
+        let s = shape(p.batch, p.batch_a, p.batch_b, y);
         // SAFETY: sizes were checked by `product`.
-        unsafe { d.0.blas.run(s, ptr_of(&y), pa, pb, if i == 0 { 0.0 } else { 1.0 })? };
+        return unsafe { d.gemm(s, ptr_of(y), ptr_of(a), ptr_of(b), ptr_of(c.unwrap_or(y)), factors) };
     }
-    if wide == dtype { Ok(y) } else { y.to_dtype(dtype) }
+    // Every product of the batch on its own, then their sum as a product with a row of ones, in a fixed order.
+    let wide = if y.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let parts = d.alloc(&[p.batch, p.m * p.n], wide)?;
+    let s = shape(p.batch, p.batch_a, p.batch_b, &parts);
+    // SAFETY: as above; `parts` has room for every product.
+    unsafe { d.gemm(s, ptr_of(&parts), ptr_of(a), ptr_of(b), ptr_of(&parts), factors)? };
+    let ones = Tensor::from_vec(vec![1f64; p.batch], [1, p.batch])?.to_dtype(wide)?.to_device(&crate::Device::Cuda(d))?;
+    let sum = crate::ops::matmul::product(&ones, false, &parts, false, false, wide)?;
+    copy_into(y, 0, &sum.to_dtype(y.dtype())?)
 }
 
-fn offset(t: &Tensor, values: usize) -> *const c_void {
-    (ptr_of(t) as usize + values * t.dtype().size()) as *const c_void
+/// `c + x wᵀ` for x [tokens, in], w [out, in], all of one type; c has the shape of the result.
+pub(crate) fn linear_add(c: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let d = device(x)?;
+    let (c, x, w) = (aligned(c.clone())?, aligned(x.clone())?, aligned(w.clone())?);
+    let (m, n, k) = (x.rows(), w.rows(), x.cols());
+    let p = Problem { m, n, k, batch: 1, batch_a: false, batch_b: false, ta: false, tb: true, reduce: false };
+    let y = d.alloc(c.shape(), c.dtype())?;
+    multiply(&p, &y, &x, &w, Some(&c), Factors::Host(1.0, 1.0))?;
+    Ok(y)
+}
+
+/// See [`crate::llama::synthetic`].
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn random_weights(
+    d: &CudaDevice,
+    shape: [usize; 2],
+    key: (u64, u64),
+    first_row: usize,
+    unit: f32,
+    row: Option<&[f32]>,
+    col: Option<&[f32]>,
+    dtype: DType,
+) -> Result<Tensor> {
+    let upload = |v: Option<&[f32]>| v.map(|v| d.upload(bytemuck::cast_slice(v), DType::F32)).transpose();
+    let (row, col) = (upload(row)?, upload(col)?);
+    let at = |v: &Option<CudaBuffer>| v.as_ref().map_or(std::ptr::null(), |v| v.address(0).cast_const().cast());
+    let y = d.alloc(&shape, dtype)?;
+    let (rows, cols, code) = (shape[0] as i64, shape[1] as i64, code(dtype)?);
+    // SAFETY: y is [rows, cols]; row and col are null or that long.
+    d.launch("random weights", |s| unsafe {
+        ffi::sq_random_weights(ptr_of(&y), rows, cols, key.0, key.1, first_row as i64, unit, at(&row), at(&col), code, s)
+    })?;
+    Ok(y)
 }
 
 /// The bit-packed H_K on the device, uploaded once.
@@ -197,7 +275,8 @@ pub(crate) fn hadamard(x: Tensor, map: &Hadamard, transpose: bool, spec: Option<
     };
     let dtype = code(x.dtype())?;
     // SAFETY: x and y have rows × size values; the table has K rows of ceil(K/32) words.
-    d.launch("hadamard", |s| unsafe {
+    let what = if spec.is_some() { "hadamard + quantise" } else { "hadamard" };
+    d.launch_moving(what, 2 * x.bytes(), |s| unsafe {
         match spec {
             None => ffi::sq_hadamard(ptr_of(&y), ptr_of(&x), rows, m, dtype, s),
             Some(q) => ffi::sq_hadamard_fake_quant(ptr_of(&y), ptr_of(&x), rows, m, quant(q), dtype, s),
@@ -231,7 +310,8 @@ impl Default for Outputs {
 fn quantise(x: &Tensor, spec: &QuantSpec, y: *mut c_void, out: Outputs) -> Result<()> {
     let (rows, cols, dtype, q) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?, quant(spec));
     // SAFETY: every output is null or as large as kernels.h asks.
-    device(x)?.launch("fake_quant", |s| unsafe {
+    let what = if spec.clip == Clip::Search { "clip search" } else { "quantise" };
+    device(x)?.launch_moving(what, 2 * x.bytes(), |s| unsafe {
         let Outputs { codes, scale, zero } = out;
         match spec.clip {
             Clip::Ratio(_) => ffi::sq_fake_quant(y, codes, scale, zero, ptr_of(x), rows, cols, q, dtype, s),
@@ -275,7 +355,7 @@ pub(crate) fn rms_norm_forward(x: &Tensor, gain: Option<&Tensor>, eps: f64) -> R
     let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
     let gain = gain_of(gain, x.dtype())?;
     // SAFETY: sizes as declared.
-    d.launch("rms_norm", |s| unsafe {
+    d.launch_moving("norm", 2 * x.bytes(), |s| unsafe {
         ffi::sq_rms_norm_forward(ptr_of(&y), ptr_of(&inverse).cast(), ptr_of(&x), gain, rows, cols, eps as f32, dtype, s)
     })?;
     Ok((y, inverse))
@@ -289,7 +369,7 @@ pub(crate) fn rms_norm_backward(dy: Tensor, x: &Tensor, gain: Option<&Tensor>, i
     let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
     let (gain, no_gain) = (gain_of(gain, x.dtype())?, std::ptr::null_mut());
     // SAFETY: sizes as declared; in place is allowed.
-    d.launch("rms_norm backward", |s| unsafe {
+    d.launch_moving("norm", 3 * x.bytes(), |s| unsafe {
         ffi::sq_rms_norm_backward(
             ptr_of(&dx),
             no_gain,
@@ -317,7 +397,7 @@ pub(crate) fn rope(x: Tensor, cos: &Tensor, sin: &Tensor, transpose: bool) -> Re
     let (seq, dtype) = (cos.rows() as i64, code(x.dtype())?);
     let (c, sn) = (ptr_of(cos).cast(), ptr_of(sin).cast());
     // SAFETY: sizes as declared; in place is allowed.
-    d.launch("rope", |s| unsafe {
+    d.launch_moving("rope", 2 * x.bytes(), |s| unsafe {
         ffi::sq_rope(ptr_of(&y), ptr_of(&x), c, sn, tokens as i64, seq, heads as i32, dim as i32, transpose.into(), dtype, s)
     })?;
     Ok(y)
@@ -331,6 +411,11 @@ fn heads(q: &Tensor, k: &Tensor, seq: usize) -> Result<(i64, i32, i32, i32)> {
     }
 }
 
+/// Additions and multiplications of one product of a causal attention, half of B·H·T²·D times 2.
+fn causal_flops(batch: i64, heads: i32, seq: usize, dim: i32) -> f64 {
+    batch as f64 * f64::from(heads) * (seq * seq) as f64 * f64::from(dim)
+}
+
 /// o [tokens, heads·dim] and the log-sum-exp [batch, heads, seq].
 pub(crate) fn attention_forward(q: &Tensor, k: &Tensor, v: &Tensor, seq: usize, scale: f64) -> Result<(Tensor, Tensor)> {
     let d = device(q)?;
@@ -341,7 +426,7 @@ pub(crate) fn attention_forward(q: &Tensor, k: &Tensor, v: &Tensor, seq: usize, 
     let lse = d.alloc(&[batch as usize, h as usize, seq], DType::F32)?;
     let (pq, pk, pv) = (ptr_of(&q), ptr_of(&k), ptr_of(&v));
     // SAFETY: sizes as declared.
-    d.launch("attention", |s| unsafe {
+    d.launch_computing("attention", 2.0 * causal_flops(batch, h, seq, dim), |s| unsafe {
         ffi::sq_attention_forward(
             ptr_of(&o),
             ptr_of(&lse).cast(),
@@ -384,7 +469,7 @@ pub(crate) fn attention_backward(
     let workspace = d.alloc(&[bytes.div_ceil(4)], DType::F32)?;
     let (pq, pk, pv, po) = (ptr_of(&q), ptr_of(&k), ptr_of(&v), ptr_of(o));
     // SAFETY: sizes as declared.
-    d.launch("attention backward", |s| unsafe {
+    d.launch_computing("attention", 5.0 * causal_flops(batch, h, seq, dim), |s| unsafe {
         let (dq, dk, dv) = (ptr_of(&dq), ptr_of(&dk), ptr_of(&dv));
         let (work, dout, lse) = (ptr_of(&workspace), ptr_of(&dout), ptr_of(lse).cast());
         ffi::sq_attention_backward(
@@ -418,7 +503,9 @@ pub(crate) fn swiglu_forward(gate: Tensor, up: Tensor) -> Result<Tensor> {
     let y = if up.is_unique() { up.clone() } else { in_place(&mut gate)? };
     let (n, dtype) = (gate.len() as i64, code(gate.dtype())?);
     // SAFETY: all have n values; in place is allowed.
-    d.launch("swiglu", |s| unsafe { ffi::sq_swiglu_forward(ptr_of(&y), ptr_of(&gate), ptr_of(&up), n, dtype, s) })?;
+    d.launch_moving("swiglu", 3 * y.bytes(), |s| unsafe {
+        ffi::sq_swiglu_forward(ptr_of(&y), ptr_of(&gate), ptr_of(&up), n, dtype, s)
+    })?;
     Ok(y)
 }
 
@@ -429,7 +516,7 @@ pub(crate) fn swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Result<(T
     let (dgate, dup) = (d.alloc(gate.shape(), gate.dtype())?, d.alloc(up.shape(), up.dtype())?);
     let (n, dtype) = (gate.len() as i64, code(gate.dtype())?);
     // SAFETY: all have n values.
-    d.launch("swiglu backward", |s| unsafe {
+    d.launch_moving("swiglu", 5 * dy.bytes(), |s| unsafe {
         ffi::sq_swiglu_backward(ptr_of(&dgate), ptr_of(&dup), ptr_of(&dy), ptr_of(&gate), ptr_of(&up), n, dtype, s)
     })?;
     Ok((dgate, dup))
@@ -442,7 +529,7 @@ fn rows_of_cross_entropy(logits: &Tensor, targets: &[i32], scale: f64) -> Result
     let losses = d.alloc(&[logits.rows()], DType::F32)?;
     let (rows, vocab, dtype) = (logits.rows() as i64, logits.cols() as i64, code(logits.dtype())?);
     // SAFETY: sizes as declared; targets were checked on the host.
-    d.launch("cross_entropy", |s| unsafe {
+    d.launch_moving("loss", 2 * logits.bytes(), |s| unsafe {
         let (loss, ids) = (ptr_of(&losses).cast(), ids.address(0).cast());
         ffi::sq_cross_entropy(ptr_of(logits), loss, ids, rows, vocab, scale as f32, dtype, s)
     })?;
