@@ -168,10 +168,9 @@ int sq_spread(void *values, float *sums, int32_t measure, int64_t count, float s
 
 /* random.cu --------------------------------------------------------------------------------------------------- */
 
-/* y[rows, cols] = unit * row[r] * col[c] * z, z the centred sum of four uniform 16-bit integers made from (seed, tensor,
- * (r - first_row) mod rows, c) by integer arithmetic, so that every device makes the same: see src/llama/synthetic.rs. row and col
- * may be NULL (1). */
-int sq_random_weights(void *y, int64_t rows, int64_t cols, uint64_t seed, uint64_t tensor, int64_t first_row, float unit,
+/* y[rows, cols] = unit * row[r] * col[c] * z, z the centred sum of four uniform 16-bit integers made from (seed, tensor, r, c)
+ * by integer arithmetic, so that every device makes the same: see src/llama/synthetic.rs. row and col may be NULL (1). */
+int sq_random_weights(void *y, int64_t rows, int64_t cols, uint64_t seed, uint64_t tensor, float unit,
                       const float *row, const float *col, sq_dtype dtype, sq_stream stream);
 
 /* cayley.cu: what a Cayley step needs besides matrix products; batch matrices of n x n, float ------------------ */

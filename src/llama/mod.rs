@@ -6,6 +6,7 @@ mod layer;
 mod load;
 mod merge;
 mod model;
+pub mod synthetic;
 
 pub use block::{Block, Observer, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};

@@ -220,12 +220,10 @@ pub(crate) fn linear_add(c: &Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
 }
 
 /// See [`crate::llama::synthetic`].
-#[allow(clippy::too_many_arguments)]
 pub(crate) fn random_weights(
     d: &CudaDevice,
     shape: [usize; 2],
     key: (u64, u64),
-    first_row: usize,
     unit: f32,
     row: Option<&[f32]>,
     col: Option<&[f32]>,
@@ -238,7 +236,7 @@ pub(crate) fn random_weights(
     let (rows, cols, code) = (shape[0] as i64, shape[1] as i64, code(dtype)?);
     // SAFETY: y is [rows, cols]; row and col are null or that long.
     d.launch("random weights", |s| unsafe {
-        ffi::sq_random_weights(ptr_of(&y), rows, cols, key.0, key.1, first_row as i64, unit, at(&row), at(&col), code, s)
+        ffi::sq_random_weights(ptr_of(&y), rows, cols, key.0, key.1, unit, at(&row), at(&col), code, s)
     })?;
     Ok(y)
 }

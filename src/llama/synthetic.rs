@@ -1,0 +1,243 @@
+//! Models without weights at hand: the shapes of published LLaMAs filled with seeded numbers, made where they are used, so that anyone
+//! can study speed, memory and the fall of the loss.
+//!
+//! Every weight is `unit · row[r] · col[c] · z`, z nearly normal and made by integer arithmetic (the sum of four uniform 16-bit
+//! numbers), so that the CPU and a GPU make the same bits. Linears have variance 1/in, o and down 9/(L in), so that the layers
+//! together outweigh the embedding in the stream. On top of that come outliers of the kinds that trained LLaMAs have (see [`outliers`](crate::outliers), which
+//! plants them in any model):
+//!
+//! - four channels of the residual stream are up to 30 times the others: columns of the embedding and rows of o and down by g, columns
+//!   of everything that reads the stream by 1/g. A random model in another basis of its residual stream is this model, so this is
+//!   the change of basis that R1 can undo;
+//! - four channels of every MLP (rows of up by f, columns of down by 1/f), two rotary pairs of every key head (k by f, q by 1/f) and
+//!   two channels of every value head (v by f, o by 1/f), which leave the full-precision function as it is.
+//!
+//! The head is fitted: row t + 1 is what the full-precision network makes of token t, so that it predicts t + 1 after t, and noise on
+//! the way costs it that. In [`text`] nine tokens in ten follow that rule, the tenth is random.
+
+use std::sync::Arc;
+
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use crate::data::Windows;
+use crate::llama::{Block, LayerWeights, Llama, LlamaConfig, RopeScaling, RotatedWeights};
+use crate::quant::Scheme;
+use crate::{DType, Device, Error, Result, Tape, Tensor};
+
+/// The names that [`shape`] knows.
+pub const NAMES: [&str; 6] = ["llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b", "tiny"];
+
+/// The configuration of a published model, or `tiny` for tests; `name:LAYERS` is the same with fewer or more layers.
+///
+/// # Errors
+/// Another name: lists the known ones.
+pub fn shape(name: &str) -> Result<LlamaConfig> {
+    let (base, layers) = match name.split_once(':') {
+        Some((base, n)) => {
+            let n = n.parse::<usize>().ok().filter(|n| (1..=1 << 12).contains(n));
+            let expected = || Error::argument("synthetic model", format!("expected a number of layers after the colon, got {name:?}"));
+            (base, Some(n.ok_or_else(expected)?))
+        }
+        None => (name, None),
+    };
+    let llama2 = |hidden_size, intermediate_size, layers, heads| LlamaConfig {
+        hidden_size,
+        intermediate_size,
+        layers,
+        heads,
+        kv_heads: heads,
+        head_dim: 128,
+        vocab_size: 32_000,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: 4096,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        tie_word_embeddings: false,
+        bos_token_id: Some(1),
+        eos_token_ids: vec![2],
+        dtype: None,
+    };
+    let llama3 = |hidden_size, intermediate_size, layers, heads, head_dim| LlamaConfig {
+        kv_heads: 8,
+        head_dim,
+        vocab_size: 128_256,
+        max_position_embeddings: 8192,
+        rope_theta: 5e5,
+        bos_token_id: Some(128_000),
+        eos_token_ids: vec![128_001],
+        ..llama2(hidden_size, intermediate_size, layers, heads)
+    };
+    let scaling = RopeScaling::Llama3 {
+        factor: 32.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192,
+    };
+    let small = |config| LlamaConfig {
+        tie_word_embeddings: true,
+        max_position_embeddings: 131_072,
+        rope_scaling: Some(scaling),
+        ..config
+    };
+    let mut config = match base {
+        "llama-2-7b" => llama2(4096, 11_008, 32, 32),
+        "llama-2-13b" => llama2(5120, 13_824, 40, 40),
+        "llama-3-8b" => llama3(4096, 14_336, 32, 32, 128),
+        "llama-3.2-1b" => small(llama3(2048, 8192, 16, 32, 64)),
+        "llama-3.2-3b" => small(llama3(3072, 8192, 28, 24, 128)),
+        "tiny" => LlamaConfig { kv_heads: 2, head_dim: 16, vocab_size: 256, ..llama2(64, 160, 2, 4) },
+        _ => {
+            let known = NAMES.join(", ");
+            return Err(Error::argument("synthetic model", format!("expected one of {known} (or NAME:LAYERS), got {name:?}")));
+        }
+    };
+    config.layers = layers.unwrap_or(config.layers);
+    config.validate()?;
+    Ok(config)
+}
+
+/// `windows` windows of tokens that the synthetic models of this shape predict nine times in ten.
+///
+/// # Errors
+/// Those of [`Windows::new`].
+pub fn text(config: &LlamaConfig, windows: usize, seq_len: usize, seed: u64) -> Result<Windows> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let vocab = config.vocab_size as u32;
+    let mut token = 0;
+    let tokens: Vec<u32> = (0..windows.saturating_mul(seq_len))
+        .map(|_| {
+            token = if rng.random_range(0..10) == 0 { rng.random_range(0..vocab) } else { (token + 1) % vocab };
+            token
+        })
+        .collect();
+    Windows::new(tokens, seq_len)
+}
+
+/// A synthetic model of this shape.
+///
+/// # Errors
+/// Those of [`LlamaConfig::validate`]; f64 on a GPU; out of memory.
+pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> Result<Llama> {
+    config.validate()?;
+    let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+    let std = |inputs: usize| 1.0 / (inputs as f64).sqrt();
+    let out = |inputs: usize| 3.0 / ((config.layers * inputs) as f64).sqrt();
+    let stream = outliers(c, 4, 30.0, seed, 0);
+    let readers = inverse(&stream);
+    let make = |shape, tensor, std, row: Option<&[f32]>, col: Option<&[f32]>| {
+        random(shape, (seed, tensor), std, row, col, dtype, device)
+    };
+    let embedding = make([config.vocab_size, c], 0, 1.0, None, Some(&stream))?;
+    let block = |l: usize| {
+        let per = |index: u64| 1 + 4 * l as u64 + index;
+        let inner = outliers(f, 4, 32.0, seed, per(0));
+        let pairs = (0..config.kv_heads as u64).flat_map(|h| {
+            let half = outliers(d / 2, 2, 8.0, seed ^ (h << 32), per(1));
+            [half.clone(), half].concat()
+        });
+        let keys: Vec<f32> = pairs.collect();
+        let values: Vec<f32> =
+            (0..config.kv_heads as u64).flat_map(|h| outliers(d, 2, 8.0, seed ^ (h << 32), per(2))).collect();
+        // A query head undoes what its key head does, and o what its value head does.
+        let spread = |v: &[f32]| -> Vec<f32> { inverse(v).chunks(d).flat_map(|h| h.repeat(config.group())).collect() };
+        let tensor = |i: u64| 1 + 7 * l as u64 + i;
+        let [q, k, v, o, gate, up, down] = config.linear_shapes();
+        let read = Some(&readers[..]);
+        let weights = LayerWeights {
+            q: make(q, tensor(0), std(c), Some(&spread(&keys)), read)?,
+            k: make(k, tensor(1), std(c), Some(&keys), read)?,
+            v: make(v, tensor(2), std(c), Some(&values), read)?,
+            o: make(o, tensor(3), out(o[1]), Some(&stream), Some(&spread(&values)))?,
+            gate: make(gate, tensor(4), std(c), None, read)?,
+            up: make(up, tensor(5), std(c), Some(&inner), read)?,
+            down: make(down, tensor(6), out(f), Some(&stream), Some(&inverse(&inner)))?,
+        };
+        Ok(Arc::new(Block::new(config, l, weights)))
+    };
+    let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
+    let head = embedding.clone();
+    let mut model = Llama { config: config.clone(), embedding, head, blocks };
+    model.head = fitted_head(&model, &stream)?;
+    Ok(model)
+}
+
+/// Tokens whose rows of the head are made at once.
+const TOKENS_AT_ONCE: usize = 2048;
+
+/// Row t + 1: the final hidden state of token t, read by a channel as far as the channel is no outlier, and of a size that gives the
+/// token that follows a logit of ln V.
+fn fitted_head(model: &Llama, stream: &[f32]) -> Result<Tensor> {
+    let (c, vocab) = (model.config.hidden_size, model.config.vocab_size);
+    let energy = stream.iter().map(|g| f64::from(g * g)).sum::<f64>() / c as f64;
+    let size = (vocab as f64).ln() * energy / c as f64;
+    let gain = stream.iter().map(|g| size / f64::from(g * g)).collect();
+    let gain = Tensor::from_vec::<f64>(gain, [c])?.to_dtype(model.dtype())?.to_device(&model.device())?;
+    let mut parts = vec![];
+    for first in (0..vocab).step_by(TOKENS_AT_ONCE) {
+        let tokens = TOKENS_AT_ONCE.min(vocab - first);
+        let run = model.run(&Scheme::FULL_PRECISION.unrotated(), tokens)?;
+        let tape = Tape::new();
+        let mut x = tape.constant(Tensor::concat(&[model.embedding.slice(first, tokens)?])?);
+        for block in &model.blocks {
+            x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run)?;
+        }
+        parts.push(x.rms_norm_gain(model.config.rms_norm_eps, Some(&gain))?.into_value());
+    }
+    let rows = Tensor::concat(&parts)?;
+    Tensor::concat(&[rows.slice(vocab - 1, 1)?, rows.slice(0, vocab - 1)?])
+}
+
+/// `n` factors, 1 but for `count` of them, log-uniform between √most and `most`, at random places.
+fn outliers(n: usize, count: usize, most: f64, seed: u64, stream: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    let mut factors: Vec<f32> =
+        (0..n).map(|i| if i < count { most.powf(0.5 + 0.5 * rng.random::<f64>()) as f32 } else { 1.0 }).collect();
+    factors.shuffle(&mut rng);
+    factors
+}
+
+fn inverse(factors: &[f32]) -> Vec<f32> {
+    factors.iter().map(|f| 1.0 / f).collect()
+}
+
+/// Standard deviation of the centred sum of four uniform 16-bit integers: √(4 (2^32 − 1) / 12).
+const SUM_STD: f64 = 37_837.227;
+
+/// A weight of standard deviation `std`, times its row's and column's factors.
+fn random(
+    shape: [usize; 2],
+    (seed, tensor): (u64, u64),
+    std: f64,
+    row: Option<&[f32]>,
+    col: Option<&[f32]>,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let unit = (std / SUM_STD) as f32;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        return crate::device::cuda::ops::random_weights(device, shape, (seed, tensor), unit, row, col, dtype);
+    }
+    let [rows, cols] = shape;
+    let key = mix(mix(seed.wrapping_add(1)).wrapping_add(tensor).wrapping_add(1));
+    let mut values = vec![0f32; rows * cols];
+    values.par_chunks_mut(cols.max(1)).enumerate().for_each(|(r, values)| {
+        for (c, x) in values.iter_mut().enumerate() {
+            let z = mix(key.wrapping_add(0x9e37_79b9_7f4a_7c15u64.wrapping_mul((r * cols + c + 1) as u64)));
+            let sum: i32 = (0..4).map(|i| (z >> (16 * i) & 0xffff) as i32).sum();
+            *x = (sum - 131_070) as f32 * unit * row.map_or(1.0, |f| f[r]) * col.map_or(1.0, |f| f[c]);
+        }
+    });
+    Tensor::from_vec(values, shape)?.to_dtype(dtype)?.to_device(device)
+}
+
+/// The finaliser of SplitMix64 (Steele, Lea & Flood 2014).
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,99 @@
+//! Synthetic models: they predict their own text, have outliers, lose by quantisation, and are the same on every device.
+
+use std::ops::ControlFlow::Continue;
+
+use spinquant::eval::perplexity;
+use spinquant::llama::{LlamaConfig, synthetic};
+use spinquant::quant::{Scheme, Site};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Tape};
+
+#[test]
+fn names() {
+    for name in synthetic::NAMES {
+        let config = synthetic::shape(name).unwrap();
+        assert_eq!(synthetic::shape(&format!("{name}:3")).unwrap().layers, 3, "{name}");
+        assert!(config.hidden_size >= 64);
+    }
+    let weights = |name| {
+        let c = synthetic::shape(name).unwrap();
+        let (h, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let layer = 2 * c.hidden_size * (h + kv) + 3 * c.hidden_size * c.intermediate_size;
+        (c.layers * layer + c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 }) as f64 / 1e9
+    };
+    for (name, billions) in [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21)] {
+        assert!((weights(name) - billions).abs() < 0.01, "{name}: {}", weights(name));
+    }
+    let message = synthetic::shape("gpt-2").unwrap_err().to_string();
+    assert!(message.contains("llama-2-7b") && message.contains("gpt-2"), "{message}");
+    assert!(synthetic::shape("tiny:none").is_err() && synthetic::shape("tiny:0").is_err());
+}
+
+#[test]
+fn predicts_its_text_and_suffers_from_quantisation() {
+    let config = LlamaConfig {
+        hidden_size: 256,
+        intermediate_size: 688,
+        layers: 4,
+        heads: 4,
+        kv_heads: 4,
+        head_dim: 64,
+        vocab_size: 1024,
+        ..synthetic::shape("tiny").unwrap()
+    };
+    let model = synthetic::model(&config, 7, DType::F32, &Device::Cpu).unwrap();
+    let text = synthetic::text(&config, 4, 128, 1).unwrap();
+    let score = |rotations: Option<&Rotations>, scheme: &str| {
+        let merged = model.merge(rotations, &scheme.parse::<Scheme>().unwrap()).unwrap();
+        perplexity(&merged, &text, |_| Continue(())).unwrap().perplexity.ln()
+    };
+    let full = score(None, "W16A16KV16");
+    assert!(full < 0.6 * (config.vocab_size as f64).ln(), "loss {full} of a guess among {}", config.vocab_size);
+    let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0).unwrap();
+    let exact = score(Some(&r), "W16A16KV16");
+    assert!((exact - full).abs() < 1e-3, "{exact} and {full}");
+    let (rtn, rotated) = (score(None, "W4A4KV4"), score(Some(&r), "W4A4KV4"));
+    assert!(rtn > full + 0.1 && rotated < 0.5 * (rtn + full), "loss {full} in full precision, rtn {rtn}, rotated {rotated}");
+}
+
+#[test]
+fn has_outliers_in_its_stream() {
+    use std::sync::{Arc, Mutex};
+    let config = synthetic::shape("tiny").unwrap();
+    let model = synthetic::model(&config, 3, DType::F32, &Device::Cpu).unwrap();
+    let text = synthetic::text(&config, 2, 32, 1).unwrap();
+    let ratio = Arc::new(Mutex::new(0f64));
+    let seen = ratio.clone();
+    let mut run = model.run(&Scheme::FULL_PRECISION.unrotated(), 32).unwrap();
+    run.observer = Some(Arc::new(move |_, site, x| {
+        if site == Site::AttentionInput {
+            let (cols, x) = (x.cols(), x.to_f64_vec().unwrap());
+            let mut most = vec![0f64; cols];
+            x.iter().enumerate().for_each(|(i, v)| most[i % cols] = most[i % cols].max(v.abs()));
+            most.sort_by(f64::total_cmp);
+            *seen.lock().unwrap() = most[cols - 1] / most[cols / 2];
+        }
+    }));
+    let tape = Tape::new();
+    let r = Rotations::identity(config.hidden_size, config.head_dim, config.layers).unwrap().to_dtype(DType::F32).unwrap();
+    let vars = spinquant::llama::RotationVars::constants(&tape, &r).unwrap();
+    model.logits(&vars, &text.batch(&[0, 1]), Arc::new(run), Default::default()).unwrap();
+    assert!(*ratio.lock().unwrap() > 5.0, "largest channel over the median {}", ratio.lock().unwrap());
+}
+
+#[test]
+fn the_same_on_a_gpu() {
+    let Ok(device) = Device::cuda(0) else {
+        eprintln!("skipped: no GPU");
+        return;
+    };
+    let config = synthetic::shape("tiny").unwrap();
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let here = synthetic::model(&config, 7, dtype, &Device::Cpu).unwrap();
+        let there = synthetic::model(&config, 7, dtype, &device).unwrap();
+        let pairs = here.blocks.iter().zip(&there.blocks).flat_map(|(a, b)| a.weights.as_array().into_iter().zip(b.weights.as_array()));
+        for (a, b) in pairs.chain([(&here.embedding, &there.embedding)]) {
+            assert_eq!(a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap(), "{dtype} {:?}", a.shape());
+        }
+    }
+}
