@@ -168,11 +168,12 @@ pub fn learn(
         let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
         let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options).map_err(failed)?;
         let learning_rate = options.schedule.at(now.step, steps, options.learning_rate);
-        let _update = (enter_pass("update"), enter("optimiser"));
+        let (update, part) = (enter_pass("update"), enter("optimiser"));
         let mut params = now.rotations.as_params()?;
         optimizer.step(&mut params, grads, learning_rate).map_err(failed)?;
         let rotations = Rotations::from_params(&params)?;
         let orthogonality_error = audit(&rotations, optimizer).map_err(failed)?;
+        drop((part, update));
         now.rotations = rotations;
         let seconds = start.elapsed().as_secs_f64();
 
@@ -243,7 +244,8 @@ fn gradients(
         let grads = vars.gradients(&mut grads)?;
         let value = value.item()?;
         if !value.is_finite() {
-            return Err(Error::numeric("loss", format!("is {value}; the last good rotations are kept")));
+            let place = first_not_finite(&vars, &batch)?;
+            return Err(Error::numeric("loss", format!("is {value}{place}; the last good rotations are kept")));
         }
         total = Some(match total {
             None => (value, grads),
@@ -254,6 +256,27 @@ fn gradients(
         });
     }
     total.ok_or_else(|| Error::argument("learn", "a step without windows"))
+}
+
+/// Where in the network the first value is that is not finite, in words.
+fn first_not_finite(vars: &RotationVars<'_>, batch: &Batch<'_>) -> Result<String> {
+    let found = Arc::new(Mutex::new(None));
+    let mut run = batch.model.run(batch.scheme, batch.seq)?;
+    let seen = found.clone();
+    run.observer = Some(Arc::new(move |layer, site, x| {
+        let mut found = seen.lock().unwrap_or_else(|e| e.into_inner());
+        if found.is_none() && !x.to_f64_vec().is_ok_and(|x| x.iter().all(|v| v.is_finite())) {
+            *found = Some((layer, site));
+        }
+    }));
+    let tape = Tape::new();
+    let constants = Rotations {
+        r1: vars.r1.value().clone(),
+        r2: Tensor::stack(&vars.r2.iter().map(|r| r.value().clone()).collect::<Vec<_>>())?,
+    };
+    batch.model.hidden(&RotationVars::constants(&tape, &constants)?, batch.tokens, Arc::new(run), Recompute::None)?;
+    let found = *found.lock().unwrap_or_else(|e| e.into_inner());
+    Ok(found.map_or_else(|| " after the last layer".into(), |(layer, site)| format!(" from layer {layer} on ({})", site.name())))
 }
 
 /// Mean cross entropy of the network being learned on fixed windows.

@@ -67,6 +67,7 @@ pub mod laws;
 pub mod learn;
 pub mod llama;
 pub mod manifold;
+pub mod memory;
 pub mod objective;
 pub mod ops;
 pub mod optim;

@@ -10,7 +10,7 @@ use common::distance;
 use proptest::prelude::*;
 use spinquant::data::Windows;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
-use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Recompute, RopeScaling, RotationVars, Weights};
+use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
 use spinquant::ops::add::{linear_combination, scale};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, Schedule, State};
@@ -161,6 +161,20 @@ proptest! {
         // And it is quantised at all.
         let plain = m.merge(None, &FULL).unwrap().logits(&t, seq).unwrap();
         prop_assert!(relative(&learning, &plain) > 1e-6);
+    }
+
+    #[test]
+    fn plans_change_memory_not_results(config in configs(), seed: u64, scheme in schemes(), recompute in 0usize..=3, keep_weights: bool, sequences in 0usize..=4) {
+        let m = model(&config, seed);
+        let seq = 9;
+        let (t, r) = (tokens(&m, 4 * seq, seed ^ 1), orthogonal(&m, seed ^ 2));
+        let plan = Plan { recompute, keep_weights, sequences };
+        let (value, grads) = loss(&m, &r, &t, seq, &scheme, Recompute::None);
+        let (other, parts) = loss(&m, &r, &t, seq, &scheme, Recompute::Planned(plan));
+        prop_assert!(relative(&other, &value) <= 1e-12);
+        for (a, b) in parts.iter().zip(&grads) {
+            prop_assert!(relative(a, b) <= 1e-9, "{plan:?}: {:e}", relative(a, b));
+        }
     }
 
     #[test]

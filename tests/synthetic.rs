@@ -21,7 +21,9 @@ fn names() {
         let layer = 2 * c.hidden_size * (h + kv) + 3 * c.hidden_size * c.intermediate_size;
         (c.layers * layer + c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 }) as f64 / 1e9
     };
-    for (name, billions) in [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21)] {
+    for (name, billions) in
+        [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21)]
+    {
         assert!((weights(name) - billions).abs() < 0.01, "{name}: {}", weights(name));
     }
     let message = synthetic::shape("gpt-2").unwrap_err().to_string();
@@ -91,7 +93,8 @@ fn the_same_on_a_gpu() {
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let here = synthetic::model(&config, 7, dtype, &Device::Cpu).unwrap();
         let there = synthetic::model(&config, 7, dtype, &device).unwrap();
-        let pairs = here.blocks.iter().zip(&there.blocks).flat_map(|(a, b)| a.weights.as_array().into_iter().zip(b.weights.as_array()));
+        let pairs =
+            here.blocks.iter().zip(&there.blocks).flat_map(|(a, b)| a.weights.as_array().into_iter().zip(b.weights.as_array()));
         for (a, b) in pairs.chain([(&here.embedding, &there.embedding)]) {
             assert_eq!(a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap(), "{dtype} {:?}", a.shape());
         }

@@ -144,6 +144,12 @@ impl Llama {
         self.embedding.device()
     }
 
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        let layers = self.blocks.iter().flat_map(|b| b.weights.as_array());
+        [&self.embedding, &self.head].into_iter().chain(layers).map(Tensor::bytes).sum()
+    }
+
     /// The weights' element type.
     pub fn dtype(&self) -> DType {
         self.embedding.dtype()

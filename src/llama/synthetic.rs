@@ -38,7 +38,8 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
     let (base, layers) = match name.split_once(':') {
         Some((base, n)) => {
             let n = n.parse::<usize>().ok().filter(|n| (1..=1 << 12).contains(n));
-            let expected = || Error::argument("synthetic model", format!("expected a number of layers after the colon, got {name:?}"));
+            let expected =
+                || Error::argument("synthetic model", format!("expected a number of layers after the colon, got {name:?}"));
             (base, Some(n.ok_or_else(expected)?))
         }
         None => (name, None),
@@ -70,12 +71,8 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
         eos_token_ids: vec![128_001],
         ..llama2(hidden_size, intermediate_size, layers, heads)
     };
-    let scaling = RopeScaling::Llama3 {
-        factor: 32.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192,
-    };
+    let scaling =
+        RopeScaling::Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 8192 };
     let small = |config| LlamaConfig {
         tie_word_embeddings: true,
         max_position_embeddings: 131_072,
@@ -139,8 +136,7 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
             [half.clone(), half].concat()
         });
         let keys: Vec<f32> = pairs.collect();
-        let values: Vec<f32> =
-            (0..config.kv_heads as u64).flat_map(|h| outliers(d, 2, 8.0, seed ^ (h << 32), per(2))).collect();
+        let values: Vec<f32> = (0..config.kv_heads as u64).flat_map(|h| outliers(d, 2, 8.0, seed ^ (h << 32), per(2))).collect();
         // A query head undoes what its key head does, and o what its value head does.
         let spread = |v: &[f32]| -> Vec<f32> { inverse(v).chunks(d).flat_map(|h| h.repeat(config.group())).collect() };
         let tensor = |i: u64| 1 + 7 * l as u64 + i;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Tokenizer, Windows};
-use spinquant::llama::{Llama, LlamaConfig};
+use spinquant::llama::{Llama, LlamaConfig, synthetic};
 use spinquant::quant::{ClipRatios, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result};
@@ -16,7 +16,9 @@ use spinquant::{DType, Device, Error, Result};
 /// The model and where it runs.
 #[derive(clap::Args, Clone)]
 pub struct ModelArgs {
-    /// Hugging Face folder: config.json, *.safetensors, tokenizer.json.
+    /// Hugging Face folder: config.json, *.safetensors, tokenizer.json. synthetic:NAME (llama-2-7b, llama-2-13b, llama-3-8b,
+    /// llama-3.2-1b, llama-3.2-3b, tiny; NAME:LAYERS for another depth): seeded weights of that shape, whose text is `synthetic` or
+    /// `synthetic:WINDOWS`.
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// auto takes a GPU where there is one.
@@ -135,14 +137,39 @@ impl ModelArgs {
         self.device()
     }
 
+    /// The name of a synthetic model.
+    fn synthetic(&self) -> Option<&str> {
+        self.model.to_str()?.strip_prefix("synthetic:")
+    }
+
+    /// Sizes, without the weights.
+    pub fn config(&self) -> Result<LlamaConfig> {
+        match self.synthetic() {
+            Some(name) => synthetic::shape(name),
+            None => LlamaConfig::from_file(self.model.join("config.json")),
+        }
+    }
+
+    /// The element type asked for.
+    pub fn dtype(&self, default: DType) -> DType {
+        self.dtype.unwrap_or(default)
+    }
+
     pub fn load(&self, progress: &Progress) -> Result<Llama> {
         let (device, dtype) = self.place()?;
+        if let Some(name) = self.synthetic() {
+            progress.say(&format!("making {} as {dtype} on {device}", self.model.display()));
+            return synthetic::model(&synthetic::shape(name)?, 0, dtype, &device);
+        }
         progress.say(&format!("loading {} as {dtype} on {device}", self.model.display()));
         Llama::load(&self.model, dtype, &device)
     }
 
     /// The model as it is, for running it without rotations: RMSNorm gains not folded into the weights.
     pub fn load_plain(&self, progress: &Progress) -> Result<Llama> {
+        if self.synthetic().is_some() {
+            return self.load(progress); // has no gains to fold
+        }
         let (device, dtype) = self.place()?;
         progress.say(&format!("loading {} as {dtype} on {device}, unrotated", self.model.display()));
         Llama::load_plain(&self.model, dtype, &device)
@@ -150,6 +177,9 @@ impl ModelArgs {
 
     /// Text as windows of this model's tokens.
     pub fn windows(&self, config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<Windows> {
+        if self.synthetic().is_some() {
+            return synthetic_text(config, text, seq_len);
+        }
         let stream = Tokenizer::from_dir(&self.model)?.encode_stream(&data::read_text(text)?, config.bos_token_id)?;
         if let Some(id) = stream.iter().find(|id| **id as usize >= config.vocab_size) {
             let message = format!("token {id} of the tokenizer is outside the model's vocabulary of {}", config.vocab_size);
@@ -157,6 +187,21 @@ impl ModelArgs {
         }
         Windows::new(stream, seq_len).map_err(|e| Error::format(text, e))
     }
+}
+
+/// Windows of text for synthetic models: `synthetic` or `synthetic:WINDOWS`. Texts of other lengths are other texts.
+fn synthetic_text(config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<Windows> {
+    let bad = || {
+        let expected = "synthetic models read `synthetic` (256 windows) or `synthetic:WINDOWS`";
+        Error::argument("text", format!("{expected}, got {}", text.display()))
+    };
+    let count = match text.to_str().ok_or_else(bad)? {
+        "synthetic" => 256,
+        other => {
+            other.strip_prefix("synthetic:").and_then(|n| n.parse().ok()).filter(|n| (1..=1 << 20).contains(n)).ok_or_else(bad)?
+        }
+    };
+    synthetic::text(config, count, seq_len, count as u64)
 }
 
 /// `none`, `identity`, `hadamard`, `hadamard:SEED`, `orthogonal:SEED`, or a file.

@@ -121,12 +121,12 @@ pub fn run(args: &Args) -> Result<()> {
     let mut learned_gptq = vec![];
     for seed in 0..args.learn_seeds {
         if args.gptq {
-            let options = args.recipe.options(scheme.unquantized_weights(), seed, &calibration)?;
+            let options = args.recipe.options(scheme.unquantized_weights(), seed, &calibration, &model)?;
             let what = format!("learning at W16 from hadamard:{seed}");
             let result = args.recipe.learn(&model, &calibration, hadamard(seed)?, &options, &progress, &what, |_| {})?;
             learned_gptq.push(gptq(Some(&result.rotations), &format!("learned:{seed} + gptq"))?);
         }
-        let options = args.recipe.options(learn_scheme, seed, &calibration)?;
+        let options = args.recipe.options(learn_scheme, seed, &calibration, &model)?;
         let what = format!("learning from hadamard:{seed}");
         let result = args.recipe.learn(&model, &calibration, hadamard(seed)?, &options, &progress, &what, |_| {})?;
         let perplexity = evaluate(Some(&result.rotations), &scheme, &format!("learned:{seed}"))?;

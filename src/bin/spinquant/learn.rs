@@ -9,12 +9,13 @@ use serde_json::{Value, json};
 use spinquant::data::Windows;
 use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
-use spinquant::llama::{Llama, Recompute};
+use spinquant::llama::{Llama, LlamaConfig, Recompute};
+use spinquant::memory::{self, Planned, Work};
 use spinquant::objective;
 use spinquant::optim::{self, Schedule};
-use spinquant::quant::{ClipGoal, ClipRatios};
+use spinquant::quant::{ClipGoal, ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
-use spinquant::{Error, Result};
+use spinquant::{DType, Device, Error, Result};
 
 use crate::clip;
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, check_writable, interrupted, peak_bytes};
@@ -53,25 +54,109 @@ pub struct Recipe {
     /// Keep only each layer's input and compute the rest again: less memory, more time.
     #[arg(long)]
     recompute: bool,
+    /// GPU memory to stay within, such as 24GiB: the fastest way of running a step that fits is planned, unless --micro-batch or
+    /// --recompute say how to. auto: what is free.
+    #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
+    memory: String,
 }
 
 impl Recipe {
-    pub fn options(&self, scheme: spinquant::quant::Scheme, seed: u64, windows: &Windows) -> Result<LearnOptions> {
+    pub fn options(&self, scheme: Scheme, seed: u64, windows: &Windows, model: &Llama) -> Result<LearnOptions> {
+        let plan: Option<Planned> = match model.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                let card = device.card()?;
+                let budget = self.budget(card.free + model.bytes())?;
+                self.plan(&model.config, scheme, windows.seq_len(), model.dtype(), budget, &card)?
+            }
+            _ => None,
+        };
         Ok(LearnOptions {
             scheme,
             steps: self.steps,
             batch: self.batch,
-            micro_batch: self.micro_batch.unwrap_or(self.batch),
+            micro_batch: self.micro_batch.or(plan.as_ref().map(|p: &Planned| p.micro_batch)).unwrap_or(self.batch),
             learning_rate: self.learning_rate()?,
             schedule: self.schedule,
             seed,
             held_out: self.held_out.unwrap_or((windows.len() / 8).clamp(1, 64)),
             held_out_every: self.held_out_every,
             objective: objective::by_name(&self.objective)?,
-            recompute: if self.recompute { Recompute::All } else { Recompute::None },
+            recompute: match plan {
+                _ if self.recompute => Recompute::All,
+                Some(planned) => Recompute::Planned(planned.plan),
+                None => Recompute::None,
+            },
             checkpoint: None,
             resume: false,
         })
+    }
+
+    /// Bytes that `--memory` allows, of those that are free.
+    fn budget(&self, free: usize) -> Result<usize> {
+        match self.memory.as_str() {
+            // A little is left to the driver and to what cannot be foreseen.
+            "auto" => Ok(free - free / 25),
+            size => memory::parse_bytes(size),
+        }
+    }
+
+    /// How to run a step, unless the user said how.
+    fn plan(
+        &self,
+        config: &LlamaConfig,
+        scheme: Scheme,
+        seq: usize,
+        dtype: DType,
+        budget: usize,
+        card: &memory::Card,
+    ) -> Result<Option<Planned>> {
+        if self.recompute || self.micro_batch.is_some() {
+            return Ok(None);
+        }
+        memory::plan(config, &Work { batch: self.batch, seq, scheme, dtype }, budget, card).map(Some)
+    }
+
+    /// Prints the plan; allocates nothing.
+    fn dry_run(&self, args: &Args) -> Result<()> {
+        let config = args.model.config()?;
+        let (card, dtype) = match args.model.device()? {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => (device.card()?, args.model.dtype(DType::BF16)),
+            _ => {
+                eprintln!("no GPU here: planned for an H100");
+                (memory::Card::h100(), args.model.dtype(DType::BF16))
+            }
+        };
+        let (scheme, budget) = (args.scheme.scheme(), self.budget(card.free)?);
+        let Some(planned) = self.plan(&config, scheme, args.seq_len, dtype, budget, &card)? else {
+            return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
+        };
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        println!(
+            "{scheme}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
+            self.batch,
+            args.seq_len,
+            gib(budget),
+            card.name
+        );
+        println!("plan: {}", describe(&planned, config.layers));
+        for (what, bytes) in &planned.items {
+            println!("{what:<46} {:>8.2} GiB", gib(*bytes));
+        }
+        println!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
+        println!(
+            "predicted: {:.2} s a step, {:.0} s for {} steps",
+            planned.seconds,
+            planned.seconds * self.steps as f64,
+            self.steps
+        );
+        Ok(())
+    }
+
+    /// The optimiser by its name.
+    pub fn optimizer(&self) -> Result<Box<dyn optim::Optimizer>> {
+        optim::by_name(&self.optimizer)
     }
 
     /// Of the first step.
@@ -105,6 +190,21 @@ impl Recipe {
             interrupted()
         })
     }
+}
+
+/// A plan in words.
+pub fn describe(planned: &Planned, layers: usize) -> String {
+    let plan = planned.plan;
+    let recompute = plan.recompute.min(layers);
+    let at_once = if plan.sequences == 0 { planned.micro_batch } else { plan.sequences };
+    let mut words = vec![format!("{} sequences through the network at once", planned.micro_batch)];
+    if recompute > 0 {
+        words.push(format!("{recompute} of {layers} layers computed again for their gradients, {at_once} sequences at a time"));
+    } else {
+        words.push("every layer keeps its values".into());
+    }
+    words.push(format!("rotated weights {}", if plan.keep_weights || recompute == 0 { "kept" } else { "made twice" }));
+    words.join("; ")
 }
 
 #[derive(clap::Args)]
@@ -146,12 +246,18 @@ pub struct Args {
     /// Continue from that state if it exists.
     #[arg(long)]
     resume: bool,
+    /// Print how a step would be run, what it needs and how long it takes, and stop there.
+    #[arg(long)]
+    dry_run: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    if args.dry_run {
+        return args.recipe.dry_run(args);
+    }
     let progress = Progress::new();
     check_writable(&args.out)?;
     args.log.as_deref().map_or(Ok(()), check_writable)?;
@@ -171,7 +277,7 @@ pub fn run(args: &Args) -> Result<()> {
         progress.say(&line);
         clip = Some(value);
     }
-    let mut options = args.recipe.options(scheme, args.seed, &windows)?;
+    let mut options = args.recipe.options(scheme, args.seed, &windows, &model)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
     options.resume = args.resume;
 

@@ -6,6 +6,7 @@ mod common;
 mod compare;
 mod eval;
 mod learn;
+mod profile;
 mod quantize;
 mod rotations;
 mod weights;
@@ -36,6 +37,8 @@ enum Command {
     Quantize(Box<quantize::Args>),
     /// Check rotation files, or translate them.
     Rotations(rotations::Args),
+    /// Check the small goldens, then time learning steps and say where their time goes.
+    Profile(profile::Args),
     /// Check a kernel's answer, then time it against a copy.
     Bench(bench::Args),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Rotations(args) => rotations::run(&args),
+        Command::Profile(args) => profile::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match outcome {

@@ -1,0 +1,280 @@
+//! Memory is planned, not hoped for: what a learning step of a model needs, and the fastest way of running it that fits.
+//!
+//! A step can keep all intermediate values of a layer for the backward pass or only its input ([`Plan`]); keep the rotated weights
+//! between the passes or make them again; send a layer the whole batch or some sequences at a time; and, when even the layers' inputs
+//! do not fit, send the network part of the batch at a time ([`LearnOptions::micro_batch`](crate::learn::LearnOptions)). [`plan`] tries
+//! them all, and takes the one that its model of time says is fastest among those that its model of memory says fit.
+//!
+//! The model of time adds up additions and multiplications over the rate that large products reach on the card, and bytes over its
+//! bandwidth; the model of memory adds up every tensor that is alive at the worst moment. Both are compared with measurements in
+//! `benches/record/`.
+
+use crate::llama::{LlamaConfig, Plan};
+use crate::ops::linear_cross_entropy::rows_at_once;
+use crate::quant::Scheme;
+use crate::{DType, Error, Result};
+
+/// What a card can do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Card {
+    /// Its name.
+    pub name: String,
+    /// Bytes that are free.
+    pub free: usize,
+    /// 16-bit matrix products of a layer's size, FLOP/s.
+    pub products: f64,
+    /// Reading and writing, bytes/s.
+    pub bandwidth: f64,
+}
+
+impl Card {
+    /// NVIDIA H100 80GB HBM3: the rates measured on one (`benches/record/`).
+    pub fn h100() -> Self {
+        Self { name: "NVIDIA H100 80GB HBM3".into(), free: 79 << 30, products: 620e12, bandwidth: 2.8e12 }
+    }
+}
+
+/// A step's sizes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Work {
+    /// Sequences a step.
+    pub batch: usize,
+    /// Tokens of each.
+    pub seq: usize,
+    /// What the network is quantised to.
+    pub scheme: Scheme,
+    /// Of weights and activations.
+    pub dtype: DType,
+}
+
+/// One thing that takes memory, in bytes.
+pub type Item = (&'static str, usize);
+
+/// How to run a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Planned {
+    /// What is kept and what is computed again.
+    pub plan: Plan,
+    /// Sequences that go through the network at once.
+    pub micro_batch: usize,
+    /// What takes memory at the worst moment.
+    pub items: Vec<Item>,
+    /// Predicted wall-clock time of a step.
+    pub seconds: f64,
+}
+
+impl Planned {
+    /// The sum of the items.
+    pub fn bytes(&self) -> usize {
+        self.items.iter().map(|i| i.1).sum()
+    }
+}
+
+struct Sizes {
+    c: usize,
+    f: usize,
+    vocab: usize,
+    layers: usize,
+    /// Width of all query heads, of all key heads.
+    q: usize,
+    kv: usize,
+    /// Bytes of a value.
+    e: usize,
+    /// Weights of a layer.
+    layer: usize,
+    quantized: bool,
+}
+
+impl Sizes {
+    fn new(config: &LlamaConfig, work: &Work) -> Self {
+        let (c, f) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let layer = 2 * c * (q + kv) + 3 * c * f;
+        let quantized = work.scheme.weight_bits < 16;
+        Self { c, f, vocab: config.vocab_size, layers: config.layers, q, kv, e: work.dtype.size(), layer, quantized }
+    }
+
+    /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
+    /// and the output of attention, gate and up.
+    fn kept(&self, tokens: usize) -> usize {
+        tokens * self.e * (5 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f)
+    }
+
+    /// Bytes of a layer's rotated weights, with the products in `f32` that the gradients of R2 need.
+    fn rotated(&self) -> usize {
+        self.layer * self.e + 4 * self.c * (self.q + self.kv)
+    }
+
+    /// Every item of a step that runs `micro` sequences at once as planned.
+    fn items(&self, work: &Work, plan: &Plan, micro: usize) -> Vec<Item> {
+        let (tokens, c, e) = (micro * work.seq, self.c, self.e);
+        let part = if plan.sequences == 0 { micro } else { plan.sequences.min(micro) } * work.seq;
+        let recomputed = plan.recompute.min(self.layers);
+        let kept = self.layers - recomputed;
+        let square = 4 * c * c;
+        // Gradients of the parts add up in f32, beside one part's own.
+        let gradients = self.layer * if part < tokens { e + 4 } else { e };
+        let wide = if e == 2 { c * self.f.max(self.q) * (4 + 2 + 2) } else { 0 };
+        // The backward pass of a layer: gradients of gate, up and their product, and of the stream.
+        let backward = part * e * (3 * self.f + 4 * c);
+        let live = if recomputed > 0 { self.kept(part) + backward } else { tokens * e * (3 * self.f + 4 * c) };
+        vec![
+            ("weights", (2 * self.vocab * c + self.layers * self.layer) * e),
+            ("rotations, their gradients and the optimiser", 9 * square + 16 * c * c),
+            ("inputs of recomputed layers", recomputed * tokens * c * e),
+            ("values of the other layers", kept * self.kept(tokens)),
+            ("rotated weights", if plan.keep_weights { self.layers } else { kept + 1 } * self.rotated()),
+            ("a layer at work", live + gradients + wide + 2 * tokens * c * e),
+            ("logits", rows_at_once(self.vocab).min(tokens) * self.vocab * e + 3 * tokens * c * e),
+            ("workspace", 192 << 20),
+        ]
+    }
+
+    /// Seconds of a step.
+    fn seconds(&self, config: &LlamaConfig, work: &Work, plan: &Plan, micro: usize, card: &Card) -> f64 {
+        let tokens = (work.batch * work.seq) as f64;
+        let rounds = work.batch.div_ceil(micro) as f64;
+        let (layers, c) = (self.layers as f64, self.c as f64);
+        let recomputed = plan.recompute.min(self.layers) as f64;
+        let layer = self.layer as f64;
+        let linear = 2.0 * tokens * layer;
+        let attention = 2.0 * (work.batch * work.seq * work.seq) as f64 * (config.heads * config.head_dim) as f64;
+        let rotation = 2.0 * layer * c;
+        // Unquantised gate and up are left alone; their input is rotated instead.
+        let inside = if self.quantized { 1.0 } else { 1.0 - 2.0 * (self.c * self.f) as f64 / layer };
+        let outside = if self.quantized { 0.0 } else { 2.0 * tokens * c * c };
+        let again = if plan.keep_weights { 0.0 } else { recomputed };
+        let products = layers * (linear * (2.0 + inside) + 3.0 * outside)
+            + recomputed * (linear * (1.0 - (self.c * self.f) as f64 / layer) + outside)
+            + rounds * (2.0 * layers + again) * rotation * inside
+            + 4.0 * tokens * c * self.vocab as f64
+            + 8.0 * tokens * c * c;
+        let scores = attention * (layers * 3.5 + recomputed) * 1.4;
+        // Activations read and written around the products: so many passes over [tokens, C] and [tokens, F] a layer.
+        let passes = |c: f64, f: f64| tokens * self.e as f64 * (c * self.c as f64 + f * self.f as f64);
+        let moved = layers * (passes(34.0, 6.0) + passes(36.0, 11.0)) + recomputed * passes(32.0, 6.0);
+        let weights = rounds * (layers + again) * layer * (14.0 + 8.0) + rounds * layers * 7.0 * 16.0 * c * c;
+        // 80 candidates a value.
+        let search = if self.quantized { rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth) } else { 0.0 };
+        (products + scores) / card.products + (moved + weights) / card.bandwidth + search
+    }
+}
+
+/// The fastest way to run a step within `budget` bytes on this card.
+///
+/// # Errors
+/// Nothing fits: says what the leanest plan needs and which setting would help.
+pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Result<Planned> {
+    let sizes = Sizes::new(config, work);
+    let mut best: Option<Planned> = None;
+    let mut leanest: Option<Planned> = None;
+    for micro in divisors(work.batch) {
+        for keep_weights in [true, false] {
+            for sequences in std::iter::once(0).chain(divisors(micro).into_iter().skip(1)) {
+                for recompute in 0..=config.layers {
+                    let plan = Plan { recompute, keep_weights, sequences };
+                    let planned = Planned {
+                        plan,
+                        micro_batch: micro,
+                        items: sizes.items(work, &plan, micro),
+                        seconds: sizes.seconds(config, work, &plan, micro, card)
+                            * (1.0 + 0.02 * sequences_penalty(micro, sequences)),
+                    };
+                    let bytes = planned.bytes();
+                    if leanest.as_ref().is_none_or(|p| bytes < p.bytes()) {
+                        leanest = Some(planned.clone());
+                    }
+                    if bytes <= budget && best.as_ref().is_none_or(|p| planned.seconds < p.seconds) {
+                        best = Some(planned);
+                    }
+                }
+            }
+        }
+    }
+    if let Some(best) = best {
+        return Ok(best);
+    }
+    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    let needed = leanest.map_or(0, |p| p.bytes());
+    let weights = sizes.items(work, &Plan::LEAN, 1)[0].1;
+    let help = if weights > budget {
+        format!("the weights alone are {:.1} GiB; use a smaller model or a card with more memory", gib(weights))
+    } else {
+        format!("a shorter --seq-len than {} would help, or --memory {}GiB if the card has it", work.seq, gib(needed).ceil())
+    };
+    Err(Error::argument(
+        "memory",
+        format!("the leanest plan needs {:.1} GiB, {:.1} are allowed: {help}", gib(needed), gib(budget)),
+    ))
+}
+
+/// How much less of a product's rate small parts reach, in steps of 2 %.
+fn sequences_penalty(micro: usize, sequences: usize) -> f64 {
+    if sequences == 0 { 0.0 } else { (micro as f64 / sequences as f64).log2() }
+}
+
+/// The divisors of n, the largest first.
+fn divisors(n: usize) -> Vec<usize> {
+    (1..=n).rev().filter(|d| n.is_multiple_of(*d)).collect()
+}
+
+/// Bytes from `24GiB`, `24GB`, `512MiB` or a number of bytes.
+///
+/// # Errors
+/// Anything else.
+pub fn parse_bytes(s: &str) -> Result<usize> {
+    let bad = || Error::argument("memory", format!("expected a size such as 24GiB, 80GB or 512MiB, got {s:?}"));
+    let digits = s.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(s.len());
+    let number: f64 = s[..digits].parse().map_err(|_| bad())?;
+    let unit = match s[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "mib" | "m" => f64::from(1 << 20),
+        "gib" | "g" => f64::from(1 << 30),
+        "mb" => 1e6,
+        "gb" => 1e9,
+        _ => return Err(bad()),
+    };
+    let bytes = number * unit;
+    if (1.0..1e15).contains(&bytes) { Ok(bytes as usize) } else { Err(bad()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::llama::synthetic::shape;
+
+    fn work(scheme: Scheme) -> Work {
+        Work { batch: 8, seq: 2048, scheme, dtype: DType::BF16 }
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_bytes("24GiB").unwrap(), 24 << 30);
+        assert_eq!(parse_bytes("1.5gb").unwrap(), 1_500_000_000);
+        assert_eq!(parse_bytes("1000").unwrap(), 1000);
+        for bad in ["", "much", "24 tons", "-3GiB", "1e30GiB", "0"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn less_memory_takes_longer_until_nothing_fits() {
+        let config = shape("llama-2-7b").unwrap();
+        for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
+            let at = |gib: usize| plan(&config, &work(scheme), gib << 30, &Card::h100());
+            let (rich, lean) = (at(76).unwrap(), at(22).unwrap());
+            assert!(rich.plan.recompute < 32 && rich.micro_batch == 8, "{rich:?}");
+            assert!(lean.plan.recompute == 32 && !lean.plan.keep_weights, "{lean:?}");
+            let mut last = f64::INFINITY;
+            for gib in [20, 22, 24, 32, 40, 48, 64, 80] {
+                let Ok(p) = at(gib) else { continue };
+                assert!(p.bytes() <= gib << 30 && p.seconds <= last, "{gib} GiB: {p:?}");
+                last = p.seconds;
+            }
+            let message = at(12).unwrap_err().to_string();
+            assert!(message.contains("the weights alone"), "{message}");
+            let message = at(14).unwrap_err().to_string();
+            assert!(message.contains("--seq-len"), "{message}");
+        }
+    }
+}
