@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -103,6 +103,9 @@ pub struct Learned {
     pub seconds_per_step: f64,
 }
 
+/// A loss above so many times the first one, and so much more, is not coming back.
+const DIVERGED: f64 = 3.0;
+
 /// Everything that changes from step to step.
 struct Progress {
     rotations: Rotations,
@@ -117,8 +120,8 @@ struct Progress {
 /// which then leaves a checkpoint (if one was asked for) and returns [`Error::Interrupted`].
 ///
 /// # Errors
-/// Rotations that do not fit the model; too few windows; a loss, gradient or rotation that is not finite (names the step; the checkpoint stays as
-/// it was); a state of another run; and whatever the optimiser reports.
+/// Rotations that do not fit the model; too few windows; a loss, gradient or rotation that is not finite, or a loss that diverges (names the step, and of
+/// a loss the layer; the checkpoint stays as it was); a state of another run; and whatever the optimiser reports.
 pub fn learn(
     model: &Llama,
     windows: &Windows,
@@ -167,6 +170,10 @@ pub fn learn(
         let start = Instant::now();
         let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
         let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options).map_err(failed)?;
+        if loss > DIVERGED * now.losses.0.abs() + DIVERGED {
+            let message = format!("diverges: {loss:.3}, after {:.3} in the first step; try a lower learning rate", now.losses.0);
+            return Err(failed(Error::numeric("loss", message)));
+        }
         let learning_rate = options.schedule.at(now.step, steps, options.learning_rate);
         let (update, part) = (enter_pass("update"), enter("optimiser"));
         let mut params = now.rotations.as_params()?;

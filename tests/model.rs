@@ -12,6 +12,7 @@ use spinquant::data::Windows;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
+use spinquant::objective::{Batch, CrossEntropy, Objective};
 use spinquant::ops::add::{linear_combination, scale};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, Schedule, State};
 use spinquant::quant::{Online, Scheme};
@@ -540,7 +541,7 @@ fn numbers_that_are_not_finite_name_the_step_and_spare_the_state() {
     });
     let fresh = LearnOptions { resume: false, ..o.clone() };
     let cayley = || CayleySgd::new(Mode::Default);
-    says(run(&broken, &w, &mut cayley(), &fresh, 0).0, &["step 1", "loss", "NaN"]);
+    says(run(&broken, &w, &mut cayley(), &fresh, 0).0, &["step 1", "loss", "NaN", "from layer 1 on (down_input)"]);
     says(run(&broken, &w, &mut cayley(), &o, 0).0, &["step 4", "loss", "NaN"]);
     assert_eq!(std::fs::read(&path).unwrap(), saved);
     let (got, want) = (run(&m, &w, &mut cayley(), &o, 0).0, run(&m, &w, &mut cayley(), &fresh, 0).0);
@@ -553,6 +554,27 @@ fn numbers_that_are_not_finite_name_the_step_and_spare_the_state() {
     };
     says_step_2(Averaged { fails: Some(2), ..Averaged::default() }, "gives up");
     says_step_2(Averaged { poisons: Some(2), ..Averaged::default() }, "R1");
+}
+
+/// Cross entropy that grows a hundredfold with every batch.
+#[derive(Debug, Default)]
+struct Growing(std::sync::atomic::AtomicI32);
+
+impl Objective for Growing {
+    fn name(&self) -> String {
+        "growing".into()
+    }
+    fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> spinquant::Result<Var<'t>> {
+        let factor = 100f64.powi(self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        CrossEntropy.loss(rotations, batch)?.scale(factor)
+    }
+}
+
+#[test]
+fn a_loss_that_diverges_ends_the_run() {
+    let (m, w) = learnable(DType::F32);
+    let o = LearnOptions { objective: std::sync::Arc::new(Growing::default()), ..options(Scheme::new(4, 4, 4), 4) };
+    says(run(&m, &w, &mut CayleySgd::new(Mode::Default), &o, 0).0, &["step 2", "diverges", "lower learning rate"]);
 }
 
 #[test]

@@ -34,13 +34,13 @@ fn names() {
 #[test]
 fn predicts_its_text_and_suffers_from_quantisation() {
     let config = LlamaConfig {
-        hidden_size: 256,
-        intermediate_size: 688,
-        layers: 4,
-        heads: 4,
-        kv_heads: 4,
+        hidden_size: 512,
+        intermediate_size: 1376,
+        layers: 8,
+        heads: 8,
+        kv_heads: 8,
         head_dim: 64,
-        vocab_size: 1024,
+        vocab_size: 2048,
         ..synthetic::shape("tiny").unwrap()
     };
     let model = synthetic::model(&config, 7, DType::F32, &Device::Cpu).unwrap();
@@ -50,12 +50,12 @@ fn predicts_its_text_and_suffers_from_quantisation() {
         perplexity(&merged, &text, |_| Continue(())).unwrap().perplexity.ln()
     };
     let full = score(None, "W16A16KV16");
-    assert!(full < 0.6 * (config.vocab_size as f64).ln(), "loss {full} of a guess among {}", config.vocab_size);
+    assert!(full < 0.8 * (config.vocab_size as f64).ln(), "loss {full} of a guess among {}", config.vocab_size);
     let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0).unwrap();
     let exact = score(Some(&r), "W16A16KV16");
     assert!((exact - full).abs() < 1e-3, "{exact} and {full}");
     let (rtn, rotated) = (score(None, "W4A4KV4"), score(Some(&r), "W4A4KV4"));
-    assert!(rtn > full + 0.1 && rotated < 0.5 * (rtn + full), "loss {full} in full precision, rtn {rtn}, rotated {rotated}");
+    assert!(rtn > full + 0.1 && rotated < rtn - 0.1, "loss {full} in full precision, rtn {rtn}, rotated {rotated}");
 }
 
 #[test]
@@ -99,4 +99,46 @@ fn the_same_on_a_gpu() {
             assert_eq!(a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap(), "{dtype} {:?}", a.shape());
         }
     }
+}
+
+#[cfg(feature = "cli")]
+fn spinquant(arguments: &[&str]) -> (bool, String) {
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_spinquant")).args(arguments).output().unwrap();
+    (out.status.success(), String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn on_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("R.safetensors");
+    let out = file.to_str().unwrap();
+    let model = ["--model", "synthetic:tiny", "--device", "cpu"];
+    let learn = ["learn", "--text", "synthetic:12", "--seq-len", "32", "--batch", "2", "--steps", "2", "--out", out];
+    let (done, said) = spinquant(&[&learn[..], &model].concat());
+    assert!(done && file.exists(), "{said}");
+    let (done, said) =
+        spinquant(&[&["eval", "--text", "synthetic:4", "--seq-len", "32", "--rotations", out], &model[..]].concat());
+    assert!(done && said.contains("perplexity"), "{said}");
+    let (done, said) = spinquant(&[&["eval", "--text", "README.md"], &model[..]].concat());
+    assert!(!done && said.contains("synthetic:WINDOWS") && said.contains("README.md"), "{said}");
+    let (done, said) = spinquant(&["eval", "--text", "synthetic", "--model", "synthetic:gpt-2"]);
+    assert!(!done && said.contains("llama-3-8b"), "{said}");
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn plans_before_anything_is_allocated() {
+    let plan = |memory: &str| {
+        let fixed = ["learn", "--dry-run", "--model", "synthetic:llama-2-7b", "--text", "synthetic", "--out", "R"];
+        spinquant(&[&fixed[..], &["--memory", memory, "--device", "cpu"]].concat())
+    };
+    let (done, said) = plan("24GiB");
+    assert!(done && said.contains("layers computed again") && said.contains("made twice") && said.contains("s a step"), "{said}");
+    let (done, said) = plan("auto");
+    assert!(done && said.contains("rotated weights kept"), "{said}");
+    let (done, said) = plan("12GiB");
+    assert!(!done && said.contains("the weights alone are 12.6 GiB"), "{said}");
+    let (done, said) = plan("plenty");
+    assert!(!done && said.contains("24GiB") && said.contains("plenty"), "{said}");
 }

@@ -6,6 +6,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+#[cfg(feature = "cuda")]
+use spinquant::Device;
 use spinquant::data::Windows;
 use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
@@ -15,7 +17,7 @@ use spinquant::objective;
 use spinquant::optim::{self, Schedule};
 use spinquant::quant::{ClipGoal, ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Device, Error, Result};
+use spinquant::{DType, Error, Result};
 
 use crate::clip;
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, check_writable, interrupted, peak_bytes};
