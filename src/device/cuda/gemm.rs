@@ -160,8 +160,7 @@ impl Blas {
         let compute = match (s.y, s.arithmetic) {
             (_, Arithmetic::Integer) => Compute::CUBLAS_COMPUTE_32I,
             (DType::F64, _) => Compute::CUBLAS_COMPUTE_64F,
-            (_, Arithmetic::Tf32) => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
-            (_, Arithmetic::Exact | Arithmetic::Scaled) => Compute::CUBLAS_COMPUTE_32F,
+            (_, Arithmetic::Exact) => Compute::CUBLAS_COMPUTE_32F,
         };
         let of = |dtype, whole| if integer { whole } else { data_type(dtype) };
         let (operand, result_type) = (sys::cudaDataType_t::CUDA_R_8I, sys::cudaDataType_t::CUDA_R_32I);
