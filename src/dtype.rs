@@ -134,6 +134,52 @@ macro_rules! element {
 }
 element!(f64, F64, |x| x, |x| x);
 element!(f32, F32, f64::from, |x| x as f32);
-element!(f16, F16, f64::from, f16::from_f64);
-element!(bf16, BF16, f64::from, bf16::from_f64);
+element!(f16, F16, f64::from, |x| f16::from_f32(odd(x)));
+element!(bf16, BF16, f64::from, |x| bf16::from_f32(odd(x)));
 element!(u32, U32, f64::from, |x| x as u32);
+
+/// Rounds to odd: where `x` is no `f32`, the neighbour whose last bit is set. Rounding that to a 16-bit type is rounding `x` to it
+/// once. (The conversions of `half` from `f64` look at the upper 32 bits only, and take what lies just above a tie for one.)
+fn odd(x: f64) -> f32 {
+    let near = x as f32;
+    if f64::from(near) == x || x.is_nan() {
+        return near;
+    }
+    let towards_zero = if f64::from(near).abs() > x.abs() { near.to_bits() - 1 } else { near.to_bits() };
+    f32::from_bits(towards_zero | 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every 16-bit type: beside every tie and every value, and what is beyond the largest.
+    fn once<T: Element>(bits: impl Fn(u16) -> T) {
+        for i in 0..u16::MAX {
+            let (a, b) = (bits(i).to_f64(), bits(i + 1).to_f64());
+            if !(a.is_finite() && b.is_finite() && a.abs() < b.abs()) {
+                continue;
+            }
+            let even = if i % 2 == 0 { a } else { b };
+            let tie = 0.5 * (a + b);
+            for (x, want) in
+                [(tie, even), (f64::from_bits(tie.to_bits() + 1), b), (f64::from_bits(tie.to_bits() - 1), a), (a, a), (b, b)]
+            {
+                assert_eq!(T::from_f64(x).to_f64(), want, "{x:e} between {a:e} and {b:e}");
+            }
+            let above = f32::from_bits((tie as f32).to_bits() + 1);
+            if f64::from((tie as f32).abs()) == tie.abs() && f64::from(above).abs() < b.abs() {
+                assert_eq!(T::from_f64(above.into()).to_f64(), b, "{above:e} between {a:e} and {b:e}");
+            }
+        }
+        assert!(T::from_f64(f64::NAN).to_f64().is_nan());
+        assert_eq!([T::from_f64(1e300).to_f64(), T::from_f64(-1e300).to_f64()], [f64::INFINITY, f64::NEG_INFINITY]);
+        assert_eq!(T::from_f64(1e-300).to_f64(), 0.0);
+    }
+
+    #[test]
+    fn narrowing_rounds_once() {
+        once(f16::from_bits);
+        once(bf16::from_bits);
+    }
+}
