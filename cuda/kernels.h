@@ -131,6 +131,30 @@ int sq_embedding_forward(void *y, const void *table, const uint32_t *ids, int64_
 int sq_embedding_backward(float *dtable, const void *dy, const uint32_t *order, const uint32_t *start, int64_t vocab,
                           int64_t cols, sq_dtype dtype, sq_stream stream);
 
+/* gptq.cu: the Hessian of a layer's input and the sweep; see src/quant/gptq.rs ---------------------------------- */
+
+/* sum += part. */
+int sq_hessian_add(double *sum, const float *part, int64_t count, sq_stream stream);
+/* h[n, n] = scale * its lower triangle, mirrored. */
+int sq_hessian_finish(double *h, double scale, int64_t n, sq_stream stream);
+/* diagonal[n] of h[n, n]; *flag = 1 where any value of h is NaN or infinite (not cleared first). */
+int sq_hessian_diagonal(double *diagonal, int32_t *flag, const double *h, int64_t n, sq_stream stream);
+/* a[n-1-i][n-1-j] = h[order[i]][order[j]], where i = j with 1 for 0, and add: what is factored. order may be NULL (as it is). */
+int sq_gptq_damp(double *a, const double *h, const uint32_t *order, double add, int64_t n, sq_stream stream);
+/* u[i][j] = inverse[n-1-i][n-1-j] on and above the diagonal, 0 below: U from the inverse of a lower factor of the above. */
+int sq_gptq_upper(float *u, const double *inverse, int64_t n, sq_stream stream);
+/* w[r][j] = x[r][order[j]], 0 where dead[order[j]]; order and dead may be NULL. */
+int sq_gptq_gather(float *w, const void *x, const uint8_t *dead, const uint32_t *order, int64_t rows, int64_t n,
+                   sq_dtype dtype, sq_stream stream);
+/* Sweeps columns start .. start + width (at most 128) of w[rows, n], whose columns are in the order of the sweep and hold the
+ * effect of all columns before start. Column j of w is column order[j] of the weight (NULL: j). Grids: scale, zero
+ * [rows, n / group] by the weight's own columns. Written: y (dtype) and codes, both [rows, n] in the weight's own columns;
+ * errors[rows, width] = (value - w) / u[j][j]; loss[row] += their squares. The columns behind are the caller's:
+ * w[:, start+width ..] += errors u[start .. start+width, start+width ..]. */
+int sq_gptq_sweep(void *y, int16_t *codes, float *errors, double *loss, const float *w, const float *u,
+                  const float *scale, const float *zero, const uint32_t *order, int64_t rows, int64_t n, int64_t start,
+                  int64_t width, sq_quant quant, sq_dtype dtype, sq_stream stream);
+
 /* elementwise.cu ---------------------------------------------------------------------------------------------- */
 
 /* y = a + b; in place allowed. */

@@ -231,6 +231,26 @@ fn compare_prints_the_table() {
     assert_eq!(row("full precision").1, full);
     let out = place.run(&args);
     assert!(out.status.success() && String::from_utf8(out.stdout).unwrap().contains("hadamard worst"));
+
+    // GPTQ rows; rotations for a network without online Hadamards, learned with them in the graph.
+    let args = format!("{args} --seeds 2 --learn-seeds 1 --gptq --calibration-windows 8 --online none").replace("--seeds 3 ", "");
+    let alone = place.json(&format!("{args} --json"));
+    let with = place.json(&format!("{args} --learn-online r3,r4 --json"));
+    let row = |table: &serde_json::Value, name: &str| {
+        let row = table["rows"].as_array().unwrap().iter().find(|r| r["name"] == name).unwrap().clone();
+        (row["rotations"].as_str().unwrap().to_string(), number(&row, "perplexity"))
+    };
+    assert_eq!(row(&alone, "learned").0, "learned at W4A4KV4, 1 seeds");
+    assert_eq!(row(&with, "learned").0, "learned at W4A4KV4 with r3,r4, 1 seeds");
+    assert_eq!(row(&with, "learned + gptq").0, "learned at W16A4KV4 with r3,r4, 1 seeds");
+    for name in ["learned", "learned + gptq"] {
+        assert_ne!(row(&alone, name).1, row(&with, name).1, "{name}");
+    }
+    for name in ["gptq", "hadamard + gptq mean", "rtn"] {
+        assert_eq!(row(&alone, name), row(&with, name), "{name}");
+    }
+    let each = alone["hadamard_gptq"].as_array().unwrap().iter().map(|r| number(r, "perplexity")).sum::<f64>() / 2.0;
+    assert!((each / row(&alone, "hadamard + gptq mean").1 - 1.0).abs() < 1e-12);
 }
 
 /// Starts a run that keeps its state, ends it after a few steps by `end`, and returns the steps its log then holds.

@@ -66,6 +66,16 @@ fn assert_on_grid(q: &QuantizedLinear, spec: &QuantSpec) {
     assert!(values(&codes.scale).iter().all(|s| *s > 0.0));
 }
 
+/// A GPU, or a line that says why there is none.
+fn gpu() -> Option<Device> {
+    Device::cuda(0).inspect_err(|e| println!("skipped: {e}")).ok()
+}
+
+fn different_codes(a: &QuantizedLinear, b: &QuantizedLinear) -> usize {
+    let codes = |q: &QuantizedLinear| q.codes.as_ref().unwrap().codes.clone();
+    codes(a).iter().zip(codes(b)).filter(|(a, b)| **a != *b).count()
+}
+
 #[test]
 fn published_numbers() {
     let golden = Golden::open("gptq.safetensors");
@@ -94,9 +104,16 @@ fn published_numbers() {
         // In single precision, on the published H: a tie may fall the other way, and moves the rest of its row.
         let narrow = gptq.quantize_one(&get("W").to_dtype(DType::F32).unwrap(), &spec, &get("H")).unwrap();
         assert_on_grid(&narrow, &spec);
-        let codes = |q: &QuantizedLinear| q.codes.as_ref().unwrap().codes.clone();
-        let differ = codes(&q).iter().zip(codes(&narrow)).filter(|(a, b)| **a != *b).count();
+        let differ = different_codes(&q, &narrow);
         assert!(differ <= 8, "{name}: {differ} codes differ in f32");
+        if let Some(device) = gpu() {
+            let w = get("W").to_dtype(DType::F32).unwrap().to_device(&device).unwrap();
+            let there = gptq.quantize_one(&w, &spec, &get("H")).unwrap();
+            assert_on_grid(&there, &spec);
+            let differ = different_codes(&q, &there);
+            println!("{name} on {device}: {differ} codes differ");
+            assert!(differ <= 8, "{name}: {differ} codes differ on {device}");
+        }
     }
 }
 
@@ -217,7 +234,17 @@ fn optimum(w: &Tensor, q: &QuantizedLinear, h: &Tensor) -> f64 {
 
 #[test]
 fn awkward_hessians() {
-    let (spec, gptq, w) = (QuantSpec::weight(4, true), Gptq::default(), randn([3, 8], 1));
+    awkward_hessians_on(&Device::Cpu, DType::F64);
+    awkward_hessians_on(&Device::Cpu, DType::F32);
+    if let Some(device) = gpu() {
+        awkward_hessians_on(&device, DType::F32);
+        awkward_hessians_on(&device, DType::F64); // with the weight there, but done on the CPU
+    }
+}
+
+fn awkward_hessians_on(device: &Device, dtype: DType) {
+    let place = |t: Tensor| t.to_dtype(dtype).unwrap().to_device(device).unwrap();
+    let (spec, gptq, w) = (QuantSpec::weight(4, true), Gptq::default(), place(randn([3, 8], 1)));
     let matrix = |v: Vec<f64>| Tensor::from_vec(v, [8, 8]).unwrap();
     // Fewer tokens than channels, no damping: singular, so damped and reported.
     let singular = hessian(&inputs(3, 8, 2), 1);
@@ -239,18 +266,18 @@ fn awkward_hessians() {
     assert!(values(&q.weight).iter().all(|w| *w == 0.0));
 
     let h = hessian(&inputs(40, 8, 3), 1);
-    assert!(matches!(gptq.quantize_one(&randn([3, 7], 1), &spec, &h), Err(Error::Shape { .. })));
+    assert!(matches!(gptq.quantize_one(&place(randn([3, 7], 1)), &spec, &h), Err(Error::Shape { .. })));
     assert!(matches!(gptq.quantize_one(&w, &spec.grouped(3), &h), Err(Error::Argument { .. })));
     assert!(matches!(Gptq { block: 0, ..gptq }.quantize_one(&w, &spec, &h), Err(Error::Argument { .. })));
     assert!(matches!(Gptq { damping: -1.0, ..gptq }.quantize_one(&w, &spec, &h), Err(Error::Argument { .. })));
     assert!(matches!(gptq.quantize(&[&w], &spec, None), Err(Error::Argument { .. })));
     let mut odd = values(&w);
     odd[0] = f64::INFINITY;
-    assert!(gptq.quantize_one(&Tensor::from_vec(odd, [3, 8]).unwrap(), &spec, &h).is_err());
+    assert!(gptq.quantize_one(&place(Tensor::from_vec(odd, [3, 8]).unwrap()), &spec, &h).is_err());
     assert!(hessian(&randn([0, 8], 1), 1).to_vec::<f64>().unwrap().iter().all(|h| *h == 0.0));
     assert!(Hessian::new(2).add(&randn([4, 3], 1)).is_err());
     let mut nan = Hessian::new(1);
-    nan.add(&Tensor::from_vec(vec![f32::NAN], [1, 1]).unwrap()).unwrap();
+    nan.add(&place(Tensor::from_vec(vec![f32::NAN], [1, 1]).unwrap())).unwrap();
     assert!(matches!(nan.finish(1), Err(Error::Numeric { .. })));
 }
 
@@ -260,13 +287,16 @@ fn dead_columns_become_zero() {
     x.chunks_mut(16).for_each(|row| (row[3], row[10]) = (0.0, 0.0));
     let h = hessian(&Tensor::from_vec(x, [60, 16]).unwrap(), 1);
     let w = randn([5, 16], 5);
-    for act_order in [false, true] {
-        for spec in [QuantSpec::weight(4, true), QuantSpec::weight(4, false), QuantSpec::weight(3, true).grouped(4)] {
-            let gptq = Gptq { act_order, ..Gptq::default() };
-            let q = gptq.quantize_one(&w, &spec, &h).unwrap();
-            assert_on_grid(&q, &spec);
-            for row in values(&q.weight).chunks(16) {
-                assert!(row[3] == 0.0 && row[10] == 0.0, "{spec:?}");
+    let there = gpu().map(|device| w.to_dtype(DType::F32).unwrap().to_device(&device).unwrap());
+    for w in std::iter::once(w).chain(there) {
+        for act_order in [false, true] {
+            for spec in [QuantSpec::weight(4, true), QuantSpec::weight(4, false), QuantSpec::weight(3, true).grouped(4)] {
+                let gptq = Gptq { act_order, ..Gptq::default() };
+                let q = gptq.quantize_one(&w, &spec, &h).unwrap();
+                assert_on_grid(&q, &spec);
+                for row in values(&q.weight).chunks(16) {
+                    assert!(row[3] == 0.0 && row[10] == 0.0, "{spec:?}");
+                }
             }
         }
     }
@@ -299,6 +329,73 @@ fn hessians_in_single_precision() {
     assert!((0..150).all(|i| (0..i).all(|j| a[i * 150 + j] == a[j * 150 + i])));
     let naive = product(&x, true, &x, false, false, DType::F64).unwrap();
     assert!(values(&naive).iter().zip(&a).all(|(n, a)| (n * 0.4 - a).abs() <= 1e-12 * largest));
+}
+
+/// Sums of products of at most 4096 rows in f32 (exact products, for 16-bit inputs), against the same values in f64.
+#[test]
+fn hessians_on_the_gpu() {
+    let Some(device) = gpu() else { return };
+    for (rows, n) in [(9000, 150), (1, 1), (100, 33), (4097, 64)] {
+        for (dtype, bound) in [(DType::F32, 4e-6), (DType::BF16, 2e-5), (DType::F16, 2e-5)] {
+            let x = inputs(rows, n, 8).to_dtype(dtype).unwrap();
+            let exact = values(&hessian(&x.to_dtype(DType::F64).unwrap(), 5));
+            let x = x.to_device(&device).unwrap().reshape([1, rows, n]).unwrap();
+            let h = hessian(&x, 5);
+            assert_eq!((h.device(), h.dtype(), h.shape()), (device.clone(), DType::F64, &[n, n][..]));
+            let ours = values(&h);
+            let largest = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
+            let error = distance(&ours, &exact) / largest;
+            println!("{rows} x {n} {dtype}: error {error:.1e} of the largest value");
+            assert!(error <= bound, "{rows} x {n} {dtype}: {error:e}");
+            assert!((0..n).all(|i| (0..i).all(|j| ours[i * n + j] == ours[j * n + i])));
+        }
+    }
+}
+
+/// The sweep on the GPU against the one on the CPU in f32, from the same Hessian: codes differ only where a rounding moved a value
+/// across a tie, which moves the rest of its row.
+#[test]
+fn sweeps_on_the_gpu() {
+    let Some(device) = gpu() else { return };
+    let (rows, n) = (70, 300);
+    let h = hessian(&inputs(900, n, 12), 3);
+    let there = h.to_device(&device).unwrap();
+    let groups = [None, Some(20), Some(75), Some(150)];
+    let mut worst = 0.0f64;
+    for (i, group) in groups.into_iter().cycle().take(32).enumerate() {
+        let (bits, symmetric, act_order, fresh) = ([4, 3, 2, 8][i / 4 % 4], i / 2 % 2 == 0, i % 3 == 0, i % 5 != 0);
+        let clip = if i % 2 == 0 { Clip::Search } else { Clip::Ratio(0.95) };
+        let spec = QuantSpec { group, ..QuantSpec::weight(bits, symmetric).clipped(clip) };
+        let group_scales = if fresh { GroupScales::Updated } else { GroupScales::FinishedBlocks };
+        let gptq = Gptq { damping: 0.01, act_order, block: [128, 7, 300, 64][i % 4], group_scales };
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let w = randn([rows, n], 100 + i as u64).to_dtype(dtype).unwrap();
+            let cpu = gptq.quantize_one(&w, &spec, &h).unwrap();
+            let w_there = w.to_device(&device).unwrap();
+            let gpu = gptq.quantize_one(&w_there, &spec, &there).unwrap();
+            assert_on_grid(&gpu, &spec);
+            assert_eq!((gpu.weight.device(), gpu.weight.dtype()), (device.clone(), dtype));
+            assert_eq!((gpu.damping, gpu.codes.as_ref().unwrap().group), (cpu.damping, cpu.codes.as_ref().unwrap().group));
+            let codes = |q: &QuantizedLinear| q.codes.as_ref().unwrap().codes.clone();
+            let (a, b) = (codes(&cpu), codes(&gpu));
+            let moved = a.chunks(n).zip(b.chunks(n)).filter(|(a, b)| a != b).count();
+            let (l, m) = (cpu.loss.unwrap(), gpu.loss.unwrap());
+            worst = worst.max((l / m - 1.0).abs());
+            let what = format!("{spec:?} {gptq:?} {dtype}: {moved} of {rows} rows differ, losses {l} and {m}");
+            assert!(moved * 5 <= rows && (l / m - 1.0).abs() < 0.01, "{what}");
+            // The loss it reports is that of its codes.
+            let hv = values(&h);
+            let mean = (0..n).map(|i| hv[i * n + i]).sum::<f64>() / n as f64;
+            let damped = hv.iter().enumerate().map(|(i, h)| h + if i % (n + 1) == 0 { 0.01 * mean } else { 0.0 }).collect();
+            let written = gpu.codes.as_ref().unwrap().dequantize().unwrap();
+            let exact = loss(&w, &written, &Tensor::from_vec::<f64>(damped, [n, n]).unwrap());
+            assert!((m / exact - 1.0).abs() < 1e-3, "{what}: is {exact}");
+            // The same bits again.
+            let again = gptq.quantize_one(&w_there, &spec, &there).unwrap();
+            assert_eq!((codes(&again), again.loss), (b, gpu.loss), "{what}");
+        }
+    }
+    println!("losses agree within {worst:.1e}");
 }
 
 const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
@@ -433,7 +530,42 @@ impl LayerStore for Memory {
 
 #[test]
 fn an_interrupted_run_continues_to_the_same_bits() {
+    interrupted_run(model(DType::F32));
+    if let Some(device) = gpu() {
+        for dtype in [DType::F32, DType::BF16] {
+            interrupted_run(model(dtype).to_device(&device).unwrap());
+        }
+    }
+}
+
+/// The first layer's linears meet the same Hessians but for rounding.
+#[test]
+fn the_pipeline_on_the_gpu() {
+    let Some(device) = gpu() else { return };
     let (model, text) = (model(DType::F32), text());
+    let there = model.clone().to_device(&device).unwrap();
+    let rotations = Rotations::random_hadamard(32, 8, 3, 2).unwrap();
+    let calibration = Calibration::first(&text, 10).unwrap();
+    for (scheme, act_order) in
+        [(Scheme::new(4, 4, 4), false), (Scheme { weight_group: Some(16), ..Scheme::new(3, 16, 16) }, true)]
+    {
+        let gptq = Gptq { act_order, ..Gptq::default() };
+        let run = |model: &Llama| {
+            let mut store = Memory::default();
+            quantize_weights(model, Some(&rotations), &scheme, &gptq, Some(&calibration), &mut store, go_on).unwrap();
+            store.0.remove(0)
+        };
+        let (cpu, gpu) = (run(&model), run(&there));
+        for ((a, b), name) in cpu.linears.iter().zip(&gpu.linears).zip(LayerWeights::NAMES) {
+            let (differ, all) = (different_codes(a, b), a.codes.as_ref().unwrap().codes.len());
+            println!("{scheme} {name}: {differ} of {all} codes differ");
+            assert!(differ * 20 <= all, "{scheme} {name}: {differ} of {all} codes differ");
+        }
+    }
+}
+
+fn interrupted_run(model: Llama) {
+    let text = text();
     let rotations = Rotations::random_hadamard(32, 8, 3, 2).unwrap();
     let calibration = Calibration { at_once: 3, ..Calibration::random(&text, 10, 1).unwrap() };
     let run = |store: &mut dyn LayerStore, stop: usize, reports: &mut Vec<LayerReport>| {

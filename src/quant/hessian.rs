@@ -8,10 +8,10 @@ const ROWS: usize = 1024;
 /// Rows of H computed at once; what lies right of the diagonal is left out in steps of this.
 const STRIPE: usize = 128;
 
-/// `H = (2/n) Σ xᵀ x [in, in]` over the inputs of a linear layer, added up in `f64`.
+/// `H = (2/n) Σ xᵀ x [in, in]` over the inputs of a linear layer, added up in `f64`, where the inputs are.
 ///
-/// For `f64` inputs everything is; for others, `f32` products of at most 1024 rows are. The sum does not depend on the number of
-/// threads.
+/// For `f64` inputs everything is; for others, `f32` products of at most 1024 rows are (4096 on a GPU, where products of 16-bit
+/// inputs are exact and summed in `f32`). The sum does not depend on the number of threads.
 ///
 /// ```
 /// use spinquant::{Tensor, quant::Hessian};
@@ -23,59 +23,102 @@ const STRIPE: usize = 128;
 #[derive(Clone, Debug)]
 pub struct Hessian {
     cols: usize,
-    /// The lower triangle of Σ xᵀ x, with some of the upper.
-    sum: Vec<f64>,
+    sum: Sum,
+}
+
+/// Σ xᵀ x: the lower triangle, and some or all of the upper.
+#[derive(Clone, Debug)]
+enum Sum {
+    /// No inputs yet.
+    Empty,
+    Host(Vec<f64>),
+    #[cfg(feature = "cuda")]
+    Gpu(Tensor),
 }
 
 impl Hessian {
     /// For inputs of `cols` channels.
     pub fn new(cols: usize) -> Self {
-        Self { cols, sum: vec![0.0; cols * cols] }
+        Self { cols, sum: Sum::Empty }
     }
 
-    /// Adds inputs `[.., in]`.
+    /// Adds inputs `[.., in]`. The first ones say where H is.
     pub fn add(&mut self, x: &Tensor) -> Result<()> {
         let n = self.cols;
         if x.cols() != n {
             return Err(Error::shape("Hessian", format!("[.., {n}]"), x.shape()));
         }
-        let x = x.to_device(&Device::Cpu)?;
-        if x.dtype() == DType::F64 {
-            x.as_slice::<f64>()?.chunks(ROWS * n.max(1)).for_each(|x| gram(x, n, &mut self.sum, 1.0));
-            return Ok(());
+        if let Sum::Empty = self.sum {
+            self.sum = match x.device() {
+                #[cfg(feature = "cuda")]
+                device @ Device::Cuda(_) if x.dtype() != DType::F64 => Sum::Gpu(Tensor::zeros([n, n], DType::F64, &device)?),
+                _ => Sum::Host(vec![0.0; n * n]),
+            };
         }
-        let x = x.to_dtype(DType::F32)?;
-        let mut part = cpu::alloc(n * n);
-        for x in x.as_slice::<f32>()?.chunks(ROWS * n.max(1)) {
-            gram(x, n, &mut part, 0.0);
-            cpu::map_rows(&mut self.sum, &part, n, n, |first, sum, part| {
-                for (i, (sum, part)) in sum.chunks_mut(n).zip(part.chunks(n)).enumerate() {
-                    let lower = ..=first + i;
-                    sum[lower].iter_mut().zip(&part[lower]).for_each(|(s, p)| *s += f64::from(*p));
-                }
-            });
+        match &mut self.sum {
+            Sum::Host(sum) => add(sum, n, &x.to_device(&Device::Cpu)?),
+            #[cfg(feature = "cuda")]
+            Sum::Gpu(sum) => crate::device::cuda::gptq::add_gram(sum, &x.to_device(&sum.device())?),
+            Sum::Empty => unreachable!("just begun"),
         }
-        cpu::recycle(part);
-        Ok(())
     }
 
-    /// H `[in, in]` in `f64`, both triangles, for inputs from `sequences` sequences (of any length; it is only a scale).
+    /// H `[in, in]` in `f64`, both triangles, for inputs from `sequences` sequences (of any length; it is only a scale), on the
+    /// device of the inputs.
     ///
     /// # Errors
     /// Inputs that were not finite.
     pub fn finish(self, sequences: usize) -> Result<Tensor> {
-        let Self { cols: n, mut sum } = self;
+        let (n, scale) = (self.cols, 2.0 / sequences.max(1) as f64);
+        let mut sum = match self.sum {
+            Sum::Host(sum) => sum,
+            Sum::Empty => vec![0.0; n * n],
+            #[cfg(feature = "cuda")]
+            Sum::Gpu(sum) => {
+                let h = crate::device::cuda::gptq::finish(sum, scale)?;
+                // An input that is not finite makes its own square so.
+                let diagonal = crate::device::cuda::gptq::diagonal(&h)?.0;
+                diagonal.iter().enumerate().try_for_each(|(i, &x)| finite(x, i, i))?;
+                return Ok(h);
+            }
+        };
         for i in 0..n {
             for j in 0..=i {
-                let h = 2.0 / sequences.max(1) as f64 * sum[i * n + j];
-                if !h.is_finite() {
-                    return Err(Error::numeric("Hessian", format!("is {h} at ({i}, {j}): an input is not finite or too large")));
-                }
+                let h = scale * sum[i * n + j];
+                finite(h, i, j)?;
                 (sum[i * n + j], sum[j * n + i]) = (h, h);
             }
         }
         Tensor::from_vec(sum, [n, n])
     }
+}
+
+fn finite(h: f64, i: usize, j: usize) -> Result<()> {
+    if h.is_finite() {
+        return Ok(());
+    }
+    Err(Error::numeric("Hessian", format!("is {h} at ({i}, {j}): an input is not finite or too large")))
+}
+
+/// Adds inputs on the CPU.
+fn add(sum: &mut [f64], n: usize, x: &Tensor) -> Result<()> {
+    if x.dtype() == DType::F64 {
+        x.as_slice::<f64>()?.chunks(ROWS * n.max(1)).for_each(|x| gram(x, n, sum, 1.0));
+        return Ok(());
+    }
+    let x = x.to_dtype(DType::F32)?;
+    let mut part = cpu::alloc(n * n);
+    for x in x.as_slice::<f32>()?.chunks(ROWS * n.max(1)) {
+        gram(x, n, &mut part, 0.0);
+        cpu::map_rows(sum, &part, n, n, |first, sum, part| {
+            for (i, (sum, part)) in sum.chunks_mut(n).zip(part.chunks(n)).enumerate() {
+                let lower = ..=first + i;
+                sum[lower].iter_mut().zip(&part[lower]).for_each(|(s, p)| *s += f64::from(*p));
+            }
+        });
+    }
+    cpu::recycle(part);
+    Ok(())
 }
 
 /// The lower triangle of `c ← beta c + xᵀ x`, in stripes of rows.

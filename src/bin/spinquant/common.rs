@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Tokenizer, Windows};
+use spinquant::export;
 use spinquant::llama::{Llama, LlamaConfig, synthetic};
 use spinquant::quant::{ClipRatios, Online, Scheme};
 use spinquant::rotation::Rotations;
@@ -173,6 +174,15 @@ impl ModelArgs {
         let (device, dtype) = self.place()?;
         progress.say(&format!("loading {} as {dtype} on {device}, unrotated", self.model.display()));
         Llama::load_plain(&self.model, dtype, &device)
+    }
+
+    /// SHA-256 of a text that [`ModelArgs::windows`] was given: of the file, or of a synthetic model's tokens.
+    pub fn text_sha256(&self, text: &Path, windows: &Windows) -> Result<String> {
+        if self.synthetic().is_some() {
+            let tokens = windows.batch(&(0..windows.len()).collect::<Vec<_>>());
+            return Ok(export::sha256(&tokens.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>()));
+        }
+        Ok(export::sha256(&std::fs::read(text).map_err(Error::io(text))?))
     }
 
     /// Text as windows of this model's tokens.

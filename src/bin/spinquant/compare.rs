@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use spinquant::Result;
-use spinquant::quant::Scheme;
+use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
 
 use crate::common::{ModelArgs, Progress, SchemeArgs};
@@ -38,6 +38,9 @@ pub struct Args {
     /// Quantisation while learning (default: the scheme itself, as is right for round-to-nearest weights).
     #[arg(long, value_name = "W.A.KV.")]
     learn_scheme: Option<Scheme>,
+    /// Hadamards in the graph while learning (default: those of --online).
+    #[arg(long, value_name = "WHICH")]
+    learn_online: Option<Online>,
     /// Add rows with GPTQ weights, learned rotations for them learned at W16.
     #[arg(long)]
     gptq: bool,
@@ -67,6 +70,7 @@ pub fn run(args: &Args) -> Result<()> {
     let calibration = args.model.windows(&config, &args.calibration, args.seq_len)?;
     let text = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
     let scheme = args.scheme.scheme();
+    let learn_online = args.learn_online.unwrap_or(scheme.online);
     let learn_scheme = args.learn_scheme.map_or(scheme, |s| Scheme {
         weight_bits: s.weight_bits,
         activation_bits: s.activation_bits,
@@ -74,6 +78,9 @@ pub fn run(args: &Args) -> Result<()> {
         value_bits: s.value_bits,
         ..scheme
     });
+    let learn_scheme = learn_scheme.online(learn_online);
+    let w16_scheme = scheme.unquantized_weights().online(learn_online);
+    let with = if learn_online == scheme.online { String::new() } else { format!(" with {learn_online}") };
     let evaluate = |rotations: Option<&Rotations>, scheme: &Scheme, what: &str| {
         let merged = if rotations.is_some() { model.merge(rotations, scheme) } else { plain.merge(None, scheme) };
         Ok::<f64, spinquant::Error>(score(&merged?, &text, &progress, what)?.perplexity)
@@ -106,14 +113,15 @@ pub fn run(args: &Args) -> Result<()> {
         let merged = args.gptq_args.quantize(from, rotations, &scheme, &calibration, &progress)?;
         Ok::<f64, spinquant::Error>(score(&merged, &text, &progress, what)?.perplexity)
     };
+    let mut random_gptq = vec![];
     if args.gptq {
         row("gptq", scheme, "none".into(), "gptq", gptq(None, "gptq")?);
-        let all = (0..args.seeds)
-            .map(|seed| gptq(Some(&hadamard(seed)?), &format!("hadamard:{seed} + gptq")))
-            .collect::<Result<Vec<f64>>>()?;
-        if !all.is_empty() {
-            let mean = all.iter().sum::<f64>() / all.len() as f64;
-            row("hadamard + gptq mean", scheme, format!("hadamard, {} seeds", all.len()), "gptq", mean);
+        for seed in 0..args.seeds {
+            random_gptq.push(gptq(Some(&hadamard(seed)?), &format!("hadamard:{seed} + gptq"))?);
+        }
+        if !random_gptq.is_empty() {
+            let mean = random_gptq.iter().sum::<f64>() / random_gptq.len() as f64;
+            row("hadamard + gptq mean", scheme, format!("hadamard, {} seeds", random_gptq.len()), "gptq", mean);
         }
     }
     let mut runs: Vec<Value> = vec![];
@@ -121,7 +129,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut learned_gptq = vec![];
     for seed in 0..args.learn_seeds {
         if args.gptq {
-            let options = args.recipe.options(scheme.unquantized_weights(), seed, &calibration, &model)?;
+            let options = args.recipe.options(w16_scheme, seed, &calibration, &model)?;
             let what = format!("learning at W16 from hadamard:{seed}");
             let result = args.recipe.learn(&model, &calibration, hadamard(seed)?, &options, &progress, &what, |_| {})?;
             learned_gptq.push(gptq(Some(&result.rotations), &format!("learned:{seed} + gptq"))?);
@@ -139,11 +147,11 @@ pub fn run(args: &Args) -> Result<()> {
         }));
     }
     if !learned.is_empty() {
-        let rotations = format!("learned at {learn_scheme}, {} seeds", learned.len());
+        let rotations = format!("learned at {learn_scheme}{with}, {} seeds", learned.len());
         row("learned", scheme, rotations, "rtn", learned.iter().sum::<f64>() / learned.len() as f64);
     }
     if !learned_gptq.is_empty() {
-        let rotations = format!("learned at {}, {} seeds", scheme.unquantized_weights(), learned_gptq.len());
+        let rotations = format!("learned at {w16_scheme}{with}, {} seeds", learned_gptq.len());
         let mean = learned_gptq.iter().sum::<f64>() / learned_gptq.len() as f64;
         row("learned + gptq", scheme, rotations, "gptq", mean);
     }
@@ -156,8 +164,16 @@ pub fn run(args: &Args) -> Result<()> {
                     "perplexity": r.perplexity})
             })
             .collect();
-        let hadamards: Vec<Value> = random.iter().enumerate().map(|(seed, p)| json!({"seed": seed, "perplexity": p})).collect();
-        println!("{}", json!({"rows": rows, "hadamard": hadamards, "learned": runs}));
+        let by_seed = |all: &[f64]| -> Vec<Value> {
+            all.iter().enumerate().map(|(seed, p)| json!({"seed": seed, "perplexity": p})).collect()
+        };
+        println!(
+            "{}",
+            json!({
+                "rows": rows, "hadamard": by_seed(&random), "hadamard_gptq": by_seed(&random_gptq), "learned": runs,
+                "learned_gptq": by_seed(&learned_gptq),
+            })
+        );
         return Ok(());
     }
     println!("{} on {}, windows of {}", file_name(&args.model.model), file_name(&args.text), args.seq_len);

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use spinquant::export::{self, Format, Output, Provenance, write_quantized};
+use spinquant::Result;
+use spinquant::export::{Format, Output, Provenance, write_quantized};
 use spinquant::llama::{LlamaConfig, Rotated, Source};
 use spinquant::quant::Rtn;
-use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted};
 use crate::weights::{GptqArgs, Method};
@@ -91,7 +91,7 @@ fn write(args: &Args, rotated: &Rotated<'_>, progress: &Progress) -> Result<()> 
             output.provenance.notes.extend(args.gptq.notes());
             output.provenance.notes.insert("seq_len".into(), args.seq_len.into());
             let file = args.calibration.as_ref().expect("just read");
-            output.provenance.calibration_sha256 = Some(export::sha256(&std::fs::read(file).map_err(Error::io(file))?));
+            output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, &text)?);
             write_quantized(rotated, &args.gptq.quantizer(), Some(&calibration), output, args.gptq.watch(progress, layers))
         }
     }

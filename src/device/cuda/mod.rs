@@ -1,9 +1,11 @@
 //! The GPU: one context, one stream and one stream-ordered memory pool per device.
 
 mod gemm;
+pub(crate) mod gptq;
 pub(crate) mod linalg;
 pub(crate) mod ops;
 mod profile;
+mod solver;
 
 /// The C launchers of `cuda/kernels.h`, generated from it.
 #[allow(non_camel_case_types, non_upper_case_globals, missing_docs, clippy::all)]
@@ -34,6 +36,8 @@ struct Inner {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     blas: gemm::Blas,
+    /// cuBLAS and cuSOLVER, opened when first needed.
+    solver: OnceLock<solver::Solver>,
     /// Bit-packed H_K by K.
     tables: Mutex<HashMap<usize, Arc<CudaSlice<u8>>>>,
     /// Launches under watch, see [`CudaDevice::start_profile`].
@@ -105,7 +109,14 @@ impl CudaDevice {
             result::mem_pool::set_attribute(pool, attribute, (&raw mut keep).cast()).map_err(driver_error("memory pool"))?;
         }
         let blas = gemm::Blas::new(&stream)?;
-        Ok(Self(Arc::new(Inner { context, stream, blas, tables: Mutex::default(), profile: Mutex::default() })))
+        Ok(Self(Arc::new(Inner {
+            context,
+            stream,
+            blas,
+            solver: OnceLock::new(),
+            tables: Mutex::default(),
+            profile: Mutex::default(),
+        })))
     }
 
     /// Which GPU.

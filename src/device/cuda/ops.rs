@@ -14,7 +14,7 @@ use crate::quant::{Clip, QuantSpec, Target};
 use crate::rotation::Hadamard;
 use crate::{DType, Error, Result, Tensor};
 
-fn device(t: &Tensor) -> Result<CudaDevice> {
+pub(super) fn device(t: &Tensor) -> Result<CudaDevice> {
     Ok(t.cuda()?.0.device().clone())
 }
 
@@ -293,10 +293,10 @@ pub(crate) fn fake_quant(x: Tensor, spec: &QuantSpec) -> Result<Tensor> {
 
 /// Optional outputs of the quantisation kernels.
 #[derive(Clone, Copy)]
-struct Outputs {
-    codes: *mut i16,
-    scale: *mut f32,
-    zero: *mut f32,
+pub(super) struct Outputs {
+    pub codes: *mut i16,
+    pub scale: *mut f32,
+    pub zero: *mut f32,
 }
 
 impl Default for Outputs {
@@ -305,7 +305,8 @@ impl Default for Outputs {
     }
 }
 
-fn quantise(x: &Tensor, spec: &QuantSpec, y: *mut c_void, out: Outputs) -> Result<()> {
+/// Values to y and the rest to `out`, each where wanted (not null).
+pub(super) fn quantise(x: &Tensor, spec: &QuantSpec, y: *mut c_void, out: Outputs) -> Result<()> {
     let (rows, cols, dtype, q) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?, quant(spec));
     // SAFETY: every output is null or as large as kernels.h asks.
     let what = if spec.clip == Clip::Search { "clip search" } else { "quantise" };

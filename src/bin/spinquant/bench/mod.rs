@@ -1,6 +1,7 @@
 //! `spinquant bench`: checks a kernel's answer against the f64 reference, then times it against a copy of the same tensor.
 
 mod exact;
+mod gptq;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod run;
@@ -11,7 +12,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use spinquant::{DType, Device, Error, Result};
 
-use crate::common::device;
+use crate::common::{device, peak_bytes};
 
 /// What can be timed, and what `--n` and `--rows` are of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -50,6 +51,10 @@ pub enum Kernel {
     CayleyAudit,
     /// [rows, n] times [n, n]
     Gemm,
+    /// GPTQ of a LLaMA layer of width n, rotated, on `rows` tokens of text: seven linears
+    GptqLayer,
+    /// The same for a model of 32 such layers: everything but reading and writing files
+    GptqModel,
 }
 
 impl Kernel {
@@ -130,8 +135,12 @@ pub fn run(args: &Args) -> Result<()> {
         rows.push(value);
         failures += usize::from(outcome.is_err());
     }
+    let peak = peak_bytes(&device);
+    if let Some(bytes) = peak {
+        say(&format!("peak memory {:.2} GiB", bytes as f64 / f64::from(1 << 30)));
+    }
     if args.json {
-        println!("{}", json!({"device": name, "seconds": args.seconds, "rows": rows}));
+        println!("{}", json!({"device": name, "seconds": args.seconds, "rows": rows, "peak_bytes": peak}));
     }
     if failures > 0 {
         return Err(Error::numeric("bench", format!("{failures} of {} lines have no measurement", jobs.len())));
@@ -200,6 +209,7 @@ fn one(args: &Args, device: &Device) -> Job {
     let cayley = matches!(kernel, Kernel::Cayley | Kernel::CayleyAudit);
     let n = args.n.unwrap_or(match cpu {
         true if attention || cayley => 512,
+        true if matches!(kernel, Kernel::GptqLayer | Kernel::GptqModel) => 256,
         false if attention => 2048,
         _ => 4096,
     });
@@ -212,6 +222,13 @@ fn one(args: &Args, device: &Device) -> Job {
             }
         }
         _ if cayley => 1,
+        Kernel::GptqLayer | Kernel::GptqModel => {
+            if cpu {
+                2048
+            } else {
+                128 * 2048
+            }
+        }
         Kernel::ClipSearch => {
             if cpu {
                 256
@@ -250,6 +267,7 @@ fn table(device: &Device) -> Vec<Job> {
         jobs.extend([Attention, AttentionBackward].map(|k| job(k, 512, 1, F32)));
         jobs.extend([Cayley, CayleyAudit].map(|k| job(k, 384, 1, F32)));
         jobs.push(job(Gemm, 1024, 1024, F32));
+        jobs.push(job(GptqLayer, 256, 2048, F32));
         return jobs;
     }
     let values = 1 << 28;
@@ -279,5 +297,6 @@ fn table(device: &Device) -> Vec<Job> {
     jobs.extend([job(Gemm, 8192, 8192, BF16), job(Gemm, 4096, 16384, BF16), job(Gemm, 4096, 4096, F32)]);
     jobs.extend([Cayley, CayleyAudit].map(|k| job(k, 4096, 1, F32)));
     jobs.extend([Attention, AttentionBackward].map(|k| job(k, 2048, 16, BF16)));
+    jobs.push(job(GptqLayer, 4096, 128 * 2048, BF16));
     jobs
 }

@@ -69,6 +69,7 @@ pub fn run(job: &Job, device: &Device) -> Result<Measured> {
         Kernel::Cayley => cayley(job, device),
         Kernel::CayleyAudit => cayley_audit(job, device),
         Kernel::Gemm => gemm(job, device),
+        Kernel::GptqLayer | Kernel::GptqModel => super::gptq::run(job, device),
     }
 }
 
@@ -80,7 +81,7 @@ pub fn block(seed: u64) -> Tensor {
 }
 
 /// Normal values from a seed.
-fn random(shape: impl Into<Vec<usize>>, seed: u64, dtype: DType, device: &Device) -> Result<Tensor> {
+pub fn random(shape: impl Into<Vec<usize>>, seed: u64, dtype: DType, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
     let len: usize = shape.iter().product();
     let block = block(seed).slice(0, len.min(BLOCK))?.to_dtype(dtype)?.to_device(device)?;
