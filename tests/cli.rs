@@ -595,6 +595,55 @@ fn quantized_models_are_written_and_read_back() {
     assert!(!place.path("new").exists());
 }
 
+/// Killed after its first layer, into either format.
+#[test]
+fn a_killed_quantize_continues_to_the_same_bytes() {
+    let place = Place::new();
+    for (format, scheme) in [("native", "--scheme W4A4KV4"), ("hf", "--scheme W4A16KV16 --online none")] {
+        let args = |out: &str| {
+            format!(
+                "quantize --model model --device cpu --seq-len 16 {scheme} --rotations hadamard:3 --weights gptq \
+                 --calibration text.txt --calibration-windows 100 --format {format} --out {out}"
+            )
+        };
+        let tensors = |out: &str| place.read(&format!("{out}/model.safetensors"));
+        assert!(place.run(&args("whole")).status.success());
+        let mut landed = false;
+        for _ in 0..20 {
+            let mut child = place.command(&args("out")).spawn().unwrap();
+            let first = place.path(".out.partial/layer-00000.safetensors");
+            while !first.exists() && child.try_wait().unwrap().is_none() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            let _ = child.kill();
+            child.wait().unwrap();
+            landed = !place.path("out").exists() && first.exists();
+            if landed {
+                break;
+            }
+            let _ = std::fs::remove_dir_all(place.path("out"));
+        }
+        assert!(landed, "never killed between the first layer and the end");
+        assert!(place.run(&args("out")).status.success());
+        assert!(tensors("out") == tensors("whole"), "{format}: tensors differ after continuing");
+        assert!(!place.path(".out.partial").exists());
+        // Other settings do not continue it.
+        let mut child = place.command(&args("other")).spawn().unwrap();
+        while !place.path(".other.partial/run.json").exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+        if !place.path("other").exists() {
+            place
+                .fails(&format!("{} --damping 0.02", args("other")), &["unfinished output of another run", "provenance differs"]);
+        }
+        for dir in ["whole", "out", "other", ".other.partial"] {
+            let _ = std::fs::remove_dir_all(place.path(dir));
+        }
+    }
+}
+
 #[test]
 fn rotations_are_checked_and_translated() {
     let place = Place::new();
