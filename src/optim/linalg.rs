@@ -32,9 +32,15 @@ pub fn dims(what: &str, x: &Tensor) -> Result<(usize, usize)> {
     }
 }
 
-/// Checks that tensors belong together: one shape, type and device, and a supported type.
+/// Checks that batches of square matrices belong together: one shape, type and device, and a supported type.
 pub fn same(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<(usize, usize)> {
     let size = dims(what, x)?;
+    alike(what, x, others)?;
+    Ok(size)
+}
+
+/// The same for tensors of any shape.
+pub fn alike(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<()> {
     if !matches!(x.dtype(), DType::F64 | DType::F32) {
         return Err(Error::dtype(what, "f64 or f32", x.dtype()));
     }
@@ -49,7 +55,7 @@ pub fn same(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<(usize, usize)
             return Err(Error::device(what, format!("operands on {} and {}", x.device(), y.device())));
         }
     }
-    Ok(size)
+    Ok(())
 }
 
 /// Calls the generic CPU function for the element type of `$x`, or the GPU's where there is one.
@@ -267,7 +273,7 @@ pub fn strictly_lower(x: &Tensor) -> Result<Tensor> {
 /// Adam's statistics of one step (Kingma & Ba 2015), elementwise: `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`; returns m, v and the
 /// direction `(m / c₁) / (√(v / c₂) + ε)`. `betas` are β₁ and β₂, `corrections` c₁ and c₂.
 pub fn adam(m: &Tensor, v: &Tensor, g: &Tensor, betas: [f64; 2], corrections: [f64; 2], epsilon: f64) -> Result<[Tensor; 3]> {
-    same("adam", m, &[v, g])?;
+    alike("adam", m, &[v, g])?;
     type Constants = ([f64; 2], [f64; 2], f64);
     fn go<T: Real>(m: &Tensor, v: &Tensor, g: &Tensor, (b, c, epsilon): Constants) -> Result<[Tensor; 3]> {
         let shape = m.shape().to_vec();

@@ -15,12 +15,14 @@
 //! To add one: a file here that implements [`Optimizer`], a line in [`all`], a call of the laws ([`crate::laws`]) in
 //! `tests/properties.rs`.
 
+mod adam;
 mod cayley;
 pub mod linalg;
 mod qr_orth;
 mod riemannian;
 mod schedule;
 
+pub use adam::Adam;
 pub use cayley::{CayleySgd, Mode};
 pub use qr_orth::{QrOrth, gradient_through_qr};
 pub use riemannian::{RiemannianAdam, RiemannianSgd};
