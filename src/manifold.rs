@@ -241,9 +241,39 @@ impl Retraction for Polar {
     }
 }
 
+/// The geodesic `X exp(Ω)`: what the others approximate. By Taylor's series of order 12 on `Ω/2ˢ`, s so that a row of it sums to at
+/// most ¼, and s squarings; products only.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Exponential;
+
+impl Retraction for Exponential {
+    fn name(&self) -> &str {
+        "exponential"
+    }
+    fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
+        let (count, n) = same("exponential retraction", x, &[tangent])?;
+        let omega = angle(x, tangent)?;
+        let longest = row_sum(&omega.to_f64_vec()?, n);
+        if !longest.is_finite() {
+            return Err(Error::numeric("exponential retraction", "the tangent vector is not finite"));
+        }
+        let halvings = (4.0 * longest).log2().ceil().max(0.0) as i32;
+        let one = Tensor::from_vec(identity(n).repeat(count), x.shape())?.to_dtype(x.dtype())?.to_device(&x.device())?;
+        let part = scale(0.5f64.powi(halvings), omega)?;
+        let mut e = one.clone(); // 1 + A(1 + A/2(1 + A/3(…)))
+        for k in (1..=12).rev() {
+            e = linear_combination(1.0, one.clone(), 1.0 / f64::from(k), product(&part, false, &e, false)?)?;
+        }
+        for _ in 0..halvings {
+            e = product(&e, false, &e, false)?;
+        }
+        Ok(orthonormalize(product(x, false, &e, false)?, tolerance(x))?.0)
+    }
+}
+
 /// Every retraction of this crate.
 pub fn retractions() -> Vec<Box<dyn Retraction>> {
-    vec![Box::new(Cayley), Box::new(CayleyFixedPoint { iterations: 8 }), Box::new(Qr), Box::new(Polar)]
+    vec![Box::new(Cayley), Box::new(CayleyFixedPoint { iterations: 8 }), Box::new(Qr), Box::new(Polar), Box::new(Exponential)]
 }
 
 /// A retraction by its name.
@@ -274,6 +304,18 @@ pub(crate) fn signed_hadamard(n: usize, seed: u64, index: u64) -> Result<Vec<f64
     for row in r.chunks_mut(n) {
         if rng.random::<bool>() {
             row.iter_mut().for_each(|x| *x = -*x);
+        }
+    }
+    Ok(r)
+}
+
+/// [`signed_hadamard`] of `width`, as often as it fits, along the diagonal of an n×n matrix; each block has signs of its own.
+pub(crate) fn signed_block_hadamard(n: usize, width: usize, seed: u64, index: u64) -> Result<Vec<f64>> {
+    let mut r = vec![0.0; n * n];
+    for at in (0..n).step_by(width) {
+        let block = signed_hadamard(width, seed, (index << 32) + at as u64)?;
+        for (row, block) in r[at * n..].chunks_mut(n).zip(block.chunks(width)) {
+            row[at..at + width].copy_from_slice(block);
         }
     }
     Ok(r)

@@ -310,6 +310,14 @@ fn rotations_start_orthogonal_and_depend_on_the_seed() {
         assert_eq!((back.r1.shape(), distance(&back.r1, &r.r1), distance(&back.r2, &r.r2)), (r.r1.shape(), 0.0, 0.0));
     }
     Rotations::identity(c, d, l).unwrap().check(c, d, l, 0.0).unwrap();
+    let blocks = Rotations::random_block_hadamard(c, d, l, 8, 7).unwrap();
+    blocks.check(c, d, l, 1e-13).unwrap();
+    let r1 = blocks.r1.to_vec::<f64>().unwrap();
+    assert!((0..c * c).all(|i| (i / c / 8 == i % c / 8) == (r1[i] != 0.0)), "blocks of 8, full, and nothing else");
+    let signs = |block: usize| (8 * block..8 * block + 8).map(|i| r1[i * c + 8 * block] > 0.0).collect::<Vec<_>>();
+    assert!((1..7).any(|block| signs(block) != signs(0)), "every block has signs of its own");
+    assert!(distance(&blocks.r1, &Rotations::random_block_hadamard(c, d, l, 8, 8).unwrap().r1) > 1.0);
+    assert!(Rotations::random_block_hadamard(c, d, l, 9, 7).is_err() && Rotations::random_block_hadamard(c, d, l, 0, 7).is_err());
     // Block-diagonal: no Hadamard matrix of this size is known here.
     Rotations::random_hadamard(214, 6, 1, 0).unwrap().check(214, 6, 1, 1e-13).unwrap();
     assert!(Rotations::from_params(&[]).is_err());

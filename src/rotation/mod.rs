@@ -49,6 +49,21 @@ impl Rotations {
         Self::build(hidden, head_dim, layers, |n, i| manifold::signed_hadamard(n, seed, i))
     }
 
+    /// Random Hadamard matrices in blocks of `width` along the diagonal of R1, in `f64`, and whole ones for R2: outliers spread over
+    /// their block only. What a runtime gets that can afford no wider transform.
+    ///
+    /// # Errors
+    /// A width that does not divide the hidden size.
+    pub fn random_block_hadamard(hidden: usize, head_dim: usize, layers: usize, width: usize, seed: u64) -> Result<Self> {
+        if width == 0 || !hidden.is_multiple_of(width) {
+            return Err(Error::argument("block width", format!("expected a divisor of {hidden}, got {width}")));
+        }
+        Self::build(hidden, head_dim, layers, |n, i| match i {
+            0 => manifold::signed_block_hadamard(n, width, seed, i),
+            _ => manifold::signed_hadamard(n, seed, i),
+        })
+    }
+
     /// `of(n, index)` makes the n×n matrix number `index`: 0 is R1, l + 1 is `R2[l]`.
     fn build(hidden: usize, head_dim: usize, layers: usize, of: impl Fn(usize, u64) -> Result<Vec<f64>>) -> Result<Self> {
         let mut r2 = Vec::with_capacity(layers * head_dim * head_dim);

@@ -214,12 +214,16 @@ fn synthetic_text(config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<W
     synthetic::text(config, count, seq_len, count as u64)
 }
 
-/// `none`, `identity`, `hadamard`, `hadamard:SEED`, `orthogonal:SEED`, or a file.
+/// Width of `block-hadamard`: that of the blocks of the microscaling formats.
+const BLOCK_WIDTH: usize = 32;
+
+/// `none`, `identity`, `hadamard[:SEED]`, `block-hadamard[:SEED]` (blocks of 32), `orthogonal[:SEED]`, or a file.
 #[derive(Clone, Debug)]
 pub enum RotationChoice {
     None,
     Identity,
     Hadamard(u64),
+    BlockHadamard(u64),
     Orthogonal(u64),
     File(PathBuf),
 }
@@ -232,10 +236,12 @@ impl std::str::FromStr for RotationChoice {
         };
         Ok(match s.split_once(':') {
             Some(("hadamard", t)) => Self::Hadamard(seed(t)?),
+            Some(("block-hadamard", t)) => Self::BlockHadamard(seed(t)?),
             Some(("orthogonal", t)) => Self::Orthogonal(seed(t)?),
             _ if s == "none" => Self::None,
             _ if s == "identity" => Self::Identity,
             _ if s == "hadamard" => Self::Hadamard(0),
+            _ if s == "block-hadamard" => Self::BlockHadamard(0),
             _ if s == "orthogonal" => Self::Orthogonal(0),
             _ => Self::File(s.into()),
         })
@@ -248,6 +254,7 @@ impl std::fmt::Display for RotationChoice {
             Self::None => write!(f, "none"),
             Self::Identity => write!(f, "identity"),
             Self::Hadamard(seed) => write!(f, "hadamard:{seed}"),
+            Self::BlockHadamard(seed) => write!(f, "block-hadamard:{seed}"),
             Self::Orthogonal(seed) => write!(f, "orthogonal:{seed}"),
             Self::File(path) => write!(f, "{}", path.display()),
         }
@@ -258,7 +265,7 @@ impl RotationChoice {
     /// The seed, where there is one.
     pub fn seed(&self) -> Option<u64> {
         match self {
-            Self::Hadamard(seed) | Self::Orthogonal(seed) => Some(*seed),
+            Self::Hadamard(seed) | Self::BlockHadamard(seed) | Self::Orthogonal(seed) => Some(*seed),
             Self::None | Self::Identity | Self::File(_) => None,
         }
     }
@@ -269,6 +276,7 @@ impl RotationChoice {
             Self::None => return Ok(None),
             Self::Identity => Rotations::identity(c, d, l)?,
             Self::Hadamard(seed) => Rotations::random_hadamard(c, d, l, *seed)?,
+            Self::BlockHadamard(seed) => Rotations::random_block_hadamard(c, d, l, BLOCK_WIDTH, *seed)?,
             Self::Orthogonal(seed) => Rotations::random_orthogonal(c, d, l, *seed)?,
             Self::File(path) => {
                 let rotations = Rotations::load(path)?;

@@ -26,7 +26,7 @@ pub struct Args {
     /// Tokens of a window.
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
-    /// none, identity, hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
+    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
     #[arg(long, value_name = "WHICH", default_value = "none")]
     rotations: RotationChoice,
     /// How weights are quantised.

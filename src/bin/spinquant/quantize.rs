@@ -18,7 +18,7 @@ pub struct Args {
     scheme: SchemeArgs,
     #[command(flatten)]
     gptq: GptqArgs,
-    /// none, identity, hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
+    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
     #[arg(long, value_name = "WHICH")]
     rotations: RotationChoice,
     /// How weights are quantised.
