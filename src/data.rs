@@ -31,8 +31,12 @@ impl Tokenizer {
     /// [`Error::Io`]; [`Error::Format`] when it is not a tokenizer.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let path = dir.as_ref().join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let bad = |e: tokenizers::Error| Error::format(&path, format!("expected a tokenizer: {e}"));
+        Self::from_bytes(&std::fs::read(&path).map_err(Error::io(&path))?, &path)
+    }
+
+    /// The same from the file's bytes; `path` is for messages.
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
+        let bad = |e: tokenizers::Error| Error::format(path, format!("expected a tokenizer: {e}"));
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
         tokenizer.with_truncation(None).map_err(bad)?.with_padding(None);
         Ok(Self(tokenizer))

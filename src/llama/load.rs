@@ -31,10 +31,28 @@ pub struct Checkpoint {
     names: BTreeMap<String, usize>,
 }
 
+/// A file's bytes.
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Mmap),
+    /// Part of the program.
+    Static(&'static [u8]),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    map: Bytes,
     metadata: Metadata,
     /// Where the data starts, after the header.
     start: usize,
@@ -54,6 +72,10 @@ impl Shard {
         let file = File::open(&path).map_err(Error::io(&path))?;
         // SAFETY: read-only; a file that another process shortens while mapped would fault, which the type's documentation rules out.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
+        Self::new(path, Bytes::Mapped(map))
+    }
+
+    fn new(path: PathBuf, map: Bytes) -> Result<Self> {
         let (start, metadata) = io::header(&map).map_err(|e| {
             let size = map.len();
             Error::format(&path, format!("expected a complete safetensors file: {e} (the file has {size} bytes)"))
@@ -70,17 +92,28 @@ impl Checkpoint {
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
-        let mut checkpoint = Self { dir: dir.to_path_buf(), shards: vec![], names: BTreeMap::new() };
         if single.exists() {
-            let shard = Shard::open(single)?;
-            checkpoint.names = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
-            checkpoint.shards.push(shard);
-        } else if index.exists() {
-            checkpoint.open_shards(&index)?;
-        } else {
-            return Err(Error::format(dir, format!("expected {SINGLE} or {INDEX} in this directory, found neither")));
+            return Ok(Self::of(dir, Shard::open(single)?));
         }
-        Ok(checkpoint)
+        if index.exists() {
+            let mut checkpoint = Self { dir: dir.to_path_buf(), shards: vec![], names: BTreeMap::new() };
+            checkpoint.open_shards(&index)?;
+            return Ok(checkpoint);
+        }
+        Err(Error::format(dir, format!("expected {SINGLE} or {INDEX} in this directory, found neither")))
+    }
+
+    /// The bytes of one safetensors file that is part of the program; `name` is for messages.
+    ///
+    /// # Errors
+    /// They are not a whole safetensors file.
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        Ok(Self::of(Path::new(name), Shard::new(name.into(), Bytes::Static(bytes))?))
+    }
+
+    fn of(dir: &Path, shard: Shard) -> Self {
+        let names = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
+        Self { dir: dir.to_path_buf(), shards: vec![shard], names }
     }
 
     fn open_shards(&mut self, index: &Path) -> Result<()> {
@@ -265,8 +298,16 @@ impl Source {
     /// # Errors
     /// Those of [`Checkpoint::open`] and [`LlamaConfig::validate`].
     pub fn open(dir: impl AsRef<Path>, config: &LlamaConfig) -> Result<Self> {
+        Self::new(Checkpoint::open(dir)?, config)
+    }
+
+    /// The weights in a checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::validate`].
+    pub fn new(checkpoint: Checkpoint, config: &LlamaConfig) -> Result<Self> {
         config.validate()?;
-        Ok(Self { checkpoint: Checkpoint::open(dir)?, config: config.clone() })
+        Ok(Self { checkpoint, config: config.clone() })
     }
 
     /// Sizes.
@@ -372,9 +413,13 @@ impl Weights {
     /// # Errors
     /// Those of [`Checkpoint`] and [`LlamaConfig::validate`]; a value too large for `dtype`.
     pub fn load(dir: impl AsRef<Path>, config: &LlamaConfig, dtype: DType) -> Result<Self> {
-        let source = Source::open(dir, config)?;
-        let (embedding, head) = (source.embedding(dtype)?, source.head(dtype)?);
-        Ok(Self { embedding, head, layers: (0..config.layers).map(|l| source.layer(l, dtype)).collect::<Result<_>>()? })
+        Self::read(&Source::open(dir, config)?, dtype)
+    }
+
+    /// [`Weights::load`] from a model that was opened.
+    pub fn read(source: &Source, dtype: DType) -> Result<Self> {
+        let layers = (0..source.config.layers).map(|l| source.layer(l, dtype)).collect::<Result<_>>()?;
+        Ok(Self { embedding: source.embedding(dtype)?, head: source.head(dtype)?, layers })
     }
 
     /// Random `f64` weights for tests: normal, variance 1/in, so that every linear keeps the scale of a normalised input
