@@ -18,25 +18,26 @@
 //!
 //! ```
 //! use spinquant::learn::{LearnOptions, learn};
-//! use spinquant::llama::{Llama, LlamaConfig, Weights};
 //! use spinquant::optim::{CayleySgd, Mode};
 //! use spinquant::rotation::Rotations;
-//! use spinquant::{data::Windows, eval::perplexity, quant::Scheme};
-//! use std::{ops::ControlFlow::Continue, path::Path};
+//! use spinquant::{demo, eval::perplexity, quant::Scheme};
+//! use std::ops::ControlFlow::Continue;
 //!
-//! let json = br#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-//!     "num_attention_heads": 2, "vocab_size": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu"}"#;
-//! let config = LlamaConfig::from_json(json, Path::new("config.json"))?;
-//! let model = Llama::new(config.clone(), Weights::random(&config, 0)?)?; // or Llama::load(folder, DType::F32, &Device::Cpu)
-//! let text = Windows::new((0..320u32).map(|i| i * i % 31).collect::<Vec<_>>(), 16)?;
+//! let (model, scheme) = (demo::model()?, Scheme::new(4, 4, 4)); // or Llama::load(folder, DType::F32, &Device::Cpu)
+//! let (text, test) = (demo::windows(demo::CALIBRATION, 64)?, demo::windows(&demo::TEST[..20_000], 64)?);
+//! let score = |r: Option<&Rotations>| Ok(perplexity(&model.merge(r, &scheme)?, &test, |_| Continue(()))?.perplexity);
 //!
-//! let start = Rotations::random_hadamard(16, 8, 1, 0)?;
-//! let options = LearnOptions { scheme: Scheme::new(4, 4, 4), steps: 3, batch: 2, held_out: 4, ..LearnOptions::default() };
-//! let learned = learn(&model, &text, start, &mut CayleySgd::new(Mode::Default), &options, |_| Continue(()))?;
-//! assert!(learned.orthogonality_error <= 1e-6);
+//! let c = &model.config;
+//! let start = Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, 0)?;
+//! let options = LearnOptions { scheme, steps: 10, held_out: 4, ..LearnOptions::default() };
+//! let learned = learn(&model, &text, start.clone(), &mut CayleySgd::new(Mode::Default), &options, |step| {
+//!     println!("step {}: loss {:.3}", step.step, step.loss);
+//!     Continue(())
+//! })?;
 //!
-//! let quantized = model.merge(Some(&learned.rotations), &Scheme::new(4, 4, 4))?;
-//! println!("perplexity {:.2}", perplexity(&quantized, &text, |_| Continue(()))?.perplexity);
+//! let [plain, hadamard, learned] = [score(None)?, score(Some(&start))?, score(Some(&learned.rotations))?];
+//! println!("W4A4KV4 perplexity: {plain:.2} without rotations, {hadamard:.2} with Hadamards, {learned:.2} learned");
+//! assert!(learned < hadamard && hadamard < plain);
 //! # Ok::<(), spinquant::Error>(())
 //! ```
 //!
@@ -49,17 +50,24 @@
 //! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
 //! | what learning minimises | [`objective`] |
 //! | the learning loop and its checkpoints | [`learn`](mod@learn) |
+//! | what quantisers are given, before and after rotation | [`inspect`] |
+//! | the embedded model | [`demo`] |
+//! | how to add an operation, a rotation kind, an optimiser, a retraction, a kernel | [`extending`] |
 //! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]
 
 pub mod check;
 pub mod data;
+pub mod demo;
 pub mod device;
 mod dtype;
 mod error;
 pub mod eval;
 pub mod export;
+#[doc = include_str!("../docs/extending.md")]
+pub mod extending {}
 mod factor;
+pub mod inspect;
 pub mod io;
 #[cfg(feature = "cuda")]
 pub mod kernels;
@@ -72,6 +80,8 @@ pub mod objective;
 pub mod ops;
 pub mod optim;
 pub mod outliers;
+#[cfg(feature = "cli")]
+pub mod plot;
 pub mod quant;
 pub mod rotation;
 pub mod tape;

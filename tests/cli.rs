@@ -240,7 +240,7 @@ fn compare_prints_the_table() {
         let row = table["rows"].as_array().unwrap().iter().find(|r| r["name"] == name).unwrap().clone();
         (row["rotations"].as_str().unwrap().to_string(), number(&row, "perplexity"))
     };
-    assert_eq!(row(&alone, "learned").0, "learned at W4A4KV4, 1 seeds");
+    assert_eq!(row(&alone, "learned").0, "learned at W4A4KV4, 1 seed");
     assert_eq!(row(&with, "learned").0, "learned at W4A4KV4 with r3,r4, 1 seeds");
     assert_eq!(row(&with, "learned + gptq").0, "learned at W16A4KV4 with r3,r4, 1 seeds");
     for name in ["learned", "learned + gptq"] {

@@ -1,10 +1,12 @@
-//! The command line: `spinquant learn`, `clip`, `eval`, `compare`, `quantize`, `rotations`, `bench`.
+//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `compare`, `inspect`, `quantize`, `rotations`, `bench`.
 
 mod bench;
 mod clip;
 mod common;
 mod compare;
+mod demo;
 mod eval;
+mod inspect;
 mod learn;
 mod profile;
 mod quantize;
@@ -33,6 +35,10 @@ enum Command {
     Eval(eval::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
     Compare(compare::Args),
+    /// That table on a small embedded model, with a picture: what all this is about, in a minute.
+    Demo(demo::Args),
+    /// What every quantiser is given: outliers, kurtosis, error; tables and pictures, before and after rotation.
+    Inspect(inspect::Args),
     /// Write a quantised model.
     Quantize(Box<quantize::Args>),
     /// Check rotation files, or translate them.
@@ -50,6 +56,8 @@ fn main() -> ExitCode {
         Command::Clip(args) => clip::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Rotations(args) => rotations::run(&args),
         Command::Profile(args) => profile::run(&args),
