@@ -241,8 +241,8 @@ fn compare_prints_the_table() {
         (row["rotations"].as_str().unwrap().to_string(), number(&row, "perplexity"))
     };
     assert_eq!(row(&alone, "learned").0, "learned at W4A4KV4, 1 seed");
-    assert_eq!(row(&with, "learned").0, "learned at W4A4KV4 with r3,r4, 1 seeds");
-    assert_eq!(row(&with, "learned + gptq").0, "learned at W16A4KV4 with r3,r4, 1 seeds");
+    assert_eq!(row(&with, "learned").0, "learned at W4A4KV4 with r3,r4, 1 seed");
+    assert_eq!(row(&with, "learned + gptq").0, "learned at W16A4KV4 with r3,r4, 1 seed");
     for name in ["learned", "learned + gptq"] {
         assert_ne!(row(&alone, name).1, row(&with, name).1, "{name}");
     }
