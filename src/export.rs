@@ -34,24 +34,22 @@
 
 mod native;
 mod parts;
+mod write;
 
 pub use native::{Native, is_native, load_native};
+pub use write::{write_hf, write_quantized, write_rtn};
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::llama::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, Llama, LlamaConfig, NORMS, Rotated, Source};
+use crate::llama::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, LlamaConfig, NORMS};
 use crate::ops::fake_quant::{Quantized, quantize};
-use crate::quant::{
-    Calibration, LayerReport, LayerStore, Online, QuantSpec, QuantizedLayer, QuantizedLinear, Rtn, Scheme, WeightQuantizer,
-    quantize_layers,
-};
+use crate::quant::{Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor, io};
 use parts::{Part, Raw};
@@ -168,7 +166,7 @@ impl Stored {
 /// A layer's linears in the order of [`LayerWeights`]' fields, rotated.
 pub type StoredLayer = [Stored; 7];
 
-/// Rounds a layer's rotated weights to nearest: the very codes that [`Llama::merge`]'s weights are made of.
+/// Rounds a layer's rotated weights to nearest: the very codes that [`Llama::merge`](crate::llama::Llama::merge)'s weights are made of.
 pub fn round_to_nearest(weights: &LayerWeights, spec: &QuantSpec) -> Result<StoredLayer> {
     let mut stored = vec![];
     for w in weights.as_array() {
@@ -468,93 +466,4 @@ fn check_free(dir: &Path, overwrite: bool) -> Result<()> {
         Some(_) if !overwrite => Err(Error::format(dir, "the output folder is not empty; choose another or overwrite it")),
         _ => Ok(()),
     }
-}
-
-/// Quantises a rotated model layer by layer and writes it. A run that was interrupted continues, and ends in the same bytes.
-///
-/// # Errors
-/// Those of [`Writer`] and [`quantize_layers`]; a model whose RMSNorm gains are not folded into its weights.
-pub fn write_quantized(
-    rotated: &Rotated<'_>,
-    quantizer: &dyn WeightQuantizer,
-    calibration: Option<&Calibration<'_>>,
-    output: Output<'_>,
-    progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
-) -> Result<()> {
-    if !rotated.is_folded() {
-        return Err(Error::argument("export", "expected a model whose RMSNorm gains are folded (Llama::load)"));
-    }
-    let (dtype, rotations) = (rotated.dtype(), rotated.rotations());
-    let writer = Writer::create(output, rotated.config(), rotated.scheme(), dtype, rotations, &rotated.sha256()?)?;
-    quantize_layers(rotated, quantizer, calibration, &mut Layers(&writer), progress, drop)?;
-    writer.finish(&rotated.embedding()?, &rotated.head()?)
-}
-
-/// The layers of an unfinished output.
-struct Layers<'a, 'w>(&'a Writer<'w>);
-
-impl LayerStore for Layers<'_, '_> {
-    fn has(&self, index: usize) -> bool {
-        self.0.has_layer(index)
-    }
-
-    fn load(&mut self, index: usize, dtype: DType, device: &Device) -> Result<QuantizedLayer> {
-        let mut linears = vec![];
-        for stored in self.0.read_layer(index)? {
-            linears.push(match stored {
-                Stored::Codes(codes) => QuantizedLinear::from_codes(codes, dtype, device)?,
-                Stored::Values(values) => QuantizedLinear::exact(&values.to_device(device)?),
-            });
-        }
-        Ok(QuantizedLayer { index, linears: linears.try_into().expect("seven of them") })
-    }
-
-    fn save(&mut self, layer: &QuantizedLayer) -> Result<()> {
-        let hf = self.0.output.format == Format::Hf;
-        let stored = layer.linears.each_ref().map(|l| match &l.codes {
-            Some(codes) if !hf => Stored::Codes(codes.clone()),
-            _ => Stored::Values(l.weight.clone()),
-        });
-        self.0.layer(layer.index, &stored)
-    }
-}
-
-/// Merges rotations into the model at `source` and writes it in the Hugging Face layout: all in `f64`, a layer at a time, rounded
-/// once to the source's element type; then, where the scheme quantises weights, to the nearest values of its grid. `progress` is
-/// told how many layers are done. Other quantisers: [`Rotated::open`] and [`write_quantized`].
-///
-/// # Errors
-/// Those of [`Source`], [`Writer`], and rotations that do not fit.
-pub fn write_hf(
-    source: &Path,
-    rotations: Option<&Rotations>,
-    scheme: &Scheme,
-    output: Output<'_>,
-    progress: impl FnMut(usize),
-) -> Result<()> {
-    let config = LlamaConfig::from_file(source.join("config.json"))?;
-    let weights = Source::open(source, &config)?;
-    let output = Output { format: Format::Hf, source: Some(source), ..output };
-    write_rounded(&Rotated::open(&weights, rotations, scheme, &Device::Cpu)?, output, progress)
-}
-
-/// Writes what [`Llama::merge`] makes of a model, weights rounded to nearest; a native output loads to the same bits.
-///
-/// # Errors
-/// Those of [`Writer`], and rotations that do not fit.
-pub fn write_rtn(
-    model: &Llama,
-    rotations: Option<&Rotations>,
-    scheme: &Scheme,
-    output: Output<'_>,
-    progress: impl FnMut(usize),
-) -> Result<()> {
-    write_rounded(&Rotated::new(model, rotations, scheme)?, output, progress)
-}
-
-fn write_rounded(rotated: &Rotated<'_>, output: Output<'_>, mut progress: impl FnMut(usize)) -> Result<()> {
-    write_quantized(rotated, &Rtn, None, output, |report| {
-        progress(report.done);
-        ControlFlow::Continue(())
-    })
 }
