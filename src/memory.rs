@@ -165,12 +165,20 @@ impl Sizes {
     }
 }
 
+/// What a step needs and how long it takes if it is run this way.
+pub fn predict(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize, card: &Card) -> Planned {
+    let sizes = Sizes::new(config, work);
+    let items = sizes.items(work, &plan, micro_batch);
+    let penalty = 1.0 + 0.02 * parts_penalty(micro_batch, plan.sequences);
+    let seconds = penalty * sizes.seconds(config, work, &plan, micro_batch, card);
+    Planned { plan, micro_batch, items, seconds }
+}
+
 /// The fastest way to run a step within `budget` bytes on this card.
 ///
 /// # Errors
 /// Nothing fits: says what the leanest plan needs and which setting would help.
 pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Result<Planned> {
-    let sizes = Sizes::new(config, work);
     let mut best: Option<Planned> = None;
     let mut leanest: Option<Planned> = None;
     for micro in divisors(work.batch) {
@@ -178,13 +186,7 @@ pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Re
             for sequences in std::iter::once(0).chain(divisors(micro).into_iter().skip(1)) {
                 for recompute in 0..=config.layers {
                     let plan = Plan { recompute, keep_weights, sequences };
-                    let planned = Planned {
-                        plan,
-                        micro_batch: micro,
-                        items: sizes.items(work, &plan, micro),
-                        seconds: sizes.seconds(config, work, &plan, micro, card)
-                            * (1.0 + 0.02 * sequences_penalty(micro, sequences)),
-                    };
+                    let planned = predict(config, work, plan, micro, card);
                     let bytes = planned.bytes();
                     if leanest.as_ref().is_none_or(|p| bytes < p.bytes()) {
                         leanest = Some(planned.clone());
@@ -201,7 +203,7 @@ pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Re
     }
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let needed = leanest.map_or(0, |p| p.bytes());
-    let weights = sizes.items(work, &Plan::LEAN, 1)[0].1;
+    let weights = Sizes::new(config, work).items(work, &Plan::LEAN, 1)[0].1;
     let help = if weights > budget {
         format!("the weights alone are {:.1} GiB; use a smaller model or a card with more memory", gib(weights))
     } else {
@@ -214,7 +216,7 @@ pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Re
 }
 
 /// How much less of a product's rate small parts reach, in steps of 2 %.
-fn sequences_penalty(micro: usize, sequences: usize) -> f64 {
+fn parts_penalty(micro: usize, sequences: usize) -> f64 {
     if sequences == 0 { 0.0 } else { (micro as f64 / sequences as f64).log2() }
 }
 

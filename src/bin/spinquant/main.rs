@@ -7,6 +7,7 @@ mod compare;
 mod demo;
 mod eval;
 mod inspect;
+mod growth;
 mod learn;
 mod profile;
 mod quantize;

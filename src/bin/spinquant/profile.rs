@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use spinquant::data::targets;
 use spinquant::learn::learn;
 use spinquant::llama::{Llama, Recompute, RotationVars};
+use spinquant::memory::{Card, Work, predict};
 use spinquant::ops::matmul::product;
 use spinquant::quant::{Clip, Scheme};
 use spinquant::rotation::Rotations;
@@ -34,6 +35,9 @@ pub struct Args {
     /// The folder of the golden tests [default: $SPINQUANT_GOLDENS, else tests/fixtures].
     #[arg(long, value_name = "DIR")]
     goldens: Option<PathBuf>,
+    /// Instead: how time and memory grow with layers, batch, sequence length and width, as growth.csv and growth.png in this folder.
+    #[arg(long, value_name = "DIR")]
+    growth: Option<PathBuf>,
     /// Rows of the table of phases.
     #[arg(long, default_value_t = 40)]
     rows: usize,
@@ -48,6 +52,9 @@ pub fn run(args: &Args) -> Result<()> {
     let folder = args.goldens.clone().or_else(|| std::env::var_os("SPINQUANT_GOLDENS").map(PathBuf::from));
     let worst = goldens(&folder.unwrap_or_else(|| "tests/fixtures".into()), &device)?;
     progress.say(&format!("goldens in f32 on {device}: loss within {:.1e}, cosine of dR1 at least {:.6}", worst.0, worst.1));
+    if let Some(folder) = &args.growth {
+        return crate::growth::run(folder, args.scheme.scheme(), &device, &card(&device)?);
+    }
     let ceilings = ceilings(&device)?;
 
     let start = Instant::now();
@@ -93,11 +100,14 @@ pub fn run(args: &Args) -> Result<()> {
     let median = sorted.get(sorted.len() / 2).copied().unwrap_or(watched);
     let peak = peak_bytes(&device).unwrap_or(0) as f64 / f64::from(1 << 30);
     let tokens = (options.batch * args.seq_len) as f64;
+    let work = Work { batch: options.batch, seq: args.seq_len, scheme, dtype: model.dtype() };
+    let predicted = predict(config, &work, plan, options.micro_batch, &card(&device)?);
+    let predicted = (predicted.seconds, predicted.bytes() as f64 / f64::from(1 << 30));
     let report = json!({
         "scheme": scheme.to_string(), "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,
         "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights, "sequences": plan.sequences,
             "micro_batch": options.micro_batch},
-        "seconds": median, "all_seconds": seconds, "losses": losses, "peak_gib": peak, "loading_seconds": loading,
+        "seconds": median, "predicted_seconds": predicted.0, "predicted_gib": predicted.1, "all_seconds": seconds, "losses": losses, "peak_gib": peak, "loading_seconds": loading,
         "orthogonality_error": learned.orthogonality_error, "tokens_per_second": tokens / median,
         "copy_gb_per_s": ceilings.0, "gemm_tflops": ceilings.1,
         "phases": phases.iter().map(Row::json).collect::<Vec<_>>(),
@@ -112,6 +122,7 @@ pub fn run(args: &Args) -> Result<()> {
         timed.len(),
         learned.orthogonality_error
     );
+    println!("predicted: {:.3} s a step, peak memory {:.2} GiB", predicted.0, predicted.1);
     println!("ceilings in this run: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s", ceilings.0, ceilings.1);
     let sum: f64 = phases.iter().map(|r| r.ms).sum();
     println!("one step under watch: {:.0} ms, of which {:.0} ms idle", 1e3 * watched, 1e3 * watched - sum);
@@ -148,6 +159,14 @@ impl Row {
     fn json(&self) -> Value {
         json!({"pass": self.pass, "part": self.part, "work": self.what, "calls": self.count, "ms": self.ms,
             "bytes": self.bytes, "flops": self.flops})
+    }
+}
+
+fn card(device: &Device) -> Result<Card> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(d) => d.card(),
+        _ => Ok(Card::h100()),
     }
 }
 

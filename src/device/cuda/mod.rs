@@ -181,6 +181,17 @@ impl CudaDevice {
         self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
     }
 
+    /// Lets [`CudaDevice::peak_bytes`] begin anew with what lives now.
+    pub fn reset_peak(&self) -> Result<()> {
+        let mut zero = 0u64;
+        // SAFETY: the device is valid; the attribute is a 64-bit integer.
+        unsafe {
+            let pool = result::device::get_mem_pool(self.0.context.cu_device()).map_err(driver_error("memory pool"))?;
+            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut zero).cast()).map_err(driver_error("memory pool"))
+        }
+    }
+
     fn pool(&self, attribute: sys::CUmemPool_attribute) -> Result<u64> {
         let mut value = 0u64;
         // SAFETY: the device is valid; the attribute is a 64-bit integer.
