@@ -4,7 +4,7 @@ use spinquant::llama::{Block, Llama, Recompute, RotationVars, synthetic};
 use spinquant::ops::matmul::product;
 use spinquant::quant::Scheme;
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Device, Tape, Tensor};
+use spinquant::{DType, Device, Tape, Tensor, ops};
 
 fn gpu() -> Option<Device> {
     let device = Device::cuda(0);
@@ -24,13 +24,14 @@ fn models(device: &Device) -> (Llama, Llama) {
     (Llama { config, embedding, head, blocks }, narrow)
 }
 
-/// As learning leaves them: dense, none of their values a round number. (Products of two random Hadamards.)
+/// As learning leaves them: dense, none of their values a round number. (Products of four random Hadamards; those of two are
+/// multiples of 1/n.)
 fn rotations(model: &Llama, device: &Device) -> Rotations {
     let c = &model.config;
     let make = |seed| Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed).unwrap().to_device(device).unwrap();
-    let (a, b) = (make(0), make(1));
-    let times = |a: &Tensor, b: &Tensor| product(a, false, b, false, false, DType::F64).unwrap();
-    Rotations { r1: times(&a.r1, &b.r1), r2: times(&a.r2, &b.r2) }.to_dtype(DType::F32).unwrap()
+    let times = |a: Tensor, b: &Tensor| product(&a, false, b, false, false, DType::F64).unwrap();
+    let chain = |a: Rotations, b: Rotations| Rotations { r1: times(a.r1, &b.r1), r2: times(a.r2, &b.r2) };
+    (1..4).map(make).fold(make(0), chain).to_dtype(DType::F32).unwrap()
 }
 
 fn gradient(model: &Llama, rotations: &Rotations, scheme: &str) -> (f64, Vec<f64>) {
@@ -75,15 +76,40 @@ fn rotating_a_weight_costs_little_beside_rounding_it() {
         w.into_vec().into_iter().map(|w| w.into_value().to_f64_vec().unwrap()).collect::<Vec<_>>()
     };
     let ours = rotate(block, &r);
-    let exact = rotate(
-        &block.with_weights(block.weights.map(|w| w.to_dtype(DType::F64)).unwrap()),
-        &r.to_dtype(DType::F64).unwrap(),
-    );
+    let exact =
+        rotate(&block.with_weights(block.weights.map(|w| w.to_dtype(DType::F64)).unwrap()), &r.to_dtype(DType::F64).unwrap());
     for ((name, ours), exact) in spinquant::llama::LayerWeights::NAMES.iter().zip(&ours).zip(&exact) {
-        let rounded = Tensor::from_vec(exact.clone(), [exact.len()]).unwrap().to_dtype(DType::BF16).unwrap().to_f64_vec().unwrap();
+        let rounded =
+            Tensor::from_vec(exact.clone(), [exact.len()]).unwrap().to_dtype(DType::BF16).unwrap().to_f64_vec().unwrap();
         let square = |x: &[f64]| x.iter().zip(exact).map(|(x, e)| (x - e) * (x - e)).sum::<f64>();
         let ratio = (square(ours) / square(&rounded) - 1.0).max(0.0).sqrt();
         println!("{name}: the rotation's rms error is {ratio:.3} of that of rounding to bf16");
         assert!(ratio <= 0.25, "{name}: {ratio}");
     }
+}
+
+/// Products of a rotation and 16-bit weights take both as f16, scaled to use its range. The same rounding on the CPU.
+#[test]
+fn halves_hold_enough_of_a_rotation() {
+    let n = 512;
+    let r = Rotations::random_orthogonal(n, 2, 1, 0).unwrap().r1;
+    let w = ops::randn([256, n], 3).to_dtype(DType::BF16).unwrap();
+    // The largest value between 2^14 and 2^15.
+    let halves = |t: &Tensor, dtype: DType| {
+        let x = t.to_f64_vec().unwrap();
+        let scale = 2f64.powi(14 - x.iter().fold(0f64, |m, x| m.max(x.abs())).log2().floor() as i32);
+        let scaled = x.iter().map(|x| x * scale).collect::<Vec<_>>();
+        let rounded = Tensor::from_vec(scaled, t.shape()).unwrap().to_dtype(dtype).unwrap().to_f64_vec().unwrap();
+        Tensor::from_vec(rounded.into_iter().map(|x| x / scale).collect::<Vec<_>>(), t.shape()).unwrap()
+    };
+    let wide = w.to_dtype(DType::F64).unwrap();
+    assert_eq!(halves(&w, DType::F16).to_f64_vec().unwrap(), wide.to_f64_vec().unwrap(), "bf16 weights lose nothing");
+    let times = |r: &Tensor| product(&wide, false, r, false, false, DType::F64).unwrap().to_f64_vec().unwrap();
+    let exact = times(&r);
+    let distance = |x: &[f64]| x.iter().zip(&exact).map(|(x, e)| (x - e) * (x - e)).sum::<f64>().sqrt();
+    let rounding =
+        distance(&Tensor::from_vec(exact.clone(), [exact.len()]).unwrap().to_dtype(DType::BF16).unwrap().to_f64_vec().unwrap());
+    let ratio = |dtype| distance(&times(&halves(&r, dtype))) / rounding;
+    println!("beside rounding the product to bf16: R in f16 {:.3}, R in bf16 {:.3}", ratio(DType::F16), ratio(DType::BF16));
+    assert!(ratio(DType::F16) <= 0.25 && ratio(DType::BF16) > 0.5);
 }

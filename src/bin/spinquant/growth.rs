@@ -8,7 +8,7 @@ use std::path::Path;
 use spinquant::learn::{LearnOptions, learn};
 use spinquant::llama::{Plan, Recompute, synthetic};
 use spinquant::memory::{Card, Planned, Work, predict};
-use spinquant::optim::CayleySgd;
+use spinquant::optim::{CayleySgd, Mode};
 use spinquant::plot::{Axes, Panel, Series, lines};
 use spinquant::quant::Scheme;
 use spinquant::rotation::Rotations;
@@ -71,7 +71,7 @@ fn measure(point: &Point, scheme: Scheme, device: &Device, card: &Card) -> Resul
         ..LearnOptions::default()
     };
     let mut seconds = f64::INFINITY;
-    learn(&model, &windows, start, &mut CayleySgd::default(), &options, |step| {
+    learn(&model, &windows, start, &mut CayleySgd::new(Mode::Default), &options, |step| {
         seconds = seconds.min(step.seconds);
         ControlFlow::Continue(())
     })?;
@@ -96,8 +96,8 @@ pub fn run(folder: &Path, scheme: Scheme, device: &Device, card: &Card) -> Resul
     let base = [base.seconds, base.bytes];
     let mut panels = vec![];
     for (what, unit, points) in sweeps() {
-        let mut series = ["time", "time, predicted", "memory", "memory, predicted"]
-            .map(|name| Series { name: name.into(), points: vec![] });
+        let mut series =
+            ["time", "time, predicted", "memory", "memory, predicted"].map(|name| Series { name: name.into(), points: vec![] });
         for point in points {
             let m = measure(&point, scheme, device, card)?;
             let size = match what {
@@ -122,6 +122,14 @@ pub fn run(folder: &Path, scheme: Scheme, device: &Device, card: &Card) -> Resul
     spinquant::io::write_atomically(&path, |out| std::io::Write::write_all(out, csv.as_bytes()))?;
     let axes = Axes { x: "size, multiples of the base", y: "multiples of the base's step", log_y: false };
     lines(&folder.join("growth.png"), (1500, 460), &panels, axes)?;
-    println!("base: {} of {} layers, {} x {} tokens: {:.3} s, {:.2} GiB", BASE.shape, BASE.layers, BASE.batch, BASE.seq, base[0], gib(base[1]));
+    println!(
+        "base: {} of {} layers, {} x {} tokens: {:.3} s, {:.2} GiB",
+        BASE.shape,
+        BASE.layers,
+        BASE.batch,
+        BASE.seq,
+        base[0],
+        gib(base[1])
+    );
     Ok(())
 }
