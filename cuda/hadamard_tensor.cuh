@@ -99,11 +99,12 @@ __device__ __forceinline__ uint32_t spread(uint32_t x) {
   return (x | x << 1) & 0x55555555u;
 }
 
-// 32 signs of row i of A, columns 32 w .. 32 w + 31; `table` is H_K or its transpose, packed by rows, in shared memory.
+// 32 signs of row i of A, columns 32 w .. 32 w + 31; `table` is H_K or its transpose, packed by rows, in shared memory. Rows
+// past the last begin again with the first.
 __device__ inline uint32_t left_signs(const uint32_t *table, int k, int j_log2, int i, int w) {
-  const int row = i >> j_log2, inner = i & ((1 << j_log2) - 1);
+  const int row = k > 1 ? (i >> j_log2) % k : 0, inner = i & ((1 << j_log2) - 1);
   uint32_t signs = 0;
-  if (k > 1 && row < k) {
+  if (k > 1) {
     const uint32_t *words = table + row * ceil_div(k, 32);
     if (j_log2 == 0) {
       if (w * 32 < k) signs = words[w];

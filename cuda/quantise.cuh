@@ -20,6 +20,7 @@ struct Quantiser {
   float clip;
   bool symmetric, weight;
   bool with_zero;  // an asymmetric range is widened to include 0
+  float per_span, per_maxq;  // 1 / (highest - lowest), 1 / maxq
 };
 
 // False where the arguments make no sense. `cols` is the length of a row.
@@ -28,7 +29,8 @@ inline bool make_quantiser(Quantiser *out, const sq_quant &quant, int64_t cols) 
   if (quant.group > 0 && cols % quant.group != 0) return false;
   const bool symmetric = quant.symmetric != 0;
   const float maxq = float((1 << (symmetric ? quant.bits - 1 : quant.bits)) - 1);
-  *out = {maxq, symmetric ? -maxq - 1.0f : 0.0f, maxq, quant.clip, symmetric, quant.weight != 0, quant.group == 0};
+  const float lowest = symmetric ? -maxq - 1.0f : 0.0f;
+  *out = {maxq, lowest, maxq, quant.clip, symmetric, quant.weight != 0, quant.group == 0, 1.0f / (maxq - lowest), 1.0f / maxq};
   return true;
 }
 
@@ -51,6 +53,35 @@ __device__ __forceinline__ Range warp_range(Range r) {
   }
   return r;
 }
+
+// A range that is to be widened to include 0, or of which only the largest magnitude matters, by comparing bits: as signed
+// integers non-negative floats order as they are and above all negative ones, as unsigned integers the negative ones do,
+// by magnitude, above all others. Where there is no value of a sign the extreme of that sign is some value of the other,
+// which changes neither the widened range nor the magnitude. Three operands are one instruction from sm_90 on.
+struct SignedRange {
+  int hi = 0;
+  unsigned lo = 0;
+  template <int N>
+  __device__ __forceinline__ void add(const float (&x)[N]) {
+    static_assert(N % 2 == 0, "in pairs");
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      hi = __vimax3_s32(hi, __float_as_int(x[i]), __float_as_int(x[i + 1]));
+      lo = __vimax3_u32(lo, __float_as_uint(x[i]), __float_as_uint(x[i + 1]));
+    }
+  }
+  __device__ __forceinline__ void add(const SignedRange &other) {
+    hi = max(hi, other.hi);
+    lo = max(lo, other.lo);
+  }
+  __device__ __forceinline__ SignedRange over_warp() const {
+    SignedRange all;
+    all.hi = __reduce_max_sync(0xffffffffu, hi);
+    all.lo = __reduce_max_sync(0xffffffffu, lo);
+    return all;
+  }
+  __device__ __forceinline__ Range range() const { return {__uint_as_float(lo), __int_as_float(hi)}; }
+};
 
 // Over a whole block; every thread receives the result. `scratch` is 32 pairs of shared memory. Two calls in a row may
 // use the same scratch only with a barrier between them.
@@ -121,6 +152,30 @@ __device__ __forceinline__ Step find_step(const Quantiser &q, Range range, float
   return {scale, rintf(-lo / scale)};
 }
 
+// a / b by the sequence that the compiler divides by where both are ordinary numbers, given the reciprocal of b, rounded.
+__device__ __forceinline__ float divide(float a, float b, float reciprocal) {
+  const float t = __fmul_rn(a, reciprocal);
+  const float faithful = __fmaf_rn(__fmaf_rn(-t, b, a), reciprocal, t);
+  return __fmaf_rn(__fmaf_rn(-faithful, b, a), reciprocal, faithful);
+}
+
+// find_step for an asymmetric range with zero, with less waiting where the numbers are ordinary: the quotients are rounded
+// correctly all the same (see Coder).
+__device__ __forceinline__ Step find_step_quickly(const Quantiser &q, Range range, float clip) {
+  const float lo = __fmul_rn(clip, fminf(range.lo, 0.0f)), span = __fsub_rn(__fmul_rn(clip, fmaxf(range.hi, 0.0f)), lo);
+  if (q.symmetric || !q.with_zero || !(span > 0x1p-50f && span < 0x1p60f)) return find_step(q, range, clip);
+  const float scale = divide(span, q.maxq, q.per_maxq);
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
+  reciprocal = __fmaf_rn(__fmaf_rn(-scale, reciprocal, 1.0f), reciprocal, reciprocal);
+  return {scale, rintf(divide(-lo, scale, reciprocal))};
+}
+
+// True where scale and clip are ordinary numbers.
+__device__ __forceinline__ bool is_quick(Step s, float clip) {
+  return s.scale > 0x1p-60f && s.scale < 0x1p60f && clip > 0x1p-10f && fabsf(s.zero) < 0x1p20f;
+}
+
 // Quantises many values with one step. Where scale and clip are ordinary numbers (`quick`), the division is two
 // Newton corrections of x * (1 / s), and rint is an addition that pushes the fraction out of the significand:
 //   - with r = 1/s correctly rounded, x * r is within 1.5 ulp of x / s, one correction makes it faithful (within 1 ulp),
@@ -137,7 +192,7 @@ struct Coder {
 
   __device__ __forceinline__ Coder(const Quantiser &q, Step s, float clip)
       : step(s), lowest(q.lowest), highest(q.highest), reciprocal(1.0f / s.scale), shift(kMagic - s.zero) {
-    quick = s.scale > 0x1p-60f && s.scale < 0x1p60f && clip > 0x1p-10f && fabsf(s.zero) < 0x1p20f;
+    quick = is_quick(s, clip);
   }
 
   // The code of x, an integer in a float.
@@ -178,22 +233,43 @@ struct Coder {
   }
 };
 
-// The same for values that were just computed, with errors of their own of several ulp: the product with the reciprocal
-// stands for the quotient, which moves a rounding boundary by no more than 1.5 ulp of x.
-struct NearCoder : Coder {
-  using Coder::Coder;
+// The same for values that were just computed, with errors of their own of several ulp of the largest: x * (1 / s) stands for
+// the quotient, and the clamp is the saturation of a multiply-add. With least = lowest - z and n steps from the lowest code
+// to the highest, u = clamp((x / s - least) / n, 0, 1) is within 2^-22 of exact, so the boundaries between codes move by no
+// more than an ulp or two of the range; least + n u is rounded to an integer as rint(x / s) is, ties to even. `factor`
+// multiplies every x first (the factor that a transform left out).
+struct NearCoder {
+  const Quantiser &q;
+  Step step;
+  float clip, factor, slope, start, base;
+  bool quick;
+
+  __device__ __forceinline__ NearCoder(const Quantiser &q, Step s, float clip, float factor = 1.0f)
+      : q(q), step(s), clip(clip), factor(factor) {
+    const float least = q.lowest - s.zero;
+    slope = __fdividef(factor * q.per_span, s.scale);
+    start = -least * q.per_span;
+    base = Coder::kMagic + least;
+    quick = is_quick(s, clip);
+  }
+
+  __device__ __forceinline__ float quick_value(float x) const {
+    const float u = __saturatef(__fmaf_rn(x, slope, start));
+    return __fmul_rn(step.scale, __fsub_rn(__fmaf_rn(u, q.highest - q.lowest, base), Coder::kMagic));
+  }
+  __device__ __forceinline__ float value(float x) const {
+    const Coder exact(q, step, clip);
+    return exact.decode(exact.code<false>(__fmul_rn(x, factor)));
+  }
 
   template <int N>
   __device__ __forceinline__ void fake_quant(float (&x)[N]) const {
     if (quick) {
-      const float least = lowest - step.zero, most = highest - step.zero;  // of q - z, exactly
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float rounded = __fsub_rn(__fmaf_rn(x[i], reciprocal, kMagic), kMagic);
-        x[i] = __fmul_rn(step.scale, fminf(fmaxf(rounded, least), most));
-      }
+      for (int i = 0; i < N; ++i) x[i] = quick_value(x[i]);
     } else {
-      Coder::fake_quant(x);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = value(x[i]);
     }
   }
 };
