@@ -41,6 +41,12 @@ pub enum Kernel {
     Rope,
     /// Its gradient: the rotation back
     RopeBackward,
+    /// Sum of two tensors
+    Add,
+    /// Rows of n of a table of 32000, for `rows` tokens
+    Embedding,
+    /// Mean cross entropy of rows of n logits, the gradient included
+    CrossEntropy,
     /// Causal attention of `rows` sequences of n tokens, 32 heads of 128
     Attention,
     /// Its gradients
@@ -263,6 +269,8 @@ fn table(device: &Device) -> Vec<Job> {
             jobs.extend([4096, 11008].map(|n| job(kernel, n, values / n, F32)));
         }
         jobs.extend([Rope, RopeBackward].map(|k| job(k, 4096, values / 4096, F32)));
+        jobs.extend([Add, Embedding].map(|k| job(k, 4096, values / 4096, F32)));
+        jobs.push(job(CrossEntropy, 32000, values / 32000, F32));
         jobs.push(job(ClipSearch, 4096, 64, F32));
         jobs.extend([Attention, AttentionBackward].map(|k| job(k, 512, 1, F32)));
         jobs.extend([Cayley, CayleyAudit].map(|k| job(k, 384, 1, F32)));
@@ -292,6 +300,11 @@ fn table(device: &Device) -> Vec<Job> {
     }
     for kernel in [Swiglu, SwigluBackward] {
         jobs.extend([BF16, F32].map(|t| job(kernel, 11008, 16384, t)));
+    }
+    for (kernel, n, rows) in
+        [(Add, 4096, 16384), (Embedding, 4096, 16384), (CrossEntropy, 32000, 8192), (CrossEntropy, 128256, 2048)]
+    {
+        jobs.extend([BF16, F32].map(|t| job(kernel, n, rows, t)));
     }
     jobs.push(job(ClipSearch, 4096, 4096, BF16));
     jobs.extend([job(Gemm, 8192, 8192, BF16), job(Gemm, 4096, 16384, BF16), job(Gemm, 4096, 4096, F32)]);

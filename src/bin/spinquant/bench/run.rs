@@ -1,11 +1,14 @@
 //! One function a kernel: make operands, check some rows, time it.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use spinquant::manifold::Orthogonal;
+use spinquant::ops::add::Add;
 use spinquant::ops::attention::{self, Attention, Sizes};
+use spinquant::ops::cross_entropy::{self, CrossEntropy};
+use spinquant::ops::embedding::Embedding;
 use spinquant::ops::fake_quant::FakeQuant;
 use spinquant::ops::hadamard::transform;
 use spinquant::ops::matmul::product;
@@ -64,6 +67,9 @@ pub fn run(job: &Job, device: &Device) -> Result<Measured> {
         Kernel::SwigluBackward => swiglu_backward(job, device),
         Kernel::Rope => rope(job, device, false),
         Kernel::RopeBackward => rope(job, device, true),
+        Kernel::Add => add(job, device),
+        Kernel::Embedding => embedding(job, device),
+        Kernel::CrossEntropy => cross_entropy(job, device),
         Kernel::Attention => attention_forward(job, device),
         Kernel::AttentionBackward => attention_backward(job, device),
         Kernel::Cayley => cayley(job, device),
@@ -281,6 +287,59 @@ fn swiglu_backward(job: &Job, device: &Device) -> Result<Measured> {
     }
     drop(grads);
     against_copy(&gate, 5, || call().map(drop))
+}
+
+fn add(job: &Job, device: &Device) -> Result<Measured> {
+    let (a, b) = (random([job.rows, job.n], 1, job.dtype, device)?, random([job.rows, job.n], 2, job.dtype, device)?);
+    let call = || op(&Add, vec![a.clone(), b.clone()]);
+    let y = call()?;
+    for r in some(job.rows) {
+        let want: Vec<f64> = row(&a, r, job.n)?.iter().zip(row(&b, r, job.n)?).map(|(a, b)| a + b).collect();
+        exact::close("add", &row(&y, r, job.n)?, &want, job.dtype, 1.0)?;
+    }
+    drop(y);
+    against_copy(&a, 3, || call().map(drop))
+}
+
+/// Rows of a vocabulary, spread over it.
+fn spread(rows: usize, vocab: usize) -> impl Iterator<Item = usize> {
+    (0..rows).map(move |i| (i * 7919 + 13) % vocab)
+}
+
+fn embedding(job: &Job, device: &Device) -> Result<Measured> {
+    const VOCAB: usize = 32000;
+    let table = random([VOCAB, job.n], 1, job.dtype, device)?;
+    let ids: Arc<[u32]> = spread(job.rows, VOCAB).map(|id| id as u32).collect();
+    let gather = Embedding { ids: ids.clone(), vocab: VOCAB };
+    let call = || op(&gather, vec![table.clone()]);
+    let y = call()?;
+    for r in some(job.rows) {
+        exact::close("embedding", &row(&y, r, job.n)?, &row(&table, ids[r] as usize, job.n)?, job.dtype, 1.0)?;
+    }
+    against_copy(&y, 2, || call().map(drop))
+}
+
+fn cross_entropy(job: &Job, device: &Device) -> Result<Measured> {
+    let x = random([job.rows, job.n], 1, job.dtype, device)?;
+    let targets: Arc<[i32]> = spread(job.rows, job.n).map(|t| t as i32).collect();
+    let kernel = CrossEntropy { targets: targets.clone() };
+    let gradient = saved(&kernel, vec![x.clone()])?.remove(0);
+    let count = job.rows as f64;
+    for r in some(job.rows) {
+        let want = cross_entropy::reference(&row(&x, r, job.n)?, &targets[r..=r], job.n).1;
+        // Gradients near the smallest numbers of f16 would be measured by those: all are multiplied by what they were divided by.
+        let got: Vec<f64> = row(&gradient, r, job.n)?.iter().map(|g| g * count).collect();
+        exact::close("cross entropy", &got, &want, job.dtype, 1.0)?;
+    }
+    drop(gradient);
+    let (copy, bytes) = (copy(&x)?, 2.0 * x.bytes() as f64);
+    // The gradient takes the place of logits that nobody shares: it is the next call's logits.
+    let mut logits = vec![x];
+    let (ms, how) = time(device, || {
+        logits = saved(&kernel, std::mem::take(&mut logits))?;
+        Ok(())
+    })?;
+    Ok(Measured { ms, how, bytes, flops: 0.0, copy: Some(copy) })
 }
 
 fn rope(job: &Job, device: &Device, transpose: bool) -> Result<Measured> {

@@ -1,0 +1,145 @@
+//! The suites of published Hadamard kernels, on ours: every power of two up to 32768 in every type, forward and backward, within
+//! twice the error of a transform that rounds to the same type at every level; from 2^9 to 2^25 values; H(Hᵀx) = x; and tensors of
+//! more than 2^31 values. They need a GPU and are skipped without one.
+
+use half::{bf16, f16};
+use spinquant::ops::{Case, hadamard, randn};
+use spinquant::quant::QuantSpec;
+use spinquant::rotation::Hadamard;
+use spinquant::{DType, Device, Tape, Tensor, check};
+
+/// The types, and what their suites allow beside twice the error of the rounding transform.
+const TYPES: [(DType, f64); 3] = [(DType::F32, 3e-3), (DType::F16, 5e-3), (DType::BF16, 5e-2)];
+
+fn gpu() -> Option<Device> {
+    Device::cuda(0).inspect_err(|e| println!("skipped: {e}")).ok()
+}
+
+fn round(x: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::from_f64(x).to_f64(),
+        DType::BF16 => bf16::from_f64(x).to_f64(),
+        _ => f64::from(x as f32),
+    }
+}
+
+/// The orthonormal transform of a row, rounded after every level.
+fn rounding(row: &[f64], dtype: DType) -> Vec<f64> {
+    let mut y = row.to_vec();
+    let mut h = 1;
+    while h < y.len() {
+        for i in (0..y.len()).filter(|i| i & h == 0) {
+            let (a, b) = (y[i], y[i + h]);
+            (y[i], y[i + h]) = (round(a + b, dtype), round(a - b, dtype));
+        }
+        h *= 2;
+    }
+    let scale = 1.0 / (y.len() as f64).sqrt();
+    y.iter().map(|v| round(v * scale, dtype)).collect()
+}
+
+fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    // NaN if there is one anywhere.
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
+}
+
+#[test]
+fn powers_of_two_forward_and_backward() {
+    let Some(device) = gpu() else { return };
+    for n in (0..16).map(|i| 1usize << i) {
+        let case = Case::new("hadamard", format!("15 x {n}"), vec![randn([15, n], 21)], |v| v[0].clone().hadamard());
+        for (dtype, beside) in TYPES {
+            let ours = check::evaluate(&case, dtype, &device).unwrap();
+            // The same operand and output gradient, rounded, through f64.
+            let exact_of = |x: &Tensor| {
+                let mut y = x.to_dtype(dtype).unwrap().to_f64_vec().unwrap();
+                let rounded: Vec<f64> = y.chunks(n).flat_map(|row| rounding(row, dtype)).collect();
+                y.chunks_mut(n).for_each(|row| Hadamard::new(n).unwrap().reference(row, false));
+                (y, rounded)
+            };
+            let gradient = randn([15, n], 0x5eed).to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
+            for (what, got, from) in [("forward", &ours.value, &case.inputs[0]), ("backward", &ours.gradients[0], &gradient)] {
+                let (exact, rounded) = exact_of(from);
+                let got = got.to_f64_vec().unwrap();
+                let (error, bound) = (largest_difference(&got, &exact), 2.0 * largest_difference(&rounded, &exact) + beside);
+                assert!(error < bound, "{what} of 15 x {n} in {dtype}: error {error:e}, bound {bound:e}");
+            }
+        }
+    }
+}
+
+/// Up to nine rows of `[rows, n]`, the first and the last among them.
+fn some_rows(rows: usize) -> Vec<usize> {
+    let mut some: Vec<usize> = (0..=8).map(|i| i * (rows - 1) / 8).collect();
+    some.dedup();
+    some
+}
+
+fn row(x: &Tensor, i: usize) -> Vec<f64> {
+    x.slice(i, 1).unwrap().to_device(&Device::Cpu).unwrap().to_f64_vec().unwrap()
+}
+
+#[test]
+fn many_sizes_and_back() {
+    let Some(device) = gpu() else { return };
+    let values = randn([1 << 25], 22).to_dtype(DType::F32).unwrap();
+    for (dtype, beside) in TYPES {
+        let all = values.to_dtype(dtype).unwrap().to_device(&device).unwrap();
+        for n in (1..16).map(|i| 1usize << i) {
+            let map = Hadamard::new(n).unwrap();
+            for count in (9..=25).step_by(2).map(|i| 1usize << i).filter(|&count| count >= n) {
+                let x = all.slice(0, count).unwrap().reshape([count / n, n]).unwrap();
+                let y = hadamard::transform(x.clone(), &map, false).unwrap();
+                let back = hadamard::transform(hadamard::transform(x.clone(), &map, true).unwrap(), &map, false).unwrap();
+                for i in some_rows(count / n) {
+                    let from = row(&x, i);
+                    let rounded = rounding(&from, dtype);
+                    let mut exact = from.clone();
+                    map.reference(&mut exact, false);
+                    let bound = 2.0 * largest_difference(&rounded, &exact) + beside;
+                    let error = largest_difference(&row(&y, i), &exact);
+                    assert!(error < bound, "row {i} of {count} values by {n} in {dtype}: error {error:e}, bound {bound:e}");
+                    // There and back: two roundings of 16-bit values; of f32 values also those of the sums.
+                    let largest = exact.iter().chain(&from).fold(0f64, |m, v| m.max(v.abs()));
+                    let units = if dtype == DType::F32 { 16.0 } else { 2.0 };
+                    let (error, bound) = (largest_difference(&row(&back, i), &from), units * dtype.epsilon() * largest);
+                    assert!(error <= bound, "row {i} of {count} values by {n} in {dtype} and back: {error:e} of {bound:e}");
+                }
+            }
+        }
+    }
+}
+
+/// Needs 13 GB of the GPU's memory: `cargo test --release --features cuda --test hadamard_sizes -- --ignored`.
+#[test]
+#[ignore = "13 GB of a GPU's memory"]
+fn more_than_two_to_the_31_values() {
+    let Some(device) = gpu() else { return };
+    let dtype = DType::BF16;
+    let part = randn([1 << 22], 23).to_dtype(dtype).unwrap().to_device(&device).unwrap();
+    let parts = vec![part; (1 << 9) + 1];
+    let all = Tensor::stack(&parts).unwrap();
+    for n in [128, 1024, 4096, 8192, 32768] {
+        let rows = all.len() / n;
+        let x = all.clone().reshape([rows, n]).unwrap();
+        let map = Hadamard::new(n).unwrap();
+        let y = hadamard::transform(x.clone(), &map, false).unwrap();
+        let spec = QuantSpec::activation(4, false);
+        let tape = Tape::new();
+        let quantised = tape.constant(x.clone()).hadamard_fake_quant(&spec).unwrap();
+        let q = quantised.value();
+        for i in [0, rows / 2, rows - 1] {
+            let mut exact = row(&x, i);
+            map.reference(&mut exact, false);
+            let largest = exact.iter().fold(0f64, |m, v| m.max(v.abs()));
+            let error = largest_difference(&row(&y, i), &exact);
+            assert!(error <= dtype.epsilon() * largest, "row {i} of {rows} x {n}: {error:e}");
+            // Half a step, and the rounding of the result.
+            let (lo, hi) = exact.iter().fold((0f64, 0f64), |(lo, hi), &v| (lo.min(v), hi.max(v)));
+            let (error, bound) = (largest_difference(&row(q, i), &exact), (hi - lo) / 15.0 * 0.51 + dtype.epsilon() * largest);
+            // The zero point is rounded too: values at the ends of the range are off by up to a step.
+            assert!(error <= 2.0 * bound, "row {i} of {rows} x {n}, quantised: {error:e} of {bound:e}");
+        }
+    }
+}
