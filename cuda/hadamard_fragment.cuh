@@ -1,30 +1,30 @@
 // 16-bit Hadamard maps by tensor cores, a row in the registers of a few warps from the sums to the store.
 //
-// As in hadamard_tensor.cuh a row is X [P, M] with M = 2^kMLog2 of 64..256, and its map A X S_M with a matrix A [P, P] of
-// signs, padded to KT tiles of 16 inside the tiles. Warp s of the S that share a row has strips SW s .. SW s + SW - 1, 16 rows
-// of A X each, with all M columns, so the strips never meet again:
+// As in hadamard_tensor.cuh a row is X [P, M] with M = 2^kMLog2 of 64..256, and its map A X S_M with a matrix A [P, P]
+// of signs, padded to KT tiles of 16 inside the tiles. Warp s of the S that share a row has strips SW s .. SW s + SW - 1,
+// 16 rows of A X each, with all M columns, so the strips never meet again:
 //   - A X: all warps read the row from shared memory as B operands; sums are in float;
-//   - S_M: the levels of bit 0 and of bits 3.. in the layout that the tensor core leaves (a thread has columns 2t, 2t+1 of
-//     each chunk of 8); then through shared memory, the warp's own, to whole packs of 16 bytes, the layout of the store,
-//     for the levels of bits 1 and 2;
+//   - S_M: the levels of bit 0 and of bits 3.. in the layout that the tensor core leaves (a thread has columns 2t, 2t+1
+//     of each chunk of 8); then through shared memory, the warp's own, to whole packs of 16 bytes, the layout of the
+//     store, for the levels of bits 1 and 2;
 //   - with quantisation the range is taken over the registers, and the S warps exchange it.
 //
-// A power of two needs no table: its tiles are +-H_16, one register with its sign. For other lengths the operands of A lie
-// expanded in shared memory, for all rows of the block. The next row is fetched while one is worked on.
+// A power of two needs no table: its tiles are +-H_16, one register with its sign. For other lengths the operands of A
+// lie expanded in shared memory, for all rows of the block. The next row is fetched while one is worked on.
 #pragma once
 
 #include "hadamard_tensor.cuh"
 
 namespace sq {
 
-// How a size is shared out: strips of a warp (SW), rows at once in a block, blocks wanted on a multiprocessor (which bounds the
-// registers), rows fetched ahead. Rows in a block share the operands of A.
+// How a size is shared out: strips of a warp (SW), rows at once in a block, blocks wanted on a multiprocessor (which
+// bounds the registers), rows fetched ahead. Rows in a block share the operands of A.
 struct Share {
   int strips, groups, blocks, ahead;
 };
 
-// As measured on an H100. KT: tiles of 16 along each side of A; few large pieces of a row use shared memory less, many small
-// ones hide more of the waiting, and registers bound both.
+// As measured on an H100. kt: tiles of 16 along each side of A. Few large pieces of a row use shared memory less, many
+// small ones hide more of the waiting, and registers bound both.
 constexpr Share share_of(int kt, int m_log2, bool table, bool quantised) {
   if (!table) {
     if (m_log2 == 6) {
@@ -70,8 +70,8 @@ struct FragmentKernel {
   static constexpr int SW = kShare.strips, S = (KT + SW - 1) / SW;  // strips of a warp, warps of a row
   static constexpr int kGroups = kShare.groups, kThreads = kGroups * S * 32, kBlocks = kShare.blocks;
 
-  // Rows fetched ahead, and the row at hand. The exchange of a warp is done in halves where M is long; where there is no room
-  // for it, it takes the place of the row, which has been read by then.
+  // Rows fetched ahead, and the row at hand. The exchange of a warp is done in halves where M is long; where there is no
+  // room for it, it takes the place of the row, which has been read by then.
   static constexpr int kAhead = kShare.ahead, kSlots = kAhead + 1;
   static constexpr int kPieces = M > 64 && SW == 1 ? 2 : 1;
   static constexpr int kPiece = 16 * M * int(sizeof(float)) / kPieces;
@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
       const int at = mine + slot * F::kSlot + strip_first * (16 * M * int(sizeof(T))) + fetched;
 #pragma unroll
       for (int r = 0; r < SW * 16; r += kRowsAtOnce) {
-        if (!F::kTable || first_row + r < p) copy_async_16(shared + (at ^ (r % 8 * 16)) + r * M * int(sizeof(T)), from + r * M);
+        unsigned char *const to = shared + (at ^ (r % 8 * 16)) + r * M * int(sizeof(T));
+        if (!F::kTable || first_row + r < p) copy_async_16(to, from + r * M);
       }
     }
     copy_async_commit();
@@ -177,14 +178,9 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
 #pragma unroll 1
       for (int r = 0; r < SW * 16; r += kRowsAtOnce) {  // the chunks this thread fetched itself
         if (first_row + r >= p) break;
-        T *const at = reinterpret_cast<T *>(shared + raw + place<T, kMLog2>(((strip_first * 16 + r) << kChunksLog2) + lane) * 16);
-        Pack<T> values = load_pack(at);
-        const Pack<int8_t, V> signs = load_pack<int8_t, V>(map.signs_in + first_value + r * M);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          if (signs.v[i] < 0) values.v[i] = -values.v[i];
-        }
-        store_pack(at, values);
+        const int from = ((strip_first * 16 + r) << kChunksLog2) + lane;
+        T *const at = reinterpret_cast<T *>(shared + raw + place<T, kMLog2>(from) * 16);
+        flip_chunk(at, map.signs_in + first_value + r * M);
       }
     }
     row_sync<F>(group);  // the row is there, and that of before has been read
@@ -248,20 +244,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
           sums[i][nt][c + 1] = fmaf(-odd, scale, even);
         }
       }
-#pragma unroll
-      for (int h = 1; h < NT; h *= 2) {
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          if ((nt & h) == 0) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              const float even = sums[i][nt][c], odd = sums[i][nt + h][c];
-              sums[i][nt][c] = even + odd;
-              sums[i][nt + h][c] = even - odd;
-            }
-          }
-        }
-      }
+      chunk_butterflies(sums[i]);
 #pragma unroll
       for (int half = 0; half < kPieces; ++half) {
         if (i + half > 0) __syncwarp();  // the piece before has been read

@@ -56,4 +56,17 @@ __device__ __forceinline__ void apply_signs(float *v, const int8_t *signs) {
   for (int i = 0; i < N; ++i) v[i] = s.v[i] < 0 ? -v[i] : v[i];
 }
 
+// The same to a chunk of 16 bytes where it lies in shared memory.
+template <typename T>
+__device__ __forceinline__ void flip_chunk(T *chunk, const int8_t *signs) {
+  constexpr int V = kPack<T>;
+  Pack<T> values = load_pack(chunk);
+  const Pack<int8_t, V> flips = load_pack<int8_t, V>(signs);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (flips.v[i] < 0) values.v[i] = -values.v[i];
+  }
+  store_pack(chunk, values);
+}
+
 }  // namespace sq

@@ -60,6 +60,25 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// The levels of the bits of nt, for sums as they come from multiply_add in NT chunks of 8 columns.
+template <int NT>
+__device__ __forceinline__ void chunk_butterflies(float (&sums)[NT][4]) {
+#pragma unroll
+  for (int h = 1; h < NT; h *= 2) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+      if ((nt & h) == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float a = sums[nt][i], c = sums[nt + h][i];
+          sums[nt][i] = a + c;
+          sums[nt + h][i] = a - c;
+        }
+      }
+    }
+  }
+}
+
 __device__ __forceinline__ void copy_async_16(void *shared, const void *global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
                "l"(global)
@@ -355,14 +374,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
     copy_async_wait<K::kAhead - 1>();
     if (map.signs_in) {
       for (int c = 0; c < chunks - int(threadIdx.x); c += K::kThreads) {  // the chunks this thread fetched itself
-        T *const chunk = raw + own + c * V;
-        Pack<T> values = load_pack(chunk);
-        const Pack<int8_t, V> signs = load_pack<int8_t, V>(map.signs_in + (c + threadIdx.x) * V);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          if (signs.v[i] < 0) values.v[i] = -values.v[i];
-        }
-        store_pack(chunk, values);
+        flip_chunk(raw + own + c * V, map.signs_in + (c + threadIdx.x) * V);
       }
     }
     __syncthreads();
@@ -405,20 +417,7 @@ __global__ void __launch_bounds__(K::kThreads, K::kBlocks)
           sums[nt][i + 1] = fmaf(-c, map.scale, a);
         }
       }
-#pragma unroll
-      for (int h = 1; h < NT; h *= 2) {
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          if ((nt & h) == 0) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float a = sums[nt][i], c = sums[nt + h][i];
-              sums[nt][i] = a + c;
-              sums[nt + h][i] = a - c;
-            }
-          }
-        }
-      }
+      chunk_butterflies(sums);
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
         unsigned char *const at = to + (leave ^ (nt * 32));

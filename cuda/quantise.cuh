@@ -30,7 +30,8 @@ inline bool make_quantiser(Quantiser *out, const sq_quant &quant, int64_t cols) 
   const bool symmetric = quant.symmetric != 0;
   const float maxq = float((1 << (symmetric ? quant.bits - 1 : quant.bits)) - 1);
   const float lowest = symmetric ? -maxq - 1.0f : 0.0f;
-  *out = {maxq, lowest, maxq, quant.clip, symmetric, quant.weight != 0, quant.group == 0, 1.0f / (maxq - lowest), 1.0f / maxq};
+  *out = {maxq,      lowest, maxq, quant.clip, symmetric, quant.weight != 0, quant.group == 0, 1.0f / (maxq - lowest),
+          1.0f / maxq};
   return true;
 }
 
@@ -233,11 +234,11 @@ struct Coder {
   }
 };
 
-// The same for values that were just computed, with errors of their own of several ulp of the largest: x * (1 / s) stands for
-// the quotient, and the clamp is the saturation of a multiply-add. With least = lowest - z and n steps from the lowest code
-// to the highest, u = clamp((x / s - least) / n, 0, 1) is within 2^-22 of exact, so the boundaries between codes move by no
-// more than an ulp or two of the range; least + n u is rounded to an integer as rint(x / s) is, ties to even. `factor`
-// multiplies every x first (the factor that a transform left out).
+// The same for values that were just computed, with errors of their own of several ulp of the largest: x * (1 / s) stands
+// for the quotient, and the clamp is the saturation of a multiply-add. With least = lowest - z and n steps from the lowest
+// code to the highest, u = clamp((x / s - least) / n, 0, 1) is within 2^-22 of exact, so the boundaries between codes move
+// by no more than an ulp or two of the range; least + n u is rounded to an integer as rint(x / s) is, ties to even.
+// `factor` multiplies every x first (the factor that a transform left out).
 struct NearCoder {
   const Quantiser &q;
   Step step;
