@@ -1,5 +1,7 @@
 //! Clip ratios of quantiser sites: how they are written, what they do, and that the search finds the best of its candidates.
 
+mod tiny;
+
 use std::ops::ControlFlow;
 
 use proptest::prelude::*;
@@ -12,23 +14,7 @@ use spinquant::{DType, Tape, Tensor, eval, ops};
 const SEQ: usize = 8;
 
 fn model(seed: u64) -> Llama {
-    let config = LlamaConfig {
-        hidden_size: 32,
-        intermediate_size: 48,
-        layers: 2,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 8,
-        vocab_size: 23,
-        rms_norm_eps: 1e-5,
-        max_position_embeddings: 64,
-        rope_theta: 10000.0,
-        rope_scaling: None,
-        tie_word_embeddings: false,
-        bos_token_id: None,
-        eos_token_ids: vec![],
-        dtype: None,
-    };
+    let config = LlamaConfig { hidden_size: 32, intermediate_size: 48, vocab_size: 23, ..tiny::config(4, 2, false) };
     Llama::new(config.clone(), Weights::random(&config, seed).unwrap()).unwrap()
 }
 

@@ -50,8 +50,8 @@ impl Objective for Local {
 
     fn rate(&self) -> f64 {
         match self.0 {
-            Measure::Whip => 100.0,
-            Measure::Kurtosis => 1.0,
+            Measure::Whip => 13.0,
+            Measure::Kurtosis => 0.15,
         }
     }
 }

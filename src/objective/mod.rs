@@ -107,7 +107,7 @@ impl Objective for Kl {
         batch.model.logits(rotations, batch.tokens, run, batch.recompute)?.kl_divergence(teacher)
     }
     fn rate(&self) -> f64 {
-        4.0
+        6.5
     }
 }
 

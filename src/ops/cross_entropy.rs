@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::device::{Device, cpu};
-use crate::ops::{Case, add, randn, unsupported};
+use crate::ops::{Case, kept_gradient, randn, unsupported};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -56,9 +56,7 @@ impl Op for CrossEntropy {
         Ok(loss)
     }
     fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
-        let [gradient] = saved.take()?;
-        let factor = dy.item()?;
-        Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+        kept_gradient(saved, dy)
     }
 }
 

@@ -126,6 +126,13 @@ pub fn widened_backward(op: &impl Op, saved: Saved, dy: Tensor, want: &[bool]) -
     op.backward(saved, dy.to_dtype(DType::F32)?, want)?.into_iter().map(|g| g.map(|g| g.to_dtype(dtype)).transpose()).collect()
 }
 
+/// The backward pass of a scalar whose forward pass kept its gradient.
+pub(crate) fn kept_gradient(saved: Saved, dy: Tensor) -> Result<Grads> {
+    let [gradient] = saved.take()?;
+    let factor = dy.item()?;
+    Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+}
+
 /// An error naming an operation and the element type it cannot work on.
 pub(crate) fn unsupported(op: &dyn Op, x: &Tensor) -> Error {
     Error::dtype(op.name(), "f64, f32, f16 or bf16", x.dtype())

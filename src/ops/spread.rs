@@ -8,7 +8,7 @@
 use rayon::prelude::*;
 
 use crate::device::{Device, cpu};
-use crate::ops::{Case, add, randn, unsupported};
+use crate::ops::{Case, kept_gradient, randn, unsupported};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{DType, Result, Tensor};
 
@@ -111,9 +111,7 @@ impl Op for Spread {
         Ok(loss)
     }
     fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
-        let [gradient] = saved.take()?;
-        let factor = dy.item()?;
-        Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+        kept_gradient(saved, dy)
     }
 }
 

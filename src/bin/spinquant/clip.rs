@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "WHICH")]
     rotations: RotationChoice,
     /// What to make small: error (of every quantiser, by itself) or loss (of the whole network).
-    #[arg(long, value_name = "error|loss", default_value = "loss")]
+    #[arg(long, value_name = "error|loss", default_value = "error")]
     goal: ClipGoal,
     /// Windows to search on.
     #[arg(long, value_name = "N", default_value_t = 8)]
