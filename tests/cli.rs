@@ -315,6 +315,55 @@ fn learning_with_clip_ratios_resumes_to_the_same_bytes() {
     assert!(place.read("R.safetensors") == wanted, "rotations differ after resuming");
 }
 
+#[test]
+fn a_race_leaves_rows_a_table_and_pictures() {
+    let place = Place::new();
+    let race =
+        format!("race {MODEL} --calibration text.txt --text text.txt --steps 6,8 --batch 4 --held-out 4 --held-out-every 2");
+    let entries = "cayley@0.5|1.5,adam-polar/whip,qr-orth/kl+loss,hadamard,hadamard+loss";
+    let args = format!("{race} --entries {entries} --schemes W4A4KV4,W16A4KV4 --seeds 2 --out race --json");
+    let outcome = place.json(&args);
+    let runs = outcome["runs"].as_array().unwrap();
+    // Two schemes, two seeds; the first seed of the first number of steps tries a second rate; Hadamards have no steps.
+    assert_eq!(runs.len(), 2 * (2 * 2 * 3 + 1 + 2 * 2));
+    for run in runs {
+        let learns = run["optimizer"] != "hadamard";
+        assert_eq!(
+            run["curve"].as_array().unwrap().len(),
+            if learns { number(run, "steps") as usize / 2 + 1 } else { 0 },
+            "{run}"
+        );
+        assert!(number(run, "perplexity") > 1.0 && number(run, "recovered").is_finite(), "{run}");
+        assert!(!learns || number(run, "orthogonality_error") <= 1e-6, "{run}");
+        assert_eq!(run["clip"].is_null(), !run["entry"].as_str().unwrap().contains('+'), "{run}");
+        if run["entry"] == "hadamard" {
+            assert_eq!(number(run, "recovered"), 0.0, "{run}");
+        }
+    }
+    // A race is what `learn` does: the same rate, seed and windows give the same held-out loss.
+    let one = runs.iter().find(|r| r["entry"] == "cayley/cross-entropy" && r["learning_rate"] == 1.5 && r["scheme"] == "W4A4KV4");
+    let args = "learn --model model --device cpu --seq-len 16 --text text.txt --batch 4 --held-out 4 --steps 6 --out R.safetensors --json";
+    assert_eq!(one.unwrap()["curve"][3][2], place.json(args)["held_out_last"]);
+
+    let rows = |name: &str| String::from_utf8(place.read(&format!("race/{name}"))).unwrap();
+    assert_eq!(rows("runs.csv").lines().count(), 1 + runs.len());
+    let points: usize = runs.iter().map(|r| r["curve"].as_array().unwrap().len()).sum();
+    assert_eq!(rows("curves.csv").lines().count(), 1 + points);
+    for name in ["runs.csv", "curves.csv"] {
+        let text = rows(name);
+        let columns = text.lines().next().unwrap().split(',').count();
+        assert!(text.lines().all(|line| line.split(',').count() == columns), "{text}");
+    }
+    let table = rows("table.md");
+    assert!(table.contains("| cayley/cross-entropy | 0.5 | 6 |") && table.contains("| hadamard+loss |"), "{table}");
+    for picture in ["race/steps.png", "race/seconds.png"] {
+        assert!(place.read(picture).starts_with(b"\x89PNG"));
+    }
+    place.fails(&format!("{race} --entries newton --out race2"), &["newton"]);
+    place.fails(&format!("{race} --seeds 0 --out race2"), &["at least one seed"]);
+    place.fails(&format!("{race} --out text.txt"), &["text.txt"]);
+}
+
 fn end_early(place: &Place, args: &str, end: impl FnOnce(&mut std::process::Child)) -> usize {
     let mut child = place.command(args).spawn().unwrap();
     let logged = || std::fs::read_to_string(place.path("steps.jsonl")).map_or(0, |s| s.lines().count());

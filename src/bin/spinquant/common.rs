@@ -117,6 +117,11 @@ pub fn device(name: &str) -> Result<Device> {
 }
 
 impl ModelArgs {
+    /// A model's folder and where to run it, for commands that do not need one.
+    pub fn new(model: PathBuf, device: String, dtype: Option<DType>) -> Self {
+        Self { model, device, dtype }
+    }
+
     pub fn device(&self) -> Result<Device> {
         device(&self.device)
     }

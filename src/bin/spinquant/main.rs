@@ -1,4 +1,4 @@
-//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `compare`, `inspect`, `quantize`, `rotations`, `bench`.
+//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
 
 mod bench;
 mod clip;
@@ -11,6 +11,7 @@ mod inspect;
 mod learn;
 mod profile;
 mod quantize;
+mod race;
 mod rotations;
 mod weights;
 
@@ -46,6 +47,8 @@ enum Command {
     Rotations(rotations::Args),
     /// Check the small goldens, then time learning steps and say where their time goes.
     Profile(profile::Args),
+    /// Race optimisers and objectives on one model: held-out loss against steps and seconds, tables and pictures.
+    Race(race::Args),
     /// Check a kernel's answer, then time it against a copy.
     Bench(bench::Args),
 }
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args),
         Command::Rotations(args) => rotations::run(&args),
         Command::Profile(args) => profile::run(&args),
+        Command::Race(args) => race::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match outcome {
