@@ -216,7 +216,8 @@ impl Outcome {
                     None => best.push(g),
                 }
             }
-            best.retain(|g| last(g).is_finite());
+            // One that diverged stays, without points, so that an entry has one colour in all panels.
+            best.retain(|g| g.first.steps > 0);
             let series = best.iter().map(|g| {
                 // The mean over seeds, as far as all have a point.
                 let points = g.runs.iter().map(|r| r.curve.len()).min().unwrap_or(0);
@@ -226,8 +227,9 @@ impl Outcome {
             });
             Panel { title: b.scheme.to_string(), series: series.collect() }
         };
-        let panels: Vec<Panel> = self.baselines.iter().map(panel).collect();
-        if panels.iter().all(|p| p.series.is_empty()) {
+        let finite = |s: &Series| s.points.iter().any(|(x, y)| x.is_finite() && y.is_finite());
+        let panels: Vec<Panel> = self.baselines.iter().map(panel).filter(|p| p.series.iter().any(finite)).collect();
+        if panels.is_empty() {
             return Ok(()); // nothing learned, nothing to draw
         }
         let axes = Axes { x, y: "held-out cross entropy (nats a token)", log_y: false };
