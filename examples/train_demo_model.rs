@@ -1,10 +1,12 @@
 //! Trains the demo model with this crate's own tape and Adam, plants outliers, and writes `assets/demo`.
 //!
-//! `cargo run --release --example train_demo_model [-- OUT [STEPS]]`: a few minutes on 4 cores; the same bytes again on the same machine.
+//! `cargo run --release --example train_demo_model [-- OUT [STEPS]]`: 10 minutes on 4 cores shared with other work; the same bytes again
+//! on the same machine.
 //!
 //! A LLaMA of 0.8M parameters learns the sentences of [`text`]. Its RMSNorm gains stay 1: a gain is a diagonal factor of the linears that
-//! follow it, which are learned anyway. So small a model has no outliers of its own; the last step plants them by transforms
-//! that leave its function as it is (`spinquant::outliers`), and rounds the weights to f16.
+//! follow it, which are learned anyway. So small a model grows no outliers of its own, and is given some: its embeddings start with a
+//! large part in common ([`COMMON`]), and at the end transforms that leave its function as it is (`spinquant::outliers`, [`OUTLIERS`])
+//! gather that in two channels and scale up a few channels of every MLP and head. The weights are then rounded to f16.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

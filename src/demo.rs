@@ -1,8 +1,9 @@
 //! A small LLaMA that is part of the program, for demonstrations and tests: 0.8M parameters, 4 layers, 406 tokens.
 //!
 //! `examples/train_demo_model.rs` trained it with this crate's tape on sentences about a small made-up world, from a seed. A model so
-//! small has no outliers of its own. **They were planted** by transforms that leave its function as it is
-//! ([`outliers`](crate::outliers)), as large models grow them: few channels of the residual stream, of every MLP, of keys and of values.
+//! small grows no outliers. **They were planted**: its embeddings started with a large part in common, and transforms that leave its
+//! function as it is ([`outliers`](crate::outliers)) then gathered that in two channels of the residual stream and scaled up a few
+//! channels of every MLP, key and value head.
 //!
 //! ```
 //! use spinquant::{demo, quant::Scheme};

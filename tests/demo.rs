@@ -217,7 +217,8 @@ fn the_package_is_small_and_so_is_the_library() {
     for unwanted in ["clap", "plotters", "indicatif", "ctrlc", "cudarc"] {
         assert!(!names.contains(&unwanted), "default-features = false pulls {unwanted}");
     }
-    assert!(cargo("tree --offline -e normal --prefix none").contains("plotters"), "the default has plots");
+    let default = cargo("tree --offline -e normal --prefix none");
+    assert!(default.contains("plotters") && !default.contains("font-kit"), "pictures by default, without the system's fonts");
 
     let list = cargo("package --offline --list --allow-dirty");
     for needed in ["assets/demo/model.safetensors", "assets/fonts/LICENSE", "cuda/kernels.h", "docs/extending.md", "README.md"] {
