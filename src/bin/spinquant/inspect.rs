@@ -1,4 +1,5 @@
-//! `spinquant inspect`: what the quantisers see, before and after rotation, in tables and pictures.
+//! `spinquant inspect`: what the quantisers see, before and after rotation, in tables and pictures. Before, R3 runs on K all the
+//! same, as in the published baseline; `--online none` shows K without it.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ pub struct Args {
     /// Text to run.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
+    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote; `none` is looked at in
+    /// any case.
     #[arg(long, value_name = "WHICH", default_value = "hadamard")]
     rotations: RotationChoice,
     /// Folder for sites.csv, channels.csv, kurtosis.png, sqnr.png and activations.png; made where it is not there.
