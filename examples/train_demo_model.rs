@@ -1,7 +1,6 @@
 //! Trains the demo model with this crate's own tape and Adam, plants outliers, and writes `assets/demo`.
 //!
-//! `cargo run --release --example train_demo_model [-- OUT [STEPS]]`: 9 CPU minutes (10 to 15 by the clock on 4 cores beside other work);
-//! the same bytes again on the same machine.
+//! `cargo run --release --example train_demo_model [-- OUT [STEPS]]`: 4 minutes on 4 cores; the same bytes again on the same machine.
 //!
 //! A LLaMA of 0.8M parameters learns the sentences of [`text`]. Its RMSNorm gains stay 1: a gain is a diagonal factor of the linears that
 //! follow it, which are learned anyway. So small a model grows no outliers of its own, and is given some: its embeddings start with a
