@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use spinquant::Result;
 use spinquant::data::Windows;
 use spinquant::learn::Learned;
 use spinquant::llama::Llama;
 use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
+use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, SchemeArgs};
 use crate::eval::{file_name, limited, score};
@@ -66,12 +66,42 @@ struct Row {
     perplexity: f64,
 }
 
+/// Perplexities of a network without rotations, quantised by its scheme.
+pub struct Unrotated {
+    full: f64,
+    rtn: f64,
+    gptq: Option<f64>,
+}
+
+impl Unrotated {
+    /// Scores `plain`, the model as it is: RMSNorm gains not folded. GPTQ too, where it is asked for.
+    pub fn score(
+        plain: &Llama,
+        scheme: &Scheme,
+        (calibration, text): (&Windows, &Windows),
+        gptq: Option<&GptqArgs>,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let rtn =
+            |scheme: &Scheme, what: &str| Ok::<_, Error>(score(&plain.merge(None, scheme)?, text, progress, what)?.perplexity);
+        let with_gptq = |args: &GptqArgs| {
+            let merged = args.quantize(plain, None, scheme, calibration, progress)?;
+            Ok::<_, Error>(score(&merged, text, progress, "gptq")?.perplexity)
+        };
+        Ok(Self {
+            full: rtn(&Scheme::FULL_PRECISION, "full precision")?,
+            rtn: rtn(scheme, "rtn")?,
+            gptq: gptq.map(with_gptq).transpose()?,
+        })
+    }
+}
+
 /// What a table is made from.
 pub struct Comparison<'a> {
     /// With RMSNorm gains folded, to be rotated.
     pub model: &'a Llama,
-    /// As it is, for the rows without rotations.
-    pub plain: &'a Llama,
+    /// The rows without rotations.
+    pub unrotated: Unrotated,
     pub calibration: &'a Windows,
     pub text: &'a Windows,
     pub scheme: Scheme,
@@ -99,11 +129,13 @@ pub struct Outcome {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
+    let config = args.model.config()?;
+    let calibration = args.model.windows(&config, &args.calibration, args.seq_len)?;
+    let text = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
+    let (scheme, gptq) = (args.scheme.scheme(), args.gptq.then_some(&args.gptq_args));
+    // One model at a time: the plain one is gone before the one that is rotated comes.
+    let unrotated = Unrotated::score(&args.model.load_plain(&progress)?, &scheme, (&calibration, &text), gptq, &progress)?;
     let model = args.model.load(&progress)?;
-    let plain = args.model.load_plain(&progress)?;
-    let calibration = args.model.windows(&model.config, &args.calibration, args.seq_len)?;
-    let text = limited(args.model.windows(&model.config, &args.text, args.seq_len)?, args.max_windows)?;
-    let scheme = args.scheme.scheme();
     let learn_scheme = args.learn_scheme.map_or(scheme, |s| Scheme {
         weight_bits: s.weight_bits,
         activation_bits: s.activation_bits,
@@ -113,7 +145,7 @@ pub fn run(args: &Args) -> Result<()> {
     });
     let comparison = Comparison {
         model: &model,
-        plain: &plain,
+        unrotated,
         calibration: &calibration,
         text: &text,
         scheme,
@@ -121,7 +153,7 @@ pub fn run(args: &Args) -> Result<()> {
         recipe: &args.recipe,
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
-        gptq: args.gptq.then_some(&args.gptq_args),
+        gptq,
     };
     let outcome = comparison.run(&progress)?;
     if args.json {
@@ -139,28 +171,26 @@ impl Comparison<'_> {
         Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed)
     }
 
-    fn evaluate(&self, rotations: Option<&Rotations>, scheme: &Scheme, progress: &Progress, what: &str) -> Result<f64> {
-        let merged = if rotations.is_some() { self.model } else { self.plain }.merge(rotations, scheme)?;
-        Ok(score(&merged, self.text, progress, what)?.perplexity)
+    fn evaluate(&self, rotations: &Rotations, scheme: &Scheme, progress: &Progress, what: &str) -> Result<f64> {
+        Ok(score(&self.model.merge(Some(rotations), scheme)?, self.text, progress, what)?.perplexity)
     }
 
     /// Makes the table.
     pub fn run(&self, progress: &Progress) -> Result<Outcome> {
         let Self { scheme, learn_scheme, recipe, calibration, .. } = *self;
-        let evaluate =
-            |rotations: Option<&Rotations>, scheme: &Scheme, what: &str| self.evaluate(rotations, scheme, progress, what);
+        let evaluate = |rotations: &Rotations, scheme: &Scheme, what: &str| self.evaluate(rotations, scheme, progress, what);
         let full = Scheme::FULL_PRECISION;
         let mut rows = vec![];
         let mut row = |name, scheme, rotations: String, weights, perplexity| {
             rows.push(Row { name, scheme, rotations, weights, perplexity });
         };
 
-        row("full precision", full, "none".into(), "full", evaluate(None, &full, "full precision")?);
-        let rotated = evaluate(Some(&self.hadamard(0)?), &full.online(scheme.online), "full precision, rotated")?;
+        row("full precision", full, "none".into(), "full", self.unrotated.full);
+        let rotated = evaluate(&self.hadamard(0)?, &full.online(scheme.online), "full precision, rotated")?;
         row("full precision, rotated", full, "hadamard:0".into(), "full", rotated);
-        row("rtn", scheme, "none".into(), "rtn", evaluate(None, &scheme, "rtn")?);
+        row("rtn", scheme, "none".into(), "rtn", self.unrotated.rtn);
         let random = (0..self.seeds)
-            .map(|seed| evaluate(Some(&self.hadamard(seed)?), &scheme, &format!("hadamard:{seed}")))
+            .map(|seed| evaluate(&self.hadamard(seed)?, &scheme, &format!("hadamard:{seed}")))
             .collect::<Result<Vec<f64>>>()?;
         if !random.is_empty() {
             let by = |better: fn(&f64, &f64) -> bool| {
@@ -171,18 +201,19 @@ impl Comparison<'_> {
             row("hadamard best", scheme, format!("hadamard:{best}"), "rtn", random[best]);
             row("hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", random[worst]);
         }
-        let gptq = |args: &GptqArgs, rotations: Option<&Rotations>, what: &str| {
-            let from = if rotations.is_some() { self.model } else { self.plain };
-            let merged = args.quantize(from, rotations, &scheme, calibration, progress)?;
-            Ok::<f64, spinquant::Error>(score(&merged, self.text, progress, what)?.perplexity)
+        let gptq = |args: &GptqArgs, rotations: &Rotations, what: &str| {
+            let merged = args.quantize(self.model, Some(rotations), &scheme, calibration, progress)?;
+            Ok::<f64, Error>(score(&merged, self.text, progress, what)?.perplexity)
         };
         let w16_scheme = scheme.unquantized_weights().online(learn_scheme.online);
         let with = if w16_scheme.online == scheme.online { String::new() } else { format!(" with {}", w16_scheme.online) };
         let mut random_gptq = vec![];
+        if let Some(perplexity) = self.unrotated.gptq {
+            row("gptq", scheme, "none".into(), "gptq", perplexity);
+        }
         if let Some(args) = self.gptq {
-            row("gptq", scheme, "none".into(), "gptq", gptq(args, None, "gptq")?);
             for seed in 0..self.seeds {
-                random_gptq.push(gptq(args, Some(&self.hadamard(seed)?), &format!("hadamard:{seed} + gptq"))?);
+                random_gptq.push(gptq(args, &self.hadamard(seed)?, &format!("hadamard:{seed} + gptq"))?);
             }
             if !random_gptq.is_empty() {
                 let rotations = format!("hadamard, {}", seeds(random_gptq.len()));
@@ -196,7 +227,7 @@ impl Comparison<'_> {
                 let options = recipe.options(w16_scheme, seed, calibration, self.model)?;
                 let what = format!("learning at W16 from hadamard:{seed}");
                 let result = recipe.learn(self.model, calibration, self.hadamard(seed)?, &options, progress, &what, |_| {})?;
-                learned_gptq.push(gptq(args, Some(&result.rotations), &format!("learned:{seed} + gptq"))?);
+                learned_gptq.push(gptq(args, &result.rotations, &format!("learned:{seed} + gptq"))?);
             }
             let options = recipe.options(learn_scheme, seed, calibration, self.model)?;
             let what = format!("learning from hadamard:{seed}");
@@ -205,7 +236,7 @@ impl Comparison<'_> {
                 held_out.extend(step.held_out.map(|loss| json!([step.step, loss])));
             })?;
             held_out.insert(0, json!([0, result.held_out_first]));
-            let perplexity = evaluate(Some(&result.rotations), &scheme, &format!("learned:{seed}"))?;
+            let perplexity = evaluate(&result.rotations, &scheme, &format!("learned:{seed}"))?;
             learned.push(perplexity);
             runs.push(json!({
                 "seed": seed, "learned_at": learn_scheme.to_string(), "start_perplexity": random.get(seed as usize),

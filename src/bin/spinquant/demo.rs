@@ -7,7 +7,7 @@ use serde_json::json;
 use spinquant::{Result, demo, inspect};
 
 use crate::common::{Progress, SchemeArgs, check_writable};
-use crate::compare::Comparison;
+use crate::compare::{Comparison, Unrotated};
 use crate::inspect::activations;
 use crate::learn::Recipe;
 
@@ -45,7 +45,8 @@ pub fn run(args: &Args) -> Result<()> {
     let scheme = args.scheme.scheme();
     let comparison = Comparison {
         model: &model,
-        plain: &model, // all gains are 1
+        // All gains are 1: it is its own plain network.
+        unrotated: Unrotated::score(&model, &scheme, (&calibration, &text), None, &progress)?,
         calibration: &calibration,
         text: &text,
         scheme,
