@@ -99,12 +99,13 @@ proptest! {
                 ("cayley-parity", _) => {} // drifts, and has goldens of its own
                 // Steps that do not shorten with the gradient must be made to.
                 (_, true) => laws::procrustes_scheduled(&mut *optimizer, n, seed, 0.1, Schedule::Linear, 3000).unwrap(),
-                ("qr-orth", _) => laws::procrustes(&mut *optimizer, n, seed, 0.1, 3000).unwrap(),
+                // The latent matrix grows, and steps shrink with it: on some starts most of the way is slow.
+                ("qr-orth", _) => laws::procrustes(&mut *optimizer, n, seed, 0.1, 30_000).unwrap(),
                 _ => laws::procrustes(&mut *optimizer, n, seed, 0.25, 3000).unwrap(),
             }
         }
         laws::procrustes(&mut RiemannianSgd::qr().with_momentum(0.5).unwrap(), n, seed, 0.25, 3000).unwrap();
-        laws::procrustes(&mut QrOrth::new().with_momentum(0.5).unwrap(), n, seed, 0.1, 3000).unwrap();
+        laws::procrustes(&mut QrOrth::new().with_momentum(0.5).unwrap(), n, seed, 0.1, 30_000).unwrap();
     }
 
     #[test]
