@@ -224,6 +224,10 @@ pub fn descends(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, ste
         if steepest <= 1e-3 * before.sqrt() {
             break; // there, or at a critical point: O(1) is one
         }
+        // The slope is about twice the distance from the minimum: steps of a fixed angle go past it.
+        if steepest <= 8.0 * length {
+            break;
+        }
         at_most(&law, format!("the value after step {step} ({after:e}) less that before ({before:e})"), after - before, tiny)?;
         at_most(&law, format!("the length of step {step} is {length:e}; its opposite"), -length, -f64::MIN_POSITIVE)?;
         if step == 0 {
