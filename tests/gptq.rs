@@ -157,6 +157,8 @@ proptest! {
     #[test]
     fn blocks_change_nothing((spec, gptq) in specs(), seed in 0u64..1_000_000) {
         let gptq = Gptq { group_scales: GroupScales::Updated, ..gptq };
+        // Two clip ratios can be as good as each other on a group, and the last digit of its updated weights then chooses.
+        let spec = if spec.group.is_some() { spec.clipped(Clip::Ratio(1.0)) } else { spec };
         let (w, h) = (randn([5, 24], seed), hessian(&inputs(80, 24, seed), 1));
         let ours = gptq.quantize_one(&w, &spec, &h).unwrap();
         for block in [1, 7, 24, 128] {

@@ -170,6 +170,8 @@ proptest! {
         let seq = 9;
         let (t, r) = (tokens(&m, 4 * seq, seed ^ 1), orthogonal(&m, seed ^ 2));
         let plan = Plan { recompute, keep_weights, sequences };
+        // Products of fewer rows may round otherwise, and a value at a tie then takes another code: parts are compared without codes.
+        let scheme = if sequences == 0 { scheme } else { FULL.online(scheme.online) };
         let (value, grads) = loss(&m, &r, &t, seq, &scheme, Recompute::None);
         let (other, parts) = loss(&m, &r, &t, seq, &scheme, Recompute::Planned(plan));
         prop_assert!(relative(&other, &value) <= 1e-12);
