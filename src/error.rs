@@ -89,8 +89,8 @@ pub enum Error {
         /// Bytes of the device.
         total: usize,
     },
-    /// The user asked to stop; the last checkpoint is usable.
-    #[error("interrupted after step {step}; continue with --resume")]
+    /// The user asked to stop; what was kept until then is usable.
+    #[error("interrupted after step {step}")]
     Interrupted {
         /// Steps done.
         step: usize,

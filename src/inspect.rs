@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use crate::data::Windows;
-use crate::llama::{Llama, Merged, Observer, RotatedWeights, Run};
+use crate::llama::{Llama, Merged};
 use crate::quant::{QuantSpec, Scheme, Site};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
@@ -69,7 +69,7 @@ pub fn sites(model: &Merged, text: &Windows, windows: usize, scheme: &Scheme) ->
     for i in 0..windows.min(text.len()) {
         let tokens = text.get(i);
         let (seen, count) = (moments.clone(), tokens.len());
-        observe(model, tokens, move |layer, site, x| {
+        model.observe(tokens, tokens.len(), move |layer, site, x| {
             let x = x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
             let mut all = seen.lock().unwrap_or_else(|e| e.into_inner());
             all.entry((layer, site)).or_insert_with(|| Moments::new(x.len() / count)).add(&x, specs.at(site))
@@ -86,7 +86,7 @@ pub fn sites(model: &Merged, text: &Windows, windows: usize, scheme: &Scheme) ->
 pub fn magnitudes(model: &Merged, tokens: &[u32], layer: usize, site: Site) -> Result<Tensor> {
     let found = Arc::new(Mutex::new(None));
     let put = found.clone();
-    observe(model, tokens, move |l, s, x| {
+    model.observe(tokens, tokens.len(), move |l, s, x| {
         if (l, s) == (layer, site) {
             *put.lock().unwrap_or_else(|e| e.into_inner()) = Some(x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?);
         }
@@ -98,34 +98,6 @@ pub fn magnitudes(model: &Merged, tokens: &[u32], layer: usize, site: Site) -> R
     let channels = x.len() / tokens.len();
     let values = x.as_slice::<f32>()?.iter().map(|x| x.abs()).collect();
     Tensor::from_vec(values, [tokens.len(), channels])
-}
-
-/// Runs one sequence and shows `see` the input of every quantiser.
-///
-/// # Errors
-/// A token outside the vocabulary, and the first error of `see`.
-pub fn observe(
-    model: &Merged,
-    tokens: &[u32],
-    see: impl Fn(usize, Site, &Tensor) -> Result<()> + Send + Sync + 'static,
-) -> Result<()> {
-    let failed = Arc::new(Mutex::new(None));
-    let note = failed.clone();
-    let observer: Arc<Observer> = Arc::new(move |layer, site, x: &Tensor| {
-        if let Err(e) = see(layer, site, x) {
-            note.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
-        }
-    });
-    let (dtype, device) = (model.embedding.dtype(), model.embedding.device());
-    let mut run = Run::new(&model.config, &model.scheme, tokens.len(), dtype, &device)?;
-    run.observer = Some(observer);
-    let tape = Tape::new();
-    let mut x = tape.constant(model.embedding.clone()).embedding(tokens.into())?;
-    for block in &model.blocks {
-        x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run)?;
-    }
-    let failed = failed.lock().unwrap_or_else(|e| e.into_inner()).take();
-    failed.map_or(Ok(()), Err)
 }
 
 /// Sums over the values of one site.

@@ -120,8 +120,9 @@ struct Progress {
 /// which then leaves a checkpoint (if one was asked for) and returns [`Error::Interrupted`].
 ///
 /// # Errors
-/// Rotations that do not fit the model; too few windows; a loss, gradient or rotation that is not finite, or a loss that diverges (names the step, and of
-/// a loss the layer; the checkpoint stays as it was); a state of another run; and whatever the optimiser reports.
+/// Rotations that do not fit the model; too few windows; a loss, gradient or rotation that is not finite (names the step, and of a
+/// loss the layer), or a loss that diverges (names the step): the checkpoint stays as it was; a state of another run; and whatever
+/// the optimiser reports.
 pub fn learn(
     model: &Llama,
     windows: &Windows,
@@ -160,6 +161,7 @@ pub fn learn(
             seconds: 0.0,
         },
     };
+    drop(on_device);
     now.rotations = now.rotations.to_device(&model.device())?;
     let score = |r: &Rotations| held_out_loss(model, windows, &held_out, r, &scheme, options.micro_batch);
     if now.step == 0 {

@@ -94,6 +94,11 @@ impl Sizes {
         Self { c, f, vocab: config.vocab_size, layers: config.layers, q, kv, e: work.dtype.size(), layer, quantized }
     }
 
+    /// Bytes of the model.
+    fn weights(&self) -> usize {
+        (2 * self.vocab * self.c + self.layers * self.layer) * self.e
+    }
+
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
     /// and the output of attention, gate and up.
     fn kept(&self, tokens: usize) -> usize {
@@ -124,7 +129,7 @@ impl Sizes {
         let values = kept * self.kept(tokens);
         let live = if kept > 0 { backward(tokens).max(again.saturating_sub(values)) } else { again };
         vec![
-            ("weights", (2 * self.vocab * c + self.layers * self.layer) * e),
+            ("weights", self.weights()),
             ("rotations, their gradients and the optimiser", 9 * square + 16 * c * c),
             ("inputs of recomputed layers", recomputed * tokens * c * e),
             ("values of the other layers", values),
@@ -203,7 +208,7 @@ pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Re
     }
     let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
     let needed = leanest.map_or(0, |p| p.bytes());
-    let weights = Sizes::new(config, work).items(work, &Plan::LEAN, 1)[0].1;
+    let weights = Sizes::new(config, work).weights();
     let help = if weights > budget {
         format!("the weights alone are {:.1} GiB; use a smaller model or a card with more memory", gib(weights))
     } else {

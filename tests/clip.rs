@@ -77,8 +77,11 @@ proptest! {
         let seen = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
         for i in ALL {
             let seen = seen.clone();
-            let see = move |_: usize, site: Site, x: &Tensor| seen.lock().unwrap().push((site, x.clone()));
-            network.observe(w.get(i), SEQ, std::sync::Arc::new(see)).unwrap();
+            let see = move |_: usize, site: Site, x: &Tensor| {
+                seen.lock().unwrap().push((site, x.clone()));
+                Ok(())
+            };
+            network.observe(w.get(i), SEQ, see).unwrap();
         }
         let seen = seen.lock().unwrap();
         let error = |site: Site, ratio: f64| -> f64 {

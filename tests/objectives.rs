@@ -83,9 +83,12 @@ proptest! {
         let seen = Arc::new(Mutex::new(vec![]));
         let see = {
             let seen = seen.clone();
-            move |_: usize, site: Site, x: &Tensor| seen.lock().unwrap().push((site, x.to_f64_vec().unwrap()))
+            move |_: usize, site: Site, x: &Tensor| {
+                seen.lock().unwrap().push((site, x.to_f64_vec().unwrap()));
+                Ok(())
+            }
         };
-        m.merge_exact(Some(&r), &scheme).unwrap().observe(&ids, SEQ, Arc::new(see)).unwrap();
+        m.merge_exact(Some(&r), &scheme).unwrap().observe(&ids, SEQ, see).unwrap();
         let phi = |measure: Measure, x: f64| match measure {
             Measure::Whip => (-x.abs()).exp(),
             Measure::Kurtosis => x.powi(4),

@@ -124,6 +124,15 @@ fn on_the_command_line() {
     assert!(!done && said.contains("synthetic:WINDOWS") && said.contains("README.md"), "{said}");
     let (done, said) = spinquant(&["eval", "--text", "synthetic", "--model", "synthetic:gpt-2"]);
     assert!(!done && said.contains("llama-3-8b"), "{said}");
+    let (done, said) = spinquant(&[&["quantize", "--format", "hf", "--out", out], &model[..]].concat());
+    assert!(!done && said.contains("synthetic:tiny has none; use --format native"), "{said}");
+    let (done, said) = spinquant(&[&["profile", "--steps", "2"], &model[..]].concat());
+    assert!(!done && said.contains("expected at least 3") && said.contains("got 2"), "{said}");
+    let (done, said) = spinquant(&[&["profile", "--goldens", "nowhere"], &model[..]].concat());
+    assert!(!done && said.contains("nowhere") && said.contains("--goldens DIR"), "{said}");
+    let short = ["profile", "--steps", "3", "--seq-len", "32", "--batch", "2", "--text", "synthetic:8", "--json"];
+    let (done, said) = spinquant(&[&short[..], &model].concat());
+    assert!(done && said.contains("\"predicted_gib\""), "{said}");
 }
 
 #[cfg(feature = "cli")]

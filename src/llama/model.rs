@@ -1,7 +1,7 @@
 //! A whole LLaMA, in two forms: [`Llama`], whose rotations are learned, and [`Merged`], whose rotations are part of its weights.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 
@@ -11,7 +11,7 @@ use crate::llama::{LayerWeights, LlamaConfig, Plan, Rotated, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::matmul;
 use crate::ops::rope::Rope;
-use crate::quant::{QuantSpec, Scheme};
+use crate::quant::{QuantSpec, Scheme, Site};
 use crate::rotation::Rotations;
 use crate::tape::enter;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
@@ -297,16 +297,29 @@ impl Merged {
 
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
     pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
-        self.head(&self.hidden(tokens, seq, None)?)
+        matmul::product(&self.hidden(tokens, seq, None)?, false, &self.head, true, false, self.head.dtype())
     }
 
-    /// [`Merged::logits`], showing the input of every quantiser to `observer`.
-    pub fn observe(&self, tokens: &[u32], seq: usize, observer: Arc<Observer>) -> Result<Tensor> {
-        self.head(&self.hidden(tokens, seq, Some(observer))?)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Result<Tensor> {
-        matmul::product(hidden, false, &self.head, true, false, self.head.dtype())
+    /// Runs whole sequences of `seq` ids as far as the head, and shows `see` the input of every quantiser: layer, site, values.
+    ///
+    /// # Errors
+    /// Those of [`Merged::logits`], and the first error of `see`.
+    pub fn observe(
+        &self,
+        tokens: &[u32],
+        seq: usize,
+        see: impl Fn(usize, Site, &Tensor) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<()> {
+        let failed = Arc::new(Mutex::new(None));
+        let note = failed.clone();
+        let observer: Arc<Observer> = Arc::new(move |layer, site, x: &Tensor| {
+            if let Err(e) = see(layer, site, x) {
+                note.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
+            }
+        });
+        self.hidden(tokens, seq, Some(observer))?;
+        let failed = failed.lock().unwrap_or_else(|e| e.into_inner()).take();
+        failed.map_or(Ok(()), Err)
     }
 
     /// The cross entropy of every token's prediction, 0 at the last of each sequence; few logits exist at a time.

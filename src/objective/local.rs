@@ -69,9 +69,10 @@ fn capture(batch: &Batch<'_>) -> Result<Vec<(usize, Site, Tensor)>> {
             if !matches!(site, Site::Key | Site::DownInput) {
                 seen.lock().unwrap_or_else(|e| e.into_inner()).push((layer, site, x.clone()));
             }
+            Ok(())
         }
     };
-    batch.model.merge_exact(None, &full_precision())?.observe(batch.tokens, batch.seq, Arc::new(see))?;
+    batch.model.merge_exact(None, &full_precision())?.observe(batch.tokens, batch.seq, see)?;
     let captured = std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner()));
     Ok(captured)
 }

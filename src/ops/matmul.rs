@@ -104,7 +104,7 @@ impl Op for LinearAdd {
         }
         #[cfg(feature = "cuda")]
         if !c.device().is_cpu() && c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols() {
-            return crate::device::cuda::ops::linear_add(&c, &x, &w);
+            return crate::device::cuda::matmul::linear_add(&c, &x, &w);
         }
         let y = product(&x, false, &w, true, false, narrowest(&[x.clone(), w.clone()]))?;
         crate::ops::add::linear_combination(1.0, c, 1.0, y)
@@ -212,7 +212,7 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: 
             Tensor::from_vec(p.run(a.as_slice::<f32>()?, b.as_slice::<f32>()?, cpu::alloc(p.size())), shape)?.to_dtype(dtype)
         }
         #[cfg(feature = "cuda")]
-        (Device::Cuda(_), _) => crate::device::cuda::ops::matmul(a, b, &p, shape, dtype),
+        (Device::Cuda(_), _) => crate::device::cuda::matmul::matmul(a, b, &p, shape, dtype),
         _ => Err(unsupported(&Matmul::default(), a)),
     }
 }

@@ -114,7 +114,7 @@ fn square(x: &Tensor) -> Result<f64> {
 fn by_error(network: &Merged, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
     // Sums over layers and windows of the relative error of every candidate, by site.
     type Errors = BTreeMap<Site, [f64; CANDIDATES]>;
-    let sums: Arc<Mutex<Result<Errors>>> = Arc::new(Mutex::new(Ok(Errors::new())));
+    let sums: Arc<Mutex<Errors>> = Arc::default();
     let specs = network.scheme.sites(network.config.head_dim);
     let measure = move |site: Site, x: &Tensor| -> Result<[f64; CANDIDATES]> {
         let whole = square(x)?;
@@ -129,25 +129,20 @@ fn by_error(network: &Merged, text: &Windows, windows: &[usize], sites: &[Site],
     let see = {
         let (sums, sites) = (sums.clone(), sites.to_vec());
         move |_: usize, site: Site, x: &Tensor| {
-            let mut sums = sums.lock().unwrap_or_else(|e| e.into_inner());
-            let Ok(all) = &mut *sums else { return };
             if sites.contains(&site) {
-                match measure(site, x) {
-                    Ok(errors) => {
-                        let sum = all.entry(site).or_insert([0.0; CANDIDATES]);
-                        sum.iter_mut().zip(errors).for_each(|(s, e)| *s += e);
-                    }
-                    Err(e) => *sums = Err(e),
-                }
+                let errors = measure(site, x)?;
+                let mut sums = sums.lock().unwrap_or_else(|e| e.into_inner());
+                let sum = sums.entry(site).or_insert([0.0; CANDIDATES]);
+                sum.iter_mut().zip(errors).for_each(|(s, e)| *s += e);
             }
+            Ok(())
         }
     };
-    let see = Arc::new(see);
     for (i, &w) in windows.iter().enumerate() {
         network.observe(text.get(w), text.seq_len(), see.clone())?;
         told(progress, i + 1, windows.len())?;
     }
-    let sums = std::mem::replace(&mut *sums.lock().unwrap_or_else(|e| e.into_inner()), Ok(Errors::new()))?;
+    let sums = std::mem::take(&mut *sums.lock().unwrap_or_else(|e| e.into_inner()));
     let (mut ratios, mut goal) = (ClipRatios::NONE, (0.0, 0.0));
     let count = (sums.len() * windows.len() * network.blocks.len()) as f64;
     for (site, errors) in &sums {

@@ -140,6 +140,11 @@ impl ModelArgs {
         if let Some(dtype) = self.dtype {
             return Err(Error::argument("--dtype", format!("{what} keeps the type of the model's files, got {dtype}")));
         }
+        if self.synthetic().is_some() {
+            let message =
+                format!("{what} starts from a model's files, and {} has none; use --format native", self.model.display());
+            return Err(Error::argument("--model", message));
+        }
         self.device()
     }
 

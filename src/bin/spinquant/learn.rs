@@ -156,6 +156,11 @@ impl Recipe {
         Ok(())
     }
 
+    /// Optimiser steps.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
     /// The optimiser by its name.
     pub fn optimizer(&self) -> Result<Box<dyn optim::Optimizer>> {
         optim::by_name(&self.optimizer)
@@ -298,6 +303,11 @@ pub fn run(args: &Args) -> Result<()> {
             if let Err(e) = written {
                 log_failed.get_or_insert(e);
             }
+        }
+    });
+    let learned = learned.inspect_err(|e| {
+        if matches!(e, Error::Interrupted { .. }) {
+            progress.say(&format!("the state is in {}: continue with --resume", state.display()));
         }
     })?;
     if let Some(e) = log_failed {

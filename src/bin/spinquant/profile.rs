@@ -48,6 +48,10 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
+    if args.growth.is_none() && args.recipe.steps() < 3 {
+        let message = "expected at least 3: the first is not timed, and the last is watched";
+        return Err(Error::argument("--steps", format!("{message}, got {}", args.recipe.steps())));
+    }
     let device = args.model.device()?;
     let folder = args.goldens.clone().or_else(|| std::env::var_os("SPINQUANT_GOLDENS").map(PathBuf::from));
     let worst = goldens(&folder.unwrap_or_else(|| "tests/fixtures".into()), &device)?;
@@ -94,10 +98,10 @@ pub fn run(args: &Args) -> Result<()> {
         ControlFlow::Continue(())
     })?;
     let watched = seconds.pop().unwrap_or(f64::NAN);
-    let timed = seconds.get(1..).filter(|s| !s.is_empty()).unwrap_or(&seconds);
+    let timed = &seconds[1..];
     let mut sorted = timed.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(watched);
+    let median = sorted[sorted.len() / 2];
     let peak = peak_bytes(&device).unwrap_or(0) as f64 / f64::from(1 << 30);
     let tokens = (options.batch * args.seq_len) as f64;
     let work = Work { batch: options.batch, seq: args.seq_len, scheme, dtype: model.dtype() };
@@ -243,6 +247,10 @@ fn goldens(folder: &Path, device: &Device) -> Result<(f64, f64)> {
     for name in ["llama_gqa", "llama_had28", "llama_had40"] {
         let dir = folder.join(name);
         let path = dir.join("golden.safetensors");
+        if !path.exists() {
+            let message = "expected the small models of the golden tests; run in the repository, or say where with --goldens DIR";
+            return Err(Error::format(&path, message));
+        }
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let bad = |e: String| Error::format(&path, e);
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use spinquant::Result;
 use spinquant::export::{Format, Output, Provenance, write_quantized};
 use spinquant::llama::{LlamaConfig, Rotated, Source};
 use spinquant::quant::Rtn;
+use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted};
 use crate::weights::{GptqArgs, Method};
@@ -44,6 +44,14 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
+    quantize(args, &progress).inspect_err(|e| {
+        if matches!(e, Error::Interrupted { .. }) {
+            progress.say("the layers done are kept: the same command goes on from there");
+        }
+    })
+}
+
+fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     let scheme = args.scheme.scheme_with(&args.rotations)?;
     match args.format {
         Format::Hf => {
@@ -51,12 +59,12 @@ pub fn run(args: &Args) -> Result<()> {
             let config = LlamaConfig::from_file(args.model.model.join("config.json"))?;
             let source = Source::open(&args.model.model, &config)?;
             let rotations = args.rotations.load(&config)?;
-            write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, &progress)?;
+            write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, progress)?;
         }
         Format::Native => {
-            let model = args.model.load(&progress)?;
+            let model = args.model.load(progress)?;
             let rotations = args.rotations.load(&model.config)?;
-            write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, &progress)?;
+            write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, progress)?;
         }
     }
     println!("{scheme}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());

@@ -3,6 +3,7 @@
 mod gemm;
 pub(crate) mod gptq;
 pub(crate) mod linalg;
+pub(crate) mod matmul;
 pub(crate) mod ops;
 mod profile;
 mod solver;

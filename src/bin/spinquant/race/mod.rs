@@ -92,7 +92,8 @@ impl Args {
 struct Track {
     name: String,
     model: Llama,
-    plain: Option<Llama>,
+    /// Perplexity of the model as it is.
+    full: f64,
     calibration: Windows,
     text: Windows,
 }
@@ -103,24 +104,32 @@ impl Track {
             let seq_len = args.seq_len.unwrap_or(128);
             let (calibration, text) = (demo::windows(demo::CALIBRATION, seq_len)?, demo::windows(demo::TEST, seq_len)?);
             let text = limited(text, args.max_windows)?;
-            return Ok(Self { name: "the embedded model".into(), model: demo::model()?, plain: None, calibration, text });
+            let model = demo::model()?;
+            let full = unquantized(&model, &text, progress)?;
+            return Ok(Self { name: "the embedded model".into(), model, full, calibration, text });
         };
         let place = ModelArgs::new(folder.clone(), args.device.clone(), args.dtype);
-        let (model, seq_len) = (place.load(progress)?, args.seq_len.unwrap_or(2048));
-        let calibration = place.windows(&model.config, calibration, seq_len)?;
-        let text = limited(place.windows(&model.config, text, seq_len)?, args.max_windows)?;
-        Ok(Self { name: file_name(folder), plain: Some(place.load_plain(progress)?), model, calibration, text })
+        let (config, seq_len) = (place.config()?, args.seq_len.unwrap_or(2048));
+        let calibration = place.windows(&config, calibration, seq_len)?;
+        let text = limited(place.windows(&config, text, seq_len)?, args.max_windows)?;
+        // One model at a time: the plain one is gone before the one that is rotated comes.
+        let full = unquantized(&place.load_plain(progress)?, &text, progress)?;
+        Ok(Self { name: file_name(folder), model: place.load(progress)?, full, calibration, text })
     }
 
-    fn perplexity(&self, rotations: Option<&Rotations>, scheme: &Scheme, what: &str, progress: &Progress) -> Result<f64> {
-        let model = if rotations.is_none() { self.plain.as_ref().unwrap_or(&self.model) } else { &self.model };
-        Ok(score(&model.merge(rotations, scheme)?, &self.text, progress, what)?.perplexity)
+    fn perplexity(&self, rotations: &Rotations, scheme: &Scheme, what: &str, progress: &Progress) -> Result<f64> {
+        Ok(score(&self.model.merge(Some(rotations), scheme)?, &self.text, progress, what)?.perplexity)
     }
 
     fn start(&self, seed: u64) -> Result<Rotations> {
         let c = &self.model.config;
         Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed)
     }
+}
+
+/// Perplexity of a model as it is, unrotated.
+fn unquantized(plain: &Llama, text: &Windows, progress: &Progress) -> Result<f64> {
+    Ok(score(&plain.merge(None, &Scheme::FULL_PRECISION)?, text, progress, "full precision")?.perplexity)
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -132,7 +141,7 @@ pub fn run(args: &Args) -> Result<()> {
     std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out))?;
     let mut outcome = Outcome::create(&args.out)?;
     let track = Track::open(args, &progress)?;
-    let full = track.perplexity(None, &Scheme::FULL_PRECISION, "full precision", &progress)?;
+    let full = track.full;
     let say = |line: &str| {
         if !args.json {
             println!("{line}");
@@ -143,7 +152,7 @@ pub fn run(args: &Args) -> Result<()> {
     for scheme in &args.schemes {
         let random = args
             .seeds()
-            .map(|seed| track.perplexity(Some(&track.start(seed)?), scheme, &format!("{scheme} hadamard:{seed}"), &progress))
+            .map(|seed| track.perplexity(&track.start(seed)?, scheme, &format!("{scheme} hadamard:{seed}"), &progress))
             .collect::<Result<Vec<f64>>>()?;
         let baseline = Baseline { scheme: *scheme, full, first_seed: args.first_seed, random };
         say(&format!("{scheme}: random Hadamard {:.3}", baseline.mean()));
@@ -231,7 +240,7 @@ fn one(
         orthogonality_error: f64::NAN,
     };
     if !entry.learns() {
-        run.perplexity = track.perplexity(Some(&start), &scheme, &what, progress)?;
+        run.perplexity = track.perplexity(&start, &scheme, &what, progress)?;
         return Ok(run);
     }
     let options = LearnOptions {
@@ -270,6 +279,6 @@ fn one(
     };
     run.curve.insert(0, Point { step: 0, seconds: searching, held_out: learned.held_out_first });
     run.orthogonality_error = learned.orthogonality_error;
-    run.perplexity = track.perplexity(Some(&learned.rotations), &scheme, &what, progress)?;
+    run.perplexity = track.perplexity(&learned.rotations, &scheme, &what, progress)?;
     Ok(run)
 }
