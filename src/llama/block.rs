@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::llama::{LayerWeights, LlamaConfig};
+use crate::ops::add::linear_combination;
 use crate::ops::attention::attention;
 use crate::ops::rope::Rope;
 use crate::quant::{Site, Sites};
@@ -67,6 +68,9 @@ impl<'t> RotatedWeights<'t> {
 /// Is shown the input of every quantiser: layer, site, values.
 pub type Observer = dyn Fn(usize, Site, &Tensor) + Send + Sync;
 
+/// Is shown the input of every quantiser, and may put other values of the same shape in its place.
+pub type Patch = dyn Fn(usize, Site, &Tensor) -> Result<Option<Tensor>> + Send + Sync;
+
 /// What the layers need besides their weights.
 #[derive(Clone)]
 pub struct Run {
@@ -78,6 +82,8 @@ pub struct Run {
     pub seq: usize,
     /// Watches the activations.
     pub observer: Option<Arc<Observer>>,
+    /// Changes them (activation patching). Gradients pass as if it had not.
+    pub patch: Option<Arc<Patch>>,
 }
 
 impl Block {
@@ -205,14 +211,23 @@ impl Block {
 
     fn quantized<'t>(&self, site: Site, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
         run.observer.iter().for_each(|see| see(self.index, site, x.value()));
+        let other = run.patch.as_ref().map_or(Ok(None), |patch| patch(self.index, site, x.value()))?;
+        let x = match other {
+            Some(other) => {
+                let difference = linear_combination(1.0, other, -1.0, x.value().clone())?;
+                x.clone().add(x.tape().constant(difference))?
+            }
+            None => x,
+        };
         x.fake_quant(run.sites.at(site))
     }
 
     /// Transformed if `online`, then quantised; in one pass when nobody watches.
     fn rotated<'t>(&self, site: Site, online: bool, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        match (online, &run.observer) {
-            (true, None) => x.hadamard_fake_quant(run.sites.at(site)),
-            (true, Some(_)) => self.quantized(site, x.hadamard()?, run),
+        let alone = run.observer.is_none() && run.patch.is_none();
+        match (online, alone) {
+            (true, true) => x.hadamard_fake_quant(run.sites.at(site)),
+            (true, false) => self.quantized(site, x.hadamard()?, run),
             (false, _) => self.quantized(site, x, run),
         }
     }

@@ -8,7 +8,7 @@ mod merge;
 mod model;
 pub mod synthetic;
 
-pub use block::{Block, Observer, RotatedWeights, Run};
+pub use block::{Block, Observer, Patch, RotatedWeights, Run};
 pub use config::{LlamaConfig, RopeScaling};
 pub use layer::Plan;
 pub use load::{Checkpoint, LayerWeights, Source, Weights};

@@ -269,7 +269,7 @@ impl Run {
     /// Quantisers and rotary tables for sequences of `seq` tokens.
     pub fn new(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
         let rope = Rope::new(&config.inverse_frequencies(), seq, dtype, device)?;
-        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None })
+        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None, patch: None })
     }
 }
 
