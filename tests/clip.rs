@@ -2,14 +2,16 @@
 
 mod tiny;
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use spinquant::data::Windows;
-use spinquant::llama::{Llama, LlamaConfig, Weights};
+use spinquant::llama::{Llama, LlamaConfig, Rotated, Walk, Weights};
 use spinquant::quant::{Clip, ClipGoal, ClipRatios, Scheme, Site, search_clips};
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Tape, Tensor, eval, ops};
+use spinquant::{DType, Result, Tape, Tensor, eval, ops};
 
 const SEQ: usize = 8;
 
@@ -36,6 +38,31 @@ const ALL: [usize; 3] = [0, 5, 11];
 
 fn go(_: usize, _: usize) -> ControlFlow<()> {
     ControlFlow::Continue(())
+}
+
+/// Bits by window, layer and site.
+type Bits = BTreeMap<(usize, usize, Site), Vec<u64>>;
+
+/// What quantisers were given.
+#[derive(Clone, Default)]
+struct Seen(Arc<Mutex<Bits>>);
+
+impl Seen {
+    fn note(&self, window: usize, layer: usize, site: Site, x: &Tensor) -> Result<()> {
+        let bits = x.to_f64_vec()?.into_iter().map(f64::to_bits).collect();
+        assert!(self.0.lock().unwrap().insert((window, layer, site), bits).is_none(), "shown twice");
+        Ok(())
+    }
+}
+
+fn in_f32(m: &Llama) -> Llama {
+    let narrow = |t: &Tensor| t.to_dtype(DType::F32);
+    let weights = Weights {
+        embedding: narrow(&m.embedding).unwrap(),
+        head: narrow(&m.head).unwrap(),
+        layers: m.blocks.iter().map(|b| b.weights.map(narrow).unwrap()).collect(),
+    };
+    Llama::new(m.config.clone(), weights).unwrap()
 }
 
 proptest! {
@@ -102,6 +129,52 @@ proptest! {
         prop_assert!(found.goal.1 <= found.goal.0);
     }
 
+    /// A layer at a time, all windows through it, is the whole network window by window: to the bit, and so are the sums.
+    #[test]
+    fn walking_shows_what_the_merged_network_shows(
+        seed: u64, narrow: bool, plain: bool, scheme in prop::sample::select(vec![Scheme::new(4, 4, 4), Scheme::new(16, 4, 8)]),
+    ) {
+        let (m, w) = (if narrow { in_f32(&model(seed)) } else { model(seed) }, text(seed));
+        let r = start(&m, seed);
+        let r = (!plain).then_some(&r);
+        let (merged, walked) = (Seen::default(), Seen::default());
+        let network = m.merge(r, &scheme).unwrap();
+        for (i, part) in ALL.into_iter().enumerate() {
+            let merged = merged.clone();
+            network.observe(w.get(part), SEQ, move |layer, site, x| merged.note(i, layer, site, x)).unwrap();
+        }
+        let rotated = Rotated::new(&m, r, &scheme).unwrap();
+        let mut walk = Walk::new(&rotated, &ALL.map(|i| w.get(i)), SEQ).unwrap();
+        for layer in 0..m.config.layers {
+            let walked = walked.clone();
+            prop_assert!(walk.layer(move |i, site, x| walked.note(i, layer, site, x)).unwrap());
+        }
+        prop_assert!(!walk.layer(|_, _, _| Ok(())).unwrap());
+        let (merged, walked) = (merged.0.lock().unwrap(), walked.0.lock().unwrap());
+        prop_assert_eq!(merged.len(), ALL.len() * m.config.layers * Site::ALL.len());
+        prop_assert!(*merged == *walked);
+
+        // The mean of the relative errors before any clipping, added up in the order in which the merged network shows them.
+        let mut sums = [0.0; 6];
+        for ((_, _, site), bits) in merged.iter() {
+            let x = Tensor::from_vec(bits.iter().map(|b| f64::from_bits(*b)).collect(), [bits.len() / m.config.head_dim, m.config.head_dim]).unwrap();
+            let x = match site {
+                Site::Value | Site::AttentionOutput | Site::Key => x,
+                Site::AttentionInput | Site::MlpInput => x.reshape([SEQ, m.config.hidden_size]).unwrap(),
+                Site::DownInput => x.reshape([SEQ, m.config.intermediate_size]).unwrap(),
+            };
+            let x = x.to_dtype(m.dtype()).unwrap();
+            let y = Tape::new().constant(x.clone()).fake_quant(scheme.sites(8).at(*site)).unwrap().into_value();
+            let off = ops::add::linear_combination(1.0, y, -1.0, x.clone()).unwrap();
+            let square = |t: &Tensor| t.to_f64_vec().unwrap().into_iter().map(|x| x * x).sum::<f64>();
+            let at = Site::ALL.iter().position(|s| s == site).unwrap();
+            sums[at] += square(&off) / square(&x);
+        }
+        let found = search_clips(&m, r, &scheme, &w, &ALL, ClipGoal::Error, go).unwrap();
+        let mean = sums.iter().fold(0.0, |mean, sum| mean + sum / (6 * ALL.len() * m.config.layers) as f64);
+        prop_assert_eq!(found.goal.0.to_bits(), mean.to_bits());
+    }
+
     /// By loss: what is found has the loss that is said, which is no worse than that of no clipping.
     #[test]
     fn the_loss_is_what_it_says(seed: u64) {
@@ -145,13 +218,7 @@ fn what_is_not_quantised_is_not_searched() {
         assert!(Site::ALL.into_iter().all(|s| matches!(s, Site::Key | Site::Value) || found.ratios.at(s) == 1.0));
     }
     // In f32 as well, and without rotations.
-    let weights = |m: &Llama| Weights {
-        embedding: m.embedding.to_dtype(DType::F32).unwrap(),
-        head: m.head.to_dtype(DType::F32).unwrap(),
-        layers: m.blocks.iter().map(|b| b.weights.map(|t| t.to_dtype(DType::F32)).unwrap()).collect(),
-    };
-    let narrow = Llama::new(m.config.clone(), weights(&m)).unwrap();
-    let found = search_clips(&narrow, None, &Scheme::new(4, 4, 4), &w, &[3], ClipGoal::Error, go).unwrap();
+    let found = search_clips(&in_f32(&m), None, &Scheme::new(4, 4, 4), &w, &[3], ClipGoal::Error, go).unwrap();
     assert!(found.tried > 0 && found.goal.1 <= found.goal.0);
 }
 
@@ -176,6 +243,8 @@ fn bad_ratios_and_windows_are_named() {
     let search = |windows: &[usize]| search_clips(&m, None, &Scheme::new(4, 4, 4), &w, windows, ClipGoal::Loss, go);
     assert!(search(&[]).unwrap_err().to_string().contains("expected windows below 12"));
     assert!(search(&[12]).unwrap_err().to_string().contains("got [12]"));
-    let stopped = search_clips(&m, None, &Scheme::new(4, 4, 4), &w, &[0], ClipGoal::Loss, |_, _| ControlFlow::Break(()));
-    assert!(matches!(stopped, Err(spinquant::Error::Interrupted { .. })));
+    for goal in [ClipGoal::Error, ClipGoal::Loss] {
+        let stopped = search_clips(&m, None, &Scheme::new(4, 4, 4), &w, &[0], goal, |_, _| ControlFlow::Break(()));
+        assert!(matches!(stopped, Err(spinquant::Error::Interrupted { step: 1 })));
+    }
 }

@@ -109,6 +109,15 @@ impl<'a> Rotated<'a> {
         }
     }
 
+    /// `E R1` of these tokens alone, `[tokens, C]`.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let rows = |table: Tensor| Ok(Tape::new().constant(table).embedding(tokens.into())?.into_value());
+        match self.from {
+            From::Memory(model) => self.table(&rows(model.embedding.clone())?),
+            From::Files(source) => self.table(&rows(source.embedding(DType::F64)?)?),
+        }
+    }
+
     /// `W_head R1`, `[V, C]`.
     pub fn head(&self) -> Result<Tensor> {
         match self.from {
@@ -123,6 +132,13 @@ impl<'a> Rotated<'a> {
             From::Memory(model) => Ok(model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
             From::Files(source) => Ok(Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
         }
+    }
+
+    /// Layer `i` with its weights rotated, and quantised to nearest as the scheme says.
+    pub fn nearest(&self, i: usize) -> Result<Block> {
+        let spec = self.scheme.sites(self.config.head_dim).weight;
+        let block = self.block(i)?;
+        Ok(block.with_weights(block.weights.map(|w| Ok(Tape::new().constant(w.clone()).fake_quant(&spec)?.into_value()))?))
     }
 
     /// Layer `i` with weights that were made from it before.

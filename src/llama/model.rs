@@ -1,17 +1,18 @@
 //! A whole LLaMA, in two forms: [`Llama`], whose rotations are learned, and [`Merged`], whose rotations are part of its weights.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use crate::data;
-use crate::llama::block::{Block, Observer, RotatedWeights, Run};
+use crate::llama::block::{Block, RotatedWeights, Run};
+use crate::llama::walk::observed;
 use crate::llama::{LayerWeights, LlamaConfig, Plan, Rotated, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::matmul;
 use crate::ops::rope::Rope;
-use crate::quant::{QuantSpec, Scheme, Site};
+use crate::quant::{Scheme, Site};
 use crate::rotation::Rotations;
 use crate::tape::enter;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
@@ -215,28 +216,23 @@ impl Llama {
     /// Without rotations the network is the plain one, R3 included ([`Scheme::unrotated`]). Other weight quantisers:
     /// [`quantize_weights`](crate::quant::quantize_weights).
     pub fn merge(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
-        self.merge_with(rotations, scheme, |block, spec| block.weights.map(|w| fake_quantize(w.clone(), spec)))
+        self.merge_with(rotations, scheme, |rotated, i| rotated.nearest(i))
     }
 
     /// [`Llama::merge`] without quantising the weights, whatever the scheme says about them.
     pub fn merge_exact(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
-        self.merge_with(rotations, scheme, |block, _| Ok(block.weights.clone()))
+        self.merge_with(rotations, scheme, |rotated, i| rotated.block(i))
     }
 
-    /// Merges a layer at a time; `quantize` is given each rotated layer in order and says what its weights become.
+    /// Merges a layer at a time.
     fn merge_with(
         &self,
         rotations: Option<&Rotations>,
         scheme: &Scheme,
-        quantize: impl Fn(&Block, &QuantSpec) -> Result<LayerWeights>,
+        block: impl Fn(&Rotated<'_>, usize) -> Result<Block>,
     ) -> Result<Merged> {
         let rotated = Rotated::new(self, rotations, scheme)?;
-        let spec = rotated.scheme().sites(self.config.head_dim).weight;
-        let block = |i| {
-            let block = rotated.block(i)?;
-            Ok(block.with_weights(quantize(&block, &spec)?))
-        };
-        Merged::new(&rotated, (0..self.blocks.len()).map(block).collect::<Result<_>>()?)
+        Merged::new(&rotated, (0..self.blocks.len()).map(|i| block(&rotated, i)).collect::<Result<_>>()?)
     }
 
     /// SHA-256 of every weight's first row: tells models of one shape apart.
@@ -250,12 +246,8 @@ impl Llama {
     }
 }
 
-fn fake_quantize(w: Tensor, spec: &QuantSpec) -> Result<Tensor> {
-    let tape = Tape::new();
-    Ok(tape.constant(w).fake_quant(spec)?.into_value())
-}
-
-fn check_tokens(config: &LlamaConfig, tokens: &[u32], seq: usize, layers: usize) -> Result<()> {
+/// Whole sequences, and R2 for every layer.
+pub(crate) fn check_tokens(config: &LlamaConfig, tokens: &[u32], seq: usize, layers: usize) -> Result<()> {
     if seq == 0 || tokens.is_empty() || !tokens.len().is_multiple_of(seq) {
         return Err(Error::argument("tokens", format!("expected whole sequences of {seq}, got {} tokens", tokens.len())));
     }
@@ -297,7 +289,7 @@ impl Merged {
 
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
     pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
-        matmul::product(&self.hidden(tokens, seq, None)?, false, &self.head, true, false, self.head.dtype())
+        matmul::product(&self.hidden(tokens, &self.run(seq)?)?, false, &self.head, true, false, self.head.dtype())
     }
 
     /// Runs whole sequences of `seq` ids as far as the head, and shows `see` the input of every quantiser: layer, site, values.
@@ -310,32 +302,25 @@ impl Merged {
         seq: usize,
         see: impl Fn(usize, Site, &Tensor) -> Result<()> + Send + Sync + 'static,
     ) -> Result<()> {
-        let failed = Arc::new(Mutex::new(None));
-        let note = failed.clone();
-        let observer: Arc<Observer> = Arc::new(move |layer, site, x: &Tensor| {
-            if let Err(e) = see(layer, site, x) {
-                note.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
-            }
-        });
-        self.hidden(tokens, seq, Some(observer))?;
-        let failed = failed.lock().unwrap_or_else(|e| e.into_inner()).take();
-        failed.map_or(Ok(()), Err)
+        observed(&self.run(seq)?, see, |run| self.hidden(tokens, run)).map(drop)
     }
 
     /// The cross entropy of every token's prediction, 0 at the last of each sequence; few logits exist at a time.
     pub fn token_losses(&self, tokens: &[u32], seq: usize) -> Result<Vec<f64>> {
-        linear_token_losses(&self.hidden(tokens, seq, None)?, &self.head, &data::targets(tokens, seq))
+        linear_token_losses(&self.hidden(tokens, &self.run(seq)?)?, &self.head, &data::targets(tokens, seq))
+    }
+
+    fn run(&self, seq: usize) -> Result<Run> {
+        Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())
     }
 
     /// What the head reads, `[tokens, C]`.
-    fn hidden(&self, tokens: &[u32], seq: usize, observer: Option<Arc<Observer>>) -> Result<Tensor> {
-        check_tokens(&self.config, tokens, seq, self.config.layers)?;
-        let run = Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())?;
-        let run = Run { observer, ..run };
+    fn hidden(&self, tokens: &[u32], run: &Run) -> Result<Tensor> {
+        check_tokens(&self.config, tokens, run.seq, self.config.layers)?;
         let tape = Tape::new();
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?;
         for block in &self.blocks {
-            x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run)?;
+            x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), run)?;
         }
         Ok(x.rms_norm(self.config.rms_norm_eps)?.into_value())
     }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::data::Windows;
 use crate::eval::perplexity;
-use crate::llama::{Llama, Merged};
+use crate::llama::{Llama, Merged, Rotated, Walk};
 use crate::ops::add::linear_combination;
 use crate::ops::matmul;
 use crate::quant::{Clip, ClipRatios, Scheme, Site};
@@ -20,7 +20,8 @@ use crate::{DType, Error, Result, Tape, Tensor};
 pub enum ClipGoal {
     /// The relative error `‖x − Q(x)‖² / ‖x‖²` of what is quantised, averaged over layers: each site by itself.
     Error,
-    /// The cross entropy of the whole quantised network, one site after the other.
+    /// The cross entropy of the whole quantised network, one site after the other; holds that network beside the model, which takes as
+    /// much memory again.
     Loss,
 }
 
@@ -62,8 +63,8 @@ const CANDIDATES: usize = 11;
 
 /// Finds the clip ratio of every site of a rotated network whose activations, K or V a scheme quantises, on windows of text.
 ///
-/// By [`ClipGoal::Error`]: what reaches the quantisers of the quantised network is read once, and every candidate ratio tried on it. By
-/// [`ClipGoal::Loss`]: from ratios of 1, the sites in the order a layer meets them, each set to the best candidate; then each to the better of
+/// By [`ClipGoal::Error`]: what reaches the quantisers of the quantised network is read once, a layer at a time ([`Walk`]), and every
+/// candidate ratio tried on it. By [`ClipGoal::Loss`]: from ratios of 1, the sites in the order a layer meets them, each set to the best candidate; then each to the better of
 /// its neighbours half a step away, as long as one is better. Ties keep the larger ratio. `progress` is told how many of about how many
 /// evaluations are done, and may stop.
 ///
@@ -82,12 +83,15 @@ pub fn search_clips(
         return Err(Error::argument("clip search", format!("expected windows below {}, got {windows:?}", text.len())));
     }
     let start = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };
-    let network = model.merge(rotations, &start)?;
-    let head_dim = network.config.head_dim;
-    let sites: Vec<Site> = Site::ALL.into_iter().filter(|&s| network.scheme.sites(head_dim).at(s).is_active()).collect();
+    let rotated = Rotated::new(model, rotations, &start)?;
+    let specs = rotated.scheme().sites(model.config.head_dim);
+    let sites: Vec<Site> = Site::ALL.into_iter().filter(|&s| specs.at(s).is_active()).collect();
+    if sites.is_empty() {
+        return Ok(ClipFound { ratios: ClipRatios::NONE, goal: (0.0, 0.0), tried: 0 });
+    }
     match goal {
-        ClipGoal::Error => by_error(&network, text, windows, &sites, &mut progress),
-        ClipGoal::Loss => by_loss(network, text, windows, &sites, &mut progress),
+        ClipGoal::Error => by_error(&rotated, text, windows, &sites, &mut progress),
+        ClipGoal::Loss => by_loss(model.merge(rotations, &start)?, text, windows, &sites, &mut progress),
     }
 }
 
@@ -111,11 +115,11 @@ fn square(x: &Tensor) -> Result<f64> {
     Ok(matmul::product(&x, false, &x, true, false, DType::F32)?.to_f64_vec()?.into_iter().sum())
 }
 
-fn by_error(network: &Merged, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
-    // Sums over layers and windows of the relative error of every candidate, by site.
-    type Errors = BTreeMap<Site, [f64; CANDIDATES]>;
-    let sums: Arc<Mutex<Errors>> = Arc::default();
-    let specs = network.scheme.sites(network.config.head_dim);
+fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
+    // The relative error of every candidate, by site, window and layer: summed in that order, in whichever they come.
+    type Errors = BTreeMap<(Site, usize, usize), [f64; CANDIDATES]>;
+    let seen: Arc<Mutex<Errors>> = Arc::default();
+    let (config, specs) = (rotated.config(), rotated.scheme().sites(rotated.config().head_dim));
     let measure = move |site: Site, x: &Tensor| -> Result<[f64; CANDIDATES]> {
         let whole = square(x)?;
         let mut errors = [0.0; CANDIDATES];
@@ -126,25 +130,25 @@ fn by_error(network: &Merged, text: &Windows, windows: &[usize], sites: &[Site],
         }
         Ok(errors)
     };
-    let see = {
-        let (sums, sites) = (sums.clone(), sites.to_vec());
-        move |_: usize, site: Site, x: &Tensor| {
+    let parts: Vec<&[u32]> = windows.iter().map(|&w| text.get(w)).collect();
+    let mut walk = Walk::new(rotated, &parts, text.seq_len())?;
+    for layer in 0..config.layers {
+        let (seen, sites) = (seen.clone(), sites.to_vec());
+        walk.layer(move |window, site, x| {
             if sites.contains(&site) {
                 let errors = measure(site, x)?;
-                let mut sums = sums.lock().unwrap_or_else(|e| e.into_inner());
-                let sum = sums.entry(site).or_insert([0.0; CANDIDATES]);
-                sum.iter_mut().zip(errors).for_each(|(s, e)| *s += e);
+                seen.lock().unwrap_or_else(|e| e.into_inner()).insert((site, window, layer), errors);
             }
             Ok(())
-        }
-    };
-    for (i, &w) in windows.iter().enumerate() {
-        network.observe(text.get(w), text.seq_len(), see.clone())?;
-        told(progress, i + 1, windows.len())?;
+        })?;
+        told(progress, layer + 1, config.layers)?;
     }
-    let sums = std::mem::take(&mut *sums.lock().unwrap_or_else(|e| e.into_inner()));
+    let mut sums: BTreeMap<Site, [f64; CANDIDATES]> = BTreeMap::new();
+    for ((site, ..), errors) in std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner())) {
+        sums.entry(site).or_insert([0.0; CANDIDATES]).iter_mut().zip(errors).for_each(|(sum, e)| *sum += e);
+    }
     let (mut ratios, mut goal) = (ClipRatios::NONE, (0.0, 0.0));
-    let count = (sums.len() * windows.len() * network.blocks.len()) as f64;
+    let count = (sums.len() * windows.len() * config.layers) as f64;
     for (site, errors) in &sums {
         let best = (1..CANDIDATES).fold(0, |best, i| if errors[i] < errors[best] { i } else { best });
         if !errors[best].is_finite() {
