@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde_json::{Value, json};
 use spinquant::data::Windows;
@@ -72,6 +73,35 @@ pub fn report(found: &ClipFound, goal: ClipGoal) -> (String, Value) {
     let each: Vec<String> = Site::ALL.iter().map(|&s| format!("{} {}", s.name(), found.ratios.at(s))).collect();
     let line = format!("clip ratios by {goal} ({before:.4} -> {after:.4}, {} tried): {}", found.tried, each.join(", "));
     (line, json!({"goal": goal.to_string(), "ratios": ratios, "before": before, "after": after, "tried": found.tried}))
+}
+
+/// What `--clip` says.
+#[derive(Clone, Copy, Debug)]
+pub enum ClipChoice {
+    /// Ratios of 1, as published.
+    None,
+    /// Search them.
+    By(ClipGoal),
+}
+
+impl FromStr for ClipChoice {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "none" => Ok(Self::None),
+            _ => s.parse().map(Self::By).map_err(|_| Error::argument("clip", format!("expected error, loss or none, got {s:?}"))),
+        }
+    }
+}
+
+impl ClipChoice {
+    /// What there is to search: nothing where neither activations nor K nor V are quantised.
+    pub fn goal(self, scheme: &Scheme) -> Option<ClipGoal> {
+        match self {
+            Self::By(goal) if [scheme.activation_bits, scheme.key_bits, scheme.value_bits].iter().any(|b| *b < 16) => Some(goal),
+            _ => None,
+        }
+    }
 }
 
 pub fn run(args: &Args) -> Result<()> {

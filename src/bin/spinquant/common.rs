@@ -72,21 +72,22 @@ impl SchemeArgs {
 
     /// The same with the clip ratios that came with the rotations, unless others were asked for.
     pub fn scheme_with(&self, rotations: &RotationChoice) -> Result<Scheme> {
-        let scheme = self.scheme();
-        let RotationChoice::File(path) = rotations else { return Ok(scheme) };
-        if self.activation_clip.is_some() {
-            return Ok(scheme);
-        }
+        Ok(Scheme { activation_clip: self.given_clip(rotations)?.unwrap_or_default(), ..self.scheme() })
+    }
+
+    /// The clip ratios that were asked for, or else came with the rotations for these bits.
+    pub fn given_clip(&self, rotations: &RotationChoice) -> Result<Option<ClipRatios>> {
+        let (RotationChoice::File(path), None) = (rotations, self.activation_clip) else { return Ok(self.activation_clip) };
         let (_, notes) = Rotations::load_with(path)?;
-        let Some(ratios) = notes.get(CLIP_RATIOS) else { return Ok(scheme) };
+        let Some(ratios) = notes.get(CLIP_RATIOS) else { return Ok(None) };
         let ratios: ClipRatios = ratios.parse().map_err(|e| Error::format(path, e))?;
         // The best ratio depends on the number of levels.
-        let found = notes.get(CLIP_SCHEME).map_or("another scheme", String::as_str);
+        let (scheme, found) = (self.scheme(), notes.get(CLIP_SCHEME).map_or("another scheme", String::as_str));
         if found != activation_bits(&scheme) {
             eprintln!("note: the clip ratios of {} are for {found}, not used for {scheme}", path.display());
-            return Ok(scheme);
+            return Ok(None);
         }
-        Ok(Scheme { activation_clip: ratios, ..scheme })
+        Ok(Some(ratios))
     }
 }
 

@@ -19,8 +19,11 @@ use spinquant::quant::{ClipGoal, ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result};
 
-use crate::clip;
+use crate::clip::{self, ClipChoice};
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, check_writable, interrupted, peak_bytes};
+
+/// The optimiser that does what the published code does, which clips nothing.
+const PARITY: &str = "cayley-parity";
 
 /// The recipe; the defaults are the published ones.
 #[derive(clap::Args, Clone)]
@@ -234,10 +237,11 @@ pub struct Args {
     /// Where to start: hadamard[:SEED] (default: --seed), orthogonal[:SEED], identity, or a file.
     #[arg(long, value_name = "WHICH")]
     start: Option<RotationChoice>,
-    /// Search clip ratios of activations, K and V on the start, learn with them, and keep them with the rotations: error
-    /// (of every quantiser, by itself) or loss (of the whole network). Default: none.
-    #[arg(long, value_name = "error|loss")]
-    clip: Option<ClipGoal>,
+    /// Clip ratios of activations, K and V, searched on the start, learned with, and kept with the rotations: error (of every
+    /// quantiser, by itself) or loss (of the whole network; needs room for a second copy of the weights); none: 1, as published.
+    /// Default: what --activation-clip says or a --start file holds, else none with cayley-parity, else error.
+    #[arg(long, value_name = "error|loss|none", conflicts_with = "activation_clip")]
+    clip: Option<ClipChoice>,
     /// Windows to search them on.
     #[arg(long, value_name = "N", default_value_t = 8)]
     clip_windows: usize,
@@ -261,6 +265,21 @@ pub struct Args {
     json: bool,
 }
 
+impl Args {
+    /// The clip ratios to begin with, and whether to search others.
+    fn clip(&self, start: &RotationChoice) -> Result<(ClipRatios, ClipChoice)> {
+        if let Some(asked) = self.clip {
+            return Ok((ClipRatios::NONE, asked));
+        }
+        let given = self.scheme.given_clip(start)?;
+        let asked = match given {
+            None if self.recipe.optimizer != PARITY => ClipChoice::By(ClipGoal::Error),
+            _ => ClipChoice::None,
+        };
+        Ok((given.unwrap_or_default(), asked))
+    }
+}
+
 pub fn run(args: &Args) -> Result<()> {
     if args.dry_run {
         return args.recipe.dry_run(args);
@@ -274,10 +293,12 @@ pub fn run(args: &Args) -> Result<()> {
     let start = choice.load(&model.config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
     let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
     let state = state_path(&args.out);
-    let mut scheme = args.scheme.scheme_with(&choice)?;
+    let mut scheme = args.scheme.scheme();
     // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
+    let (given, asked) = args.clip(&choice)?;
+    scheme.activation_clip = given;
     let mut clip = None;
-    if let Some(goal) = args.clip {
+    if let Some(goal) = asked.goal(&scheme) {
         let found = clip::search(&model, &start, &scheme, &windows, (goal, args.clip_windows), &progress)?;
         scheme.activation_clip = found.ratios;
         let (line, value) = clip::report(&found, goal);
