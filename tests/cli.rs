@@ -256,6 +256,49 @@ fn compare_prints_the_table() {
 
 /// Starts a run that keeps its state, ends it after a few steps by `end`, and returns the steps its log then holds.
 #[test]
+fn compare_adds_rows_with_clip_ratios() {
+    let place = Place::new();
+    let args = format!(
+        "compare {MODEL} --calibration text.txt --text text.txt --scheme W4A3KV3 --seeds 2 --learn-seeds 2 --steps 4 --batch 4 \
+         --held-out 8"
+    );
+    let plain = place.json(&format!("{args} --json"));
+    assert_eq!((&plain["hadamard_clip"], &plain["learned_clip"]), (&json!([]), &json!([])));
+    for goal in ["error", "loss"] {
+        let table = place.json(&format!("{args} --clip {goal} --json"));
+        let rows = |t: &Value| t["rows"].as_array().unwrap().clone();
+        // The other rows are as they were, in their places.
+        let (ours, others): (Vec<_>, Vec<_>) =
+            rows(&table).into_iter().partition(|r| r["name"].as_str().unwrap().contains("clip"));
+        assert_eq!(others, rows(&plain));
+        let names: Vec<&str> = ours.iter().map(|r| r["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["hadamard + clip mean", "learned + clip"]);
+        for (row, name) in ours.iter().zip(["hadamard_clip", "learned_clip"]) {
+            let runs = table[name].as_array().unwrap();
+            let mean = runs.iter().map(|r| number(r, "perplexity")).sum::<f64>() / 2.0;
+            assert!(runs.len() == 2 && number(row, "perplexity") == mean, "{table}");
+        }
+        for (seed, (before, after)) in
+            table["hadamard_clip"].as_array().unwrap().iter().zip(table["learned_clip"].as_array().unwrap()).enumerate()
+        {
+            assert_eq!((number(before, "seed"), number(after, "seed")), (seed as f64, seed as f64));
+            assert!(before["clip"] == after["clip"] && before["clip"]["goal"] == goal, "{before} {after}");
+            assert_eq!(after["start_perplexity"], before["perplexity"]);
+            assert_ne!(before["perplexity"], plain["hadamard"][seed]["perplexity"], "{goal}: the ratios do nothing");
+        }
+        // It is what `learn` and `eval` do, one after the other.
+        let learn = format!("{LEARN} --scheme W4A3KV3 --steps 4 --seed 1 --clip {goal} --json");
+        assert_eq!(place.json(&learn)["held_out_last"], table["learned_clip"][1]["held_out_last"]);
+        let eval = place.json(&format!("{EVAL} --scheme W4A3KV3 --rotations R.safetensors --json"));
+        assert_eq!(eval["perplexity"], table["learned_clip"][1]["perplexity"]);
+    }
+    let out = place.run(&format!("{args} --clip error"));
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(text.contains("hadamard + clip mean") && text.contains("seed 1 + clip: held-out loss"), "{text}");
+    place.fails(&format!("{args} --clip best"), &["expected error, loss or none"]);
+}
+
+#[test]
 fn clip_ratios_travel_with_the_rotations() {
     let place = Place::new();
     let ratios = |file: &str| -> String {

@@ -6,10 +6,11 @@ use serde_json::{Value, json};
 use spinquant::data::Windows;
 use spinquant::learn::Learned;
 use spinquant::llama::Llama;
-use spinquant::quant::{Online, Scheme};
+use spinquant::quant::{ClipGoal, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
+use crate::clip::{self, ClipChoice};
 use crate::common::{ModelArgs, Progress, SchemeArgs};
 use crate::eval::{file_name, limited, score};
 use crate::learn::Recipe;
@@ -49,6 +50,13 @@ pub struct Args {
     gptq: bool,
     #[command(flatten)]
     gptq_args: GptqArgs,
+    /// Add rows with clip ratios of activations, K and V searched on every random Hadamard, and with rotations learned from it with
+    /// them: error (of every quantiser, by itself) or loss (of the whole network). The paper clips nothing.
+    #[arg(long, value_name = "error|loss|none", default_value = "none", conflicts_with = "activation_clip")]
+    clip: ClipChoice,
+    /// Windows of --calibration to search them on.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    clip_windows: usize,
     /// Score at most this many windows.
     #[arg(long, value_name = "N")]
     max_windows: Option<usize>,
@@ -111,6 +119,8 @@ pub struct Comparison<'a> {
     pub seeds: u64,
     pub learn_seeds: u64,
     pub gptq: Option<&'a GptqArgs>,
+    /// By what clip ratios are searched, and on how many windows.
+    pub clip: Option<(ClipGoal, usize)>,
 }
 
 /// The table, and what was learned.
@@ -120,7 +130,11 @@ pub struct Outcome {
     random: Vec<f64>,
     /// The same with GPTQ weights.
     random_gptq: Vec<f64>,
+    /// The same with clip ratios, and which.
+    random_clip: Vec<Value>,
     runs: Vec<Value>,
+    /// With clip ratios.
+    runs_clip: Vec<Value>,
     /// Perplexity with GPTQ weights and rotations learned at W16, by seed.
     learned_gptq: Vec<f64>,
     /// Rotations of the first seed.
@@ -154,6 +168,7 @@ pub fn run(args: &Args) -> Result<()> {
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
         gptq,
+        clip: args.clip.goal(&scheme).map(|goal| (goal, args.clip_windows)),
     };
     let outcome = comparison.run(&progress)?;
     if args.json {
@@ -220,8 +235,25 @@ impl Comparison<'_> {
                 row("hadamard + gptq mean", scheme, rotations, "gptq", mean(&random_gptq));
             }
         }
-        let mut runs: Vec<Value> = vec![];
-        let (mut first, mut learned, mut learned_gptq) = (None, vec![], vec![]);
+        // Ratios belong to the scheme that is scored; rotations are learned with them.
+        let mut clipped: Vec<(Scheme, Value)> = vec![];
+        if let Some(how) = self.clip {
+            for seed in 0..self.seeds.max(self.learn_seeds) {
+                let found = clip::search(self.model, &self.hadamard(seed)?, &scheme, calibration, how, progress)?;
+                clipped.push((Scheme { activation_clip: found.ratios, ..scheme }, clip::report(&found, how.0).1));
+            }
+        }
+        let mut random_clip = vec![];
+        for (seed, (scored, found)) in (0..self.seeds).zip(&clipped) {
+            let perplexity = evaluate(&self.hadamard(seed)?, scored, &format!("hadamard:{seed} + clip"))?;
+            random_clip.push(json!({"seed": seed, "perplexity": perplexity, "clip": found}));
+        }
+        if !random_clip.is_empty() {
+            let rotations = format!("hadamard, {}", seeds(random_clip.len()));
+            row("hadamard + clip mean", scheme, rotations, "rtn", mean(&perplexities(&random_clip)));
+        }
+        let (mut runs, mut runs_clip): (Vec<Value>, Vec<Value>) = (vec![], vec![]);
+        let (mut first, mut learned_gptq) = (None, vec![]);
         for seed in 0..self.learn_seeds {
             if let Some(args) = self.gptq {
                 let options = recipe.options(w16_scheme, seed, calibration, self.model)?;
@@ -229,33 +261,59 @@ impl Comparison<'_> {
                 let result = recipe.learn(self.model, calibration, self.hadamard(seed)?, &options, progress, &what, |_| {})?;
                 learned_gptq.push(gptq(args, &result.rotations, &format!("learned:{seed} + gptq"))?);
             }
-            let options = recipe.options(learn_scheme, seed, calibration, self.model)?;
-            let what = format!("learning from hadamard:{seed}");
-            let mut held_out = vec![];
-            let result = recipe.learn(self.model, calibration, self.hadamard(seed)?, &options, progress, &what, |step| {
-                held_out.extend(step.held_out.map(|loss| json!([step.step, loss])));
-            })?;
-            held_out.insert(0, json!([0, result.held_out_first]));
-            let perplexity = evaluate(&result.rotations, &scheme, &format!("learned:{seed}"))?;
-            learned.push(perplexity);
-            runs.push(json!({
-                "seed": seed, "learned_at": learn_scheme.to_string(), "start_perplexity": random.get(seed as usize),
-                "perplexity": perplexity, "loss_first": result.loss_first, "loss_last": result.loss_last,
-                "held_out_first": result.held_out_first, "held_out_last": result.held_out_last, "held_out": held_out,
-                "orthogonality_error": result.orthogonality_error, "seconds_per_step": result.seconds_per_step,
-            }));
+            let (result, run) = self.learned(seed, (&learn_scheme, &scheme), random.get(seed as usize).copied(), progress)?;
             first.get_or_insert(result);
+            runs.push(run);
+            if let Some((scored, found)) = clipped.get(seed as usize) {
+                let learn_scheme = Scheme { activation_clip: scored.activation_clip, ..learn_scheme };
+                let start = random_clip.get(seed as usize).and_then(|r| r["perplexity"].as_f64());
+                let (_, mut run) = self.learned(seed, (&learn_scheme, scored), start, progress)?;
+                run["clip"] = found.clone();
+                runs_clip.push(run);
+            }
         }
-        if !learned.is_empty() {
-            let rotations = format!("learned at {learn_scheme}{with}, {}", seeds(learned.len()));
-            row("learned", scheme, rotations, "rtn", mean(&learned));
+        let learned = [("learned", &runs), ("learned + clip", &runs_clip)];
+        for (name, runs) in learned.into_iter().filter(|(_, runs)| !runs.is_empty()) {
+            let rotations = format!("learned at {learn_scheme}{with}, {}", seeds(runs.len()));
+            row(name, scheme, rotations, "rtn", mean(&perplexities(runs)));
         }
         if !learned_gptq.is_empty() {
             let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(learned_gptq.len()));
             row("learned + gptq", scheme, rotations, "gptq", mean(&learned_gptq));
         }
-        Ok(Outcome { rows, random, random_gptq, runs, learned_gptq, learned: first })
+        Ok(Outcome { rows, random, random_gptq, random_clip, runs, runs_clip, learned_gptq, learned: first })
     }
+
+    /// Learns from the Hadamard of a seed under one scheme and scores under another; `start` is the perplexity before.
+    fn learned(
+        &self,
+        seed: u64,
+        (at, scored): (&Scheme, &Scheme),
+        start: Option<f64>,
+        progress: &Progress,
+    ) -> Result<(Learned, Value)> {
+        let clip = if self.clip.is_some() && at.activation_clip != self.scheme.activation_clip { " + clip" } else { "" };
+        let options = self.recipe.options(*at, seed, self.calibration, self.model)?;
+        let what = format!("learning from hadamard:{seed}{clip}");
+        let mut held_out = vec![];
+        let start_at = self.hadamard(seed)?;
+        let result = self.recipe.learn(self.model, self.calibration, start_at, &options, progress, &what, |step| {
+            held_out.extend(step.held_out.map(|loss| json!([step.step, loss])));
+        })?;
+        held_out.insert(0, json!([0, result.held_out_first]));
+        let perplexity = self.evaluate(&result.rotations, scored, progress, &format!("learned:{seed}{clip}"))?;
+        let run = json!({
+            "seed": seed, "learned_at": at.to_string(), "start_perplexity": start,
+            "perplexity": perplexity, "loss_first": result.loss_first, "loss_last": result.loss_last,
+            "held_out_first": result.held_out_first, "held_out_last": result.held_out_last, "held_out": held_out,
+            "orthogonality_error": result.orthogonality_error, "seconds_per_step": result.seconds_per_step,
+        });
+        Ok((result, run))
+    }
+}
+
+fn perplexities(runs: &[Value]) -> Vec<f64> {
+    runs.iter().map(|run| run["perplexity"].as_f64().unwrap_or(f64::NAN)).collect()
 }
 
 fn mean(x: &[f64]) -> f64 {
@@ -278,6 +336,7 @@ impl Outcome {
         json!({
             "rows": self.rows.iter().map(row).collect::<Vec<_>>(), "hadamard": by_seed(&self.random),
             "hadamard_gptq": by_seed(&self.random_gptq), "learned": self.runs, "learned_gptq": by_seed(&self.learned_gptq),
+            "hadamard_clip": self.random_clip, "learned_clip": self.runs_clip,
         })
     }
 
@@ -286,10 +345,11 @@ impl Outcome {
         for r in &self.rows {
             println!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.perplexity);
         }
-        for run in &self.runs {
+        let clipped = self.runs_clip.iter().map(|run| (" + clip", run));
+        for (with, run) in self.runs.iter().map(|run| ("", run)).chain(clipped) {
             let number = |name: &str| run[name].as_f64().unwrap_or(f64::NAN);
             println!(
-                "seed {}: held-out loss {:.4} -> {:.4}, perplexity {:.3} -> {:.3}, max|RᵀR − I| {:.1e}, {:.2} s a step",
+                "seed {}{with}: held-out loss {:.4} -> {:.4}, perplexity {:.3} -> {:.3}, max|RᵀR − I| {:.1e}, {:.2} s a step",
                 run["seed"],
                 number("held_out_first"),
                 number("held_out_last"),

@@ -55,6 +55,7 @@ pub fn run(args: &Args) -> Result<()> {
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
         gptq: None,
+        clip: None,
     };
     let outcome = comparison.run(&progress)?;
 
