@@ -67,7 +67,7 @@ impl Manifold for Orthogonal {
                 if row_sum(e.as_slice()?, n) < 0.5 {
                     return orthonormalize(Tensor::from_vec(x, [1, n, n])?, TOLERANCE)?.0.into_vec();
                 }
-                let lu = Lu::new(transpose(&x, n), n);
+                let lu = Lu::new(&transpose(&x, n), n);
                 if lu.sign() == 0.0 {
                     return Err(Error::numeric(
                         "project_point",
@@ -137,7 +137,7 @@ impl Orthogonal {
     pub fn determinant_signs(&self, x: &Tensor) -> Result<Vec<f64>> {
         let (_, n) = dims("determinant_signs", x)?;
         let x = x.to_f64_vec()?;
-        Ok(x.par_chunks(n * n).map(|x| Lu::new(x.to_vec(), n).sign()).collect())
+        Ok(x.par_chunks(n * n).map(|x| Lu::new(x, n).sign()).collect())
     }
 
     /// `count` random Hadamard matrices `diag(±1) Hᵀ` in `f64`; block-diagonal where no Hadamard matrix of size n is known.
@@ -170,7 +170,7 @@ impl Retraction for Cayley {
         let (wide, tangent) = (x.to_dtype(DType::F64)?, tangent.to_dtype(DType::F64)?);
         let z = per_matrix(&angle(&wide, &tangent)?, |omega| {
             let shifted = |sign: f64| -> Vec<f64> { omega.iter().zip(identity(n)).map(|(w, i)| i + sign * 0.5 * w).collect() };
-            Ok(Lu::new(shifted(-1.0), n).solve(&shifted(1.0))) // I − ½Ω has no eigenvalue below 1 in modulus
+            Ok(Lu::new(&shifted(-1.0), n).solve(&shifted(1.0))) // I − ½Ω has no eigenvalue below 1 in modulus
         })?;
         product(&wide, false, &z, false)?.to_dtype(x.dtype())
     }

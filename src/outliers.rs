@@ -296,7 +296,7 @@ pub fn value_basis(layer: &LayerWeights, config: &LlamaConfig, bases: &Tensor) -
     for h in 0..kv {
         let a = bases.index(h)?;
         v.extend(product(&a, true, &layer.v.slice(h * d, d)?, false)?.into_vec::<f64>()?);
-        let lu = Lu::new(transpose(&a.to_f64_vec()?, d), d);
+        let lu = Lu::new(&transpose(&a.to_f64_vec()?, d), d);
         if lu.sign() == 0.0 {
             return Err(Error::numeric("value_basis", format!("the basis of head {h} is singular")));
         }

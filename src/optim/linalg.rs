@@ -300,8 +300,8 @@ pub fn cholesky_qr(x: &Tensor) -> Result<(Tensor, Tensor)> {
     let once = |x: &Tensor| -> Result<(Tensor, Tensor)> {
         let residual = gram_residual(x)?.0.to_f64_vec()?;
         let invert = |e: &[f64]| -> Result<Vec<f64>> {
-            let gram = e.iter().enumerate().map(|(i, e)| f64::from(u8::from(i % (n + 1) == 0)) - e).collect();
-            let lower = cholesky(gram, n).ok_or_else(|| {
+            let gram = e.iter().enumerate().map(|(i, e)| f64::from(u8::from(i % (n + 1) == 0)) - e).collect::<Vec<_>>();
+            let lower = cholesky(&gram, n).ok_or_else(|| {
                 Error::numeric("QR factorisation", "the matrix is not finite, or too near a singular one for its type")
             })?;
             Ok(transpose(&invert_lower(&lower, n), n))

@@ -52,7 +52,7 @@ impl Rotations {
                 size: n,
                 rows_error: error(transpose(&values, n))?,
                 columns_error: error(values.clone())?,
-                determinant: Lu::new(values, n).determinant(),
+                determinant: Lu::new(&values, n).determinant(),
             })
         };
         matrices.into_iter().map(of).collect()
