@@ -6,8 +6,11 @@
 //! them all, and takes the one that its model of time says is fastest among those that its model of memory says fit.
 //!
 //! The model of time adds up additions and multiplications over the rate that large products reach on the card, and bytes over its
-//! bandwidth; the model of memory adds up every tensor that is alive at the worst moment. Both are compared with measurements in
-//! `benches/record/`.
+//! bandwidth; the model of memory adds up every tensor that is alive at the worst moment. For cross entropy both are compared with
+//! measurements in `benches/record/`. Objectives that need something else say so ([`Needs`]); what is reckoned for those was read from
+//! the code and not measured, their times are rough, and an objective that keeps more than its [`Needs`] say (two networks on one
+//! tape, for instance) is not modelled. Nor are the searches before learning: clip ratios by error need the model, a layer of it in
+//! `f64` twice, and the hidden states of their windows.
 
 use crate::llama::{LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
@@ -34,9 +37,24 @@ impl Card {
     }
 }
 
+/// What an objective keeps besides the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Needs {
+    /// The quantised network's values for its backward pass, and few logits at a time: cross entropy.
+    #[default]
+    Network,
+    /// The same with whole logits `[tokens, V]`, and as many of the full-precision model, which runs first: divergences.
+    Logits,
+    /// No backward pass through the network: the rows that R1 and R2 turn, `tokens·(2·C + K·D + H·D)` values a layer, captured from the
+    /// full-precision model, and their gradients, both in `f32`.
+    Rows,
+}
+
 /// A step's sizes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Work {
+    /// What is kept besides the model.
+    pub needs: Needs,
     /// Sequences a step.
     pub batch: usize,
     /// Tokens of each.
@@ -112,13 +130,49 @@ impl Sizes {
         rotated * self.e + 4 * self.c * (self.q + self.kv)
     }
 
+    /// Bytes of a layer's forward pass of the full-precision model, for so many tokens: the stream and its norm, gate, up and their
+    /// product, or q, k, v and the output of attention.
+    fn forward(&self, tokens: usize) -> usize {
+        tokens * self.e * (3 * self.c + (3 * self.f).max(2 * (self.q + self.kv)))
+    }
+
+    /// Values of a token and layer that R1 and R2 turn: the inputs of q, k, v and of gate, up; V and the input of o.
+    fn turned(&self) -> usize {
+        2 * self.c + self.kv + self.q
+    }
+
+    /// What rotations, their gradients and the optimiser take.
+    fn rotations(&self) -> Item {
+        ("rotations, their gradients and the optimiser", (9 * 4 + 16) * self.c * self.c)
+    }
+
+    /// Every item of a step of a local objective that captures rows of `micro` sequences at once.
+    fn items_of_rows(&self, work: &Work, micro: usize) -> Vec<Item> {
+        let tokens = micro * work.seq;
+        // In f32 once normalised, beside the slope of what is minimised; before that in the model's type, while it runs.
+        let (rows, captured) = (self.layers * tokens * self.turned() * 8, self.layers * tokens * self.turned() * self.e);
+        let turning = 8 * tokens * self.c.max(self.q);
+        // Held-out windows are scored by cross entropy in between.
+        let scoring = self.forward(tokens) + self.rotated() + rows_at_once(self.vocab).min(tokens) * self.vocab * self.e;
+        let running = (captured + self.forward(tokens)).max(scoring).saturating_sub(rows);
+        vec![
+            ("weights", self.weights()),
+            self.rotations(),
+            ("captured rows and their gradients", rows),
+            ("a layer at work", turning.max(running)),
+            ("workspace", 192 << 20),
+        ]
+    }
+
     /// Every item of a step that runs `micro` sequences at once as planned.
     fn items(&self, work: &Work, plan: &Plan, micro: usize) -> Vec<Item> {
+        if work.needs == Needs::Rows {
+            return self.items_of_rows(work, micro);
+        }
         let (tokens, c, e) = (micro * work.seq, self.c, self.e);
         let part = if plan.sequences == 0 { micro } else { plan.sequences.min(micro) } * work.seq;
         let recomputed = plan.recompute.min(self.layers);
         let kept = self.layers - recomputed;
-        let square = 4 * c * c;
         // Gradients of the parts add up in f32, beside one part's own.
         let gradients = self.layer * if part < tokens { e + 4 } else { e };
         let wide = if e == 2 { c * self.f.max(self.q) * (4 + 2 + 2) } else { 0 };
@@ -128,20 +182,38 @@ impl Sizes {
         let again = if recomputed > 0 { self.kept(part) + backward(part) } else { 0 };
         let values = kept * self.kept(tokens);
         let live = if kept > 0 { backward(tokens).max(again.saturating_sub(values)) } else { again };
+        let inputs = recomputed * tokens * c * e;
+        let rotated = if plan.keep_weights { self.layers } else { kept + 1 } * self.rotated();
+        let layer = live + gradients + wide + 2 * tokens * c * e;
+        let whole = tokens * self.vocab * e;
+        let (logits, layer) = match work.needs {
+            Needs::Logits => {
+                // Both models' are there between the passes through the layers, the full-precision model's already during the first;
+                // before that it runs itself. What is larger counts: the items add up to it.
+                let both = 2 * whole + 3 * tokens * c * e;
+                let forward = whole + self.forward(part) + wide;
+                let teacher = (whole + self.forward(tokens)).saturating_sub(inputs + values + rotated);
+                (("logits of both models", both), layer.max(forward).max(teacher).saturating_sub(both))
+            }
+            _ => (("logits", rows_at_once(self.vocab).min(tokens) * self.vocab * e + 3 * tokens * c * e), layer),
+        };
         vec![
             ("weights", self.weights()),
-            ("rotations, their gradients and the optimiser", 9 * square + 16 * c * c),
-            ("inputs of recomputed layers", recomputed * tokens * c * e),
+            self.rotations(),
+            ("inputs of recomputed layers", inputs),
             ("values of the other layers", values),
-            ("rotated weights", if plan.keep_weights { self.layers } else { kept + 1 } * self.rotated()),
-            ("a layer at work", live + gradients + wide + 2 * tokens * c * e),
-            ("logits", rows_at_once(self.vocab).min(tokens) * self.vocab * e + 3 * tokens * c * e),
+            ("rotated weights", rotated),
+            ("a layer at work", layer),
+            logits,
             ("workspace", 192 << 20),
         ]
     }
 
     /// Seconds of a step.
     fn seconds(&self, config: &LlamaConfig, work: &Work, plan: &Plan, micro: usize, card: &Card) -> f64 {
+        if work.needs == Needs::Rows {
+            return self.seconds_of_rows(config, work, card);
+        }
         let tokens = (work.batch * work.seq) as f64;
         let rounds = work.batch.div_ceil(micro) as f64;
         let (layers, c) = (self.layers as f64, self.c as f64);
@@ -166,7 +238,30 @@ impl Sizes {
         let weights = rounds * (layers + again) * layer * (14.0 + 8.0) + rounds * layers * 7.0 * 16.0 * c * c;
         // 80 candidates a value.
         let search = if self.quantized { rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth) } else { 0.0 };
-        (products + scores) / card.products + (moved + weights) / card.bandwidth + search
+        let more = match work.needs {
+            Needs::Logits => {
+                let vocab = self.vocab as f64;
+                // The full-precision model's pass; logits of both are written, read, and their gradient written and read.
+                let products = layers * (linear + 1.4 * attention) + 2.0 * tokens * c * vocab;
+                let moved = layers * passes(20.0, 5.0) + 6.0 * tokens * vocab * self.e as f64;
+                products / card.products + moved / card.bandwidth
+            }
+            _ => 0.0,
+        };
+        (products + scores) / card.products + (moved + weights) / card.bandwidth + search + more
+    }
+
+    /// Seconds of a step of a local objective: a pass of the full-precision model, and every row turned once and multiplied by its
+    /// slope once, in `f32`, which large GPUs multiply about thirteen times slower than 16-bit types.
+    fn seconds_of_rows(&self, config: &LlamaConfig, work: &Work, card: &Card) -> f64 {
+        let (tokens, layers, c) = ((work.batch * work.seq) as f64, self.layers as f64, self.c as f64);
+        let attention = 2.0 * (work.batch * work.seq * work.seq) as f64 * (config.heads * config.head_dim) as f64;
+        let pass = layers * (2.0 * tokens * self.layer as f64 + 1.4 * attention);
+        let heads = ((self.q + self.kv) * config.head_dim) as f64;
+        let turning = layers * 4.0 * tokens * (2.0 * c * c + heads);
+        // Captured, widened, normalised, turned, measured, multiplied.
+        let moved = layers * tokens * (self.turned() * (2 * self.e + 10 * 4) + self.e * (20 * self.c + 5 * self.f)) as f64;
+        (pass + 13.0 * turning) / card.products + moved / card.bandwidth
     }
 }
 
@@ -256,7 +351,7 @@ mod tests {
     use crate::llama::synthetic::shape;
 
     fn work(scheme: Scheme) -> Work {
-        Work { batch: 8, seq: 2048, scheme, dtype: DType::BF16 }
+        Work { needs: Needs::Network, batch: 8, seq: 2048, scheme, dtype: DType::BF16 }
     }
 
     #[test]
@@ -288,5 +383,55 @@ mod tests {
             let message = at(14).unwrap_err().to_string();
             assert!(message.contains("--seq-len"), "{message}");
         }
+    }
+    #[test]
+    fn objectives_need_different_things() {
+        let (card, scheme) = (Card::h100(), Scheme::new(4, 4, 4));
+        for name in ["llama-2-7b", "llama-3-8b", "llama-3.2-1b"] {
+            let config = shape(name).unwrap();
+            for (recompute, micro) in [(0, 1), (config.layers, 1), (config.layers, 8)] {
+                let step = Plan { recompute, keep_weights: true, sequences: 1 };
+                let at = |needs| predict(&config, &Work { needs, ..work(scheme) }, step, micro, &card);
+                let [network, logits, rows] = [Needs::Network, Needs::Logits, Needs::Rows].map(at);
+                let tokens = micro * 2048;
+                // Both models' logits in 16 bits. A layer at work is not there beside them, and a few logits are there anyway.
+                let both = 2 * 2 * tokens * config.vocab_size;
+                let item = |p: &Planned, what: &str| p.items.iter().find(|i| i.0 == what).map_or(0, |i| i.1);
+                assert!(item(&logits, "logits of both models") >= both, "{logits:?}");
+                let without: usize =
+                    network.items.iter().filter(|i| !["a layer at work", "logits"].contains(&i.0)).map(|i| i.1).sum();
+                assert!(logits.bytes() >= without + both, "{name}: {network:?} {logits:?}");
+                let layer = without + item(&network, "a layer at work");
+                assert!(logits.bytes() >= layer, "{name}: {network:?} {logits:?}");
+                // Rows in f32 and their gradients, of every layer at once; no values, no rotated weights.
+                let turned = 2 * config.hidden_size + (config.heads + config.kv_heads) * config.head_dim;
+                assert_eq!(item(&rows, "captured rows and their gradients"), config.layers * tokens * turned * 8);
+                assert_eq!(item(&rows, "weights"), item(&network, "weights"));
+                assert_eq!(item(&rows, "values of the other layers") + item(&rows, "rotated weights"), 0);
+                assert!(network.seconds < logits.seconds && logits.seconds < 2.0 * network.seconds, "{name}: {logits:?}");
+                assert!(rows.seconds > 0.05 * network.seconds && rows.seconds < 2.0 * network.seconds, "{name}: {rows:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_objective_is_planned_within_the_budget() {
+        let (config, card) = (shape("llama-2-7b").unwrap(), Card::h100());
+        let at = |needs, gib: usize| plan(&config, &Work { needs, ..work(Scheme::new(4, 4, 4)) }, gib << 30, &card);
+        for needs in [Needs::Network, Needs::Logits, Needs::Rows] {
+            let mut last = f64::INFINITY;
+            for gib in [24, 32, 48, 76] {
+                let p = at(needs, gib).unwrap();
+                assert!(p.bytes() <= gib << 30 && p.seconds <= last, "{needs:?}, {gib} GiB: {p:?}");
+                last = p.seconds;
+            }
+            assert!(at(needs, 12).unwrap_err().to_string().contains("the weights alone"));
+        }
+        // Whole logits leave less for the rest; captured rows have nothing to be computed again, only fewer sequences at once.
+        assert!(at(Needs::Logits, 32).unwrap().seconds > at(Needs::Network, 32).unwrap().seconds);
+        let micro: Vec<usize> = [24, 48, 76].into_iter().map(|gib| at(Needs::Rows, gib).unwrap().micro_batch).collect();
+        assert_eq!(micro, [1, 4, 4]);
+        assert_eq!(at(Needs::Rows, 96).unwrap().micro_batch, 8);
+        assert!(at(Needs::Rows, 18).unwrap_err().to_string().contains("--seq-len"));
     }
 }

@@ -148,6 +148,21 @@ fn plans_before_anything_is_allocated() {
     assert!(done && said.contains("rotated weights kept"), "{said}");
     let (done, said) = plan("12GiB");
     assert!(!done && said.contains("the weights alone are 12.6 GiB"), "{said}");
+    // What another objective keeps is another plan.
+    let of = |objective: &str, memory: &str| {
+        let fixed =
+            ["learn", "--dry-run", "--model", "synthetic:llama-2-7b", "--text", "synthetic", "--out", "R", "--device", "cpu"];
+        spinquant(&[&fixed[..], &["--objective", objective, "--memory", memory]].concat())
+    };
+    let (done, said) = of("kl", "32GiB");
+    assert!(done && said.contains("logits of both models") && said.contains("W4A4KV4, kl, 8 x 2048"), "{said}");
+    for (memory, sequences) in [("24GiB", 1), ("48GiB", 4)] {
+        let (done, said) = of("whip", memory);
+        assert!(done && said.contains(&format!("rows of {sequences} sequences captured at once")), "{said}");
+        assert!(said.contains("captured rows and their gradients") && !said.contains("logits"), "{said}");
+    }
+    let (done, said) = of("kurtosis", "18GiB");
+    assert!(!done && said.contains("the leanest plan needs"), "{said}");
     let (done, said) = plan("plenty");
     assert!(!done && said.contains("24GiB") && said.contains("plenty"), "{said}");
 }

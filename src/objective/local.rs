@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::llama::RotationVars;
+use crate::memory::Needs;
 use crate::objective::{Batch, Objective, full_precision};
 use crate::ops::spread::Measure;
 use crate::quant::Site;
@@ -53,6 +54,10 @@ impl Objective for Local {
             Measure::Whip => 13.0,
             Measure::Kurtosis => 0.15,
         }
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::Rows
     }
 }
 

@@ -34,6 +34,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::llama::{Llama, Recompute, RotationVars};
+use crate::memory::Needs;
 use crate::ops::spread::Measure;
 use crate::quant::{Online, Scheme};
 use crate::{Error, Result, Tensor, Var};
@@ -77,6 +78,12 @@ pub trait Objective: Debug + Send + Sync {
     fn rate(&self) -> f64 {
         1.0
     }
+
+    /// What it keeps in memory besides the model, which a step is planned by ([`memory::plan`](crate::memory::plan)); unless it says
+    /// otherwise, what cross entropy keeps.
+    fn needs(&self) -> Needs {
+        Needs::Network
+    }
 }
 
 /// Mean next-token cross entropy of the fake-quantised network.
@@ -108,6 +115,9 @@ impl Objective for Kl {
     }
     fn rate(&self) -> f64 {
         6.5
+    }
+    fn needs(&self) -> Needs {
+        Needs::Logits
     }
 }
 

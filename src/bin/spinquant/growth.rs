@@ -7,7 +7,7 @@ use std::path::Path;
 
 use spinquant::learn::{LearnOptions, learn};
 use spinquant::llama::{Plan, Recompute, synthetic};
-use spinquant::memory::{Card, Planned, Work, predict};
+use spinquant::memory::{Card, Needs, Planned, Work, predict};
 use spinquant::optim::{CayleySgd, Mode};
 use spinquant::plot::{Axes, Panel, Series, lines};
 use spinquant::quant::Scheme;
@@ -55,7 +55,7 @@ struct Measured {
 
 fn measure(point: &Point, scheme: Scheme, device: &Device, card: &Card) -> Result<Measured> {
     let config = synthetic::shape(&format!("{}:{}", point.shape, point.layers))?;
-    let work = Work { batch: point.batch, seq: point.seq, scheme, dtype: DType::BF16 };
+    let work = Work { needs: Needs::Network, batch: point.batch, seq: point.seq, scheme, dtype: DType::BF16 };
     let predicted = predict(&config, &work, PLAN, point.batch, card);
     let model = synthetic::model(&config, 0, DType::BF16, device)?;
     let windows = synthetic::text(&config, STEPS * point.batch, point.seq, 0)?;

@@ -12,7 +12,7 @@ use spinquant::data::Windows;
 use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, LlamaConfig, Recompute};
-use spinquant::memory::{self, Planned, Work};
+use spinquant::memory::{self, Needs, Planned, Work};
 use spinquant::objective;
 use spinquant::optim::{self, Schedule};
 use spinquant::quant::{ClipGoal, ClipRatios, Scheme};
@@ -119,7 +119,8 @@ impl Recipe {
         if self.recompute || self.micro_batch.is_some() {
             return Ok(None);
         }
-        memory::plan(config, &Work { batch: self.batch, seq, scheme, dtype }, budget, card).map(Some)
+        let needs = objective::by_name(&self.objective)?.needs();
+        memory::plan(config, &Work { needs, batch: self.batch, seq, scheme, dtype }, budget, card).map(Some)
     }
 
     /// Prints the plan; allocates nothing.
@@ -139,13 +140,14 @@ impl Recipe {
         };
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
         println!(
-            "{scheme}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
+            "{scheme}, {}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
+            self.objective,
             self.batch,
             args.seq_len,
             gib(budget),
             card.name
         );
-        println!("plan: {}", describe(&planned, config.layers));
+        println!("plan: {}", describe(&planned, config.layers, objective::by_name(&self.objective)?.needs()));
         for (what, bytes) in &planned.items {
             println!("{what:<46} {:>8.2} GiB", gib(*bytes));
         }
@@ -203,7 +205,10 @@ impl Recipe {
 }
 
 /// A plan in words.
-pub fn describe(planned: &Planned, layers: usize) -> String {
+fn describe(planned: &Planned, layers: usize, needs: Needs) -> String {
+    if needs == Needs::Rows {
+        return format!("rows of {} sequences captured at once; no backward pass through the layers", planned.micro_batch);
+    }
     let plan = planned.plan;
     let recompute = plan.recompute.min(layers);
     let at_once = if plan.sequences == 0 { planned.micro_batch } else { plan.sequences };

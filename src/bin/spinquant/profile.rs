@@ -104,7 +104,8 @@ pub fn run(args: &Args) -> Result<()> {
     let median = sorted[sorted.len() / 2];
     let peak = peak_bytes(&device).unwrap_or(0) as f64 / f64::from(1 << 30);
     let tokens = (options.batch * args.seq_len) as f64;
-    let work = Work { batch: options.batch, seq: args.seq_len, scheme, dtype: model.dtype() };
+    let needs = options.objective.needs();
+    let work = Work { needs, batch: options.batch, seq: args.seq_len, scheme, dtype: model.dtype() };
     let predicted = predict(config, &work, plan, options.micro_batch, &card(&device)?);
     let predicted = (predicted.seconds, predicted.bytes() as f64 / f64::from(1 << 30));
     let report = json!({
