@@ -52,7 +52,9 @@ impl Objective for Local {
     fn rate(&self) -> f64 {
         match self.0 {
             Measure::Whip => 13.0,
-            Measure::Kurtosis => 0.15,
+            // Cayley SGD at 0.225, 0.5, 1, 2, 4 (100 steps of 4 x 512 tokens, wiki-llama-15m, W16A4KV4, no clipping): 3.0089, 3.0007,
+            // 3.0007, 3.0020, 3.0002 on 100 windows of 1024 tokens of the validation text. Level from 0.5 on.
+            Measure::Kurtosis => 2.7,
         }
     }
 
