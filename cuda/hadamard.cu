@@ -7,13 +7,15 @@
 // All sums are in float from the widened input, and rounded once, at the store.
 //
 //   butterfly_kernel (hadamard_butterfly.cuh)   powers of two, a row in the registers of a block
-//   fragment_kernel (hadamard_fragment.cuh)     longer 16-bit rows: H_K, or part of S_M, on tensor cores; rows in registers
+//   direct_kernel (hadamard_direct.cuh)         the same for 16-bit rows of 1024 to 16384, the first levels on tensor cores
+//   fragment_kernel (hadamard_fragment.cuh)     16-bit rows: H_K, or part of S_M, on tensor cores; rows in registers
 //   tensor_kernel (hadamard_tensor.cuh)         K > 1 in float, and 16-bit rows that the former has no kernel for
 //   tiny_kernel       powers of two below a 16-byte pack
 //   any_kernel        every size whose row fits in shared memory as floats; simple
 //   sylvester_kernel, left_kernel   float rows longer than that, in two passes through y
 #include "common.cuh"
 #include "hadamard_butterfly.cuh"
+#include "hadamard_direct.cuh"
 #include "hadamard_fragment.cuh"
 #include "hadamard_map.cuh"
 #include "hadamard_tensor.cuh"
@@ -251,7 +253,12 @@ int map_rows(T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q,
     if (map.n == 1) return launch_tiny<T, 1, kQuantised>(y, x, rows, map, q, stream);
     if (map.n == 2) return launch_tiny<T, 2, kQuantised>(y, x, rows, map, q, stream);
     if (map.n == 4 && map.k == 1) return launch_tiny<T, 4, kQuantised>(y, x, rows, map, q, stream);
-    if (map.k == 1) status = butterfly_rows<kQuantised>(y, x, rows, map, q, stream);
+    if (map.k == 1) {
+      status = butterfly_rows<kQuantised>(y, x, rows, map, q, stream);
+      if constexpr (sizeof(T) == 2) {
+        if (status == kNoSuchKernel) status = direct_rows<kQuantised>(y, x, rows, map, q, stream);
+      }
+    }
     if constexpr (sizeof(T) == 2) {
       if (status == kNoSuchKernel) status = fragment_rows<kQuantised>(y, x, rows, map, q, stream);
     }

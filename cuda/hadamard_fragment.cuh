@@ -1,99 +1,105 @@
 // 16-bit Hadamard maps by tensor cores, a row in the registers of a few warps from the sums to the store.
 //
 // As in hadamard_tensor.cuh a row is X [P, M] with M = 2^kMLog2 of 64..256, and its map A X S_M with a matrix A [P, P]
-// of signs, padded to KT tiles of 16 inside the tiles. Warp s of the S that share a row has strips SW s .. SW s + SW - 1,
-// 16 rows of A X each, with all M columns, so the strips never meet again:
-//   - A X: all warps read the row from shared memory as B operands; sums are in float;
+// of signs, padded to KT tiles of 16 inside the tiles. A block has one row at a time; warp (s, part) of its S x C warps has
+// strips SW s .. SW s + SW - 1, 16 rows of A X each, and of their columns the part-th of C parts:
+//   - A X: all warps read the row (their columns of it) from shared memory as B operands; sums are in float;
 //   - S_M: the levels of bit 0 and of bits 3.. in the layout that the tensor core leaves (a thread has columns 2t, 2t+1
-//     of each chunk of 8); then through shared memory, the warp's own, to whole packs of 16 bytes, the layout of the
-//     store, for the levels of bits 1 and 2;
-//   - with quantisation the range is taken over the registers, and the S warps exchange it.
+//     of each chunk of 8); then through shared memory, among the C warps of a strip, to whole packs of 16 bytes, the
+//     layout of the store, one of each part, for the levels of bits 1 and 2 and those between the parts;
+//   - with quantisation the range is taken over the registers, and the warps exchange it.
 //
-// A power of two needs no table: its tiles are +-H_16, one register with its sign. For other lengths the operands of A
-// lie expanded in shared memory, for all rows of the block. The next row is fetched while one is worked on.
+// The operands of A are kept packed, two bits for each register, in the registers of the warps that use them, and widened to
+// +-1 at every row. A power of two needs no table: its tiles are +-H_16, one register with its sign. The next row is
+// fetched while one is worked on.
 #pragma once
 
 #include "hadamard_tensor.cuh"
 
 namespace sq {
 
-// How a size is shared out: strips of a warp (SW), rows at once in a block, blocks wanted on a multiprocessor (which
-// bounds the registers), rows fetched ahead. Rows in a block share the operands of A.
+// How a size is shared out: strips of a warp (SW), warps to the columns of a strip (C), blocks wanted on a multiprocessor
+// (which bounds the registers), pieces of a strip to be exchanged one by one, and turns: how many blocks follow each other
+// in one place. Multiprocessors differ in how fast they reach memory, and with more turns those that finish early take
+// more; but each block unpacks the table and waits for its first row.
 struct Share {
-  int strips, groups, blocks, ahead;
+  int strips, parts, blocks, pieces, turns;
 };
 
 // As measured on an H100. kt: tiles of 16 along each side of A. Few large pieces of a row use shared memory less, many
 // small ones hide more of the waiting, and registers bound both.
 constexpr Share share_of(int kt, int m_log2, bool table, bool quantised) {
-  if (!table) {
-    if (m_log2 == 6) {
-      if (kt == 1) return {1, 8, 3, quantised ? 1 : 2};
-      if (kt == 2) return {2, 4, 3, 1};
-      return quantised ? Share{2, 1, 4, 1} : Share{1, 1, 2, 1};
-    }
-    if (m_log2 == 7) return kt == 2 ? Share{2, 1, 8, 1} : Share{1, 1, 1, 1};
-    return {1, 1, kt == 4 ? 2 : 1, 1};
-  }
+  if (!table) return {2, 4, 1, 1, quantised ? 1 : 8};
   if (m_log2 == 6) {
     switch (kt) {
-      case 1: return {1, 8, 3, 1};
-      case 2: return {2, 4, 3, 1};
-      case 3: return {3, 4, 2, 1};
-      case 4: return {2, 2, 3, 1};
-      case 5: return quantised ? Share{1, 3, 1, 1} : Share{1, 1, 3, 1};
-      case 6: return quantised ? Share{2, 3, 1, 1} : Share{1, 2, 1, 1};
+      case 1: return {1, 1, 24, 1, 1};
+      case 2: return {2, 1, 12, 1, 1};
+      case 3: return {3, 1, 8, 1, 1};
+      case 4: return {2, 1, 6, 1, 1};
+      case 5: return {1, 1, 3, 1, 1};
+      case 6: return {2, 1, 4, 1, 1};
       case 7:
-      case 8: return {2, 3, 1, 1};
-      case 9: return quantised ? Share{5, 4, 1, 1} : Share{3, 2, 1, 1};
-      case 10: return {2, 2, 1, 1};
-      default: return quantised ? Share{2, 2, 1, 1} : Share{3, 2, 1, 1};
+      case 8: return {2, 1, 3, 1, 1};
+      case 9:
+      case 10: return quantised ? Share{3, 1, 3, 1, 1} : Share{1, 1, 2, 1, 1};
+      default: return quantised ? Share{3, 1, 2, 1, 1} : Share{2, 1, 2, 1, 3};
     }
   }
-  if (m_log2 == 7) return kt == 3 ? Share{1, 4, 1, 1} : kt == 7 && quantised ? Share{2, 2, 1, 1} : Share{1, 1, 1, 1};
-  return {1, kt == 4 ? 2 : 1, 1, 1};
+  if (m_log2 == 7) {
+    if (kt == 3) return {1, 1, 4, 2, 16};
+    if (kt <= 8) return quantised ? Share{2, 1, 2, 1, 1} : Share{1, 1, 2, 2, 16};
+    return {2, 2, 1, 1, 1};
+  }
+  if (kt == 4) return {4, 4, 2, 1, 16};
+  return quantised ? Share{1, 1, 1, 2, 1} : Share{2, 2, 1, 1, 4};
 }
 
 // Sizes with a table that have a kernel here.
 constexpr bool has_fragments(int kt, int m_log2, bool quantised) {
   if (m_log2 == 6) return true;
-  if (m_log2 == 7) return kt >= 7 || (kt == 3 && !quantised);
+  if (m_log2 == 7) return kt >= 7 || kt == 3;
   return kt <= 8 && (kt >= 7 || (kt >= 4 && quantised));
 }
 
 template <typename T_, int KT_, int kMLog2_, bool kTable_, bool kQuantised_>
 struct FragmentKernel {
   using T = T_;
-  static constexpr int KT = KT_, kMLog2 = kMLog2_, M = 1 << kMLog2, NT = M / 8;
+  static constexpr int KT = KT_, kMLog2 = kMLog2_, M = 1 << kMLog2;
   static constexpr bool kTable = kTable_, kQuantised = kQuantised_;
   static constexpr Share kShare = share_of(KT, kMLog2, kTable, kQuantised);
-  static constexpr int SW = kShare.strips, S = (KT + SW - 1) / SW;  // strips of a warp, warps of a row
-  static constexpr int kGroups = kShare.groups, kThreads = kGroups * S * 32, kBlocks = kShare.blocks;
+  static constexpr int SW = kShare.strips, C = kShare.parts, S = (KT + SW - 1) / SW;  // S C warps to a row
+  static constexpr int NT = M / 8 / C;  // chunks of 8 columns of a warp
+  static constexpr int kWarps = S * C, kThreads = kWarps * 32, kBlocks = kShare.blocks;
+  static constexpr int kQuads = (KT + 3) / 4;
 
-  // Rows fetched ahead, and the row at hand. The exchange of a warp is done in halves where M is long; where there is no
-  // room for it, it takes the place of the row, which has been read by then.
-  static constexpr int kAhead = kShare.ahead, kSlots = kAhead + 1;
-  static constexpr int kPieces = M > 64 && SW == 1 ? 2 : 1;
-  static constexpr int kPiece = 16 * M * int(sizeof(float)) / kPieces;
+  // Shared memory, in bytes: zeros | ranges of warps | the row at hand and the next, as they came | pieces. Where there is
+  // no room for pieces, the exchange takes the place of the row, which has been read by then.
+  static constexpr int kPieces = kShare.pieces, kPieceRows = 16 / kPieces;
+  static constexpr int kPiece = kPieceRows * M * int(sizeof(float));
   static constexpr int kRow = KT * 16 * M * int(sizeof(T));
-  static constexpr bool kAlias = kSlots * kRow + S * kPiece + (kTable ? KT * KT * 512 : 0) > 225 * 1024;
+  static constexpr bool kAlias = 2 * kRow + S * kPiece > 225 * 1024;
   static constexpr int kSlot = kAlias && S * kPiece > kRow ? S * kPiece : kRow;
-  static constexpr int kGroup = kSlots * kSlot + (kAlias ? 0 : S * kPiece);
-  // Shared memory, in bytes: operands of A | zeros | ranges of warps | groups: rows as they came, pieces.
-  static constexpr int kOperands = kTable ? KT * KT * 32 * 16 : 0;
-  static constexpr int kZeros = M * int(sizeof(T));
-  static constexpr int kScratch = 256;
-  static constexpr size_t bytes(int groups) { return kOperands + kZeros + kScratch + size_t(groups) * kGroup; }
+  static constexpr int kZeros = M * int(sizeof(T)), kScratch = 256, kFirst = kZeros + kScratch;
+  static constexpr size_t kBytes = kFirst + 2 * kSlot + (kAlias ? 0 : S * kPiece);
+  static_assert(kPieceRows * NT >= 32 * C && NT >= 8, "a lane stores a pack of every part");
+  static_assert(kWarps * int(sizeof(SignedRange)) <= kScratch && S < 16, "room for ranges, barriers");
 };
 
-// A barrier for the warps of one group; blocks of one group use that of the block. (A number that is not a constant has the
-// block charged for all barriers, which is no matter where only one block fits.)
+// A barrier for the warps that share the strips s.
 template <typename F>
-__device__ __forceinline__ void row_sync(int group) {
-  if constexpr (F::S == 1 || F::kGroups == 1) {
-    group_sync<F::S, F::kGroups>(0);
+__device__ __forceinline__ void strip_sync(int s) {
+  if constexpr (F::C == 1) {
+    __syncwarp();
   } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(F::S * 32) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(s + 1), "n"(F::C * 32) : "memory");
+  }
+}
+
+// unpack_operand in two instructions a register; `ones` are TensorTraits<T>::kOnes.
+__device__ __forceinline__ void unpack_quickly(uint32_t (&a)[4], uint32_t packed, int tile, uint32_t ones) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // (a & b) ^ c
+    asm("lop3.b32 %0, %1, 0x80008000, %2, 0x6a;" : "=r"(a[i]) : "r"(packed << operand_shift(i, tile)), "r"(ones));
   }
 }
 
@@ -101,27 +107,29 @@ template <typename F>
 __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     fragment_kernel(typename F::T *y, const typename F::T *x, int64_t rows, Map map, Quantiser q) {
   using T = typename F::T;
-  constexpr int KT = F::KT, M = F::M, NT = F::NT, S = F::S, SW = F::SW, kMLog2 = F::kMLog2, V = kPack<T>;
+  constexpr int KT = F::KT, M = F::M, NT = F::NT, S = F::S, SW = F::SW, C = F::C, kMLog2 = F::kMLog2, V = kPack<T>;
   constexpr int kChunksLog2 = kMLog2 - 3;  // chunks of 8 values to a row of X
-  constexpr int kPieces = F::kPieces, kPacks = M / 16 / kPieces;  // packs of a thread in a piece of a strip
+  constexpr int kPieces = F::kPieces, kQuads = F::kQuads;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / S, s = warp % S;
-  const int groups = blockDim.x / (S * 32), p = map.n >> kMLog2;
-  uint4 *const operands = reinterpret_cast<uint4 *>(shared);
-  unsigned char *const zeros = shared + F::kOperands;
-  SignedRange *const scratch = reinterpret_cast<SignedRange *>(zeros + F::kZeros) + group * S;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = warp / C, part = warp % C;
+  const int p = map.n >> kMLog2;
+  // An instruction takes one constant, and unpacking needs two: this one is in a register, since the compiler does not
+  // know that the sign of n is 0.
+  const uint32_t ones = TensorTraits<T>::kOnes | uint32_t(map.n) >> 31;
+  unsigned char *const zeros = shared;
+  SignedRange *const scratch = reinterpret_cast<SignedRange *>(zeros + F::kZeros);
   // Places in shared memory are offsets, all of them multiples of 128 but for the part that depends on the lane.
-  const int mine = F::kOperands + F::kZeros + F::kScratch + group * F::kGroup;
 
-  // A warp fetches the rows of X whose strips it will work on: 32 chunks of 8 values at a time, kRowsAtOnce rows of X.
-  constexpr int kRowsAtOnce = 32 >> kChunksLog2;
-  const int strip_first = s * SW, chunk_row = lane >> kChunksLog2, chunk = lane & ((1 << kChunksLog2) - 1);
-  const int first_row = strip_first * 16 + chunk_row, first_value = first_row * M + chunk * V;
-  const int fetched = place<T, kMLog2>(lane) * 16;  // in the first of them, in bytes
+  // The warps of some strips fetch the rows of X by the same number: 32 chunks of 8 values at a time, kRowsAtOnce rows of X.
+  constexpr int kRowsAtOnce = 32 * C >> kChunksLog2;
+  const int strip_first = s * SW, mates = part * 32 + lane;  // of 32 C lanes
+  const int first_row = strip_first * 16 + (mates >> kChunksLog2);
+  const int first_value = first_row * M + (mates & ((1 << kChunksLog2) - 1)) * V;
+  const int fetched = place<T, kMLog2>(mates) * 16;  // in the first of them, in bytes
   const auto fetch = [&](int64_t row, int slot) {
     if (row < rows) {
       const T *const from = x + row * map.n + first_value;
-      const int at = mine + slot * F::kSlot + strip_first * (16 * M * int(sizeof(T))) + fetched;
+      const int at = F::kFirst + slot * F::kSlot + strip_first * (16 * M * int(sizeof(T))) + fetched;
 #pragma unroll
       for (int r = 0; r < SW * 16; r += kRowsAtOnce) {
         unsigned char *const to = shared + (at ^ (r % 8 * 16)) + r * M * int(sizeof(T));
@@ -130,63 +138,68 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     }
     copy_async_commit();
   };
-  const int64_t first = int64_t(blockIdx.x) * groups + group, step = int64_t(gridDim.x) * groups;
-#pragma unroll
-  for (int i = 0; i < F::kAhead; ++i) fetch(first + i * step, i);
+  fetch(blockIdx.x, 0);
 
   for (int i = threadIdx.x; i < F::kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(zeros)[i] = 0;
-  uint32_t h16 = 0;  // K = 1: of the tile H_16, the upper left quarter, which is also its upper right and lower left
+  [[maybe_unused]] uint32_t h16 = 0, packed[SW][kQuads];  // the operands of A: K = 1, or packed
   if constexpr (F::kTable) {
-    // The table of signs is put where no row is yet.
-    uint32_t *const table = reinterpret_cast<uint32_t *>(zeros + F::kZeros + F::kScratch + F::kAhead * F::kSlot);
+    // The table of signs, and then the operands of all warps, are put where the second row will be.
+    uint32_t *const words = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);
+    uint32_t *const table = words + S * SW * kQuads * 32;
     load_table(table, map);
     __syncthreads();
-    constexpr int kQuads = (KT + 3) / 4;
-    for (int i = threadIdx.x; i < KT * kQuads * 32; i += blockDim.x) {
-      const int strip = i / 32 / kQuads, quad = i / 32 % kQuads;
-      const uint32_t packed = packed_operands(table, map.k, map.m_log2 - kMLog2, strip, quad, i % 32);
-#pragma unroll
-      for (int tile = 0; tile < 4; ++tile) {
-        if (quad * 4 + tile >= KT) break;
-        uint32_t a[4];
-        unpack_operand<T>(a, packed, tile);
-        operands[(strip * KT + quad * 4 + tile) * 32 + i % 32] = make_uint4(a[0], a[1], a[2], a[3]);
-      }
+    for (int i = threadIdx.x; i < S * SW * kQuads * 32; i += F::kThreads) {
+      const int word = i / 32;
+      words[i] = packed_operands(table, map.k, map.m_log2 - kMLog2, word / kQuads, word % kQuads, lane);
     }
     __syncthreads();
+#pragma unroll
+    for (int i = 0; i < SW; ++i) {
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        packed[i][quad] = words[((strip_first + i) * kQuads + quad) * 32 + lane];
+      }
+    }
   } else {
-    uint32_t a[4];
-    unpack_operand<T>(a, packed_operands(nullptr, 1, 4, 0, 0, lane), 0);
-    h16 = a[0];
-    __syncthreads();
+    h16 = h16_quarter<T>(lane);
   }
+  __syncthreads();
 
   // Operands of B: byte offset of this lane's row and chunk in tile kt = 0, chunk pair 0.
-  const int b_row = lane % 16, b_at = place<T, kMLog2>((b_row << kChunksLog2) + lane / 16) * 16;
+  const int b_row = lane % 16, b_at = place<T, kMLog2>((b_row << kChunksLog2) + part * NT + lane / 16) * 16;
   const uint32_t b_zeros = uint32_t(__cvta_generic_to_shared(zeros));
   // The exchange: floats [16 / kPieces, M] in chunks of 32 bytes, permuted by the row, as are their halves, so that neither
-  // side meets a bank twice.
-  const int g = lane / 4, t = lane % 4;
-  const int leave = g * M * 4 + (g & 3) * 32 + (t >> 1) * 16 + (t & 1) * 8;
-  const int find = chunk_row * M * 4 + (chunk ^ (chunk_row & 3)) * 32 + ((chunk >> 2) & 1) * 16;
+  // side meets a bank twice. A lane finds packs of all parts at once, at the same place in each.
+  constexpr int kFoundRows = 32 / NT, kFound = F::kPieceRows / C / kFoundRows;  // rows at once, packs of each part
+  const int g = lane / 4, t = lane % 4, out_row = part * (F::kPieceRows / C) + lane / NT, out_chunk = lane % NT;
+  const int leave = g * M * 4 + part * NT / 4 * 128 + (g & 3) * 32 + (t >> 1) * 16 + (t & 1) * 8;
+  const int find = out_row * M * 4 + (out_chunk ^ (out_row & 3)) * 32 + ((out_chunk >> 2) & 1) * 16;
+  const int out_rows = strip_first * 16 + out_row, out_first = out_rows * M + out_chunk * V;
 
   int slot = 0;
-  for (int64_t row = first; row < rows; row += step) {
-    const int raw = mine + slot * F::kSlot;
-    copy_async_wait<F::kAhead - 1>();
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const int raw = F::kFirst + slot * F::kSlot;
+    copy_async_wait<0>();
     if (map.signs_in) {
 #pragma unroll 1
       for (int r = 0; r < SW * 16; r += kRowsAtOnce) {  // the chunks this thread fetched itself
         if (first_row + r >= p) break;
-        const int from = ((strip_first * 16 + r) << kChunksLog2) + lane;
+        const int from = ((strip_first * 16 + r) << kChunksLog2) + mates;
         T *const at = reinterpret_cast<T *>(shared + raw + place<T, kMLog2>(from) * 16);
         flip_chunk(at, map.signs_in + first_value + r * M);
       }
     }
-    row_sync<F>(group);  // the row is there, and that of before has been read
-    fetch(row + F::kAhead * step, slot == 0 ? F::kAhead : slot - 1);
-    slot = slot == F::kAhead ? 0 : slot + 1;
+    __syncthreads();  // the row is there, and that of before has been read
+    slot ^= 1;
+    fetch(row + gridDim.x, slot);
 
+    if constexpr (F::kTable) {  // or the compiler would unpack them once for all rows, for which registers are too few
+#pragma unroll
+      for (int i = 0; i < SW; ++i) {
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) asm volatile("" : "+r"(packed[i][quad]));
+      }
+    }
     const uint32_t b_first = uint32_t(__cvta_generic_to_shared(shared)) + raw + b_at;
     float sums[SW][NT][4];
 #pragma unroll
@@ -195,9 +208,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
 #pragma unroll
       for (int i = 0; i < SW; ++i) {
         if constexpr (F::kTable) {
-          const int strip = strip_first + i < KT ? strip_first + i : KT - 1;
-          const uint4 four = operands[(strip * KT + kt) * 32 + lane];
-          a[i][0] = four.x, a[i][1] = four.y, a[i][2] = four.z, a[i][3] = four.w;
+          unpack_quickly(a[i], packed[i][kt / 4], kt, ones);
         } else {
           const uint32_t sign = (__popc((strip_first + i) & kt) & 1) ? 0x80008000u : 0;
           a[i][0] = a[i][1] = a[i][2] = h16 ^ sign;
@@ -227,11 +238,11 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
         }
       }
     }
-    if constexpr (F::kAlias) row_sync<F>(group);
-    const int piece = (F::kAlias ? raw : mine + F::kSlots * F::kSlot) + s * F::kPiece;
+    if constexpr (F::kAlias) __syncthreads();
+    const int piece = (F::kAlias ? raw : F::kFirst + 2 * F::kSlot) + s * F::kPiece;
     const int left = piece + leave, found = piece + find;
 
-    float v[SW][kPieces][kPacks][V];
+    float v[SW][kPieces][kFound][C * V];  // the same pack of each part
 #pragma unroll
     for (int i = 0; i < SW; ++i) {
 #pragma unroll
@@ -247,7 +258,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
       chunk_butterflies(sums[i]);
 #pragma unroll
       for (int half = 0; half < kPieces; ++half) {
-        if (i + half > 0) __syncwarp();  // the piece before has been read
+        if (i + half > 0) strip_sync<F>(s);  // the piece before has been read
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
           unsigned char *const at = shared + (left ^ (nt % 4 * 32) ^ (nt / 4 % 2 * 16)) + nt / 4 * 128;
@@ -256,17 +267,17 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
             *reinterpret_cast<float2 *>(at + 8 * M * 4) = make_float2(sums[i][nt][2], sums[i][nt][3]);
           }
         }
-        __syncwarp();
+        strip_sync<F>(s);
 #pragma unroll
-        for (int u = 0; u < kPacks; ++u) {
-          float(&pack)[V] = v[i][half][u];
+        for (int u = 0; u < kFound; ++u) {
+          float(&packs)[C * V] = v[i][half][u];
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
+          for (int h = 0; h < 2 * C; ++h) {
             const float4 four = *reinterpret_cast<const float4 *>(
-                shared + (found ^ (u * kRowsAtOnce % 4 * 32) ^ (h * 16)) + u * kRowsAtOnce * M * 4);
-            pack[h * 4 + 0] = four.x, pack[h * 4 + 1] = four.y, pack[h * 4 + 2] = four.z, pack[h * 4 + 3] = four.w;
+                shared + (found ^ (u * kFoundRows % 4 * 32) ^ (h % 2 * 16)) + u * kFoundRows * M * 4 + h / 2 * NT * 32);
+            packs[h * 4 + 0] = four.x, packs[h * 4 + 1] = four.y, packs[h * 4 + 2] = four.z, packs[h * 4 + 3] = four.w;
           }
-          butterflies<2, V>(pack);
+          butterflies<2, C * V>(packs);
         }
       }
     }
@@ -275,22 +286,26 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     const auto for_packs = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < SW; ++i) {
-#pragma unroll
+  #pragma unroll
         for (int half = 0; half < kPieces; ++half) {
 #pragma unroll
-          for (int u = 0; u < kPacks; ++u) {
-            const int ahead = i * 16 + half * 8 + u * kRowsAtOnce;
-            f(v[i][half][u], !F::kTable || first_row + ahead < p, ahead * M);
+          for (int u = 0; u < kFound; ++u) {
+            const int ahead = i * 16 + half * F::kPieceRows + u * kFoundRows;
+#pragma unroll
+            for (int other = 0; other < C; ++other) {
+              float(&pack)[V] = reinterpret_cast<float(&)[V]>(v[i][half][u][other * V]);
+              f(pack, !F::kTable || out_rows + ahead < p, ahead * M + other * NT * V);
+            }
           }
         }
       }
     };
     if (map.signs_out) {
       for_packs([&](float(&pack)[V], bool live, int at) {
-        if (live) apply_signs<V>(pack, map.signs_out + first_value + at);
+        if (live) apply_signs<V>(pack, map.signs_out + out_first + at);
       });
     }
-    T *const out = y + row * map.n + first_value;
+    T *const out = y + row * map.n + out_first;
     const auto store = [&](const float(&pack)[V], bool live, int at) {
       const Pack<T> narrowed = narrow<T>(pack);
       if (live) store_global(out + at, narrowed);
@@ -303,11 +318,11 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
         if (!F::kTable || !map.signs_out || live) signed_range.add(pack);  // rows past p have missed their signs
       });
       signed_range = signed_range.over_warp();
-      if constexpr (S > 1) {
-        if (lane == 0) scratch[s] = signed_range;
-        row_sync<F>(group);
+      if constexpr (F::kWarps > 1) {
+        if (lane == 0) scratch[s * C + part] = signed_range;
+        __syncthreads();
 #pragma unroll
-        for (int i = 0; i < S; ++i) signed_range.add(scratch[i]);
+        for (int i = 0; i < F::kWarps; ++i) signed_range.add(scratch[i]);
       }
       Range range = signed_range.range();
       range.lo *= map.scale;
@@ -341,16 +356,12 @@ template <typename F>
 int launch_fragment(typename F::T *y, const typename F::T *x, int64_t rows, const Map &map, const Quantiser &q,
                     cudaStream_t stream) {
   const auto kernel = fragment_kernel<F>;
-  int groups = F::kGroups;
-  while (groups > 1 && F::bytes(groups) > size_t(max_shared_bytes())) --groups;
-  const size_t bytes = F::bytes(groups);
-  if (bytes > size_t(max_shared_bytes())) return kNoSuchKernel;
-  if (const int status = allow_shared(kernel, bytes)) return status;
-  const int threads = groups * F::S * 32;
+  if (F::kBytes > size_t(max_shared_bytes())) return kNoSuchKernel;
+  if (const int status = allow_shared(kernel, F::kBytes)) return status;
   int resident = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-  const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1), blocks = ceil_div(rows, int64_t(groups));
-  kernel<<<unsigned(blocks < most ? blocks : most), threads, bytes, stream>>>(y, x, rows, map, q);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, F::kThreads, F::kBytes);
+  const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1) * F::kShare.turns;
+  kernel<<<unsigned(rows < most ? rows : most), F::kThreads, F::kBytes, stream>>>(y, x, rows, map, q);
   return launched();
 }
 
@@ -371,25 +382,14 @@ template <bool kQuantised, typename T>
 int fragment_rows(T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
   if (kQuantised && !q.symmetric && !q.with_zero) return kNoSuchKernel;  // see SignedRange
   if (map.k == 1) {
-    switch (map.n) {
-      case 1024: return launch_fragment<FragmentKernel<T, 1, 6, false, kQuantised>>(y, x, rows, map, q, stream);
-      case 2048:
-        if constexpr (kQuantised) return launch_fragment<FragmentKernel<T, 2, 6, false, true>>(y, x, rows, map, q, stream);
-        break;
-      case 4096: return launch_fragment<FragmentKernel<T, 2, 7, false, kQuantised>>(y, x, rows, map, q, stream);
-      case 8192: return launch_fragment<FragmentKernel<T, 8, 6, false, kQuantised>>(y, x, rows, map, q, stream);
-      case 16384:
-        if constexpr (kQuantised) return launch_fragment<FragmentKernel<T, 4, 8, false, true>>(y, x, rows, map, q, stream);
-        return launch_fragment<FragmentKernel<T, 8, 7, false, false>>(y, x, rows, map, q, stream);
-      case 32768: return launch_fragment<FragmentKernel<T, 8, 8, false, kQuantised>>(y, x, rows, map, q, stream);
-    }
-    return kNoSuchKernel;
+    if (map.n != 32768) return kNoSuchKernel;
+    return launch_fragment<FragmentKernel<T, 8, 8, false, kQuantised>>(y, x, rows, map, q, stream);
   }
   // The least M that leaves P at most 192, or twice that where it was measured to be faster.
   int m_log2 = 6;
   while ((map.n >> m_log2) > 192) ++m_log2;
   const auto tiles = [&] { return ceil_div(map.n >> m_log2, 16); };
-  if (map.m_log2 > m_log2 && (kQuantised ? m_log2 == 7 : m_log2 == 6 && tiles() == 6)) ++m_log2;
+  if (map.m_log2 > m_log2 && ((m_log2 == 6 && (tiles() == 5 || tiles() == 6)) || (m_log2 == 7 && kQuantised))) ++m_log2;
   if (m_log2 > map.m_log2 || (map.n >> m_log2) < 8) return kNoSuchKernel;
   switch (m_log2) {
     case 6: return fragment_tiles<kQuantised, 6>(tiles(), y, x, rows, map, q, stream);

@@ -119,15 +119,14 @@ __device__ __forceinline__ uint32_t spread(uint32_t x) {
 }
 
 // 32 signs of row i of A, columns 32 w .. 32 w + 31; `table` is H_K or its transpose, packed by rows, in shared memory. Rows
-// past the last begin again with the first.
+// past the last repeat rows of the last row of H_K.
 __device__ inline uint32_t left_signs(const uint32_t *table, int k, int j_log2, int i, int w) {
-  const int row = k > 1 ? (i >> j_log2) % k : 0, inner = i & ((1 << j_log2) - 1);
   uint32_t signs = 0;
   if (k > 1) {
-    const uint32_t *words = table + row * ceil_div(k, 32);
-    if (j_log2 == 0) {
-      if (w * 32 < k) signs = words[w];
-    } else if (const int col = (w * 32) >> j_log2; col < k) {
+    const int row = i >> j_log2;
+    const uint32_t *words = table + (row < k ? row : k - 1) * ceil_div(k, 32);
+    if (j_log2 == 0) return w * 32 < k ? words[w] : 0;
+    if (const int col = (w * 32) >> j_log2; col < k) {
       // 32 / 2^j columns of H_K (one, where j > 5), each repeated 2^j times.
       const uint32_t columns = words[col / 32] >> (col % 32);
       if (j_log2 >= 5) {
@@ -139,6 +138,7 @@ __device__ inline uint32_t left_signs(const uint32_t *table, int k, int j_log2, 
       }
     }
   }
+  const int inner = i & ((1 << j_log2) - 1);
   if (inner & 1) signs ^= 0xaaaaaaaau;
   if (inner & 2) signs ^= 0xccccccccu;
   if (inner & 4) signs ^= 0xf0f0f0f0u;
@@ -189,13 +189,22 @@ __device__ inline uint32_t packed_operands(const uint32_t *table, int k, int j_l
   return packed;
 }
 
+// How far to the left register i of a tile's operand has its signs.
+__host__ __device__ constexpr int operand_shift(int i, int tile) {
+  return 8 * (tile / 2 % 2) + 4 * (i & 1) + 2 * (tile % 2) + (i >> 1);
+}
+
 template <typename T>
 __device__ __forceinline__ void unpack_operand(uint32_t (&a)[4], uint32_t packed, int tile) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int r = 8 * (tile / 2 % 2) + 4 * (i & 1) + 2 * (tile % 2) + (i >> 1);
-    a[i] = ((packed << r) & 0x80008000u) ^ TensorTraits<T>::kOnes;
-  }
+  for (int i = 0; i < 4; ++i) a[i] = ((packed << operand_shift(i, tile)) & 0x80008000u) ^ TensorTraits<T>::kOnes;
+}
+
+// The upper left quarter of the tile H_16, which is also its upper right and lower left; the lower right is its negative.
+template <typename T>
+__device__ __forceinline__ uint32_t h16_quarter(int lane) {
+  const int row = lane / 4, col = 2 * (lane % 4);
+  return TensorTraits<T>::kOnes ^ (__popc(row & col) & 1) << 15 ^ (__popc(row & (col + 1)) & 1) << 31;
 }
 
 // ---- The row in shared memory: chunks of 16 bytes, swizzled so that the reads of a B operand meet no bank twice. ----
