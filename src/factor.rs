@@ -49,7 +49,7 @@ pub fn qr(a: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
     for j in 0..n {
         if r[(j, j)] < 0.0 {
             q.col_mut(j).iter_mut().for_each(|x| *x = -*x);
-            r.row_mut(j).iter_mut().for_each(|x| *x = -*x);
+            r.row_mut(j).iter_mut().skip(j).for_each(|x| *x = -*x);
         }
         r.col_mut(j).iter_mut().skip(j + 1).for_each(|x| *x = 0.0);
     }

@@ -64,9 +64,9 @@ const CANDIDATES: usize = 11;
 /// Finds the clip ratio of every site of a rotated network whose activations, K or V a scheme quantises, on windows of text.
 ///
 /// By [`ClipGoal::Error`]: what reaches the quantisers of the quantised network is read once, a layer at a time ([`Walk`]), and every
-/// candidate ratio tried on it. By [`ClipGoal::Loss`]: from ratios of 1, the sites in the order a layer meets them, each set to the best candidate; then each to the better of
-/// its neighbours half a step away, as long as one is better. Ties keep the larger ratio. `progress` is told how many of about how many
-/// evaluations are done, and may stop.
+/// candidate ratio tried on it. By [`ClipGoal::Loss`]: from ratios of 1, the sites in the order a layer meets them, each set to the best
+/// candidate; then each to the better of its neighbours half a step away, as long as one is better. Ties keep the larger ratio.
+/// `progress` is told how many of about how many evaluations are done, and may stop.
 ///
 /// # Errors
 /// No windows, or one there is not; a loss that is not finite; [`Error::Interrupted`].

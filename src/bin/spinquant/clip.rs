@@ -12,8 +12,7 @@ use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
 use crate::common::{
-    CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, check_writable, clip_windows,
-    interrupted,
+    CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, check_writable, interrupted,
 };
 
 #[derive(clap::Args)]
@@ -45,7 +44,7 @@ pub struct Args {
     json: bool,
 }
 
-/// Searches with a progress bar.
+/// Searches with a progress bar, on this many windows spread evenly, or on all where there are fewer.
 pub fn search(
     model: &Llama,
     rotations: &Rotations,
@@ -54,8 +53,12 @@ pub fn search(
     (goal, count): (ClipGoal, usize),
     progress: &Progress,
 ) -> Result<ClipFound> {
-    let mut task = None;
-    search_clips(model, Some(rotations), scheme, windows, &clip_windows(windows, count), goal, |done, total| {
+    if count == 0 {
+        return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));
+    }
+    let (count, mut task) = (count.min(windows.len()), None);
+    let spread: Vec<usize> = (0..count).map(|i| i * windows.len() / count).collect();
+    search_clips(model, Some(rotations), scheme, windows, &spread, goal, |done, total| {
         task.get_or_insert_with(|| progress.start("searching clip ratios", total)).at(done, "");
         interrupted()
     })

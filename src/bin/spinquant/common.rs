@@ -101,12 +101,6 @@ pub fn activation_bits(scheme: &Scheme) -> String {
     format!("{} {grid}", scheme.to_string().trim_start_matches(|c| c == 'W' || char::is_ascii_digit(&c)))
 }
 
-/// Windows of calibration text that clip ratios are searched on: spread evenly.
-pub fn clip_windows(windows: &Windows, count: usize) -> Vec<usize> {
-    let count = count.clamp(1, windows.len());
-    (0..count).map(|i| i * windows.len() / count).collect()
-}
-
 /// The device that `--device` names.
 pub fn device(name: &str) -> Result<Device> {
     match name {
