@@ -1,18 +1,15 @@
-// What the Hopper attention kernels share: the bulk tensor copy engine (TMA), its barriers, and the warpgroup matrix product.
-// Only for compute capability 9.0a; other targets compile the kernels with empty bodies, and the launchers see that.
+// What the Hopper attention kernels share: the bulk tensor copy engine (TMA), its barriers, and matrix products of warpgroups.
+// Only for compute capability 9.0a, see warpgroup.cuh.
 #pragma once
 
 #include <cuda.h>
 
 #include "attention.cuh"
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define SQ_HOPPER 1
-#else
-#define SQ_HOPPER 0
-#endif
+#include "warpgroup.cuh"
 
 namespace sq_attention {
+
+using sq::describe, sq::group_commit, sq::group_fence, sq::group_wait, sq::has_body, sq::pin;
 
 // A [batch, seq, heads, dim] tensor as the copy engine sees it: boxes of `rows` tokens x 64 values of one head, 128 bytes a row,
 // 16-byte chunk c of row r at place c ^ (r % 8), zeros beyond the sequence and beyond dim.
@@ -37,14 +34,6 @@ inline cudaError_t make_map(CUtensorMap &map, const void *x, sq_dtype dtype, con
              const_cast<void *>(x), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// Whether the code loaded for this kernel has a body: an empty one needs next to no registers.
-template <class Kernel> bool has_body(Kernel kernel) {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs > 100;
-  cudaGetLastError();  // not an error of ours
-  return false;
 }
 
 // Blocks stay on their multiprocessor and take one unit of work a round. A tile of rank r is the one that sees the r-th most of the
@@ -143,26 +132,6 @@ template <int REGISTERS> __device__ __forceinline__ void give_registers() {
 }
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-// Warpgroup products run in the background: fence after writing their registers, commit a group, wait for all but PENDING.
-__device__ __forceinline__ void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void group_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-// Keeps the compiler from moving uses of accumulators across a wait.
-template <int N> __device__ __forceinline__ void pin(float (&c)[N][4]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[n][e])::"memory");
-}
-
-// Describes [..][ROWS][64] of swizzled 16-bit values to the product: groups of eight rows are 1024 bytes apart, and, where the
-// product contracts over rows, blocks of 64 columns ROWS * 128 bytes.
-template <int ROWS> __device__ __forceinline__ uint64_t describe(uint32_t address) {
-  return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(ROWS * 128 / 16) << 16 | (uint64_t)(1024 / 16) << 32 | 1ull << 62;
 }
 
 // c[64, N] (+)= A B^T: A's 64 rows and B's N rows in shared memory, contracted along the row. 16 columns on is 32 bytes on.

@@ -9,81 +9,39 @@
 //     layout of the store, one of each part, for the levels of bits 1 and 2 and those between the parts;
 //   - with quantisation the range is taken over the registers, and the warps exchange it.
 //
-// The operands of A are kept packed, two bits for each register, in the registers of the warps that use them, and widened to
-// +-1 at every row. A power of two needs no table: its tiles are +-H_16, one register with its sign. The next row is
-// fetched while one is worked on.
+// The operands of A are kept packed, two bits for each 32-bit register of an A operand, in the registers of the warps that use
+// them, and widened to +-1 at every row. A power of two needs no table: its tiles are +-H_16, one register with its sign. The
+// next row is fetched while one is worked on.
+//
+// On sm_90a some sizes have products of warpgroups instead (warpgroup.cuh), and up to three rows side by side in a block. They take
+// A, widened once for all rows, and the row from shared memory: nothing is widened or loaded to registers, and a row is read
+// once for 64 rows of A, not for each strip or two. What comes out has the same layout.
 #pragma once
 
-#include "hadamard_tensor.cuh"
+#include "hadamard_share.cuh"
 
 namespace sq {
 
-// How a size is shared out: strips of a warp (SW), warps to the columns of a strip (C), blocks wanted on a multiprocessor
-// (which bounds the registers), pieces of a strip to be exchanged one by one, and turns: how many blocks follow each other
-// in one place. Multiprocessors differ in how fast they reach memory, and with more turns those that finish early take
-// more; but each block unpacks the table and waits for its first row.
-struct Share {
-  int strips, parts, blocks, pieces, turns;
-};
-
-// As measured on an H100. kt: tiles of 16 along each side of A. Few large pieces of a row use shared memory less, many
-// small ones hide more of the waiting, and registers bound both.
-constexpr Share share_of(int kt, int m_log2, bool table, bool quantised) {
-  if (!table) return {2, 4, 1, 1, quantised ? 1 : 8};
-  if (m_log2 == 6) {
-    switch (kt) {
-      case 1: return {1, 1, 24, 1, 1};
-      case 2: return {2, 1, 12, 1, 1};
-      case 3: return {3, 1, 8, 1, 1};
-      case 4: return {2, 1, 6, 1, 1};
-      case 5: return {1, 1, 3, 1, 1};
-      case 6: return {2, 1, 4, 1, 1};
-      case 7:
-      case 8: return {2, 1, 3, 1, 1};
-      case 9:
-      case 10: return quantised ? Share{3, 1, 3, 1, 1} : Share{1, 1, 2, 1, 1};
-      default: return quantised ? Share{3, 1, 2, 1, 1} : Share{2, 1, 2, 1, 3};
-    }
+// Where a chunk of 8 values of the row lies, in bytes.
+template <typename F>
+__device__ __forceinline__ int row_place(int chunk) {
+  if constexpr (F::kWarpgroups) {
+    const int row = chunk >> (F::kMLog2 - 3), column = chunk & (F::M / 8 - 1);
+    return column / 8 * F::kBlock + row * 128 + (column ^ row) % 8 * 16;
+  } else {
+    return place<typename F::T, F::kMLog2>(chunk) * 16;
   }
-  if (m_log2 == 7) {
-    if (kt == 3) return {1, 1, 4, 2, 16};
-    if (kt <= 8) return quantised ? Share{2, 1, 2, 1, 1} : Share{1, 1, 2, 2, 16};
-    return {2, 2, 1, 1, 1};
-  }
-  if (kt == 4) return {4, 4, 2, 1, 16};
-  return quantised ? Share{1, 1, 1, 2, 1} : Share{2, 2, 1, 1, 4};
 }
 
-// Sizes with a table that have a kernel here.
-constexpr bool has_fragments(int kt, int m_log2, bool quantised) {
-  if (m_log2 == 6) return true;
-  if (m_log2 == 7) return kt >= 7 || kt == 3;
-  return kt <= 8 && (kt >= 7 || (kt >= 4 && quantised));
+// A barrier for the warps of a row.
+template <typename F>
+__device__ __forceinline__ void row_sync(int group) {
+  if constexpr (F::kRows == 1) {
+    __syncthreads();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(F::kWarps * 32) : "memory");
+  }
 }
-
-template <typename T_, int KT_, int kMLog2_, bool kTable_, bool kQuantised_>
-struct FragmentKernel {
-  using T = T_;
-  static constexpr int KT = KT_, kMLog2 = kMLog2_, M = 1 << kMLog2;
-  static constexpr bool kTable = kTable_, kQuantised = kQuantised_;
-  static constexpr Share kShare = share_of(KT, kMLog2, kTable, kQuantised);
-  static constexpr int SW = kShare.strips, C = kShare.parts, S = (KT + SW - 1) / SW;  // S C warps to a row
-  static constexpr int NT = M / 8 / C;  // chunks of 8 columns of a warp
-  static constexpr int kWarps = S * C, kThreads = kWarps * 32, kBlocks = kShare.blocks;
-  static constexpr int kQuads = (KT + 3) / 4;
-
-  // Shared memory, in bytes: zeros | ranges of warps | the row at hand and the next, as they came | pieces. Where there is
-  // no room for pieces, the exchange takes the place of the row, which has been read by then.
-  static constexpr int kPieces = kShare.pieces, kPieceRows = 16 / kPieces;
-  static constexpr int kPiece = kPieceRows * M * int(sizeof(float));
-  static constexpr int kRow = KT * 16 * M * int(sizeof(T));
-  static constexpr bool kAlias = 2 * kRow + S * kPiece > 225 * 1024;
-  static constexpr int kSlot = kAlias && S * kPiece > kRow ? S * kPiece : kRow;
-  static constexpr int kZeros = M * int(sizeof(T)), kScratch = 256, kFirst = kZeros + kScratch;
-  static constexpr size_t kBytes = kFirst + 2 * kSlot + (kAlias ? 0 : S * kPiece);
-  static_assert(kPieceRows * NT >= 32 * C && NT >= 8, "a lane stores a pack of every part");
-  static_assert(kWarps * int(sizeof(SignedRange)) <= kScratch && S < 16, "room for ranges, barriers");
-};
 
 // A barrier for the warps that share the strips s.
 template <typename F>
@@ -103,6 +61,28 @@ __device__ __forceinline__ void unpack_quickly(uint32_t (&a)[4], uint32_t packed
   }
 }
 
+// A as +-1 for products of warpgroups, chunk c of row r of a block at c ^ (r % 8). `table` as load_table leaves it.
+template <typename F>
+__device__ inline void store_operands(unsigned char *to, const uint32_t *table, const Map &map) {
+  constexpr int kWords = F::kQuads * 2;  // of 32 signs to a row
+  for (int i = threadIdx.x; i < F::KT * 16 * kWords; i += F::kThreads) {
+    const int row = i / kWords, word = i % kWords;
+    const uint32_t signs = left_signs(table, map.k, map.m_log2 - F::kMLog2, row, word);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      uint32_t chunk[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t two = signs >> (c * 8 + e * 2);
+        chunk[e] = TensorTraits<typename F::T>::kOnes ^ (two & 1) << 15 ^ (two & 2) << 30;
+      }
+      const int at = ((word % 2 * 4 + c) ^ row % 8) * 16;
+      *reinterpret_cast<uint4 *>(to + word / 2 * F::kBlock + row * 128 + at) = make_uint4(chunk[0], chunk[1], chunk[2], chunk[3]);
+    }
+  }
+  group_visible();
+}
+
 template <typename F>
 __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     fragment_kernel(typename F::T *y, const typename F::T *x, int64_t rows, Map map, Quantiser q) {
@@ -110,39 +90,55 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
   constexpr int KT = F::KT, M = F::M, NT = F::NT, S = F::S, SW = F::SW, C = F::C, kMLog2 = F::kMLog2, V = kPack<T>;
   constexpr int kChunksLog2 = kMLog2 - 3;  // chunks of 8 values to a row of X
   constexpr int kPieces = F::kPieces, kQuads = F::kQuads;
+  if constexpr (F::kWarpgroups && !SQ_HOPPER) return;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = warp / C, part = warp % C;
+  const int lane = threadIdx.x % 32, warp = F::kRows > 1 ? threadIdx.x / 32 % F::kWarps : threadIdx.x / 32;
+  const int s = F::kWarpgroups ? warp % S : warp / C, part = F::kWarpgroups ? warp / S : warp % C;
+  const int group = F::kRows > 1 ? threadIdx.x / (F::kWarps * 32) : 0;  // of the rows side by side
+  const int first = F::kFirst + group * F::kStage;
   const int p = map.n >> kMLog2;
   // An instruction takes one constant, and unpacking needs two: this one is in a register, since the compiler does not
   // know that the sign of n is 0.
-  const uint32_t ones = TensorTraits<T>::kOnes | uint32_t(map.n) >> 31;
+  [[maybe_unused]] const uint32_t ones = TensorTraits<T>::kOnes | uint32_t(map.n) >> 31;
   unsigned char *const zeros = shared;
-  SignedRange *const scratch = reinterpret_cast<SignedRange *>(zeros + F::kZeros);
+  SignedRange *const scratch = reinterpret_cast<SignedRange *>(zeros + F::kZeros + group * F::kScratch);
+  const int strip_first = F::kWarpgroups ? s : s * SW;
   // Places in shared memory are offsets, all of them multiples of 128 but for the part that depends on the lane.
 
   // The warps of some strips fetch the rows of X by the same number: 32 chunks of 8 values at a time, kRowsAtOnce rows of X.
   constexpr int kRowsAtOnce = 32 * C >> kChunksLog2;
-  const int strip_first = s * SW, mates = part * 32 + lane;  // of 32 C lanes
-  const int first_row = strip_first * 16 + (mates >> kChunksLog2);
+  const int fetch_first = s * SW, mates = part * 32 + lane;  // of 32 C lanes
+  const int first_row = fetch_first * 16 + (mates >> kChunksLog2);
   const int first_value = first_row * M + (mates & ((1 << kChunksLog2) - 1)) * V;
-  const int fetched = place<T, kMLog2>(mates) * 16;  // in the first of them, in bytes
+  const int fetched = row_place<F>(mates);  // in the first of them, in bytes
   const auto fetch = [&](int64_t row, int slot) {
     if (row < rows) {
       const T *const from = x + row * map.n + first_value;
-      const int at = F::kFirst + slot * F::kSlot + strip_first * (16 * M * int(sizeof(T))) + fetched;
+      const int at = first + slot * F::kSlot + fetch_first * 16 * F::kPitch + fetched;
 #pragma unroll
       for (int r = 0; r < SW * 16; r += kRowsAtOnce) {
-        unsigned char *const to = shared + (at ^ (r % 8 * 16)) + r * M * int(sizeof(T));
+        unsigned char *const to = shared + (at ^ (r % 8 * 16)) + r * F::kPitch;
         if (!F::kTable || first_row + r < p) copy_async_16(to, from + r * M);
       }
     }
     copy_async_commit();
   };
-  fetch(blockIdx.x, 0);
+  const int64_t begin = int64_t(blockIdx.x) * F::kRows + group, stride = int64_t(gridDim.x) * F::kRows;
+  fetch(begin, 0);
 
   for (int i = threadIdx.x; i < F::kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(zeros)[i] = 0;
   [[maybe_unused]] uint32_t h16 = 0, packed[SW][kQuads];  // the operands of A: K = 1, or packed
-  if constexpr (F::kTable) {
+  if constexpr (F::kWarpgroups) {
+    uint32_t *const table = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);  // where a second row will be
+    load_table(table, map);
+    __syncthreads();
+    store_operands<F>(shared + F::kLeft, table, map);
+    __syncthreads();
+    for (int i = p * (M / V) + threadIdx.x % (F::kWarps * 32); i < KT * 16 * (M / V); i += F::kWarps * 32) {
+      unsigned char *const at = shared + first + row_place<F>(i);  // rows past p are zero, and stay so
+      *reinterpret_cast<uint4 *>(at) = *reinterpret_cast<uint4 *>(at + F::kSlot) = make_uint4(0, 0, 0, 0);
+    }
+  } else if constexpr (F::kTable) {
     // The table of signs, and then the operands of all warps, are put where the second row will be.
     uint32_t *const words = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);
     uint32_t *const table = words + S * SW * kQuads * 32;
@@ -177,23 +173,25 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
   const int out_rows = strip_first * 16 + out_row, out_first = out_rows * M + out_chunk * V;
 
   int slot = 0;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int raw = F::kFirst + slot * F::kSlot;
+  for (int64_t row = begin; row < rows; row += stride) {
+    const int raw = first + slot * F::kSlot;
     copy_async_wait<0>();
     if (map.signs_in) {
 #pragma unroll 1
       for (int r = 0; r < SW * 16; r += kRowsAtOnce) {  // the chunks this thread fetched itself
         if (first_row + r >= p) break;
-        const int from = ((strip_first * 16 + r) << kChunksLog2) + mates;
-        T *const at = reinterpret_cast<T *>(shared + raw + place<T, kMLog2>(from) * 16);
+        const int from = ((fetch_first * 16 + r) << kChunksLog2) + mates;
+        T *const at = reinterpret_cast<T *>(shared + raw + row_place<F>(from));
         flip_chunk(at, map.signs_in + first_value + r * M);
       }
     }
-    __syncthreads();  // the row is there, and that of before has been read
+    if constexpr (F::kWarpgroups) group_visible();
+    row_sync<F>(group);  // the row is there, and that of before has been read
     slot ^= 1;
-    fetch(row + gridDim.x, slot);
+    fetch(row + stride, slot);
 
-    if constexpr (F::kTable) {  // or the compiler would unpack them once for all rows, for which registers are too few
+    if constexpr (F::kTable && !F::kWarpgroups) {
+      // Or the compiler would unpack them once for all rows, for which registers are too few.
 #pragma unroll
       for (int i = 0; i < SW; ++i) {
 #pragma unroll
@@ -202,49 +200,55 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     }
     const uint32_t b_first = uint32_t(__cvta_generic_to_shared(shared)) + raw + b_at;
     float sums[SW][NT][4];
+    if constexpr (F::kWarpgroups) {
+      group_multiply_rows<T, KT, F::kBlock, S * 16 * 128>(sums, shared + F::kLeft + s / 4 * 64 * 128,
+                                                          shared + raw + part * (NT / 8) * F::kBlock);
+    } else {
 #pragma unroll
-    for (int kt = 0; kt < KT; ++kt) {
-      uint32_t a[SW][4];
-#pragma unroll
-      for (int i = 0; i < SW; ++i) {
-        if constexpr (F::kTable) {
-          unpack_quickly(a[i], packed[i][kt / 4], kt, ones);
-        } else {
-          const uint32_t sign = (__popc((strip_first + i) & kt) & 1) ? 0x80008000u : 0;
-          a[i][0] = a[i][1] = a[i][2] = h16 ^ sign;
-          a[i][3] = a[i][0] ^ 0x80008000u;
-        }
-      }
-      // Rows past p, all in the last tile, are zero.
-      const bool past = F::kTable && kt == KT - 1 && kt * 16 + b_row >= p;
-#pragma unroll
-      for (int nt = 0; nt < NT; nt += 2) {
-        uint32_t b[2][2];
-        const uint32_t at = (b_first ^ (nt % 8 * 16)) + (kt * 16 * M * int(sizeof(T)) + nt / 8 * 128);
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
-                     : "r"(past ? b_zeros : at));
+      for (int kt = 0; kt < KT; ++kt) {
+        uint32_t a[SW][4];
 #pragma unroll
         for (int i = 0; i < SW; ++i) {
+          if constexpr (F::kTable) {
+            unpack_quickly(a[i], packed[i][kt / 4], kt, ones);
+          } else {
+            const uint32_t sign = (__popc((strip_first + i) & kt) & 1) ? 0x80008000u : 0;
+            a[i][0] = a[i][1] = a[i][2] = h16 ^ sign;
+            a[i][3] = a[i][0] ^ 0x80008000u;
+          }
+        }
+        // Rows past p, all in the last tile, are zero.
+        const bool past = F::kTable && kt == KT - 1 && kt * 16 + b_row >= p;
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (kt == 0) {
-              const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-              multiply_add<T>(sums[i][nt + c], a[i], b[c], none);
-            } else {
-              multiply_add<T>(sums[i][nt + c], a[i], b[c], sums[i][nt + c]);
+        for (int nt = 0; nt < NT; nt += 2) {
+          uint32_t b[2][2];
+          const uint32_t at = (b_first ^ (nt % 8 * 16)) + (kt * 16 * M * int(sizeof(T)) + nt / 8 * 128);
+          asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                       : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
+                       : "r"(past ? b_zeros : at));
+#pragma unroll
+          for (int i = 0; i < SW; ++i) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              if (kt == 0) {
+                const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                multiply_add<T>(sums[i][nt + c], a[i], b[c], none);
+              } else {
+                multiply_add<T>(sums[i][nt + c], a[i], b[c], sums[i][nt + c]);
+              }
             }
           }
         }
       }
     }
     if constexpr (F::kAlias) __syncthreads();
-    const int piece = (F::kAlias ? raw : F::kFirst + 2 * F::kSlot) + s * F::kPiece;
+    const int piece = (F::kAlias ? raw : first + 2 * F::kSlot) + s * F::kPiece;
     const int left = piece + leave, found = piece + find;
 
     float v[SW][kPieces][kFound][C * V];  // the same pack of each part
 #pragma unroll
     for (int i = 0; i < SW; ++i) {
+      if constexpr (F::kWarpgroups) group_multiplied<SW>(sums[i], i);
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) {
 #pragma unroll
@@ -282,15 +286,16 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
       }
     }
 
-    // What f does with every pack, given its place in the row. Rows past p repeat rows before.
+    // What f does with every pack, given its place in the row. Rows past p repeat rows before, or are anything, where
+    // strips are past the last (and made all the same: skipping them takes more registers than it saves time).
     const auto for_packs = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < SW; ++i) {
-  #pragma unroll
+#pragma unroll
         for (int half = 0; half < kPieces; ++half) {
 #pragma unroll
           for (int u = 0; u < kFound; ++u) {
-            const int ahead = i * 16 + half * F::kPieceRows + u * kFoundRows;
+            const int ahead = i * F::kStripStep * 16 + half * F::kPieceRows + u * kFoundRows;
 #pragma unroll
             for (int other = 0; other < C; ++other) {
               float(&pack)[V] = reinterpret_cast<float(&)[V]>(v[i][half][u][other * V]);
@@ -315,12 +320,13 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     } else {
       SignedRange signed_range;
       for_packs([&](const float(&pack)[V], bool live, int) {
-        if (!F::kTable || !map.signs_out || live) signed_range.add(pack);  // rows past p have missed their signs
+        // Rows past p have missed their signs, at least.
+        if (!F::kTable || live || (!F::kWarpgroups && !map.signs_out)) signed_range.add(pack);
       });
       signed_range = signed_range.over_warp();
       if constexpr (F::kWarps > 1) {
         if (lane == 0) scratch[s * C + part] = signed_range;
-        __syncthreads();
+        row_sync<F>(group);
 #pragma unroll
         for (int i = 0; i < F::kWarps; ++i) signed_range.add(scratch[i]);
       }
@@ -356,12 +362,13 @@ template <typename F>
 int launch_fragment(typename F::T *y, const typename F::T *x, int64_t rows, const Map &map, const Quantiser &q,
                     cudaStream_t stream) {
   const auto kernel = fragment_kernel<F>;
-  if (F::kBytes > size_t(max_shared_bytes())) return kNoSuchKernel;
+  if (F::kBytes > size_t(max_shared_bytes()) || (F::kWarpgroups && !has_body(kernel))) return kNoSuchKernel;
   if (const int status = allow_shared(kernel, F::kBytes)) return status;
   int resident = 1;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, F::kThreads, F::kBytes);
   const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1) * F::kShare.turns;
-  kernel<<<unsigned(rows < most ? rows : most), F::kThreads, F::kBytes, stream>>>(y, x, rows, map, q);
+  const int64_t blocks = ceil_div(rows, int64_t(F::kRows));
+  kernel<<<unsigned(blocks < most ? blocks : most), F::kThreads, F::kBytes, stream>>>(y, x, rows, map, q);
   return launched();
 }
 
@@ -370,10 +377,17 @@ int fragment_tiles(int kt, T *y, const T *x, int64_t rows, const Map &map, const
   if constexpr (KT == 0) {
     return kNoSuchKernel;
   } else {
-    if constexpr (has_fragments(KT, kMLog2, kQuantised)) {
-      if (kt == KT) return launch_fragment<FragmentKernel<T, KT, kMLog2, true, kQuantised>>(y, x, rows, map, q, stream);
+    if (kt != KT) return fragment_tiles<kQuantised, kMLog2, KT - 1>(kt, y, x, rows, map, q, stream);
+    int status = kNoSuchKernel;
+    if constexpr (has_warpgroup_kernel(KT, kMLog2, kQuantised)) {
+      status = launch_fragment<FragmentKernel<T, KT, kMLog2, true, kQuantised, true>>(y, x, rows, map, q, stream);
     }
-    return fragment_tiles<kQuantised, kMLog2, KT - 1>(kt, y, x, rows, map, q, stream);
+    if constexpr (has_warp_kernel(KT, kMLog2, kQuantised)) {
+      if (status == kNoSuchKernel) {
+        status = launch_fragment<FragmentKernel<T, KT, kMLog2, true, kQuantised, false>>(y, x, rows, map, q, stream);
+      }
+    }
+    return status;
   }
 }
 
@@ -383,7 +397,7 @@ int fragment_rows(T *y, const T *x, int64_t rows, const Map &map, const Quantise
   if (kQuantised && !q.symmetric && !q.with_zero) return kNoSuchKernel;  // see SignedRange
   if (map.k == 1) {
     if (map.n != 32768) return kNoSuchKernel;
-    return launch_fragment<FragmentKernel<T, 8, 8, false, kQuantised>>(y, x, rows, map, q, stream);
+    return launch_fragment<FragmentKernel<T, 8, 8, false, kQuantised, false>>(y, x, rows, map, q, stream);
   }
   // The least M that leaves P at most 192, or twice that where it was measured to be faster.
   int m_log2 = 6;
