@@ -9,7 +9,7 @@
 
 namespace sq_attention {
 
-using sq::describe, sq::group_commit, sq::group_fence, sq::group_wait, sq::has_body, sq::pin;
+using sq::describe, sq::group_commit, sq::group_fence, sq::group_visible, sq::group_wait, sq::has_body, sq::pin;
 
 // A [batch, seq, heads, dim] tensor as the copy engine sees it: boxes of `rows` tokens x 64 values of one head, 128 bytes a row,
 // 16-byte chunk c of row r at place c ^ (r % 8), zeros beyond the sequence and beyond dim.

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, kGroups * 4);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    group_visible();
   }
   __syncthreads();
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(key_empty + 8 * i, kGroups * 4);
       barrier_init(value_empty + 8 * i, kGroups * 4);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    group_visible();
   }
   __syncthreads();
 

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
       barrier_init(key_empty + 8 * i, kGroups * 4);  // every computing warp
       barrier_init(value_empty + 8 * i, kGroups * 4);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    group_visible();
   }
   __syncthreads();
 

@@ -13,9 +13,9 @@
 // them, and widened to +-1 at every row. A power of two needs no table: its tiles are +-H_16, one register with its sign. The
 // next row is fetched while one is worked on.
 //
-// On sm_90a some sizes have products of warpgroups instead (warpgroup.cuh), and up to three rows side by side in a block. They take
-// A, widened once for all rows, and the row from shared memory: nothing is widened or loaded to registers, and a row is read
-// once for 64 rows of A, not for each strip or two. What comes out has the same layout.
+// On sm_90a some sizes have products of warpgroups instead (warpgroup.cuh), and up to three rows side by side in a block; the
+// strips of a warp are then S apart. They take A, widened once for all rows, and the row from shared memory: nothing is widened
+// or loaded to registers, and a row is read once for four strips, not for one to three. What comes out has the same layout.
 #pragma once
 
 #include "hadamard_share.cuh"
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     const uint32_t b_first = uint32_t(__cvta_generic_to_shared(shared)) + raw + b_at;
     float sums[SW][NT][4];
     if constexpr (F::kWarpgroups) {
-      group_multiply_rows<T, KT, F::kBlock, S * 16 * 128>(sums, shared + F::kLeft + s / 4 * 64 * 128,
-                                                          shared + raw + part * (NT / 8) * F::kBlock);
+      group_multiply_blocks<T, KT, F::kBlock, S * 16 * 128>(sums, shared + F::kLeft + s / 4 * 64 * 128,
+                                                            shared + raw + part * (NT / 8) * F::kBlock);
     } else {
 #pragma unroll
       for (int kt = 0; kt < KT; ++kt) {

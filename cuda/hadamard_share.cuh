@@ -55,7 +55,7 @@ constexpr bool has_warp_kernel(int kt, int m_log2, bool quantised) {
   return kt <= 8 && (kt >= 7 || (kt >= 4 && quantised));
 }
 
-// Those for which products of warpgroups were measured to be faster, where there are any.
+// Those with products of warpgroups, where there are any: faster in all that was measured of them (one or two of each kind).
 constexpr bool has_warpgroup_kernel(int kt, int m_log2, bool quantised) {
   if (m_log2 == 7 && kt >= 9) return true;
   return quantised && (m_log2 == 6 ? kt >= 9 : m_log2 == 7 ? kt >= 7 : kt >= 6 && kt <= 8);
@@ -86,13 +86,15 @@ struct FragmentKernel {
   static constexpr bool kAlias = !kWarpgroups && 2 * kRow + S * kPiece > 225 * 1024;
   static constexpr int kSlot = kAlias && S * kPiece > kRow ? S * kPiece : kRow;
   static constexpr int kZeros = M * int(sizeof(T)), kScratch = 256, kBlock = KT * 16 * 128;
-  static constexpr int kLeft = kZeros + kRows * kScratch <= 1024 ? 1024 : 2048;  // where A is
+  static constexpr int kLeft = 1024;  // where A is
   static constexpr int kFirst = kWarpgroups ? kLeft + kQuads * kBlock : kZeros + kScratch;
   static constexpr int kStage = 2 * kSlot + (kAlias ? 0 : S * kPiece);
   static constexpr size_t kBytes = kFirst + kRows * kStage;
   static_assert(kPieceRows * NT >= 32 * C && NT >= 8, "a lane stores a pack of every part");
-  static_assert(kWarps * int(sizeof(SignedRange)) <= kScratch && S < 16, "room for ranges, barriers");
-  static_assert(kWarpgroups ? kTable && (C == 1 || kRows == 1) : kRows == 1, "barriers for rows or for strips");
+  static_assert(kWarps * int(sizeof(SignedRange)) <= kScratch && S < 16 && kRows < 16, "room for ranges, barriers");
+  static_assert(!kWarpgroups || (kTable && (C == 1 || kRows == 1)), "barriers for rows or for strips");
+  static_assert(!kWarpgroups || (kZeros + kRows * kScratch <= kLeft && kBytes <= 227 * 1024), "room on sm_90");
+  static_assert(kWarpgroups || kRows == 1, "a row to a block");
 };
 
 }  // namespace sq

@@ -68,7 +68,7 @@ __device__ __forceinline__ uint64_t describe(uint32_t address) {
 
 // c[64, 64] (+)= A B: 64 rows of A contracted along the row, 16 columns on being 32 bytes on, with 16 rows of B, 64 values each.
 template <typename T>
-__device__ __forceinline__ void group_multiply_rows(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void group_step(float (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
 #if SQ_HOPPER
 #define SQ_C(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SQ_PRODUCT(NAME)                                                                                                \
@@ -92,7 +92,7 @@ __device__ __forceinline__ void group_multiply_rows(float (&c)[8][4], uint64_t a
 // c[i] = A_i B in the background, group_multiplied<N>(c[i], i) waits. A_i, 64 rows kStep * i bytes after `a`, and B, [16 KT, 8 NT],
 // are in blocks of 64 columns, kBlock bytes apart.
 template <typename T, int KT, int kBlock, int kStep, int N, int NT>
-__device__ __forceinline__ void group_multiply_rows(float (&c)[N][NT][4], const void *a, const void *b) {
+__device__ __forceinline__ void group_multiply_blocks(float (&c)[N][NT][4], const void *a, const void *b) {
   // Opaque, or the compiler would keep every tile's description in registers from one call to the next.
   uint32_t at[2] = {uint32_t(__cvta_generic_to_shared(a)), uint32_t(__cvta_generic_to_shared(b))};
   asm volatile("" : "+r"(at[0]), "+r"(at[1]));
@@ -104,9 +104,9 @@ __device__ __forceinline__ void group_multiply_rows(float (&c)[N][NT][4], const 
     for (int nt = 0; nt < NT; nt += 8) {
 #pragma unroll
       for (int kt = 0; kt < KT; ++kt) {
-        group_multiply_rows<T>(reinterpret_cast<float(&)[8][4]>(c[i][nt]),
-                               left + (i * kStep + kt / 4 * kBlock + kt % 4 * 32) / 16,
-                               right + (nt / 8 * kBlock + kt * 2048) / 16, kt > 0);
+        group_step<T>(reinterpret_cast<float(&)[8][4]>(c[i][nt]),
+                      left + (i * kStep + kt / 4 * kBlock + kt % 4 * 32) / 16,
+                      right + (nt / 8 * kBlock + kt * 2048) / 16, kt > 0);
       }
     }
     group_commit();

@@ -8,9 +8,9 @@
 //! The model of time adds up additions and multiplications over the rate that large products reach on the card, and bytes over its
 //! bandwidth; the model of memory adds up every tensor that is alive at the worst moment. Both are compared with measurements in
 //! `benches/record/`. Objectives that need something else say so ([`Needs`]); their times are rougher, and an objective that keeps more
-//! than its [`Needs`] say (two networks on one tape, for instance) is not modelled. Nor are
-//! the searches before learning: clip ratios by error need the model, a layer of it in `f64` twice, and the hidden states of their
-//! windows (on eight windows at 7B less than a step within 24 GiB, measured).
+//! than its [`Needs`] say (two networks on one tape, for instance) is not modelled. Nor are the searches before learning: clip ratios
+//! by error need the model, a layer of it in `f64` twice, and the hidden states of their windows (on eight windows at 7B less than a
+//! step within 24 GiB, measured).
 
 use crate::llama::{LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;

@@ -1,6 +1,6 @@
 //! The suites of published Hadamard kernels, on ours: every power of two up to 32768 in every type, forward and backward, within
 //! twice the error of a transform that rounds to the same type at every level; from 2^9 to 2^25 values; H(Hᵀx) = x; and tensors of
-//! more than 2^31 values. They need a GPU and are skipped without one.
+//! more than 2^31 values. They need a GPU and are skipped without one. Then, on both devices, rows that do not touch each other.
 
 use half::{bf16, f16};
 use spinquant::ops::{Case, hadamard, randn};
@@ -108,6 +108,49 @@ fn many_sizes_and_back() {
             }
         }
     }
+}
+
+/// However many rows a call has, each comes out as it does alone.
+fn rows_alone(device: &Device, rows: usize, sizes: &[usize]) {
+    for dtype in [DType::BF16, DType::F16] {
+        for &n in sizes {
+            let map = Hadamard::new(n).unwrap();
+            let quantised = |x: Tensor| {
+                let tape = Tape::new();
+                let y = tape.constant(x).hadamard_fake_quant(&QuantSpec::activation(4, false)).unwrap();
+                y.value().clone()
+            };
+            let all = |x: &Tensor| {
+                let map = |transpose| hadamard::transform(x.clone(), &map, transpose).unwrap();
+                [map(false), map(true), quantised(x.clone())]
+            };
+            let x = randn([rows, n], 24).to_dtype(dtype).unwrap().to_device(device).unwrap();
+            let together = all(&x);
+            for i in some_rows(rows) {
+                for (what, (y, alone)) in together.iter().zip(all(&x.slice(i, 1).unwrap())).enumerate() {
+                    assert!(
+                        row(y, i) == row(&alone, 0),
+                        "row {i} of {rows} x {n} in {dtype}, {}",
+                        ["map", "transpose", "codes"][what]
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_alone_on_the_cpu() {
+    rows_alone(&Device::Cpu, 20, &[344, 4096, 8960]);
+}
+
+/// Several rows in turn for every block that fits at once, and a rest.
+#[test]
+fn rows_alone_on_the_gpu() {
+    let Some(device) = gpu() else { return };
+    let sizes =
+        [1024, 4096, 5120, 6144, 8960, 10240, 11008, 13824, 14336, 15872, 16384, 17920, 18944, 22016, 24576, 28672, 31744, 32768];
+    rows_alone(&device, 1601, &sizes);
 }
 
 /// Needs 13 GB of the GPU's memory: `cargo test --release --features cuda --test hadamard_sizes -- --ignored`.

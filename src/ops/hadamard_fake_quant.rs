@@ -95,8 +95,9 @@ pub fn cases() -> Vec<Case> {
     }
     all.push(case(5, 64, act(4, false).grouped(16), "grouped"));
     all.push(case(5, 128, act(4, false).clipped(Clip::Ratio(0.9)), "clipped"));
-    for n in [128, 1376, 4096, 8960, 10240, 11008, 12288, 13824, 14336, 17920, 18944, 22016, 24576, 28672] {
-        all.push(case(9, n, act(4, false), "asymmetric").large());
+    let long = [8960, 10240, 11008, 12288, 13824, 14336, 15872, 17920, 18944, 22016, 24576, 28672, 31744];
+    for n in [128, 1376, 4096].into_iter().chain(long) {
+        all.push(case(11, n, act(4, false), "asymmetric").large());
     }
     all.push(case(4, 11008, act(8, true), "symmetric").large());
     all

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 mod input;
 mod learning;
 mod outputs;
-mod tables;
+mod scores;
 
 type Tensors = BTreeMap<String, Tensor>;
 

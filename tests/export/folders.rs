@@ -186,3 +186,18 @@ fn damaged_native_folders() {
     std::fs::remove_file(&tensors).unwrap();
     fails(load_native(&out, &Device::Cpu), &["model.safetensors"]);
 }
+
+#[test]
+fn headers_with_overflowing_sizes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("R.safetensors");
+    let huge = 1u64 << 60;
+    let entry = |i: u64| serde_json::json!({"dtype": "U8", "shape": [huge], "data_offsets": [i * huge, (i + 1) * huge]});
+    let mut header: serde_json::Map<String, Value> = (0..15).map(|i| (format!("t{i}"), entry(i))).collect();
+    let last = serde_json::json!({"dtype": "U8", "shape": [huge - 1], "data_offsets": [15 * huge, u64::MAX]});
+    header.insert("last".into(), last);
+    let header = Value::from(header).to_string();
+    std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+    fails(io::load_tensors(&path), &["not a whole safetensors file"]);
+    fails(Rotations::load(&path), &["not a whole safetensors file"]);
+}

@@ -2,6 +2,10 @@
 
 use crate::*;
 
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(name)
+}
+
 #[test]
 fn files_of_torch_are_read_to_the_bit() {
     let want = Rotations::load(&fixture("R.safetensors")).unwrap();
