@@ -1,6 +1,7 @@
 //! The rotations R1 … R4 of the paper, and the Hadamard matrices they start from.
 
 mod hadamard;
+mod pickle;
 mod report;
 mod torch;
 
