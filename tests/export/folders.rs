@@ -108,11 +108,8 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
 
 #[test]
 fn folders_that_are_not_free() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
     let config = tiny::config(4, 2, false);
-    tiny::write(&source, &config, DType::F32, 9, true);
-    let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+    let (_dir, out, model) = beside_a_model(&config);
     let scheme = Scheme::new(4, 4, 4);
     let write = |scheme: &Scheme, output| write_rtn(&model, None, scheme, output, |_| {});
     let plain = || Output::new(&out, Format::Native);
@@ -145,11 +142,8 @@ fn folders_that_are_not_free() {
 
 #[test]
 fn damaged_native_folders() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
     let config = tiny::config(4, 2, false);
-    tiny::write(&source, &config, DType::F32, 9, true);
-    let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+    let (_dir, out, model) = beside_a_model(&config);
     let r = Rotations::random_hadamard(16, 8, 2, 5).unwrap();
     write_rtn(&model, Some(&r), &Scheme::new(3, 4, 4), Output::new(&out, Format::Native), |_| {}).unwrap();
     let (json, tensors) = (out.join(RECORD), out.join("model.safetensors"));

@@ -39,6 +39,15 @@ fn bits(r: &Rotations) -> (DType, Vec<u64>, Vec<usize>) {
     (r.r1.dtype(), values.iter().map(|x| x.to_bits()).collect(), r.r2.shape().to_vec())
 }
 
+/// A place for an output, and a random `f32` model, which came from files beside it.
+fn beside_a_model(config: &LlamaConfig) -> (tempfile::TempDir, PathBuf, Llama) {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    tiny::write(&source, config, DType::F32, 9, true);
+    let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+    (dir, out, model)
+}
+
 fn distance(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0.0, |m, (a, b)| if (a - b).is_nan() || m.is_nan() { f64::NAN } else { f64::max(m, (a - b).abs()) })

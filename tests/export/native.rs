@@ -40,11 +40,8 @@ fn native_output_is_the_model_in_memory_to_the_bit() {
 /// Reads codes with nothing but the documented layout.
 #[test]
 fn native_layout_is_as_documented() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
     let config = LlamaConfig { intermediate_size: 13, ..tiny::config(4, 2, false) }; // an odd number of columns in down
-    tiny::write(&source, &config, DType::F32, 9, true);
-    let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+    let (_dir, out, model) = beside_a_model(&config);
     let provenance = Provenance {
         model: "source".into(),
         rotations: "hadamard:5".into(),
@@ -85,11 +82,8 @@ fn native_layout_is_as_documented() {
 
 #[test]
 fn a_layer_of_codes_from_elsewhere() {
-    let dir = tempfile::tempdir().unwrap();
-    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
     let config = tiny::config(4, 2, false);
-    tiny::write(&source, &config, DType::F32, 9, true);
-    let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+    let (_dir, out, model) = beside_a_model(&config);
     let scheme = Scheme::new(4, 4, 4);
     let create = || Writer::create(Output::new(&out, Format::Native), &config, &scheme, DType::F32, None, "").unwrap();
     let layer = |l: usize| export::round_to_nearest(&model.blocks[l].weights, &scheme.sites(8).weight).unwrap();
