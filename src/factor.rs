@@ -170,6 +170,7 @@ mod tests {
         let (q, _) = qr(&[0.0, 1.0, 0.0, 2.0], 2);
         assert!((q[0] * q[1] + q[2] * q[3]).abs() < 1e-15);
     }
+
     #[test]
     fn positive_definite_matrices_are_factored() {
         for n in [1, 2, 3, 47, 48, 49, 97, 150, 310] {

@@ -384,6 +384,7 @@ mod tests {
             assert!(message.contains("--seq-len"), "{message}");
         }
     }
+
     #[test]
     fn objectives_need_different_things() {
         let (card, scheme) = (Card::h100(), Scheme::new(4, 4, 4));
