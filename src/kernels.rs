@@ -25,9 +25,9 @@ use half::{bf16, f16};
 
 use crate::device::cuda::ops::{code, quant};
 use crate::device::cuda::{ffi, launch};
+use crate::grid::{Clip, QuantSpec};
+use crate::hadamard::Hadamard;
 pub use crate::ops::attention::Sizes;
-use crate::quant::{Clip, QuantSpec};
-use crate::rotation::Hadamard;
 use crate::{DType, Element, Error, Result};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.

@@ -3,9 +3,9 @@
 //! more than 2^31 values. They need a GPU and are skipped without one. Then, on both devices, rows that do not touch each other.
 
 use half::{bf16, f16};
+use spinquant::hadamard::Hadamard;
 use spinquant::ops::{Case, hadamard, randn};
 use spinquant::quant::QuantSpec;
-use spinquant::rotation::Hadamard;
 use spinquant::{DType, Device, Tape, Tensor, check};
 
 /// The types, and what their suites allow beside twice the error of the rounding transform.

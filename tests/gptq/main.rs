@@ -10,14 +10,12 @@ use std::sync::{Arc, Mutex};
 
 use common::{Golden, distance, number};
 use proptest::prelude::*;
+use spinquant::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_weights};
 use spinquant::data::Windows;
+use spinquant::linalg::matmul::product;
 use spinquant::llama::{Block, LayerWeights, Llama, LlamaConfig, Merged, RotatedWeights, Run, Weights};
-use spinquant::ops::matmul::product;
 use spinquant::ops::randn;
-use spinquant::quant::{
-    Calibration, Clip, Gptq, GroupScales, Hessian, LayerReport, LayerStore, QuantSpec, QuantizedLayer, QuantizedLinear, Rtn,
-    Scheme, Site, WeightQuantizer, quantize_weights,
-};
+use spinquant::quant::{Clip, Gptq, GroupScales, Hessian, QuantSpec, QuantizedLinear, Rtn, Scheme, Site, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tape, Tensor};
 

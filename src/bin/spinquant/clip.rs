@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde_json::{Value, json};
+use spinquant::calibrate::{ClipFound, ClipGoal, search_clips};
 use spinquant::data::Windows;
 use spinquant::llama::Llama;
-use spinquant::quant::{ClipFound, ClipGoal, ClipRatios, Scheme, Site, search_clips};
+use spinquant::quant::{ClipRatios, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 

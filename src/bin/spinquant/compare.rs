@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
+use spinquant::calibrate::ClipGoal;
 use spinquant::data::Windows;
 use spinquant::learn::Learned;
 use spinquant::llama::Llama;
-use spinquant::quant::{ClipGoal, Online, Scheme};
+use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 

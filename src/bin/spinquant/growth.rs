@@ -5,9 +5,10 @@ use std::fmt::Write;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use spinquant::device::Card;
 use spinquant::learn::{LearnOptions, learn};
 use spinquant::llama::{Plan, Recompute, synthetic};
-use spinquant::memory::{Card, Needs, Planned, Work, predict};
+use spinquant::memory::{Needs, Planned, Work, predict};
 use spinquant::optim::{CayleySgd, Mode};
 use spinquant::plot::{Axes, Panel, Series, lines};
 use spinquant::quant::Scheme;

@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 #[cfg(feature = "cuda")]
 use spinquant::Device;
+use spinquant::calibrate::ClipGoal;
 use spinquant::data::Windows;
+use spinquant::device::Card;
 use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, LlamaConfig, Recompute};
 use spinquant::memory::{self, Needs, Planned, Work};
 use spinquant::objective;
 use spinquant::optim::{self, Schedule};
-use spinquant::quant::{ClipGoal, ClipRatios, Scheme};
+use spinquant::quant::{ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result};
 
@@ -114,7 +116,7 @@ impl Recipe {
         seq: usize,
         dtype: DType,
         budget: usize,
-        card: &memory::Card,
+        card: &Card,
     ) -> Result<Option<Planned>> {
         if self.recompute || self.micro_batch.is_some() {
             return Ok(None);
@@ -131,7 +133,7 @@ impl Recipe {
             Device::Cuda(device) => (device.card()?, args.model.dtype(DType::BF16)),
             _ => {
                 eprintln!("no GPU here: planned for an H100");
-                (memory::Card::h100(), args.model.dtype(DType::BF16))
+                (Card::h100(), args.model.dtype(DType::BF16))
             }
         };
         let (scheme, budget) = (args.scheme.scheme(), self.budget(card.free)?);

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, DevicePtr};
 
 use super::{CudaBuffer, CudaDevice, ffi};
-use crate::ops::fake_quant::Quantized;
+use crate::grid::Quantized;
+use crate::grid::{Clip, QuantSpec, Target};
+use crate::hadamard::Hadamard;
 use crate::ops::spread::Measure;
-use crate::quant::{Clip, QuantSpec, Target};
-use crate::rotation::Hadamard;
 use crate::{DType, Error, Result, Tensor};
 
 pub(super) fn device(t: &Tensor) -> Result<CudaDevice> {
