@@ -1,7 +1,8 @@
 //! Fast CPU kernels against the f64 reference, and GPU kernels against both, on every operation's cases.
 
+use spinquant::linalg;
 use spinquant::manifold::Orthogonal;
-use spinquant::optim::{self, CayleySgd, Mode, Optimizer, linalg};
+use spinquant::optim::{self, CayleySgd, Mode, Optimizer};
 use spinquant::{DType, Device, Tensor, check, ops};
 
 fn all(device: &Device, dtypes: &[DType]) {
