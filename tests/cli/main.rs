@@ -12,6 +12,7 @@ use spinquant::rotation::Rotations;
 use spinquant::{Device, Tensor, ops};
 use tempfile::TempDir;
 
+mod console;
 mod input;
 mod learning;
 mod outputs;

@@ -126,8 +126,8 @@ pub fn run(args: &Args) -> Result<()> {
     rotations.save_with(&args.out, &kept)?;
     let (line, value) = report(&found, args.goal);
     match args.json {
-        true => println!("{value}"),
-        false => println!("{line}\nwritten to {}", args.out.display()),
+        true => out!("{value}"),
+        false => out!("{line}\nwritten to {}", args.out.display()),
     }
     Ok(())
 }
