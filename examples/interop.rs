@@ -5,18 +5,18 @@
 //! cargo run --release --example interop -- read DIR     # rotations that torch.save wrote into DIR
 //! ```
 
-#[path = "../tests/tiny/mod.rs"]
+#[path = "../tests/common/tiny.rs"]
+#[allow(dead_code)] // the tests use the rest
 mod tiny;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use spinquant::calibrate::{Calibration, LayerReport};
 use spinquant::data::Windows;
 use spinquant::export::{Format, Output, write_hf, write_quantized, write_rtn};
 use spinquant::llama::{Llama, LlamaConfig, Rotated, Source};
-use spinquant::quant::{Gptq, Online, Scheme};
+use spinquant::quant::{Calibration, Gptq, LayerReport, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 

@@ -6,9 +6,9 @@
 
 use std::time::Instant;
 
-use spinquant::hadamard::Hadamard;
 use spinquant::ops::{fake_quant, hadamard, randn};
 use spinquant::quant::QuantSpec;
+use spinquant::rotation::Hadamard;
 use spinquant::{DType, Error, Result, Tensor};
 
 const REPEATS: usize = 20;
@@ -22,7 +22,13 @@ fn main() -> Result<()> {
         [rows, n] => (rows, n),
         _ => return Err(Error::argument("sizes", "expected ROWS and N, or nothing")),
     };
-    run(rows, n)
+    run(rows, n)?;
+    #[cfg(feature = "cuda")]
+    match spinquant::Device::cuda(0) {
+        Ok(_) => gpu::run(rows, n)?,
+        Err(e) => println!("no GPU: {e}"),
+    }
+    Ok(())
 }
 
 fn run(rows: usize, n: usize) -> Result<()> {
@@ -35,11 +41,6 @@ fn run(rows: usize, n: usize) -> Result<()> {
     report("CPU f32", "hadamard", best(|| hadamard::transform(x.clone(), &map, false).map(drop))?, copy, bytes);
     // Codes are 16 bits wide in memory here.
     report("CPU f32", "4-bit codes", best(|| fake_quant::quantize(&x, &spec).map(drop))?, copy, 0.75 * bytes);
-    #[cfg(feature = "cuda")]
-    match spinquant::Device::cuda(0) {
-        Ok(_) => gpu::run(rows, n)?,
-        Err(e) => println!("no GPU: {e}"),
-    }
     Ok(())
 }
 
@@ -101,5 +102,12 @@ mod tests {
     #[test]
     fn it_runs() {
         super::run(64, 128).unwrap();
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn it_runs_on_a_gpu() {
+        super::gpu::run(64, 128).unwrap();
     }
 }

@@ -45,9 +45,8 @@
 //! |---|---|
 //! | one layer, rotated and quantised | [`llama::Block`] |
 //! | the tape, and how to write an operation | [`tape`], [`ops`] |
-//! | what is quantised, and to which grid | [`quant::Scheme`], [`grid`] |
-//! | clip ratios and weights found on calibration text | [`calibrate`] |
-//! | rotations and Hadamard matrices | [`rotation`], [`hadamard`](mod@hadamard) |
+//! | what is quantised, and to which grid | [`quant::Scheme`], [`quant::QuantSpec`] |
+//! | rotations and Hadamard matrices | [`rotation`] |
 //! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
 //! | what learning minimises | [`objective`] |
 //! | the learning loop and its checkpoints | [`learn`](mod@learn) |
@@ -57,7 +56,6 @@
 //! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]
 
-pub mod calibrate;
 pub mod check;
 pub mod data;
 pub mod demo;
@@ -68,15 +66,13 @@ pub mod eval;
 pub mod export;
 #[doc = include_str!("../docs/extending.md")]
 pub mod extending {}
-pub mod grid;
-pub mod hadamard;
+mod factor;
 pub mod inspect;
 pub mod io;
 #[cfg(feature = "cuda")]
 pub mod kernels;
 pub mod laws;
 pub mod learn;
-pub mod linalg;
 pub mod llama;
 pub mod manifold;
 pub mod memory;
@@ -86,9 +82,7 @@ pub mod optim;
 pub mod outliers;
 #[cfg(feature = "cli")]
 pub mod plot;
-pub mod profile;
 pub mod quant;
-mod random;
 pub mod rotation;
 pub mod tape;
 mod tensor;

@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use common::{Golden, distance, number};
 use serde_json::Value;
-use spinquant::grid::Quantized;
 use spinquant::llama::{Llama, Recompute, RotationVars, Run};
-use spinquant::ops::fake_quant::quantize;
+use spinquant::ops::fake_quant::{Quantized, quantize};
 use spinquant::optim::{CayleySgd, Mode, Optimizer};
 use spinquant::quant::{Clip, Scheme, Site};
 use spinquant::rotation::Rotations;
@@ -18,14 +17,14 @@ use spinquant::{DType, Device, Tape, Tensor, data};
 
 /// Every folder of the goldens that holds a model.
 fn models() -> Vec<(String, PathBuf)> {
-    let mut found: Vec<_> = std::fs::read_dir(common::folder())
+    let mut found: Vec<_> = std::fs::read_dir(common::golden::folder())
         .unwrap()
         .filter_map(|f| f.ok().map(|f| f.path()))
         .filter(|p| p.join("golden.safetensors").exists())
         .map(|p| (p.file_name().unwrap().to_string_lossy().into_owned(), p))
         .collect();
     found.sort();
-    assert!(!found.is_empty(), "no llama goldens in {}", common::folder().display());
+    assert!(!found.is_empty(), "no llama goldens in {}", common::golden::folder().display());
     found
 }
 
@@ -364,9 +363,7 @@ fn f32_on_the_cpu() {
 }
 
 #[test]
+#[ignore = "needs a GPU"]
 fn f32_on_the_gpu() {
-    match Device::cuda(0) {
-        Ok(device) => f32_rules(&device),
-        Err(e) => println!("skipped: {e}"),
-    }
+    f32_rules(&common::need::gpu());
 }

@@ -13,10 +13,11 @@
 //! | `qr-orth` | [`QrOrth`]: descent on a latent matrix whose Q factor is the rotation | 0.75 |
 //!
 //! To add one: a file here that implements [`Optimizer`], a line in [`all`], a call of the laws ([`crate::laws`]) in
-//! `tests/properties.rs`.
+//! `tests/it/properties.rs`.
 
 mod adam;
 mod cayley;
+pub mod linalg;
 mod qr_orth;
 mod riemannian;
 mod schedule;
@@ -30,7 +31,7 @@ pub use schedule::Schedule;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::{Error, Result, Tensor, io, linalg};
+use crate::{Error, Result, Tensor, io};
 
 /// Something that moves rotations downhill and can be stopped and resumed to the same bits.
 pub trait Optimizer {

@@ -1,4 +1,4 @@
-"""Writes the fixtures of tests/export/torch.rs with torch.save: R.bin, R_parameters.bin and the same values in R.safetensors.
+"""Writes the fixtures of tests/it/export/torch.rs with torch.save: R.bin, R_parameters.bin and the same values in R.safetensors.
 
     python tests/interop/make_rotations.py tests/interop
 """

@@ -4,9 +4,8 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use spinquant::calibrate::{Calibration, quantize_layers};
 use spinquant::llama::{LlamaConfig, Rotated, synthetic};
-use spinquant::quant::{Clip, Gptq, Hessian, QuantSpec, Scheme, WeightQuantizer};
+use spinquant::quant::{Calibration, Clip, Gptq, Hessian, QuantSpec, Scheme, WeightQuantizer, quantize_layers};
 use spinquant::rotation::Rotations;
 use spinquant::{Device, Error, Result, Tensor};
 
@@ -40,7 +39,7 @@ pub fn run(job: &Job, device: &Device) -> Result<Measured> {
     let rotated = Rotated::new(&model, Some(&rotations), &Scheme::new(4, 4, 4))?;
     let mut seconds = f64::NAN;
     let mut merged = vec![];
-    let watch = |report: &spinquant::calibrate::LayerReport| {
+    let watch = |report: &spinquant::quant::LayerReport| {
         if report.done == 2 {
             seconds = report.seconds;
         }

@@ -3,6 +3,7 @@
 mod entry;
 mod outcome;
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use spinquant::data::Windows;
@@ -143,7 +144,8 @@ pub fn run(args: &Args) -> Result<()> {
     let full = track.full;
     let say = |line: &str| {
         if !args.json {
-            out!("{line}");
+            println!("{line}");
+            let _ = std::io::stdout().flush();
         }
     };
     say(&format!("{}, windows of {}: full precision {full:.3}", track.name, track.calibration.seq_len()));
@@ -160,8 +162,8 @@ pub fn run(args: &Args) -> Result<()> {
     // What an interrupted race has is worth its table and pictures.
     let table = outcome.finish(&args.out, &track.name)?;
     match args.json {
-        true => out!("{}", outcome.json()),
-        false => out!("{table}curves in {}", args.out.display()),
+        true => println!("{}", outcome.json()),
+        false => println!("{table}curves in {}", args.out.display()),
     }
     raced
 }

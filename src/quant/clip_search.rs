@@ -1,0 +1,204 @@
+//! Finding the clip ratio of every quantiser site on calibration text.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::ControlFlow;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex};
+
+use crate::data::Windows;
+use crate::eval::perplexity;
+use crate::llama::{Llama, Merged, Rotated, Walk};
+use crate::ops::add::linear_combination;
+use crate::ops::matmul;
+use crate::quant::{Clip, ClipRatios, Scheme, Site};
+use crate::rotation::Rotations;
+use crate::{DType, Error, Result, Tape, Tensor};
+
+/// What a clip ratio should make small.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClipGoal {
+    /// The relative error `‖x − Q(x)‖² / ‖x‖²` of what is quantised, averaged over layers: each site by itself.
+    Error,
+    /// The cross entropy of the whole quantised network, one site after the other; holds that network beside the model, which takes as
+    /// much memory again.
+    Loss,
+}
+
+impl FromStr for ClipGoal {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "error" => Ok(Self::Error),
+            "loss" => Ok(Self::Loss),
+            _ => Err(Error::argument("clip search", format!("expected error or loss, got {s:?}"))),
+        }
+    }
+}
+
+impl fmt::Display for ClipGoal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Error => "error",
+            Self::Loss => "loss",
+        })
+    }
+}
+
+/// What a search found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipFound {
+    /// The ratios.
+    pub ratios: ClipRatios,
+    /// The goal at ratios of 1 and at these. For [`ClipGoal::Error`] the mean over the sites that are quantised.
+    pub goal: (f64, f64),
+    /// How many ratios were tried.
+    pub tried: usize,
+}
+
+/// Distance of neighbouring candidates.
+const STEP: f64 = 0.05;
+/// Candidates of a site: 1, 0.95, … 0.5.
+const CANDIDATES: usize = 11;
+
+/// Finds the clip ratio of every site of a rotated network whose activations, K or V a scheme quantises, on windows of text.
+///
+/// By [`ClipGoal::Error`]: what reaches the quantisers of the quantised network is read once, a layer at a time ([`Walk`]), and every
+/// candidate ratio tried on it. By [`ClipGoal::Loss`]: from ratios of 1, the sites in the order a layer meets them, each set to the best
+/// candidate; then each to the better of its neighbours half a step away, as long as one is better. Ties keep the larger ratio.
+/// `progress` is told how many of about how many evaluations are done, and may stop.
+///
+/// # Errors
+/// No windows, or one there is not; a loss that is not finite; [`Error::Interrupted`].
+pub fn search_clips(
+    model: &Llama,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    text: &Windows,
+    windows: &[usize],
+    goal: ClipGoal,
+    mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<ClipFound> {
+    if windows.is_empty() || windows.iter().any(|w| *w >= text.len()) {
+        return Err(Error::argument("clip search", format!("expected windows below {}, got {windows:?}", text.len())));
+    }
+    let start = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };
+    let rotated = Rotated::new(model, rotations, &start)?;
+    let specs = rotated.scheme().sites(model.config.head_dim);
+    let sites: Vec<Site> = Site::ALL.into_iter().filter(|&s| specs.at(s).is_active()).collect();
+    if sites.is_empty() {
+        return Ok(ClipFound { ratios: ClipRatios::NONE, goal: (0.0, 0.0), tried: 0 });
+    }
+    match goal {
+        ClipGoal::Error => by_error(&rotated, text, windows, &sites, &mut progress),
+        ClipGoal::Loss => by_loss(model.merge(rotations, &start)?, text, windows, &sites, &mut progress),
+    }
+}
+
+fn candidate(i: usize) -> f64 {
+    1.0 - STEP * i as f64
+}
+
+type Report<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;
+
+fn told(progress: Report<'_>, done: usize, total: usize) -> Result<()> {
+    if progress(done, total.max(done)).is_break() { Err(Error::Interrupted { step: done }) } else { Ok(()) }
+}
+
+/// Σ x², in `f64` on the CPU.
+fn square(x: &Tensor) -> Result<f64> {
+    if x.device().is_cpu() {
+        return Ok(x.to_f64_vec()?.into_iter().map(|x| x * x).sum());
+    }
+    // Row by row, so that no sum in f32 is long.
+    let x = x.to_dtype(DType::F32)?.reshape([x.rows(), 1, x.cols()])?;
+    Ok(matmul::product(&x, false, &x, true, false, DType::F32)?.to_f64_vec()?.into_iter().sum())
+}
+
+fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
+    // The relative error of every candidate, by site, window and layer: summed in that order, in whichever they come.
+    type Errors = BTreeMap<(Site, usize, usize), [f64; CANDIDATES]>;
+    let seen: Arc<Mutex<Errors>> = Arc::default();
+    let (config, specs) = (rotated.config(), rotated.scheme().sites(rotated.config().head_dim));
+    let measure = move |site: Site, x: &Tensor| -> Result<[f64; CANDIDATES]> {
+        let whole = square(x)?;
+        let mut errors = [0.0; CANDIDATES];
+        for (i, error) in errors.iter_mut().enumerate().filter(|_| whole > 0.0) {
+            let spec = specs.at(site).clipped(Clip::Ratio(candidate(i)));
+            let y = Tape::new().constant(x.clone()).fake_quant(&spec)?.into_value();
+            *error = square(&linear_combination(1.0, y, -1.0, x.clone())?)? / whole;
+        }
+        Ok(errors)
+    };
+    let parts: Vec<&[u32]> = windows.iter().map(|&w| text.get(w)).collect();
+    let mut walk = Walk::new(rotated, &parts, text.seq_len())?;
+    for layer in 0..config.layers {
+        let (seen, sites) = (seen.clone(), sites.to_vec());
+        walk.layer(move |window, site, x| {
+            if sites.contains(&site) {
+                let errors = measure(site, x)?;
+                seen.lock().unwrap_or_else(|e| e.into_inner()).insert((site, window, layer), errors);
+            }
+            Ok(())
+        })?;
+        told(progress, layer + 1, config.layers)?;
+    }
+    let mut sums: BTreeMap<Site, [f64; CANDIDATES]> = BTreeMap::new();
+    for ((site, ..), errors) in std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner())) {
+        sums.entry(site).or_insert([0.0; CANDIDATES]).iter_mut().zip(errors).for_each(|(sum, e)| *sum += e);
+    }
+    let (mut ratios, mut goal) = (ClipRatios::NONE, (0.0, 0.0));
+    let count = (sums.len() * windows.len() * config.layers) as f64;
+    for (site, errors) in &sums {
+        let best = (1..CANDIDATES).fold(0, |best, i| if errors[i] < errors[best] { i } else { best });
+        if !errors[best].is_finite() {
+            return Err(Error::numeric("clip search", format!("the error at {} is {}", site.name(), errors[best])));
+        }
+        ratios = ratios.with(*site, candidate(best))?;
+        goal = (goal.0 + errors[0] / count, goal.1 + errors[best] / count);
+    }
+    Ok(ClipFound { ratios, goal, tried: CANDIDATES * sums.len() })
+}
+
+fn by_loss(mut network: Merged, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
+    let text = Windows::new(text.batch(windows), text.seq_len())?;
+    let (mut tried, about) = (0, 1 + sites.len() * (CANDIDATES + 2));
+    let mut loss = |ratios: ClipRatios| -> Result<f64> {
+        network.scheme.activation_clip = ratios;
+        let mean = perplexity(&network, &text, |_| ControlFlow::Continue(()))
+            .map_err(|e| Error::numeric(format!("clip ratios {ratios}"), e))?
+            .perplexity
+            .ln();
+        tried += 1;
+        told(progress, tried, about)?;
+        Ok(mean)
+    };
+    let mut ratios = ClipRatios::NONE;
+    let first = loss(ratios)?;
+    let mut best = first;
+    for &site in sites {
+        for i in 1..CANDIDATES {
+            let with = ratios.with(site, candidate(i))?;
+            let new = loss(with)?;
+            if new < best {
+                (best, ratios) = (new, with);
+            } else if candidate(i) < ratios.at(site) - 3.5 * STEP {
+                break; // well past the minimum
+            }
+        }
+    }
+    for &site in sites {
+        for toward in [0.5 * STEP, -0.5 * STEP] {
+            let near = ratios.at(site) + toward;
+            if near <= 1.0 {
+                let with = ratios.with(site, near)?;
+                let new = loss(with)?;
+                if new < best {
+                    (best, ratios) = (new, with);
+                    break;
+                }
+            }
+        }
+    }
+    Ok(ClipFound { ratios, goal: (first, best), tried })
+}

@@ -1,0 +1,210 @@
+//! How a tensor is quantised, and the grid that a range of values gets.
+//!
+//! Rounding is to nearest, ties to even. Symmetric: `maxq = 2^(bits-1) - 1`, `s = max|x| / maxq`,
+//! `q = clamp(round(x/s), -(maxq+1), maxq)`, `y = s q`. Asymmetric: `maxq = 2^bits - 1`, `s = (hi - lo) / maxq`,
+//! `z = round(-lo/s)`, `q = clamp(round(x/s) + z, 0, maxq)`, `y = s (q - z)`.
+
+use crate::{Error, Result};
+
+/// What kind of tensor is quantised; they differ in the scale of an all-zero symmetric group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Inputs of linear layers, keys, values: scale 1 where a group is all zero.
+    Activation,
+    /// Weights: the absolute maximum is clamped to at least 1e-5.
+    Weight,
+}
+
+/// How much of the observed range the grid covers.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Clip {
+    /// This fraction of it (1: all).
+    Ratio(f64),
+    /// The fraction p = 1 − i/100, i = 0…79, with the smallest Σ|x − x̂|^2.4 in each group; ties keep the larger p.
+    Search,
+}
+
+/// The candidates that [`Clip::Search`] tries.
+pub const SEARCH_STEPS: usize = 80;
+/// The exponent of the error that [`Clip::Search`] minimises.
+pub const SEARCH_NORM: f64 = 2.4;
+
+/// How a tensor is quantised: along the last axis, a whole row or groups of it at a time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QuantSpec {
+    /// 2 to 8, or 16 for "not quantised".
+    pub bits: u32,
+    /// Signed codes without a zero point.
+    pub symmetric: bool,
+    /// Columns that share a scale; `None`: the whole row. An asymmetric range includes 0 for whole rows and does not for groups,
+    /// as in the published code.
+    pub group: Option<usize>,
+    /// The covered part of the range.
+    pub clip: Clip,
+    /// Activation or weight.
+    pub target: Target,
+}
+
+impl QuantSpec {
+    /// Leaves its tensor alone.
+    pub const NONE: Self = Self { bits: 16, symmetric: true, group: None, clip: Clip::Ratio(1.0), target: Target::Activation };
+
+    /// Dynamic per-row activation quantisation.
+    pub fn activation(bits: u32, symmetric: bool) -> Self {
+        Self { bits, symmetric, group: None, clip: Clip::Ratio(1.0), target: Target::Activation }
+    }
+
+    /// Per-output-channel weight quantisation.
+    pub fn weight(bits: u32, symmetric: bool) -> Self {
+        Self { target: Target::Weight, ..Self::activation(bits, symmetric) }
+    }
+
+    /// The same in groups of `group` columns.
+    pub fn grouped(self, group: usize) -> Self {
+        Self { group: Some(group), ..self }
+    }
+
+    /// The same with a clip rule.
+    pub fn clipped(self, clip: Clip) -> Self {
+        Self { clip, ..self }
+    }
+
+    /// False when this leaves its tensor alone.
+    pub fn is_active(&self) -> bool {
+        self.bits < 16
+    }
+
+    /// Largest code: 2^(bits−1) − 1 symmetric, 2^bits − 1 asymmetric.
+    pub fn max_code(&self) -> i32 {
+        if self.symmetric { (1 << (self.bits - 1)) - 1 } else { (1 << self.bits) - 1 }
+    }
+
+    /// Smallest code: −2^(bits−1) symmetric, 0 asymmetric.
+    pub fn min_code(&self) -> i32 {
+        if self.symmetric { -(1 << (self.bits - 1)) } else { 0 }
+    }
+
+    /// Columns that share a scale in rows of `cols`; checks the specification against them.
+    pub fn group_size(&self, cols: usize) -> Result<usize> {
+        if !(2..=8).contains(&self.bits) {
+            return Err(Error::argument("bits", format!("expected 2 to 8, or 16 for none, got {}", self.bits)));
+        }
+        match self.clip {
+            Clip::Ratio(r) if !(r > 0.0 && r <= 1.0) => {
+                return Err(Error::argument("clip ratio", format!("expected a number in (0, 1], got {r}")));
+            }
+            _ => {}
+        }
+        match self.group {
+            None => Ok(cols.max(1)),
+            Some(g) if g > 0 && cols.is_multiple_of(g) => Ok(g),
+            Some(g) => Err(Error::argument("quantisation group", format!("{g} does not divide rows of {cols}"))),
+        }
+    }
+}
+
+/// Floating-point types with a quantisation grid: `f64` (reference) and `f32`.
+pub trait GridFloat: crate::device::cpu::Real + std::ops::Div<Output = Self> + std::ops::Neg<Output = Self> + PartialOrd {
+    /// To nearest, ties to even.
+    fn round(self) -> Self;
+    /// The larger magnitude of two numbers, as a magnitude.
+    fn abs(self) -> Self;
+    /// Rounds from double.
+    fn of(x: f64) -> Self;
+    /// The grid of a group of values, its clip ratio found where the specification says so.
+    fn grid(spec: &QuantSpec, group: &[Self]) -> Grid<Self>;
+}
+
+macro_rules! grid_float {
+    ($t:ty, $grid:expr) => {
+        impl GridFloat for $t {
+            #[inline(always)]
+            fn round(self) -> Self {
+                self.round_ties_even()
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                <$t>::abs(self)
+            }
+            #[inline(always)]
+            fn of(x: f64) -> Self {
+                x as $t
+            }
+            fn grid(spec: &QuantSpec, group: &[Self]) -> Grid<Self> {
+                $grid(spec, group)
+            }
+        }
+    };
+}
+grid_float!(f32, crate::ops::fake_quant::vector_grid);
+grid_float!(f64, crate::ops::fake_quant::reference_grid);
+
+/// A uniform grid: values `scale · (code − zero)` for codes in `[min, max]`. All arithmetic is in `T`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Grid<T> {
+    /// Distance of neighbouring values.
+    pub scale: T,
+    /// The code of 0 (0 when symmetric).
+    pub zero: T,
+    /// Smallest code.
+    pub min: T,
+    /// Largest code.
+    pub max: T,
+}
+
+impl<T: GridFloat> Grid<T> {
+    /// The grid of a group whose values span `[lo, hi]`, shrunk by `clip`.
+    #[inline(always)]
+    pub fn new(spec: &QuantSpec, lo: T, hi: T, clip: T) -> Self {
+        let (min, max) = (T::of(f64::from(spec.min_code())), T::of(f64::from(spec.max_code())));
+        let (lo, hi) = spec.range(lo, hi);
+        if spec.symmetric {
+            let scale = match spec.target {
+                Target::Activation if hi == T::ZERO => T::ONE,
+                _ => clip * hi / max,
+            };
+            return Self { scale, zero: T::ZERO, min, max };
+        }
+        let (lo, hi) = (clip * lo, clip * hi);
+        // After clipping: an all-zero group is given [−1, 1] whatever the ratio.
+        let (lo, hi) = if lo == T::ZERO && hi == T::ZERO { (-T::ONE, T::ONE) } else { (lo, hi) };
+        // A degenerate range of one non-zero value cannot give a scale.
+        let scale = if hi == lo { T::ONE } else { (hi - lo) / max };
+        Self { scale, zero: (-lo / scale).round(), min, max }
+    }
+
+    /// The code nearest to `x`, as a float.
+    #[inline(always)]
+    pub fn code(&self, x: T) -> T {
+        let q = (x / self.scale).round() + self.zero;
+        let q = if q < self.min { self.min } else { q };
+        if q > self.max { self.max } else { q }
+    }
+
+    /// The value of a code.
+    #[inline(always)]
+    pub fn value(&self, code: T) -> T {
+        self.scale * (code - self.zero)
+    }
+
+    /// Quantise and dequantise.
+    #[inline(always)]
+    pub fn nearest(&self, x: T) -> T {
+        self.value(self.code(x))
+    }
+}
+
+impl QuantSpec {
+    /// The range that a group spanning `[lo, hi]` is given before clipping: `(-, max|x|)` when symmetric.
+    #[inline(always)]
+    fn range<T: GridFloat>(&self, lo: T, hi: T) -> (T, T) {
+        let min = |a: T, b: T| if b < a { b } else { a };
+        let max = |a: T, b: T| if b > a { b } else { a };
+        if self.symmetric {
+            let most = max(lo.abs(), hi.abs());
+            return (T::ZERO, if self.target == Target::Weight { max(most, T::of(1e-5)) } else { most });
+        }
+        if self.group.is_none() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
+    }
+}

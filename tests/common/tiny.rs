@@ -1,0 +1,75 @@
+//! Tiny random models in the Hugging Face layout.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use spinquant::llama::{LayerWeights, Llama, LlamaConfig, RopeScaling, Weights};
+use spinquant::ops::randn;
+use spinquant::quant::Scheme;
+use spinquant::{DType, Tensor, io};
+
+/// 2 layers, hidden 16, MLP 24 (so that R4 has a table of 12), heads of 8.
+pub fn config(heads: usize, kv_heads: usize, tied: bool) -> LlamaConfig {
+    LlamaConfig {
+        hidden_size: 16,
+        intermediate_size: 24,
+        layers: 2,
+        heads,
+        kv_heads,
+        head_dim: 8,
+        vocab_size: 31,
+        rms_norm_eps: 1e-5,
+        max_position_embeddings: 64,
+        rope_theta: 10000.0,
+        rope_scaling: None,
+        tie_word_embeddings: tied,
+        bos_token_id: Some(1),
+        eos_token_ids: vec![2],
+        dtype: None,
+    }
+}
+
+/// The same with the rotary scaling of LLaMA 3.1, made to matter within a few positions.
+pub fn llama3(heads: usize, kv_heads: usize) -> LlamaConfig {
+    let scaling =
+        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 32 };
+    LlamaConfig { rope_scaling: Some(scaling), ..config(heads, kv_heads, false) }
+}
+
+/// Writes `config.json` and `model.safetensors`, with random RMSNorm gains or gains of 1.
+pub fn write(dir: &Path, config: &LlamaConfig, dtype: DType, seed: u64, gains: bool) {
+    let w = Weights::random(config, seed).unwrap();
+    let gain = |i: u64| {
+        let x = randn([config.hidden_size], 1000 * seed + i).into_vec::<f64>().unwrap();
+        let gain = |x: f64| if gains { 1.0 + 0.3 * x } else { 1.0 };
+        Tensor::from_vec(x.into_iter().map(gain).collect::<Vec<f64>>(), [config.hidden_size]).unwrap()
+    };
+    let mut tensors = BTreeMap::from([("model.embed_tokens".into(), w.embedding), ("model.norm".into(), gain(0))]);
+    if !config.tie_word_embeddings {
+        tensors.insert("lm_head".into(), w.head);
+    }
+    for (l, LayerWeights { q, k, v, o, gate, up, down }) in w.layers.into_iter().enumerate() {
+        let mut add = |name: &str, t: Tensor| tensors.insert(format!("model.layers.{l}.{name}"), t);
+        add("input_layernorm", gain(2 * l as u64 + 1));
+        add("post_attention_layernorm", gain(2 * l as u64 + 2));
+        let attention = [("q", q), ("k", k), ("v", v), ("o", o)].map(|(n, t)| (format!("self_attn.{n}_proj"), t));
+        let mlp = [("gate", gate), ("up", up), ("down", down)].map(|(n, t)| (format!("mlp.{n}_proj"), t));
+        attention.into_iter().chain(mlp).for_each(|(name, t)| drop(add(&name, t)));
+    }
+    let named = |(name, t): (String, Tensor)| (format!("{name}.weight"), t.to_dtype(dtype).unwrap());
+    std::fs::create_dir_all(dir).unwrap();
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    io::save_tensors(&dir.join("model.safetensors"), &tensors.into_iter().map(named).collect(), &metadata).unwrap();
+    std::fs::write(dir.join("config.json"), LlamaConfig { dtype: Some(dtype), ..config.clone() }.to_json()).unwrap();
+}
+
+/// Token ids of two sequences of 9.
+pub fn tokens(config: &LlamaConfig) -> Vec<u32> {
+    (0..18).map(|i| (i * i * 7 + 3 * i) % config.vocab_size as u32).collect()
+}
+
+/// Full-precision logits of [`tokens`] without rotations.
+pub fn logits(model: &Llama) -> Vec<f64> {
+    let merged = model.merge(None, &Scheme::FULL_PRECISION).unwrap();
+    merged.logits(&tokens(&model.config), 9).unwrap().to_f64_vec().unwrap()
+}

@@ -1,0 +1,134 @@
+//! GPTQ against the CPU's.
+
+use spinquant::llama::{LayerWeights, Llama};
+use spinquant::ops::randn;
+use spinquant::quant::{Calibration, Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Scheme, quantize_weights};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Tensor};
+
+use crate::common::distance;
+use crate::common::gptq::*;
+use crate::common::need::gpu;
+
+#[test]
+#[ignore = "needs a GPU"]
+fn published_numbers() {
+    published_in_f32(&gpu());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn awkward_hessians() {
+    awkward_hessians_on(&gpu(), DType::F32);
+    awkward_hessians_on(&gpu(), DType::F64); // with the weight there, but done on the CPU
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn dead_columns_become_zero() {
+    dead_columns_on(&gpu(), DType::F32);
+}
+
+/// Sums of products of at most 4096 rows in f32 (exact products, for 16-bit inputs), against the same values in f64.
+#[test]
+#[ignore = "needs a GPU"]
+fn hessians() {
+    let device = gpu();
+    for (rows, n) in [(9000, 150), (1, 1), (100, 33), (4097, 64)] {
+        for (dtype, bound) in [(DType::F32, 4e-6), (DType::BF16, 2e-5), (DType::F16, 2e-5)] {
+            let x = inputs(rows, n, 8).to_dtype(dtype).unwrap();
+            let exact = values(&hessian(&x.to_dtype(DType::F64).unwrap(), 5));
+            let x = x.to_device(&device).unwrap().reshape([1, rows, n]).unwrap();
+            let h = hessian(&x, 5);
+            assert_eq!((h.device(), h.dtype(), h.shape()), (device.clone(), DType::F64, &[n, n][..]));
+            let ours = values(&h);
+            let largest = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
+            let error = distance(&ours, &exact) / largest;
+            println!("{rows} x {n} {dtype}: error {error:.1e} of the largest value");
+            assert!(error <= bound, "{rows} x {n} {dtype}: {error:e}");
+            assert!((0..n).all(|i| (0..i).all(|j| ours[i * n + j] == ours[j * n + i])));
+        }
+    }
+}
+
+/// The sweep on the GPU against the one on the CPU in f32, from the same Hessian: codes differ only where a rounding moved a value
+/// across a tie, which moves the rest of its row.
+#[test]
+#[ignore = "needs a GPU"]
+fn sweeps() {
+    let device = gpu();
+    let (rows, n) = (70, 300);
+    let h = hessian(&inputs(900, n, 12), 3);
+    let there = h.to_device(&device).unwrap();
+    let groups = [None, Some(20), Some(75), Some(150)];
+    let mut worst = 0.0f64;
+    for (i, group) in groups.into_iter().cycle().take(32).enumerate() {
+        let (bits, symmetric, act_order, fresh) = ([4, 3, 2, 8][i / 4 % 4], i / 2 % 2 == 0, i % 3 == 0, i % 5 != 0);
+        let clip = if i % 2 == 0 { Clip::Search } else { Clip::Ratio(0.95) };
+        let spec = QuantSpec { group, ..QuantSpec::weight(bits, symmetric).clipped(clip) };
+        let group_scales = if fresh { GroupScales::Updated } else { GroupScales::FinishedBlocks };
+        let gptq = Gptq { damping: 0.01, act_order, block: [128, 7, 300, 64][i % 4], group_scales };
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let w = randn([rows, n], 100 + i as u64).to_dtype(dtype).unwrap();
+            let cpu = gptq.quantize_one(&w, &spec, &h).unwrap();
+            let w_there = w.to_device(&device).unwrap();
+            let gpu = gptq.quantize_one(&w_there, &spec, &there).unwrap();
+            assert_on_grid(&gpu, &spec);
+            assert_eq!((gpu.weight.device(), gpu.weight.dtype()), (device.clone(), dtype));
+            assert_eq!((gpu.damping, gpu.codes.as_ref().unwrap().group), (cpu.damping, cpu.codes.as_ref().unwrap().group));
+            let codes = |q: &QuantizedLinear| q.codes.as_ref().unwrap().codes.clone();
+            let (a, b) = (codes(&cpu), codes(&gpu));
+            let moved = a.chunks(n).zip(b.chunks(n)).filter(|(a, b)| a != b).count();
+            let (l, m) = (cpu.loss.unwrap(), gpu.loss.unwrap());
+            worst = worst.max((l / m - 1.0).abs());
+            let what = format!("{spec:?} {gptq:?} {dtype}: {moved} of {rows} rows differ, losses {l} and {m}");
+            assert!(moved * 5 <= rows && (l / m - 1.0).abs() < 0.01, "{what}");
+            // The loss it reports is that of its codes.
+            let hv = values(&h);
+            let mean = (0..n).map(|i| hv[i * n + i]).sum::<f64>() / n as f64;
+            let damped = hv.iter().enumerate().map(|(i, h)| h + if i % (n + 1) == 0 { 0.01 * mean } else { 0.0 }).collect();
+            let written = gpu.codes.as_ref().unwrap().dequantize().unwrap();
+            let exact = loss(&w, &written, &Tensor::from_vec::<f64>(damped, [n, n]).unwrap());
+            assert!((m / exact - 1.0).abs() < 1e-3, "{what}: is {exact}");
+            // The same bits again.
+            let again = gptq.quantize_one(&w_there, &spec, &there).unwrap();
+            assert_eq!((codes(&again), again.loss), (b, gpu.loss), "{what}");
+        }
+    }
+    println!("losses agree within {worst:.1e}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn an_interrupted_run_continues_to_the_same_bits() {
+    for dtype in [DType::F32, DType::BF16] {
+        interrupted_run(model(dtype).to_device(&gpu()).unwrap());
+    }
+}
+
+/// The first layer's linears meet the same Hessians but for rounding.
+#[test]
+#[ignore = "needs a GPU"]
+fn the_pipeline() {
+    let device = gpu();
+    let (model, text) = (model(DType::F32), text());
+    let there = model.clone().to_device(&device).unwrap();
+    let rotations = Rotations::random_hadamard(32, 8, 3, 2).unwrap();
+    let calibration = Calibration::first(&text, 10).unwrap();
+    for (scheme, act_order) in
+        [(Scheme::new(4, 4, 4), false), (Scheme { weight_group: Some(16), ..Scheme::new(3, 16, 16) }, true)]
+    {
+        let gptq = Gptq { act_order, ..Gptq::default() };
+        let run = |model: &Llama| {
+            let mut store = Memory::default();
+            quantize_weights(model, Some(&rotations), &scheme, &gptq, Some(&calibration), &mut store, go_on).unwrap();
+            store.0.remove(0)
+        };
+        let (cpu, gpu) = (run(&model), run(&there));
+        for ((a, b), name) in cpu.linears.iter().zip(&gpu.linears).zip(LayerWeights::NAMES) {
+            let (differ, all) = (different_codes(a, b), a.codes.as_ref().unwrap().codes.len());
+            println!("{scheme} {name}: {differ} of {all} codes differ");
+            assert!(differ * 20 <= all, "{scheme} {name}: {differ} of {all} codes differ");
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Tests that need a GPU: `cargo test --features cuda -- --include-ignored`.
+#![cfg(feature = "cuda")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod gptq;
+mod hadamard_sizes;
+mod kernels;
+mod parity;
+mod scale;
+mod synthetic;

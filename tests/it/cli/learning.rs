@@ -1,0 +1,223 @@
+//! `learn`, and what it keeps: rotations, clip ratios, a log, a state to go on from.
+
+use super::*;
+
+#[test]
+fn learn_writes_rotations_a_log_and_one_object() {
+    let place = Place::new();
+    let learn = format!("{LEARN} --scheme W4A4KV4 --steps 6 --held-out-every 2 --log steps.jsonl --json");
+    let report = place.json(&learn);
+    for name in ["loss_first", "loss_last", "held_out_first", "held_out_last", "seconds_per_step", "peak_bytes"] {
+        assert!(number(&report, name) > 0.0, "{report}");
+    }
+    assert!(number(&report, "orthogonality_error") <= 1e-6, "{report}");
+
+    let log = String::from_utf8(place.read("steps.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.iter().map(|l| number(l, "step")).collect::<Vec<_>>(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    assert_eq!(number(&lines[0], "loss"), number(&report, "loss_first"));
+    assert_eq!(number(&lines[5], "loss"), number(&report, "loss_last"));
+    assert_eq!(number(&lines[5], "held_out"), number(&report, "held_out_last"));
+    assert!(lines[0]["held_out"].is_null() && lines[1]["held_out"].is_number());
+    assert_eq!(number(&lines[0], "learning_rate"), 1.5);
+
+    let bytes = place.read("R.safetensors");
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (r1, r2) = (file.tensor("R1").unwrap(), file.tensor("R2").unwrap());
+    assert_eq!((r1.dtype(), r1.shape(), r2.shape()), (Dtype::F32, &[24, 24][..], &[2, 8, 8][..]));
+    Rotations::load(&place.path("R.safetensors")).unwrap().check(24, 8, 2, 1e-6).unwrap();
+    assert!(!place.path("R.safetensors.state").exists(), "the state of a finished run is gone");
+
+    // The same again gives the same bytes; the log is a new one.
+    place.json(&learn);
+    assert!(place.read("R.safetensors") == bytes, "two runs differ");
+    assert_eq!(String::from_utf8(place.read("steps.jsonl")).unwrap().lines().count(), 6);
+    place.json(&format!("{learn} --seed 1"));
+    assert!(place.read("R.safetensors") != bytes, "two seeds agree");
+
+    // What was learned can be scored, and is not the start.
+    let score = |rotations: &str| number(&place.json(&format!("{EVAL} --json --rotations {rotations}")), "perplexity");
+    assert!((score("R.safetensors") / score("hadamard:1") - 1.0).abs() > 1e-6);
+}
+
+#[test]
+fn without_json_people_read_it() {
+    let place = Place::new();
+    let out = place.run(&format!("{LEARN} --steps 2"));
+    assert!(out.status.success());
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(["loss", "held-out loss", "max|RᵀR − I|", "R.safetensors"].iter().all(|p| text.contains(p)), "{text}");
+    let out = place.run(&format!("{EVAL} --rotations R.safetensors"));
+    assert!(String::from_utf8(out.stdout).unwrap().contains("W4A4KV4, rotations R.safetensors, weights rtn: perplexity "));
+}
+
+#[test]
+fn clip_ratios_travel_with_the_rotations() {
+    let place = Place::new();
+    let ratios = |file: &str| -> String {
+        let (_, notes) = Rotations::load_with(&place.path(file)).unwrap();
+        notes["activation_clip"].clone()
+    };
+    for goal in ["error", "loss"] {
+        let args = format!(
+            "clip {MODEL} --text text.txt --rotations hadamard:3 --scheme W4A3KV3 --goal {goal} --out C.safetensors --json"
+        );
+        let found = place.json(&args);
+        assert!(number(&found, "after") <= number(&found, "before"), "{found}");
+        assert!(ratios("C.safetensors").contains('='), "{found}");
+        // Used where the file is, unless others are asked for or the number of levels is another.
+        let score = |args: &str| number(&place.json(&format!("{EVAL} --scheme {args} --json")), "perplexity");
+        let plain = score("W4A3KV3 --rotations hadamard:3");
+        let clipped = score("W4A3KV3 --rotations C.safetensors");
+        assert!(clipped != plain, "{goal}: the ratios do nothing");
+        assert_eq!(score("W4A3KV3 --rotations C.safetensors --activation-clip 1"), plain);
+        let spelt = format!("W4A3KV3 --rotations hadamard:3 --activation-clip {}", ratios("C.safetensors"));
+        assert_eq!(score(&spelt), clipped);
+        assert_eq!(score("W4A4KV4 --rotations C.safetensors"), score("W4A4KV4 --rotations hadamard:3"));
+        // And written into a quantised model.
+        let quantize = "quantize --model model --device cpu --rotations C.safetensors --scheme W4A3KV3 --overwrite --out Q";
+        assert!(place.run(quantize).status.success());
+        let args = "eval --model Q --device cpu --seq-len 16 --text text.txt --json";
+        std::fs::copy(place.path("model/tokenizer.json"), place.path("Q/tokenizer.json")).unwrap();
+        assert!((number(&place.json(args), "perplexity") - clipped).abs() < 1e-3 * clipped);
+    }
+    place.fails(
+        &format!("clip {MODEL} --text text.txt --rotations none --out C2.safetensors"),
+        &["--rotations", "none has no file"],
+    );
+    place.fails(
+        &format!("clip {MODEL} --text text.txt --rotations hadamard --goal best --out C2.safetensors"),
+        &["error or loss"],
+    );
+    place.fails(&format!("{EVAL} --activation-clip key=2"), &["(0, 1]"]);
+    assert!(!place.path("C2.safetensors").exists());
+}
+
+#[test]
+fn learning_with_clip_ratios_resumes_to_the_same_bytes() {
+    let place = Place::new();
+    let args = format!(
+        "{LEARN} --scheme W4A3KV3 --steps 100 --clip loss --optimizer adam-polar --objective kl --checkpoint-every 1 \
+         --log steps.jsonl --resume --json"
+    );
+    let whole = place.json(&args);
+    assert!(number(&whole["clip"], "after") <= number(&whole["clip"], "before"), "{whole}");
+    let wanted = place.read("R.safetensors");
+    std::fs::remove_file(place.path("steps.jsonl")).unwrap();
+    let done = end_early(&place, &args, |child| child.kill().unwrap());
+    assert!(done < 100, "killed too late");
+    place.fails(&args.replace("--clip loss", "--clip none"), &["R.safetensors.state", "scheme was"]);
+    place.fails(&args.replace("kl", "cross-entropy"), &["objective was \"kl\", now \"cross-entropy\""]);
+    assert_eq!(place.json(&args)["clip"], whole["clip"]);
+    assert!(place.read("R.safetensors") == wanted, "rotations differ after resuming");
+}
+
+#[test]
+fn learning_searches_clip_ratios_unless_told_not_to() {
+    let place = Place::new();
+    let notes = |file: &str| -> BTreeMap<String, String> {
+        let bytes = place.read(file);
+        SafeTensors::read_metadata(&bytes).unwrap().1.metadata().clone().unwrap().into_iter().collect()
+    };
+    let learn = format!("{LEARN} --scheme W4A3KV3 --steps 4 --json");
+    let default = place.json(&learn);
+    assert_eq!(default["clip"]["goal"], "error");
+    let (bytes, ratios) = (place.read("R.safetensors"), notes("R.safetensors")["activation_clip"].clone());
+    assert!(ratios != "1" && notes("R.safetensors")["activation_clip_for"] == "A3KV3 asymmetric", "{ratios}");
+    place.json(&format!("{learn} --clip error"));
+    assert!(place.read("R.safetensors") == bytes, "the default is another search");
+    // The ratios are those of `spinquant clip` on the start, and with them given nothing is searched.
+    let clip = format!("clip {MODEL} --text text.txt --rotations hadamard:0 --scheme W4A3KV3 --out C.safetensors --json");
+    assert_eq!(place.json(&clip)["ratios"], default["clip"]["ratios"]);
+    let given = place.json(&format!("{learn} --activation-clip {ratios}"));
+    assert!(given["clip"].is_null() && given["held_out_last"] == default["held_out_last"], "{given}");
+    let started = place.json(&format!("{learn} --start C.safetensors"));
+    assert!(started["clip"].is_null() && started["held_out_last"] == default["held_out_last"], "{started}");
+    assert_eq!(notes("R.safetensors")["activation_clip"], ratios);
+
+    // As published: nothing is clipped.
+    for rest in ["--clip none", "--clip none --start C.safetensors", "--optimizer cayley-parity"] {
+        let plain = place.json(&format!("{learn} {rest}"));
+        assert!(plain["clip"].is_null() && !notes("R.safetensors").contains_key("activation_clip"), "{rest}: {plain}");
+        assert!(rest.contains("parity") || plain["held_out_last"] != default["held_out_last"], "{plain}");
+    }
+    assert_eq!(place.json(&format!("{learn} --optimizer cayley-parity --clip error"))["clip"], default["clip"]);
+    // There is nothing to search.
+    assert!(place.json(&learn.replace("W4A3KV3", "W4A16KV16"))["clip"].is_null());
+    // More windows asked for than there are.
+    let few = place.json(
+        &format!("{learn} --seq-len 100 --clip-windows 1000 --batch 2 --held-out 2")
+            .replace("--seq-len 16 ", "")
+            .replace("--batch 4 --held-out 8 ", ""),
+    );
+    assert!(number(&few["clip"], "after") <= number(&few["clip"], "before"), "{few}");
+    place.fails(&format!("{learn} --clip best"), &["expected error, loss or none", "\"best\""]);
+    place.fails(&format!("{learn} --clip-windows 0"), &["at least one window", "got 0"]);
+    place.fails(&format!("{learn} --clip error --activation-clip 0.9"), &["--clip", "--activation-clip"]);
+}
+
+/// Starts a run that keeps its state, ends it after a few steps by `end`, and returns the steps its log then holds.
+fn end_early(place: &Place, args: &str, end: impl FnOnce(&mut std::process::Child)) -> usize {
+    let mut child = place.command(args).spawn().unwrap();
+    let logged = || std::fs::read_to_string(place.path("steps.jsonl")).map_or(0, |s| s.lines().count());
+    while !(logged() >= 4 && place.path("R.safetensors.state").exists()) {
+        assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    end(&mut child);
+    let out = child.wait_with_output().unwrap();
+    assert!(!out.status.success(), "the run was over before it could be ended");
+    logged()
+}
+
+fn steps_of(place: &Place) -> Vec<(u64, f64)> {
+    let log = String::from_utf8(place.read("steps.jsonl")).unwrap();
+    let lines = log.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+    lines.map(|l| (l["step"].as_u64().unwrap(), number(&l, "loss"))).collect()
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_bytes() {
+    let place = Place::new();
+    let args = format!("{LEARN} --scheme W4A4KV4 --steps 150 --checkpoint-every 1 --log steps.jsonl --resume --json");
+    let whole = place.json(&args);
+    let (want, steps) = (place.read("R.safetensors"), steps_of(&place));
+    std::fs::remove_file(place.path("steps.jsonl")).unwrap();
+    std::fs::write(place.path("R.safetensors"), b"an earlier result").unwrap();
+
+    let done = end_early(&place, &args, |child| child.kill().unwrap());
+    assert!(done < 150, "killed too late");
+    assert_eq!(place.read("R.safetensors"), b"an earlier result", "a run that is killed leaves outputs alone");
+    place.fails(&format!("{args} --lr 0.1"), &["R.safetensors.state", "learning_rate was 1.5, now 0.1"]);
+    let resumed = place.json(&args);
+    assert!(place.read("R.safetensors") == want, "rotations differ after resuming");
+    for name in ["loss_first", "loss_last", "held_out_first", "held_out_last", "orthogonality_error"] {
+        assert_eq!(number(&resumed, name), number(&whole, name), "{name}");
+    }
+    assert_eq!(steps_of(&place), steps, "one line a step, however often it was run");
+    assert!(!place.path("R.safetensors.state").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_says_how_to_go_on() {
+    let place = Place::new();
+    let args = format!("{LEARN} --steps 150 --checkpoint-every 2 --log steps.jsonl --resume --json");
+    place.json(&args);
+    let (want, steps) = (place.read("R.safetensors"), steps_of(&place));
+    std::fs::remove_file(place.path("steps.jsonl")).unwrap();
+    std::fs::remove_file(place.path("R.safetensors")).unwrap();
+    let mut child = place.command(&args).spawn().unwrap();
+    while !place.path("R.safetensors.state").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(1) && stderr.contains("continue with --resume"), "{stderr}");
+    assert!(steps_of(&place).len() < 150 && !place.path("R.safetensors").exists());
+    place.json(&args);
+    assert!(place.read("R.safetensors") == want);
+    assert_eq!(steps_of(&place), steps);
+}

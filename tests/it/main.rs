@@ -1,0 +1,22 @@
+//! Tests that need nothing but this repository, by subject.
+
+#[cfg(feature = "cli")]
+mod cli;
+mod clip;
+#[path = "../common/mod.rs"]
+mod common;
+#[cfg(feature = "cli")]
+mod demo;
+mod export;
+mod gptq;
+mod gradients;
+mod hadamard;
+mod loading;
+mod model;
+mod objectives;
+mod parity;
+mod properties;
+mod required;
+mod robustness;
+mod scale;
+mod synthetic;

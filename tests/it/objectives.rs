@@ -1,0 +1,245 @@
+//! What learning may minimise: gradients, definitions, and learning with each of them, one from outside the crate included.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+use spinquant::data::Windows;
+use spinquant::learn::{LearnOptions, Learned, learn};
+use spinquant::llama::{Llama, LlamaConfig, Recompute, RotationVars, Weights};
+use spinquant::objective::{self, Batch, CrossEntropy, Kl, Local, Objective};
+use spinquant::ops::spread::Measure;
+use spinquant::optim::{RiemannianAdam, RiemannianSgd};
+use spinquant::quant::{Online, Scheme, Site};
+use spinquant::rotation::Rotations;
+use spinquant::{
+    DType, Result, Tape, Tensor, Var, check, ops,
+    outliers::{self, PlantOptions},
+};
+
+use crate::common::need::cases;
+use crate::common::tiny;
+
+const SEQ: usize = 6;
+
+fn model(kv_heads: usize, layers: usize, seed: u64) -> Llama {
+    let small = tiny::config(2, kv_heads, false);
+    let config = LlamaConfig { hidden_size: 12, intermediate_size: 20, layers, head_dim: 4, vocab_size: 19, ..small };
+    Llama::new(config.clone(), Weights::random(&config, seed).unwrap()).unwrap()
+}
+
+fn rotations(m: &Llama, seed: u64) -> Rotations {
+    Rotations::random_orthogonal(m.config.hidden_size, m.config.head_dim, m.config.layers, seed).unwrap()
+}
+
+fn tokens(count: usize, seed: u64) -> Vec<u32> {
+    ops::randn([count], seed).into_vec::<f64>().unwrap().iter().map(|x| (x.abs() * 1e6) as u32 % 19).collect()
+}
+
+fn batch<'a>(model: &'a Llama, tokens: &'a [u32], scheme: &'a Scheme) -> Batch<'a> {
+    Batch { model, tokens, seq: SEQ, scheme, recompute: Recompute::None }
+}
+
+/// The objective's value.
+fn value(o: &dyn Objective, b: &Batch<'_>, r: &Rotations) -> f64 {
+    let tape = Tape::new();
+    o.loss(&RotationVars::constants(&tape, r).unwrap(), b).unwrap().value().item().unwrap()
+}
+
+proptest! {
+    #![proptest_config(cases(16))]
+
+    #[test]
+    fn gradients_are_those_of_the_value(seed: u64, kv_heads in 1usize..=2, layers in 1usize..=2) {
+        let (m, scheme, ids) = (model(kv_heads, layers, seed), Scheme::new(4, 4, 4), tokens(2 * SEQ, seed));
+        let r = rotations(&m, seed);
+        let mut inputs = vec![r.r1.clone()];
+        inputs.extend((0..layers).map(|l| r.r2.index(l).unwrap()));
+        // Whip has a kink at 0, which differences step over now and then. Kurtosis takes the same path, and the operation's own cases
+        // check both slopes.
+        for o in objective::all().into_iter().filter(|o| o.name() != "whip") {
+            check::gradients(&inputs, |mut v| {
+                let r1 = v.remove(0);
+                o.loss(&RotationVars { r1, r2: v }, &batch(&m, &ids, &scheme))
+            })
+            .unwrap_or_else(|e| panic!("{}: {e}", o.name()));
+        }
+    }
+
+    #[test]
+    fn divergence_is_from_the_full_precision_model(seed: u64, kv_heads in 1usize..=2) {
+        let (m, ids) = (model(kv_heads, 2, seed), tokens(3 * SEQ, seed));
+        let r = rotations(&m, seed);
+        let none = value(&Kl, &batch(&m, &ids, &Scheme::FULL_PRECISION), &r);
+        let some = value(&Kl, &batch(&m, &ids, &Scheme::new(4, 4, 4)), &r);
+        prop_assert!(none.abs() < 1e-10 && some > 1e-6, "{none:e} unquantised, {some:e} quantised");
+    }
+
+    /// What a local objective says of the unrotated model's activations is what the quantisers of the rotated network see.
+    #[test]
+    fn local_objectives_measure_what_quantizers_see(seed: u64, kv_heads in 1usize..=2) {
+        let (m, ids, scheme) = (model(kv_heads, 2, seed), tokens(2 * SEQ, seed), Scheme::FULL_PRECISION.online(Online::NONE));
+        let r = rotations(&m, seed);
+        let seen = Arc::new(Mutex::new(vec![]));
+        let see = {
+            let seen = seen.clone();
+            move |_: usize, site: Site, x: &Tensor| {
+                seen.lock().unwrap().push((site, x.to_f64_vec().unwrap()));
+                Ok(())
+            }
+        };
+        m.merge_exact(Some(&r), &scheme).unwrap().observe(&ids, SEQ, see).unwrap();
+        let phi = |measure: Measure, x: f64| match measure {
+            Measure::Whip => (-x.abs()).exp(),
+            Measure::Kurtosis => x.powi(4),
+        };
+        for measure in [Measure::Whip, Measure::Kurtosis] {
+            let mut sum = 0.0;
+            for (site, x) in seen.lock().unwrap().iter() {
+                let d = match site {
+                    Site::AttentionInput | Site::MlpInput => m.config.hidden_size,
+                    Site::Value | Site::AttentionOutput => m.config.head_dim,
+                    Site::Key | Site::DownInput => continue,
+                };
+                let rows: Vec<f64> = x.chunks(d).map(|row| {
+                    let norm = (row.iter().map(|x| x * x).sum::<f64>() / d as f64).sqrt();
+                    row.iter().map(|x| phi(measure, x / norm)).sum::<f64>() / d as f64
+                }).collect();
+                sum += rows.iter().sum::<f64>() / rows.len() as f64;
+            }
+            let ours = value(&Local(measure), &batch(&m, &ids, &scheme), &r);
+            prop_assert!((ours - sum / 4.0).abs() < 1e-6 * ours, "{measure:?}: {ours}, {}", sum / 4.0);
+        }
+    }
+}
+
+/// A model with outliers in its residual stream, in `f32`, and text of its own vocabulary.
+fn learnable() -> (Llama, Windows) {
+    let (m, w) = (model(2, 2, 3), Windows::new(tokens(120 * SEQ, 4), SEQ).unwrap());
+    let weights = Weights {
+        embedding: m.embedding.clone(),
+        head: m.head.clone(),
+        layers: m.blocks.iter().map(|b| b.weights.clone()).collect(),
+    };
+    let mut weights = outliers::plant(&weights, &m.config, &PlantOptions::default()).unwrap();
+    let narrow = |t: &Tensor| t.to_dtype(DType::F32);
+    weights.embedding = narrow(&weights.embedding).unwrap();
+    weights.head = narrow(&weights.head).unwrap();
+    weights.layers = weights.layers.iter().map(|l| l.map(narrow).unwrap()).collect();
+    (Llama::new(m.config, weights).unwrap(), w)
+}
+
+fn options(objective: Arc<dyn Objective>, steps: usize) -> LearnOptions {
+    LearnOptions {
+        scheme: Scheme::new(4, 4, 4),
+        steps,
+        batch: 24,
+        micro_batch: 12,
+        held_out: 8,
+        objective,
+        ..LearnOptions::default()
+    }
+}
+
+fn run(m: &Llama, w: &Windows, o: &LearnOptions, stop: usize) -> Result<Learned> {
+    learn(m, w, rotations(m, 1), &mut RiemannianAdam::polar(), o, |r| {
+        if r.step == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+}
+
+#[test]
+fn objectives_go_down() {
+    let (m, w) = learnable();
+    let everything = w.batch(&(0..w.len()).collect::<Vec<_>>());
+    // Cross entropy learns on text that its model knows something of: tests/it/model.rs.
+    for o in objective::all().into_iter().filter(|o| o.name() != "cross-entropy") {
+        let options = LearnOptions { learning_rate: 0.02, ..options(o.clone(), 40) };
+        let learned = run(&m, &w, &options, 0).unwrap();
+        let b = Batch { tokens: &everything, ..batch(&m, &everything, &options.scheme) };
+        let [before, after] = [&rotations(&m, 1), &learned.rotations].map(|r| value(&*o, &b, &r.to_dtype(DType::F32).unwrap()));
+        println!(
+            "{}: {before:.4} -> {after:.4}, held-out cross entropy {:.4} -> {:.4}",
+            o.name(),
+            learned.held_out_first,
+            learned.held_out_last
+        );
+        assert!(after < before && learned.orthogonality_error <= 1e-6, "{}: {before} -> {after}", o.name());
+    }
+}
+
+#[test]
+fn objectives_go_by_their_names() {
+    for o in objective::all() {
+        assert_eq!(objective::by_name(&o.name()).unwrap().name(), o.name());
+    }
+    let message = objective::by_name("mse").err().unwrap().to_string();
+    assert_eq!(message, "objective: expected one of cross-entropy, kl, whip, kurtosis, got \"mse\"");
+}
+
+/// One from outside the crate, with a constant.
+#[derive(Debug)]
+struct Both(f64);
+
+impl Objective for Both {
+    fn name(&self) -> String {
+        format!("cross-entropy + {} kl", self.0)
+    }
+    fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
+        CrossEntropy.loss(rotations, batch)?.add(Kl.loss(rotations, batch)?.scale(self.0)?)
+    }
+}
+
+#[test]
+fn an_objective_from_outside_learns_and_resumes() {
+    let (m, w) = learnable();
+    let folder = tempfile::tempdir().unwrap();
+    let path: &Path = &folder.path().join("state");
+    let o = LearnOptions { learning_rate: 0.05, ..options(Arc::new(Both(0.5)), 6) };
+    let whole = run(&m, &w, &o, 0).unwrap();
+    // The sum of its parts.
+    let scheme = Scheme::new(4, 4, 4);
+    let ids = w.batch(&[0, 1]);
+    let (b, r) = (batch(&m, &ids, &scheme), whole.rotations.to_dtype(DType::F32).unwrap());
+    let sum = value(&CrossEntropy, &b, &r) + 0.5 * value(&Kl, &b, &r);
+    assert!((value(&Both(0.5), &b, &r) - sum).abs() < 1e-5);
+
+    let kept = LearnOptions { checkpoint: Some((path.into(), 100)), resume: true, ..o.clone() };
+    assert!(run(&m, &w, &kept, 3).is_err_and(|e| e.to_string().contains('3')));
+    for other in [Arc::new(Both(0.25)) as Arc<dyn Objective>, Arc::new(CrossEntropy)] {
+        let message = run(&m, &w, &LearnOptions { objective: other, ..kept.clone() }, 0).unwrap_err().to_string();
+        assert!(message.contains("objective was \"cross-entropy + 0.5 kl\""), "{message}");
+    }
+    let resumed = run(&m, &w, &kept, 0).unwrap();
+    let bits = |l: &Learned| {
+        [&l.rotations.r1, &l.rotations.r2].map(|t| t.to_f64_vec().unwrap().into_iter().map(f64::to_bits).collect::<Vec<_>>())
+    };
+    assert_eq!(bits(&whole), bits(&resumed));
+}
+
+#[test]
+fn cross_entropy_is_the_default_and_unchanged() {
+    let (m, w) = learnable();
+    let default = LearnOptions::default().objective;
+    assert_eq!(default.name(), "cross-entropy");
+    let ids = w.batch(&[3, 4]);
+    let (scheme, r) = (Scheme::new(4, 4, 4), rotations(&m, 2).to_dtype(DType::F32).unwrap());
+    let tape = Tape::new();
+    let vars = RotationVars::constants(&tape, &r).unwrap();
+    let direct = m.loss(&vars, &ids, SEQ, &scheme, Recompute::None).unwrap().value().item().unwrap();
+    assert_eq!(value(&*default, &batch(&m, &ids, &scheme), &r), direct);
+    // And a gradient that is not finite is an error that names the step.
+    #[derive(Debug)]
+    struct Broken;
+    impl Objective for Broken {
+        fn name(&self) -> String {
+            "broken".into()
+        }
+        fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
+            CrossEntropy.loss(rotations, batch)?.scale(f64::NAN)
+        }
+    }
+    let mut sgd = RiemannianSgd::qr();
+    let outcome = learn(&m, &w, rotations(&m, 1), &mut sgd, &options(Arc::new(Broken), 3), |_| ControlFlow::Continue(()));
+    assert!(outcome.unwrap_err().to_string().contains("step 1"));
+}

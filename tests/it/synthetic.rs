@@ -1,0 +1,150 @@
+//! Synthetic models: they predict their own text, have outliers, lose by quantisation, and are the same on every device.
+
+use std::ops::ControlFlow::Continue;
+
+use spinquant::eval::perplexity;
+use spinquant::llama::{LlamaConfig, synthetic};
+use spinquant::quant::{Scheme, Site};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Tape};
+
+#[test]
+fn names() {
+    for name in synthetic::NAMES {
+        let config = synthetic::shape(name).unwrap();
+        assert_eq!(synthetic::shape(&format!("{name}:3")).unwrap().layers, 3, "{name}");
+        assert!(config.hidden_size >= 64);
+    }
+    let weights = |name| {
+        let c = synthetic::shape(name).unwrap();
+        let (h, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let layer = 2 * c.hidden_size * (h + kv) + 3 * c.hidden_size * c.intermediate_size;
+        (c.layers * layer + c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 }) as f64 / 1e9
+    };
+    for (name, billions) in
+        [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21)]
+    {
+        assert!((weights(name) - billions).abs() < 0.01, "{name}: {}", weights(name));
+    }
+    let message = synthetic::shape("gpt-2").unwrap_err().to_string();
+    assert!(message.contains("llama-2-7b") && message.contains("gpt-2"), "{message}");
+    assert!(synthetic::shape("tiny:none").is_err() && synthetic::shape("tiny:0").is_err());
+}
+
+#[test]
+fn predicts_its_text_and_suffers_from_quantisation() {
+    let config = LlamaConfig {
+        hidden_size: 512,
+        intermediate_size: 1376,
+        layers: 8,
+        heads: 8,
+        kv_heads: 8,
+        head_dim: 64,
+        vocab_size: 2048,
+        ..synthetic::shape("tiny").unwrap()
+    };
+    let model = synthetic::model(&config, 7, DType::F32, &Device::Cpu).unwrap();
+    let text = synthetic::text(&config, 4, 128, 1).unwrap();
+    let score = |rotations: Option<&Rotations>, scheme: &str| {
+        let merged = model.merge(rotations, &scheme.parse::<Scheme>().unwrap()).unwrap();
+        perplexity(&merged, &text, |_| Continue(())).unwrap().perplexity.ln()
+    };
+    let full = score(None, "W16A16KV16");
+    assert!(full < 0.8 * (config.vocab_size as f64).ln(), "loss {full} of a guess among {}", config.vocab_size);
+    let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0).unwrap();
+    let exact = score(Some(&r), "W16A16KV16");
+    assert!((exact - full).abs() < 1e-3, "{exact} and {full}");
+    let (rtn, rotated) = (score(None, "W4A4KV4"), score(Some(&r), "W4A4KV4"));
+    assert!(rtn > full + 0.1 && rotated < rtn - 0.1, "loss {full} in full precision, rtn {rtn}, rotated {rotated}");
+}
+
+#[test]
+fn has_outliers_in_its_stream() {
+    use std::sync::{Arc, Mutex};
+    let config = synthetic::shape("tiny").unwrap();
+    let model = synthetic::model(&config, 3, DType::F32, &Device::Cpu).unwrap();
+    let text = synthetic::text(&config, 2, 32, 1).unwrap();
+    let ratio = Arc::new(Mutex::new(0f64));
+    let seen = ratio.clone();
+    let mut run = model.run(&Scheme::FULL_PRECISION.unrotated(), 32).unwrap();
+    run.observer = Some(Arc::new(move |_, site, x| {
+        if site == Site::AttentionInput {
+            let (cols, x) = (x.cols(), x.to_f64_vec().unwrap());
+            let mut most = vec![0f64; cols];
+            x.iter().enumerate().for_each(|(i, v)| most[i % cols] = most[i % cols].max(v.abs()));
+            most.sort_by(f64::total_cmp);
+            *seen.lock().unwrap() = most[cols - 1] / most[cols / 2];
+        }
+    }));
+    let tape = Tape::new();
+    let r = Rotations::identity(config.hidden_size, config.head_dim, config.layers).unwrap().to_dtype(DType::F32).unwrap();
+    let vars = spinquant::llama::RotationVars::constants(&tape, &r).unwrap();
+    model.logits(&vars, &text.batch(&[0, 1]), Arc::new(run), Default::default()).unwrap();
+    assert!(*ratio.lock().unwrap() > 5.0, "largest channel over the median {}", ratio.lock().unwrap());
+}
+
+#[cfg(feature = "cli")]
+fn spinquant(arguments: &[&str]) -> (bool, String) {
+    let out = std::process::Command::new(env!("CARGO_BIN_EXE_spinquant")).args(arguments).output().unwrap();
+    (out.status.success(), String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn on_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("R.safetensors");
+    let out = file.to_str().unwrap();
+    let model = ["--model", "synthetic:tiny", "--device", "cpu"];
+    let learn = ["learn", "--text", "synthetic:12", "--seq-len", "32", "--batch", "2", "--steps", "2", "--out", out];
+    let (done, said) = spinquant(&[&learn[..], &model].concat());
+    assert!(done && file.exists(), "{said}");
+    let (done, said) =
+        spinquant(&[&["eval", "--text", "synthetic:4", "--seq-len", "32", "--rotations", out], &model[..]].concat());
+    assert!(done && said.contains("perplexity"), "{said}");
+    let (done, said) = spinquant(&[&["eval", "--text", "README.md"], &model[..]].concat());
+    assert!(!done && said.contains("synthetic:WINDOWS") && said.contains("README.md"), "{said}");
+    let (done, said) = spinquant(&["eval", "--text", "synthetic", "--model", "synthetic:gpt-2"]);
+    assert!(!done && said.contains("llama-3-8b"), "{said}");
+    let (done, said) = spinquant(&[&["quantize", "--rotations", "none", "--format", "hf", "--out", out], &model[..]].concat());
+    assert!(!done && said.contains("synthetic:tiny has none; use --format native"), "{said}");
+    let (done, said) = spinquant(&[&["profile", "--steps", "2"], &model[..]].concat());
+    assert!(!done && said.contains("expected at least 3") && said.contains("got 2"), "{said}");
+    let (done, said) = spinquant(&[&["profile", "--goldens", "nowhere"], &model[..]].concat());
+    assert!(!done && said.contains("nowhere") && said.contains("--goldens DIR"), "{said}");
+    let short = ["profile", "--steps", "3", "--seq-len", "32", "--batch", "2", "--text", "synthetic:8", "--json"];
+    let (done, said) = spinquant(&[&short[..], &model].concat());
+    assert!(done && said.contains("\"predicted_gib\""), "{said}");
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn plans_before_anything_is_allocated() {
+    let plan = |memory: &str| {
+        let fixed = ["learn", "--dry-run", "--model", "synthetic:llama-2-7b", "--text", "synthetic", "--out", "R"];
+        spinquant(&[&fixed[..], &["--memory", memory, "--device", "cpu"]].concat())
+    };
+    let (done, said) = plan("24GiB");
+    assert!(done && said.contains("layers computed again") && said.contains("made twice") && said.contains("s a step"), "{said}");
+    let (done, said) = plan("auto");
+    assert!(done && said.contains("rotated weights kept"), "{said}");
+    let (done, said) = plan("12GiB");
+    assert!(!done && said.contains("the weights alone are 12.6 GiB"), "{said}");
+    // What another objective keeps is another plan.
+    let of = |objective: &str, memory: &str| {
+        let fixed =
+            ["learn", "--dry-run", "--model", "synthetic:llama-2-7b", "--text", "synthetic", "--out", "R", "--device", "cpu"];
+        spinquant(&[&fixed[..], &["--objective", objective, "--memory", memory]].concat())
+    };
+    let (done, said) = of("kl", "32GiB");
+    assert!(done && said.contains("logits of both models") && said.contains("W4A4KV4, kl, 8 x 2048"), "{said}");
+    for (memory, sequences) in [("24GiB", 1), ("48GiB", 4)] {
+        let (done, said) = of("whip", memory);
+        assert!(done && said.contains(&format!("rows of {sequences} sequences captured at once")), "{said}");
+        assert!(said.contains("captured rows and their gradients") && !said.contains("logits"), "{said}");
+    }
+    let (done, said) = of("kurtosis", "18GiB");
+    assert!(!done && said.contains("the leanest plan needs"), "{said}");
+    let (done, said) = plan("plenty");
+    assert!(!done && said.contains("24GiB") && said.contains("plenty"), "{said}");
+}
