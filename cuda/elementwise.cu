@@ -5,9 +5,6 @@ namespace {
 
 using namespace sq;
 
-struct Add {
-  __device__ void operator()(float (&out)[1], const float (&in)[2]) const { out[0] = in[0] + in[1]; }
-};
 struct Scale {
   float alpha;
   __device__ void operator()(float (&out)[1], const float (&in)[1]) const { out[0] = alpha * in[0]; }
@@ -151,14 +148,6 @@ __global__ void unscale_kernel(float *scale, const uint32_t *a, const uint32_t *
 }  // namespace
 
 extern "C" {
-
-int sq_add(void *y, const void *a, const void *b, int64_t count, sq_dtype dtype, sq_stream stream) {
-  return dispatch(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    return map<T, T, 1, 2>({{static_cast<T *>(y)}}, {{static_cast<const T *>(a), static_cast<const T *>(b)}}, count,
-                           Add{}, stream);
-  });
-}
 
 int sq_axpby(void *y, float alpha, const void *a, float beta, const void *b, int64_t count, sq_dtype dtype,
              sq_stream stream) {

@@ -80,11 +80,9 @@ int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int
 int sq_rms_norm_forward(void *y, float *inverse, const void *x, const void *gain, int64_t rows, int64_t cols, float eps,
                         sq_dtype dtype, sq_stream stream);
 
-/* dx from dy, the saved input x and inverse. dgain_partial (NULL: not wanted) is [partials, cols] float, where partials is
- * sq_rms_norm_partials(rows): the caller sums its rows in order. In place (dx = dy) allowed. */
-int64_t sq_rms_norm_partials(int64_t rows);
-int sq_rms_norm_backward(void *dx, float *dgain_partial, const void *dy, const void *x, const void *gain,
-                         const float *inverse, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream);
+/* dx from dy, the saved input x and inverse; the gain is a constant. In place (dx = dy) allowed. */
+int sq_rms_norm_backward(void *dx, const void *dy, const void *x, const void *gain, const float *inverse, int64_t rows,
+                         int64_t cols, sq_dtype dtype, sq_stream stream);
 
 /* rope.cu ----------------------------------------------------------------------------------------------------- */
 
@@ -157,8 +155,6 @@ int sq_gptq_sweep(void *y, int16_t *codes, float *errors, double *loss, const fl
 
 /* elementwise.cu ---------------------------------------------------------------------------------------------- */
 
-/* y = a + b; in place allowed. */
-int sq_add(void *y, const void *a, const void *b, int64_t count, sq_dtype dtype, sq_stream stream);
 /* y = alpha * a + beta * b; b may be NULL when beta is 0. In place allowed. */
 int sq_axpby(void *y, float alpha, const void *a, float beta, const void *b, int64_t count, sq_dtype dtype,
              sq_stream stream);

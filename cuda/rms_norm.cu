@@ -1,6 +1,6 @@
 // Root-mean-square normalisation of rows, with a gain g (1 where none is given):
 //   forward   r = 1 / sqrt(mean(x^2) + eps),   y = x r g
-//   backward  dx = r (dy g - x r^2 mean(dy g x)),   dg = sum over rows of dy x r
+//   backward  dx = r (dy g - x r^2 mean(dy g x));  the gain is a constant
 // A row is read once and kept in registers until its mean is known. Only what is longer than the registers of a block
 // (4 packs in each of 1024 threads: 32768 values in 16 bits, 16384 in float) is read a second time.
 #include "common.cuh"
@@ -10,8 +10,7 @@ namespace {
 using namespace sq;
 
 constexpr int kMaxThreads = 1024;
-constexpr int kWarpRows = 8;    // rows of a block where a warp takes a row
-constexpr int kPartials = 256;  // rows of dgain_partial, at most
+constexpr int kWarpRows = 8;  // rows of a block where a warp takes a row
 
 // Short rows take a warp each, the others a block each; PACKS packs a thread are held.
 template <int PACKS, bool WARP>
@@ -185,30 +184,6 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     finish(load_pack<T, N>(dy + p * N), load_pack<T, N>(x + p * N), p);
 }
 
-// Row blockIdx.y of the partial gain gradients: the sum over a run of consecutive rows, in order; a thread has one pack
-// of columns.
-constexpr int kGainThreads = 128;
-
-template <typename T, int N>
-__global__ void __launch_bounds__(kGainThreads)
-    gain_kernel(float *partial, const T *dy, const T *x, const float *inverse, int64_t rows, int64_t cols,
-                int64_t run) {
-  const int64_t column = (int64_t(blockIdx.x) * kGainThreads + threadIdx.x) * N;
-  if (column >= cols) return;
-  const int64_t first = blockIdx.y * run, end = first + run < rows ? first + run : rows;
-  float sum[N] = {};
-#pragma unroll 4
-  for (int64_t row = first; row < end; ++row) {
-    float d[N], a[N];
-    widen(d, load_pack<T, N>(dy + row * cols + column));
-    widen(a, load_pack<T, N>(x + row * cols + column));
-    const float r = inverse[row];
-#pragma unroll
-    for (int v = 0; v < N; ++v) sum[v] += d[v] * (a[v] * r);
-  }
-  store_floats(partial + blockIdx.y * cols + column, sum);
-}
-
 template <typename T, int N>
 int forward(T *y, float *inverse, const T *x, const T *gain, int64_t rows, int64_t cols, float eps,
             cudaStream_t stream) {
@@ -220,14 +195,8 @@ int forward(T *y, float *inverse, const T *x, const T *gain, int64_t rows, int64
 }
 
 template <typename T, int N>
-int backward(T *dx, float *dgain_partial, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows,
-             int64_t cols, cudaStream_t stream) {
-  if (dgain_partial != nullptr) {  // first: dx may overwrite dy
-    const int64_t partials = sq_rms_norm_partials(rows);
-    const dim3 grid(unsigned(ceil_div(cols / N, int64_t(kGainThreads))), unsigned(partials));
-    gain_kernel<T, N>
-        <<<grid, kGainThreads, 0, stream>>>(dgain_partial, dy, x, inverse, rows, cols, ceil_div(rows, partials));
-  }
+int backward(T *dx, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows, int64_t cols,
+             cudaStream_t stream) {
   return with_geometry(cols / N, [&](auto g) {
     backward_kernel<decltype(g), T, N>
         <<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(dx, dy, x, gain, inverse, rows, cols);
@@ -253,10 +222,8 @@ int sq_rms_norm_forward(void *y, float *inverse, const void *x, const void *gain
   });
 }
 
-int64_t sq_rms_norm_partials(int64_t rows) { return rows < kPartials ? rows : kPartials; }
-
-int sq_rms_norm_backward(void *dx, float *dgain_partial, const void *dy, const void *x, const void *gain,
-                         const float *inverse, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream) {
+int sq_rms_norm_backward(void *dx, const void *dy, const void *x, const void *gain, const float *inverse, int64_t rows,
+                         int64_t cols, sq_dtype dtype, sq_stream stream) {
   if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto t) {
@@ -264,8 +231,8 @@ int sq_rms_norm_backward(void *dx, float *dgain_partial, const void *dy, const v
     T *out = static_cast<T *>(dx);
     const T *d = static_cast<const T *>(dy), *a = static_cast<const T *>(x), *g = static_cast<const T *>(gain);
     if (cols % kPack<T> == 0)
-      return backward<T, kPack<T>>(out, dgain_partial, d, a, g, inverse, rows, cols, cuda_stream(stream));
-    return backward<T, 1>(out, dgain_partial, d, a, g, inverse, rows, cols, cuda_stream(stream));
+      return backward<T, kPack<T>>(out, d, a, g, inverse, rows, cols, cuda_stream(stream));
+    return backward<T, 1>(out, d, a, g, inverse, rows, cols, cuda_stream(stream));
   });
 }
 

@@ -89,7 +89,7 @@ mod tests {
             }
             fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
                 let mut grads = Gain.backward(saved, dy, want)?;
-                grads[1] = grads[1].take().map(|g| ops::add::scale(1.01, g)).transpose()?;
+                grads[1] = grads[1].take().map(|g| g.scale(1.01)).transpose()?;
                 Ok(grads)
             }
         }

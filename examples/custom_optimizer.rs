@@ -9,9 +9,8 @@
 use std::ops::ControlFlow::{Break, Continue};
 
 use spinquant::learn::{LearnOptions, learn};
+use spinquant::linalg::product;
 use spinquant::manifold::{Manifold, Orthogonal, Polar, Retraction};
-use spinquant::ops::add::{linear_combination, scale};
-use spinquant::optim::linalg::product;
 use spinquant::optim::{Optimizer, State};
 use spinquant::quant::Scheme;
 use spinquant::rotation::Rotations;
@@ -37,14 +36,13 @@ impl Optimizer for FixedAngle {
         for (i, (x, g)) in params.iter().zip(grads).enumerate() {
             let mut omega = product(x, true, &Orthogonal.riemannian_gradient(x, &g)?, false)?;
             if let Some(old) = self.directions.get(i) {
-                omega = linear_combination(1.0 - self.beta, omega, self.beta, old.clone())?;
+                omega = Tensor::axpby(1.0 - self.beta, omega, self.beta, old.clone())?;
             }
             let (batch, n) = (x.shape()[0], x.cols());
             let values = omega.to_f64_vec()?;
             let lengths: Vec<f64> = values.chunks(n * n).map(|m| (m.iter().map(|v| v * v).sum::<f64>() / 2.0).sqrt()).collect();
-            let steps = (0..batch)
-                .map(|b| scale(-lr / lengths[b].max(f64::MIN_POSITIVE), omega.index(b)?))
-                .collect::<Result<Vec<_>>>()?;
+            let steps =
+                (0..batch).map(|b| omega.index(b)?.scale(-lr / lengths[b].max(f64::MIN_POSITIVE))).collect::<Result<Vec<_>>>()?;
             let tangent = product(x, false, &Tensor::stack(&steps)?, false)?;
             points.push(Polar.retract(x, &tangent)?);
             directions.push(omega);

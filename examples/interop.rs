@@ -13,10 +13,11 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use spinquant::calibrate::{Calibration, LayerReport};
 use spinquant::data::Windows;
 use spinquant::export::{Format, Output, write_hf, write_quantized, write_rtn};
 use spinquant::llama::{Llama, LlamaConfig, Rotated, Source};
-use spinquant::quant::{Calibration, Gptq, LayerReport, Online, Scheme};
+use spinquant::quant::{Gptq, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 

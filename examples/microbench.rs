@@ -6,9 +6,9 @@
 
 use std::time::Instant;
 
+use spinquant::hadamard::Hadamard;
 use spinquant::ops::{fake_quant, hadamard, randn};
 use spinquant::quant::QuantSpec;
-use spinquant::rotation::Hadamard;
 use spinquant::{DType, Error, Result, Tensor};
 
 const REPEATS: usize = 20;

@@ -15,7 +15,7 @@ use spinquant::data::{self, Sampler, Tokenizer, Windows};
 use spinquant::export::{Format, Output, write_rtn};
 use spinquant::io::write_atomically;
 use spinquant::llama::{Block, LayerWeights, Llama, LlamaConfig, RotatedWeights, Run, Weights};
-use spinquant::ops::{add, randn};
+use spinquant::ops::randn;
 use spinquant::optim::{Adam, Optimizer, Schedule};
 use spinquant::outliers::{PlantOptions, plant};
 use spinquant::quant::{Online, Scheme};
@@ -162,12 +162,12 @@ fn start(config: &LlamaConfig) -> Result<Weights> {
     let common = randn([1, c], 1).into_vec::<f64>()?;
     let common = common.repeat(config.vocab_size).into_iter().map(|x| COMMON * x / (c as f64).sqrt()).collect();
     let common = Tensor::from_vec::<f64>(common, [config.vocab_size, c])?;
-    weights.embedding = add::linear_combination(1.0, weights.embedding, 1.0, common)?;
+    weights.embedding = Tensor::axpby(1.0, weights.embedding, 1.0, common)?;
     let mut weights = map(&weights, |t| t.to_dtype(DType::F32))?;
     let factor = (2.0 * config.layers as f64).sqrt().recip();
     for layer in &mut weights.layers {
-        layer.o = add::scale(factor, layer.o.clone())?;
-        layer.down = add::scale(factor, layer.down.clone())?;
+        layer.o = layer.o.clone().scale(factor)?;
+        layer.down = layer.down.clone().scale(factor)?;
     }
     Ok(weights)
 }
@@ -179,7 +179,7 @@ fn clipped(grads: Vec<Tensor>) -> Result<Vec<Tensor>> {
         square += g.as_slice::<f32>()?.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
     }
     let factor = CLIP / square.sqrt().max(CLIP);
-    if factor == 1.0 { Ok(grads) } else { grads.into_iter().map(|g| add::scale(factor, g)).collect() }
+    if factor == 1.0 { Ok(grads) } else { grads.into_iter().map(|g| g.scale(factor)).collect() }
 }
 
 /// As an optimiser sees them: embedding, head, and seven linears a layer.

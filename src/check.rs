@@ -50,7 +50,7 @@ pub fn gradients(inputs: &[Tensor], f: impl for<'t> Fn(Vec<Var<'t>>) -> Result<V
         let moved = |i: usize| operand.is_none_or(|o| o == i);
         let shifted = |step: f64| -> Result<f64> {
             let at = |(i, x): (usize, &Tensor)| match moved(i) {
-                true => crate::ops::add::linear_combination(1.0, x.clone(), step, directions[i].clone()),
+                true => Tensor::axpby(1.0, x.clone(), step, directions[i].clone()),
                 false => Ok(x.clone()),
             };
             value(inputs.iter().enumerate().map(at).collect::<Result<_>>()?)

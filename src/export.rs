@@ -47,8 +47,9 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::grid::Quantized;
 use crate::llama::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, LlamaConfig, NORMS};
-use crate::ops::fake_quant::{Quantized, quantize};
+use crate::ops::fake_quant::quantize;
 use crate::quant::{Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor, io};

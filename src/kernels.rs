@@ -25,9 +25,9 @@ use half::{bf16, f16};
 
 use crate::device::cuda::ops::{code, quant};
 use crate::device::cuda::{ffi, launch};
+use crate::grid::{Clip, QuantSpec};
+use crate::hadamard::Hadamard;
 pub use crate::ops::attention::Sizes;
-use crate::quant::{Clip, QuantSpec};
-use crate::rotation::Hadamard;
 use crate::{DType, Element, Error, Result};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.
@@ -303,10 +303,8 @@ pub fn rms_norm_backward<T: Float>(
         (write(what, stream, dx, len)?, read(what, stream, dy, len)?, read(what, stream, x, len)?);
     let (inverse, _i) = read(what, stream, inverse, rows as usize)?;
     let cols = cols as i64;
-    // SAFETY: sizes as checked; no gain and no gradient of one.
-    launch(stream, what, |s| unsafe {
-        ffi::sq_rms_norm_backward(dx, null().cast(), dy, x, null(), inverse.cast(), rows, cols, dtype, s)
-    })
+    // SAFETY: sizes as checked; no gain.
+    launch(stream, what, |s| unsafe { ffi::sq_rms_norm_backward(dx, dy, x, null(), inverse.cast(), rows, cols, dtype, s) })
 }
 
 /// Rotary embedding of x `[tokens, heads, dim]` by the tables `cosine`, `sine` `[seq, dim/2]`, token t at position t mod seq;

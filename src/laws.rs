@@ -8,7 +8,7 @@
 //! impl Retraction for Mine {
 //!     fn name(&self) -> &str { "mine" }
 //!     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
-//!         let sum = spinquant::ops::add::linear_combination(1.0, x.clone(), 1.0, tangent.clone())?;
+//!         let sum = Tensor::axpby(1.0, x.clone(), 1.0, tangent.clone())?;
 //!         Ok(Orthogonal.qr(&sum)?.0)
 //!     }
 //! }
@@ -16,13 +16,13 @@
 //! # Ok::<(), spinquant::Error>(())
 //! ```
 
+use crate::hadamard::Hadamard;
+use crate::linalg::matmul;
+use crate::linalg::{product, skew};
 use crate::manifold::{Manifold, Orthogonal, Retraction};
-use crate::ops::add::{linear_combination, scale};
-use crate::ops::{fake_quant, hadamard, matmul, randn};
-use crate::optim::linalg::{product, skew};
+use crate::ops::{fake_quant, hadamard, randn};
 use crate::optim::{Optimizer, Schedule, State};
 use crate::quant::QuantSpec;
-use crate::rotation::Hadamard;
 use crate::{DType, Error, Result, Tensor};
 
 /// An error unless `value <= bound`; NaN breaks every law.
@@ -39,7 +39,7 @@ fn inner(x: &Tensor, y: &Tensor) -> Result<f64> {
 }
 
 fn minus(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    linear_combination(1.0, x.clone(), -1.0, y.clone())
+    Tensor::axpby(1.0, x.clone(), -1.0, y.clone())
 }
 
 /// A random point and a tangent vector of norm 1 there (0 on O(1)).
@@ -47,7 +47,7 @@ fn tangent(n: usize, seed: u64) -> Result<(Tensor, Tensor)> {
     let x = Orthogonal.random_point(1, n, seed)?;
     let v = Orthogonal.project_tangent(&x, &randn([1, n, n], seed ^ 0x7a9))?;
     let length = norm(&v)?;
-    Ok((x, if length > 0.0 { scale(1.0 / length, v)? } else { v }))
+    Ok((x, if length > 0.0 { v.scale(1.0 / length)? } else { v }))
 }
 
 /// A retraction on O(n) stays on it, keeps the determinant, fixes x along 0, and moves along its tangent to first order.
@@ -55,7 +55,7 @@ pub fn retraction(r: &dyn Retraction, n: usize, seed: u64) -> Result<()> {
     let law = format!("retraction {} at n = {n}, seed {seed}", r.name());
     let (x, v) = tangent(n, seed)?;
     for length in [0.0, 1e-3, 0.5, 0.9] {
-        let y = r.retract(&x, &scale(length, v.clone())?)?;
+        let y = r.retract(&x, &v.clone().scale(length)?)?;
         at_most(&law, format!("max|YᵀY − I| after {length}"), Orthogonal.orthogonality_error(&y)?, 1e-11)?;
         let signs = [&x, &y].map(|x| Orthogonal.determinant_signs(x));
         let [before, after] = signs;
@@ -63,7 +63,7 @@ pub fn retraction(r: &dyn Retraction, n: usize, seed: u64) -> Result<()> {
             return Err(Error::numeric(law, format!("the determinant changes sign after {length}")));
         }
         // ‖R(x, tv) − x − tv‖ ≤ t² for ‖v‖ = 1: the second fundamental form has ½‖v‖², tangential curvature at most as much.
-        let straight = linear_combination(1.0, x.clone(), length, v.clone())?;
+        let straight = Tensor::axpby(1.0, x.clone(), length, v.clone())?;
         at_most(
             &law,
             format!("distance from the tangent after {length}"),
@@ -84,7 +84,7 @@ pub fn orthogonal_geometry(n: usize, seed: u64) -> Result<()> {
     at_most(&law, "projecting twice", norm(&minus(&Orthogonal.project_tangent(&x, &v)?, &v)?)?, tiny)?;
     let grad = Orthogonal.riemannian_gradient(&x, &g)?;
     at_most(&law, "⟨grad, v⟩ − ⟨G, v⟩", (inner(&grad, &v)? - inner(&g, &v)?).abs(), tiny)?;
-    let s = linear_combination(2.0, a.clone(), -1.0, skew(&a)?)?; // A + Aᵀ
+    let s = Tensor::axpby(2.0, a.clone(), -1.0, skew(&a)?)?; // A + Aᵀ
     let still = Orthogonal.riemannian_gradient(&x, &product(&x, false, &s, false)?)?;
     at_most(&law, "gradient for G = XS", norm(&still)?, tiny)?;
     let y = Orthogonal.random_point(1, n, seed ^ 0xff)?;
@@ -154,7 +154,7 @@ impl Procrustes {
             (0..n * n).map(|i| if i % (n + 1) == 0 { 0.8 + 0.4 * (i / n) as f64 / n as f64 } else { 0.0 }).collect();
         let a = product(&basis, false, &Tensor::from_vec(diagonal, [1, n, n])?, false)?;
         let target = Orthogonal.random_point(1, n, seed ^ 0xb0b)?;
-        let b = linear_combination(1.0, product(&target, false, &a, false)?, 0.02, randn([1, n, n], seed ^ 0xe))?;
+        let b = Tensor::axpby(1.0, product(&target, false, &a, false)?, 0.02, randn([1, n, n], seed ^ 0xe))?;
         let optimum = Orthogonal.project_point(&product(&b, false, &a, true)?)?;
         let mut start = Orthogonal.random_point(1, n, seed ^ 0x57a7)?.into_vec::<f64>()?;
         let sign = |x: &Tensor| Ok::<_, Error>(Orthogonal.determinant_signs(x)?[0]);
@@ -173,7 +173,7 @@ impl Procrustes {
     }
 
     fn gradient(&self, x: &Tensor) -> Result<Tensor> {
-        scale(2.0, product(&self.residual(x)?, false, &self.a, true)?)
+        product(&self.residual(x)?, false, &self.a, true)?.scale(2.0)
     }
 }
 
@@ -252,7 +252,7 @@ pub fn stays_orthogonal(
     let law = format!("{} at n = {n}, lr {lr}, gradients of {size:e}", o.name());
     let mut params = [Orthogonal.random_point(2, n, seed)?.to_dtype(DType::F32)?];
     for step in 0..steps {
-        let gradient = scale(size, randn([2, n, n], seed ^ (step + 1)))?.to_dtype(DType::F32)?;
+        let gradient = randn([2, n, n], seed ^ (step + 1)).scale(size)?.to_dtype(DType::F32)?;
         o.step(&mut params, vec![gradient], lr)?;
         let error = Orthogonal.orthogonality_error(&params[0])?;
         at_most(&law, format!("max|RᵀR − I| after step {step}"), error, tolerance)?;

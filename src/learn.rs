@@ -11,9 +11,9 @@ use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::llama::{Llama, Recompute, RotationVars};
 use crate::objective::{Batch, CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule, State};
+use crate::profile::{enter, enter_pass};
 use crate::quant::Scheme;
 use crate::rotation::Rotations;
-use crate::tape::{enter, enter_pass};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The recipe. The defaults are the published ones.
@@ -237,7 +237,6 @@ fn gradients(
     rotations: &Rotations,
     options: &LearnOptions,
 ) -> Result<(f64, Vec<Tensor>)> {
-    use crate::ops::add::linear_combination;
     let mut total: Option<(f64, Vec<Tensor>)> = None;
     for part in batch.chunks(options.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
@@ -260,7 +259,7 @@ fn gradients(
             None => (value, grads),
             Some((sum, old)) => {
                 let pairs = old.into_iter().zip(grads);
-                (sum + value, pairs.map(|(a, b)| linear_combination(1.0, a, 1.0, b)).collect::<Result<_>>()?)
+                (sum + value, pairs.map(|(a, b)| Tensor::axpby(1.0, a, 1.0, b)).collect::<Result<_>>()?)
             }
         });
     }

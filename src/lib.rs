@@ -45,8 +45,9 @@
 //! |---|---|
 //! | one layer, rotated and quantised | [`llama::Block`] |
 //! | the tape, and how to write an operation | [`tape`], [`ops`] |
-//! | what is quantised, and to which grid | [`quant::Scheme`], [`quant::QuantSpec`] |
-//! | rotations and Hadamard matrices | [`rotation`] |
+//! | what is quantised, and to which grid | [`quant::Scheme`], [`grid`] |
+//! | clip ratios and weights found on calibration text | [`calibrate`] |
+//! | rotations and Hadamard matrices | [`rotation`], [`hadamard`](mod@hadamard) |
 //! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
 //! | what learning minimises | [`objective`] |
 //! | the learning loop and its checkpoints | [`learn`](mod@learn) |
@@ -56,6 +57,7 @@
 //! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]
 
+pub mod calibrate;
 pub mod check;
 pub mod data;
 pub mod demo;
@@ -66,13 +68,15 @@ pub mod eval;
 pub mod export;
 #[doc = include_str!("../docs/extending.md")]
 pub mod extending {}
-mod factor;
+pub mod grid;
+pub mod hadamard;
 pub mod inspect;
 pub mod io;
 #[cfg(feature = "cuda")]
 pub mod kernels;
 pub mod laws;
 pub mod learn;
+pub mod linalg;
 pub mod llama;
 pub mod manifold;
 pub mod memory;
@@ -82,7 +86,9 @@ pub mod optim;
 pub mod outliers;
 #[cfg(feature = "cli")]
 pub mod plot;
+pub mod profile;
 pub mod quant;
+mod random;
 pub mod rotation;
 pub mod tape;
 mod tensor;

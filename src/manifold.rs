@@ -9,10 +9,9 @@
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 
-use crate::factor::{Lu, qr, transpose};
-use crate::ops::add::{linear_combination, scale};
-use crate::optim::linalg::{self, dims, gram_residual, largest, orthonormalize, product, same, skew};
-use crate::rotation::Hadamard;
+use crate::hadamard::Hadamard;
+use crate::linalg::factor::{Lu, qr, transpose};
+use crate::linalg::{self, dims, gram_residual, largest, orthonormalize, product, same, skew};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// What first-order optimisers ask of a manifold of matrices, with the metric of the surrounding space.
@@ -154,7 +153,7 @@ impl Orthogonal {
 
 /// Ω = ½(XᵀZ − ZᵀX): the skew matrix with XΩ the tangent part of Z.
 fn angle(x: &Tensor, z: &Tensor) -> Result<Tensor> {
-    scale(0.5, skew(&product(x, true, z, false)?)?)
+    skew(&product(x, true, z, false)?)?.scale(0.5)
 }
 
 /// The exact Cayley transform `X (I − ½Ω)⁻¹ (I + ½Ω)`, by LU in `f64`.
@@ -190,11 +189,11 @@ impl Retraction for CayleyFixedPoint {
     }
     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
         same("Cayley fixed point", x, &[tangent])?;
-        let half = scale(0.5, angle(x, tangent)?)?;
+        let half = angle(x, tangent)?.scale(0.5)?;
         let mut y = x.clone();
         for _ in 0..self.iterations + 1 {
-            let sum = linear_combination(1.0, x.clone(), 1.0, y)?;
-            y = linear_combination(1.0, x.clone(), 1.0, product(&sum, false, &half, false)?)?;
+            let sum = Tensor::axpby(1.0, x.clone(), 1.0, y)?;
+            y = Tensor::axpby(1.0, x.clone(), 1.0, product(&sum, false, &half, false)?)?;
         }
         Ok(orthonormalize(y, tolerance(x))?.0)
     }
@@ -215,7 +214,7 @@ impl Retraction for Qr {
     }
     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
         same("QR retraction", x, &[tangent])?;
-        let y = linear_combination(1.0, x.clone(), 1.0, tangent.clone())?;
+        let y = Tensor::axpby(1.0, x.clone(), 1.0, tangent.clone())?;
         if y.device().is_cpu() { Ok(Orthogonal.qr(&y)?.0) } else { Ok(linalg::cholesky_qr(&y)?.0) }
     }
 }
@@ -231,7 +230,7 @@ impl Retraction for Polar {
     }
     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor> {
         same("polar retraction", x, &[tangent])?;
-        let y = linear_combination(1.0, x.clone(), 1.0, tangent.clone())?;
+        let y = Tensor::axpby(1.0, x.clone(), 1.0, tangent.clone())?;
         // Singular values σ converge to 1 where |1 − σ²| < 2; beyond √3 some reach −1.
         let near = linalg::inverse_norms(&gram_residual(&y)?.0)?.into_iter().all(|inverse| inverse > 1.0 / 1.9);
         match near {
@@ -259,10 +258,10 @@ impl Retraction for Exponential {
         }
         let halvings = (4.0 * longest).log2().ceil().max(0.0) as i32;
         let one = Tensor::from_vec(identity(n).repeat(count), x.shape())?.to_dtype(x.dtype())?.to_device(&x.device())?;
-        let part = scale(0.5f64.powi(halvings), omega)?;
+        let part = omega.scale(0.5f64.powi(halvings))?;
         let mut e = one.clone(); // 1 + A(1 + A/2(1 + A/3(…)))
         for k in (1..=12).rev() {
-            e = linear_combination(1.0, one.clone(), 1.0 / f64::from(k), product(&part, false, &e, false)?)?;
+            e = Tensor::axpby(1.0, one.clone(), 1.0 / f64::from(k), product(&part, false, &e, false)?)?;
         }
         for _ in 0..halvings {
             e = product(&e, false, &e, false)?;

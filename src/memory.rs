@@ -12,30 +12,11 @@
 //! by error need the model, a layer of it in `f64` twice, and the hidden states of their windows (on eight windows at 7B less than a
 //! step within 24 GiB, measured).
 
+use crate::device::Card;
 use crate::llama::{LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
 use crate::quant::Scheme;
 use crate::{DType, Error, Result};
-
-/// What a card can do.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Card {
-    /// Its name.
-    pub name: String,
-    /// Bytes that are free.
-    pub free: usize,
-    /// 16-bit matrix products of a layer's size, FLOP/s.
-    pub products: f64,
-    /// Reading and writing, bytes/s.
-    pub bandwidth: f64,
-}
-
-impl Card {
-    /// NVIDIA H100 80GB HBM3, for planning without one: what its driver says, reckoned as `CudaDevice::card` does.
-    pub fn h100() -> Self {
-        Self { name: "NVIDIA H100 80GB HBM3".into(), free: 79 << 30, products: 685e12, bandwidth: 3.02e12 }
-    }
-}
 
 /// What an objective keeps besides the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

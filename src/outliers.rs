@@ -25,10 +25,11 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::factor::{Lu, qr, transpose};
+use crate::linalg::factor::{Lu, qr, transpose};
+use crate::linalg::matmul;
 use crate::llama::{LayerWeights, LlamaConfig, Weights};
 use crate::manifold::haar;
-use crate::ops::{matmul, normal};
+use crate::random::normal;
 use crate::{DType, Error, Result, Tensor};
 
 /// How much of everything [`plant`] plants. A count of 0, or a factor of 1, leaves that transform out.

@@ -314,6 +314,51 @@ impl Tensor {
         }
     }
 
+    /// `alpha a + beta b` of one shape and type, in place of whichever is unshared.
+    ///
+    /// # Errors
+    /// Operands of different shapes or types, or integers.
+    pub fn axpby(alpha: f64, a: Self, beta: f64, b: Self) -> Result<Self> {
+        if a.shape() != b.shape() {
+            return Err(Error::shape("axpby", format!("{:?}", a.shape()), b.shape()));
+        }
+        if a.dtype() != b.dtype() {
+            return Err(Error::dtype("axpby", a.dtype(), b.dtype()));
+        }
+        let shape = a.shape().to_vec();
+        match (a.device(), a.dtype()) {
+            (Device::Cpu, DType::F64) => {
+                let mut y = a.into_owned::<f64>()?;
+                cpu::zip_in_place(&mut y, b.as_slice()?, |a, b| alpha * a + beta * b);
+                Self::from_vec(y, shape)
+            }
+            (Device::Cpu, DType::F32) => {
+                let (alpha, beta) = (alpha as f32, beta as f32);
+                let mut y = a.into_owned::<f32>()?;
+                cpu::zip_in_place(&mut y, b.as_slice()?, |a, b| alpha * a + beta * b);
+                Self::from_vec(y, shape)
+            }
+            (Device::Cpu, dtype @ (DType::F16 | DType::BF16)) => {
+                Self::axpby(alpha, a.to_dtype(DType::F32)?, beta, b.to_dtype(DType::F32)?)?.to_dtype(dtype)
+            }
+            #[cfg(feature = "cuda")]
+            (Device::Cuda(_), _) => crate::device::cuda::ops::axpby(alpha, a, beta, Some(b)),
+            (Device::Cpu, DType::U32) => Err(Error::dtype("axpby", "f64, f32, f16 or bf16", DType::U32)),
+        }
+    }
+
+    /// `factor self`, in place when unshared.
+    ///
+    /// # Errors
+    /// Integers.
+    pub fn scale(self, factor: f64) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if !self.device().is_cpu() {
+            return crate::device::cuda::ops::axpby(factor, self, 0.0, None);
+        }
+        Self::axpby(factor, self.clone(), 0.0, self)
+    }
+
     /// The values on another device; free when they are there.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         match (&*self.storage, device) {

@@ -3,10 +3,10 @@
 mod common;
 
 use common::{Golden, distance, number};
+use spinquant::hadamard::Hadamard;
 use spinquant::ops::{fake_quant, hadamard, randn};
 use spinquant::optim::{CayleySgd, Mode, Optimizer};
 use spinquant::quant::{Clip, QuantSpec};
-use spinquant::rotation::Hadamard;
 use spinquant::{DType, Tape, Tensor};
 
 #[test]
@@ -119,7 +119,7 @@ fn hadamard_tables() {
             let x = randn([3, n], n as u64);
             for transpose in [false, true] {
                 let values = x.to_vec::<f64>().unwrap();
-                let want = spinquant::ops::matmul::reference(&values, false, &h, !transpose, (3, n, n));
+                let want = spinquant::linalg::matmul::reference(&values, false, &h, !transpose, (3, n, n));
                 let wide = hadamard::transform(x.clone(), &map, transpose).unwrap();
                 assert!(distance(&wide.to_f64_vec().unwrap(), &want) <= 1e-12, "f64, n = {n}");
                 let narrow = hadamard::transform(x.to_dtype(DType::F32).unwrap(), &map, transpose).unwrap();

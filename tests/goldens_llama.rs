@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use common::{Golden, distance, number};
 use serde_json::Value;
+use spinquant::grid::Quantized;
 use spinquant::llama::{Llama, Recompute, RotationVars, Run};
-use spinquant::ops::fake_quant::{Quantized, quantize};
+use spinquant::ops::fake_quant::quantize;
 use spinquant::optim::{CayleySgd, Mode, Optimizer};
 use spinquant::quant::{Clip, Scheme, Site};
 use spinquant::rotation::Rotations;

@@ -54,3 +54,23 @@ impl fmt::Display for Device {
         }
     }
 }
+
+/// What a card can do.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Card {
+    /// Its name.
+    pub name: String,
+    /// Bytes that are free.
+    pub free: usize,
+    /// 16-bit matrix products of a layer's size, FLOP/s.
+    pub products: f64,
+    /// Reading and writing, bytes/s.
+    pub bandwidth: f64,
+}
+
+impl Card {
+    /// NVIDIA H100 80GB HBM3, for planning without one: what its driver says, reckoned as `CudaDevice::card` does.
+    pub fn h100() -> Self {
+        Self { name: "NVIDIA H100 80GB HBM3".into(), free: 79 << 30, products: 685e12, bandwidth: 3.02e12 }
+    }
+}

@@ -7,10 +7,11 @@ use serde_json::{Map, Value, json};
 
 use super::parts::{Part, Raw};
 use super::{RECORD, Stored, StoredLayer};
+use crate::grid::Quantized;
+use crate::hadamard::Hadamard;
 use crate::llama::{Block, EMBEDDING, HEAD, LINEARS, LayerWeights, LlamaConfig, Merged};
-use crate::ops::fake_quant::Quantized;
 use crate::quant::{QuantSpec, Scheme, Site};
-use crate::rotation::{Hadamard, Rotations, TOLERANCE};
+use crate::rotation::{Rotations, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor};
 
 pub const FORMAT: &str = "spinquant-native";

@@ -4,10 +4,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use super::{Format, Output, Stored, Writer};
+use crate::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers};
 use crate::llama::{Llama, LlamaConfig, Rotated, Source};
-use crate::quant::{
-    Calibration, LayerReport, LayerStore, QuantizedLayer, QuantizedLinear, Rtn, Scheme, WeightQuantizer, quantize_layers,
-};
+use crate::quant::{QuantizedLinear, Rtn, Scheme, WeightQuantizer};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result};
 

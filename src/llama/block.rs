@@ -6,11 +6,10 @@
 use std::sync::Arc;
 
 use crate::llama::{LayerWeights, LlamaConfig};
-use crate::ops::add::linear_combination;
 use crate::ops::attention::attention;
 use crate::ops::rope::Rope;
+use crate::profile::enter;
 use crate::quant::{Site, Sites};
-use crate::tape::enter;
 use crate::{DType, Error, Result, Tensor, Var};
 
 /// A layer's frozen weights, RMSNorm gains folded in, not rotated.
@@ -214,7 +213,7 @@ impl Block {
         let other = run.patch.as_ref().map_or(Ok(None), |patch| patch(self.index, site, x.value()))?;
         let x = match other {
             Some(other) => {
-                let difference = linear_combination(1.0, other, -1.0, x.value().clone())?;
+                let difference = Tensor::axpby(1.0, other, -1.0, x.value().clone())?;
                 x.clone().add(x.tape().constant(difference))?
             }
             None => x,

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use crate::llama::block::{Block, RotatedWeights, Run};
-use crate::ops::add;
-use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var, enter_pass};
+use crate::profile::enter_pass;
+use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var};
 use crate::{DType, Error, Result, Tensor};
 
 /// What a step keeps in memory and what it computes again. See [`crate::llama::Recompute`].
@@ -138,7 +138,7 @@ impl Op for Layer {
                 // Parts are added in f32: as if they had been one.
                 let wide = |t: Tensor| if self.whole() || t.dtype() == DType::F64 { Ok(t) } else { t.to_dtype(DType::F32) };
                 *sum = Some(match sum.take() {
-                    Some(sum) => add::linear_combination(1.0, sum, 1.0, wide(dw)?)?,
+                    Some(sum) => Tensor::axpby(1.0, sum, 1.0, wide(dw)?)?,
                     None => wide(dw)?,
                 });
             }

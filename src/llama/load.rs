@@ -178,7 +178,7 @@ impl Weights {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
         let mut random = |shape: [usize; 2]| {
             let std = (shape[1] as f64).sqrt().recip();
-            let values = (0..shape[0] * shape[1]).map(|_| std * crate::ops::normal(&mut rng)).collect();
+            let values = (0..shape[0] * shape[1]).map(|_| std * crate::random::normal(&mut rng)).collect();
             Tensor::from_vec::<f64>(values, shape).expect("as many values as the shape asks for")
         };
         let table = [config.vocab_size, config.hidden_size];

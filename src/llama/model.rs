@@ -6,15 +6,15 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use crate::data;
+use crate::linalg::matmul;
 use crate::llama::block::{Block, RotatedWeights, Run};
 use crate::llama::walk::observed;
 use crate::llama::{LayerWeights, LlamaConfig, Plan, Rotated, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
-use crate::ops::matmul;
 use crate::ops::rope::Rope;
+use crate::profile::enter;
 use crate::quant::{Scheme, Site};
 use crate::rotation::Rotations;
-use crate::tape::enter;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
 /// Which layers keep their intermediate values for the backward pass, and which compute them again.
@@ -214,7 +214,7 @@ impl Llama {
 
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
     /// Without rotations the network is the plain one, R3 included ([`Scheme::unrotated`]). Other weight quantisers:
-    /// [`quantize_weights`](crate::quant::quantize_weights).
+    /// [`quantize_weights`](crate::calibrate::quantize_weights).
     pub fn merge(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
         self.merge_with(rotations, scheme, |rotated, i| rotated.nearest(i))
     }

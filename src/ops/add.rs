@@ -1,9 +1,8 @@
-//! `y = a + b`, and the linear combinations that gradients are summed with.
+//! `y = a + b` and `y = c x`.
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, randn, unsupported, widened};
+use crate::ops::{Case, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
-use crate::{DType, Error, Result, Tensor};
+use crate::{Error, Result, Tensor};
 
 /// Elementwise sum of two tensors of one shape; `dA = dB = dY`.
 pub struct Add;
@@ -14,7 +13,7 @@ impl Op for Add {
     }
     fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [a, b] = inputs.take()?;
-        linear_combination(1.0, a, 1.0, b)
+        Tensor::axpby(1.0, a, 1.0, b)
     }
     fn backward(&self, _: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
         Ok(want.iter().map(|&w| w.then(|| dy.clone())).collect())
@@ -30,10 +29,10 @@ impl Op for Scale {
     }
     fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
-        scale(self.0, x)
+        x.scale(self.0)
     }
     fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
-        Ok(vec![Some(scale(self.0, dy)?)])
+        Ok(vec![Some(dy.scale(self.0)?)])
     }
 }
 
@@ -47,58 +46,6 @@ impl<'t> Var<'t> {
     pub fn scale(self, factor: f64) -> Result<Self> {
         self.tape().record(Scale(factor), vec![self])
     }
-}
-
-/// `alpha a + beta b`, without a tape, in place of whichever is unshared.
-pub fn linear_combination(alpha: f64, a: Tensor, beta: f64, b: Tensor) -> Result<Tensor> {
-    if a.shape() != b.shape() {
-        return Err(Error::shape("add", format!("{:?}", a.shape()), b.shape()));
-    }
-    if a.dtype() != b.dtype() {
-        return Err(Error::dtype("add", a.dtype(), b.dtype()));
-    }
-    let shape = a.shape().to_vec();
-    match (a.device(), a.dtype()) {
-        (Device::Cpu, DType::F64) => {
-            let mut y = a.into_owned::<f64>()?;
-            cpu::zip_in_place(&mut y, b.as_slice()?, |a, b| alpha * a + beta * b);
-            Tensor::from_vec(y, shape)
-        }
-        (Device::Cpu, DType::F32) => {
-            let (alpha, beta) = (alpha as f32, beta as f32);
-            let mut y = a.into_owned::<f32>()?;
-            cpu::zip_in_place(&mut y, b.as_slice()?, |a, b| alpha * a + beta * b);
-            Tensor::from_vec(y, shape)
-        }
-        (Device::Cpu, DType::F16 | DType::BF16) => {
-            struct Both(f64, f64);
-            impl Op for Both {
-                fn name(&self) -> &'static str {
-                    "add"
-                }
-                fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
-                    let [a, b] = inputs.take()?;
-                    linear_combination(self.0, a, self.1, b)
-                }
-                fn backward(&self, _: Saved, _: Tensor, _: &[bool]) -> Result<Grads> {
-                    Ok(vec![])
-                }
-            }
-            widened(&Both(alpha, beta), vec![a, b].into(), &mut Saved::default())
-        }
-        #[cfg(feature = "cuda")]
-        (Device::Cuda(_), _) => crate::device::cuda::ops::axpby(alpha, a, beta, Some(b)),
-        _ => Err(unsupported(&Add, &a)),
-    }
-}
-
-/// `alpha x`, without a tape.
-pub fn scale(alpha: f64, x: Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if !x.device().is_cpu() {
-        return crate::device::cuda::ops::axpby(alpha, x, 0.0, None);
-    }
-    linear_combination(alpha, x.clone(), 0.0, x)
 }
 
 /// Worked cases.

@@ -7,8 +7,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::device::{Device, cpu};
+use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, fast_grid, reference_grid};
 use crate::ops::{Case, randn, unsupported, widened};
-use crate::quant::{Clip, Grid, GridFloat, QuantSpec, SEARCH_NORM, SEARCH_STEPS};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -59,33 +59,6 @@ impl Var<'_> {
     }
 }
 
-/// A tensor as integer codes and the grid of every group.
-#[derive(Clone, Debug)]
-pub struct Quantized {
-    /// Shape of the tensor.
-    pub shape: Vec<usize>,
-    /// Columns that share a scale.
-    pub group: usize,
-    /// Codes, as many as values.
-    pub codes: Vec<i16>,
-    /// Scale of every group, in the arithmetic's type (`f64` for `f64` tensors, else `f32`).
-    pub scale: Tensor,
-    /// Zero point of every group (0 when symmetric).
-    pub zero: Tensor,
-}
-
-impl Quantized {
-    /// `scale · (code − zero)`, in the type of the scale.
-    pub fn dequantize(&self) -> Result<Tensor> {
-        fn go<T: GridFloat>(q: &Quantized) -> Result<Tensor> {
-            let (scale, zero) = (q.scale.as_slice::<T>()?, q.zero.as_slice::<T>()?);
-            let value = |(i, &c): (usize, &i16)| scale[i / q.group] * (T::of(f64::from(c)) - zero[i / q.group]);
-            Tensor::from_vec(q.codes.iter().enumerate().map(value).collect(), q.shape.clone())
-        }
-        if self.scale.dtype() == DType::F64 { go::<f64>(self) } else { go::<f32>(self) }
-    }
-}
-
 /// The codes and grids that [`FakeQuant`] would use. 16-bit tensors are widened first.
 pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec) -> Result<Quantized> {
@@ -117,37 +90,6 @@ pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     }
 }
 
-/// Smallest and largest value.
-fn extent<T: GridFloat>(x: &[T]) -> (T, T) {
-    x.iter().fold((x[0], x[0]), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
-}
-
-/// The ratio of candidate `i` of the search.
-pub(crate) fn candidate(i: usize) -> f64 {
-    1.0 - i as f64 / 100.0
-}
-
-/// The grid of one group by the definition, in double.
-pub fn reference_grid(spec: &QuantSpec, x: &[f64]) -> Grid<f64> {
-    let (lo, hi) = extent(x);
-    match spec.clip {
-        Clip::Ratio(p) => Grid::new(spec, lo, hi, p),
-        Clip::Search => {
-            let error = |g: &Grid<f64>| x.iter().map(|&v| (v - g.nearest(v)).abs().powf(SEARCH_NORM)).sum::<f64>();
-            let mut best = (f64::INFINITY, Grid::new(spec, lo, hi, 1.0));
-            for grid in (0..SEARCH_STEPS).map(|i| Grid::new(spec, lo, hi, candidate(i))) {
-                let e = error(&grid);
-                if e < best.0 {
-                    best = (e, grid);
-                }
-            }
-            best.1
-        }
-    }
-}
-
-const LANES: usize = 16;
-
 fn fast(spec: &QuantSpec, group: usize, y: &mut [f32]) {
     let rows = if spec.clip == Clip::Search { 1 } else { cpu::rows_per_task(group) };
     y.par_chunks_mut(rows * group).for_each(|rows| {
@@ -161,85 +103,6 @@ fn fast(spec: &QuantSpec, group: usize, y: &mut [f32]) {
             },
         );
     });
-}
-
-/// The grid of one group in single precision.
-pub fn vector_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
-    cpu::simd(|| fast_grid(spec, x))
-}
-
-#[inline(always)]
-fn fast_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
-    let (lo, hi) = fast_extent(x);
-    match spec.clip {
-        Clip::Ratio(p) => Grid::new(spec, lo, hi, p as f32),
-        Clip::Search => {
-            let mut best = (f32::INFINITY, Grid::new(spec, lo, hi, 1.0));
-            for i in 0..SEARCH_STEPS {
-                let grid = Grid::new(spec, lo, hi, candidate(i) as f32);
-                let e = search_error(&grid, x, best.0);
-                if e < best.0 {
-                    best = (e, grid);
-                }
-            }
-            best.1
-        }
-    }
-}
-
-/// [`extent`] in lanes, which the compiler turns into vector minima and maxima.
-#[inline(always)]
-fn fast_extent(x: &[f32]) -> (f32, f32) {
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    let (mut lo, mut hi) = ([x[0]; LANES], [x[0]; LANES]);
-    for c in chunks {
-        for i in 0..LANES {
-            lo[i] = if c[i] < lo[i] { c[i] } else { lo[i] };
-            hi[i] = if c[i] > hi[i] { c[i] } else { hi[i] };
-        }
-    }
-    let (a, b) = (extent(&lo), extent(&hi));
-    tail.iter().fold((a.0, b.1), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
-}
-
-/// Σ|x − x̂|^2.4, or anything at least `bound` once the partial sum has passed it.
-#[inline(always)]
-fn search_error(grid: &Grid<f32>, x: &[f32], bound: f32) -> f32 {
-    let mut total = 0f32;
-    for block in x.chunks(8 * LANES) {
-        let (chunks, tail) = block.as_chunks::<LANES>();
-        let mut sum = [0f32; LANES];
-        for c in chunks {
-            for i in 0..LANES {
-                sum[i] += power(c[i] - grid.nearest(c[i]));
-            }
-        }
-        total += sum.iter().sum::<f32>() + tail.iter().map(|&v| power(v - grid.nearest(v))).sum::<f32>();
-        if total >= bound {
-            break;
-        }
-    }
-    total
-}
-
-/// |e|^2.4 as e² · 2^(0.4 log₂|e|), relative error below 1e-6, in code that vectorises.
-#[inline(always)]
-fn power(e: f32) -> f32 {
-    let bits = e.to_bits() & 0x7fff_ffff;
-    // |e| = 2^exponent · m with m in [√½, √2); log₂ m = 2/ln 2 · artanh((m − 1)/(m + 1)).
-    let shifted = bits.wrapping_add(0x3f80_0000 - 0x3f35_04f3);
-    let exponent = (shifted >> 23) as i32 - 127;
-    let m = f32::from_bits((shifted & 0x007f_ffff) + 0x3f35_04f3);
-    let t = (m - 1.0) / (m + 1.0);
-    let t2 = t * t;
-    let log = t * (2.885_39 + t2 * (0.961_796_7 + t2 * (0.577_078 + t2 * 0.412_198_6)));
-    let y = ((SEARCH_NORM - 2.0) as f32) * (exponent as f32 + log);
-    // 2^y = 2^whole · e^(f ln 2), f in [−½, ½].
-    let whole = y.round_ties_even();
-    let f = (y - whole) * std::f32::consts::LN_2;
-    let exp = 1.0 + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
-    let scale = f32::from_bits(((whole as i32 + 127) << 23) as u32);
-    e * e * (exp * scale)
 }
 
 /// Worked cases: bits, groups, ties, all-zero rows, an outlier row, clip search.

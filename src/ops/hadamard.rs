@@ -3,8 +3,8 @@
 //! n log n additions for the power-of-two part, a K×K product of ±1 for the rest.
 
 use crate::device::{Device, cpu};
+use crate::hadamard::Hadamard;
 use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::rotation::Hadamard;
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -71,7 +71,7 @@ pub fn transform(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
 /// The transform as matrix products, for types that have no kernel: H = H_K ⊗ H_a ⊗ H_b, one product a factor.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 fn by_products(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
-    use crate::ops::matmul::product;
+    use crate::linalg::matmul::product;
     let (shape, dtype, device) = (x.shape().to_vec(), x.dtype(), x.device());
     let (k, size) = (map.k(), map.n() / map.blocks());
     let m = size / k;

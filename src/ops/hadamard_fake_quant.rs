@@ -2,11 +2,11 @@
 //! stays on chip and is not rounded to 16 bits in between; on the CPU it is the two operations one after the other.
 
 use crate::device::Device;
+use crate::grid::{Clip, QuantSpec};
+use crate::hadamard::Hadamard;
 use crate::ops::fake_quant::FakeQuant;
 use crate::ops::hadamard::Transform;
 use crate::ops::{Case, randn, widened, widened_backward};
-use crate::quant::{Clip, QuantSpec};
-use crate::rotation::Hadamard;
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{Error, Result, Tensor};
 

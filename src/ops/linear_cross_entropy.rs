@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
+use crate::linalg::matmul;
 use crate::ops::cross_entropy::{CrossEntropy, token_losses};
-use crate::ops::{Case, add, matmul, randn};
+use crate::ops::{Case, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{Error, Result, Tensor};
 
@@ -59,18 +60,18 @@ impl Op for LinearCrossEntropy {
             let mut kept = Saved::new(vec![save.wants_any()]);
             let part = CrossEntropy { targets: targets.into() }.forward(vec![logits].into(), &mut kept)?;
             loss = Some(match loss {
-                Some(sum) => add::linear_combination(1.0, sum, share, part)?,
-                None => add::scale(share, part)?,
+                Some(sum) => Tensor::axpby(1.0, sum, share, part)?,
+                None => part.scale(share)?,
             });
             let Some(gradient) = kept.into_vec().pop() else { continue };
-            let scaled = |t: Tensor| if share == 1.0 { Ok(t) } else { add::scale(share, t) };
+            let scaled = |t: Tensor| if share == 1.0 { Ok(t) } else { t.scale(share) };
             if save.wants(0) {
                 dx.push(scaled(matmul::product(&gradient, false, &w, false, false, x.dtype())?)?);
             }
             if save.wants(1) {
                 let part = scaled(matmul::product(&gradient, true, &x, false, false, w.dtype())?)?;
                 dw = Some(match dw {
-                    Some(sum) => add::linear_combination(1.0, sum, 1.0, part)?,
+                    Some(sum) => Tensor::axpby(1.0, sum, 1.0, part)?,
                     None => part,
                 });
             }
@@ -86,7 +87,7 @@ impl Op for LinearCrossEntropy {
         let mut kept = saved.into_vec().into_iter();
         let mut next = || {
             let t = kept.next().ok_or_else(|| Error::Tape("linear_cross_entropy: a gradient was not kept".into()))?;
-            if factor == 1.0 { Ok(t) } else { add::scale(factor, t) }
+            if factor == 1.0 { Ok(t) } else { t.scale(factor) }
         };
         want.iter().map(|&w| w.then(&mut next).transpose()).collect()
     }

@@ -5,8 +5,8 @@
 //! every gradient the type of its operand.
 
 use crate::device::Device;
-use crate::device::cpu::{self, Real, Strides};
-use crate::ops::{Case, narrowest, randn, unsupported};
+use crate::linalg::matmul::product;
+use crate::ops::{Case, narrowest, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -107,7 +107,7 @@ impl Op for LinearAdd {
             return crate::device::cuda::matmul::linear_add(&c, &x, &w);
         }
         let y = product(&x, false, &w, true, false, narrowest(&[x.clone(), w.clone()]))?;
-        crate::ops::add::linear_combination(1.0, c, 1.0, y)
+        Tensor::axpby(1.0, c, 1.0, y)
     }
     fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
         let [_, x, w] = inputs else { return None };
@@ -175,99 +175,6 @@ impl<'t> Var<'t> {
     pub fn transpose_matmul(self, other: Self) -> Result<Self> {
         self.tape().record(Matmul { ta: true, tb: false, dtype: None }, vec![self, other])
     }
-}
-
-/// Batch count (`None` without a batch axis), rows and columns of an operand read with its flag.
-fn dims(t: &Tensor, transposed: bool) -> Result<(Option<usize>, usize, usize)> {
-    let (batch, r, c) = match *t.shape() {
-        [r, c] => (None, r, c),
-        [b, r, c] => (Some(b), r, c),
-        _ => return Err(Error::shape("matmul", "with two axes, or three with a batch", t.shape())),
-    };
-    Ok(if transposed { (batch, c, r) } else { (batch, r, c) })
-}
-
-/// `op(a) op(b)` without a tape. `a` and `b` have two axes, or three with the batch first; `reduce` sums over the batch.
-pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: DType) -> Result<Tensor> {
-    let (batch_a, m, k) = dims(a, ta)?;
-    let (batch_b, k2, n) = dims(b, tb)?;
-    let batch = batch_a.or(batch_b);
-    if k != k2 || (batch_a.is_some() && batch_b.is_some() && batch_a != batch_b) {
-        let flag = |t: bool| if t { "ᵀ" } else { "" };
-        let message = format!("{:?}{} for {:?}{}: inner sizes {k2} and {k}", b.shape(), flag(tb), a.shape(), flag(ta));
-        return Err(Error::shape("matmul", message, b.shape()));
-    }
-    let shape = match batch {
-        Some(count) if !reduce => vec![count, m, n],
-        _ => vec![m, n],
-    };
-    let p =
-        Problem { m, n, k, batch: batch.unwrap_or(1), batch_a: batch_a.is_some(), batch_b: batch_b.is_some(), ta, tb, reduce };
-    match (a.device(), dtype) {
-        (Device::Cpu, DType::F64) => {
-            Tensor::from_vec(p.run(a.as_slice::<f64>()?, b.as_slice::<f64>()?, vec![0.0; p.size()]), shape)
-        }
-        (Device::Cpu, DType::F32 | DType::F16 | DType::BF16) => {
-            let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
-            Tensor::from_vec(p.run(a.as_slice::<f32>()?, b.as_slice::<f32>()?, cpu::alloc(p.size())), shape)?.to_dtype(dtype)
-        }
-        #[cfg(feature = "cuda")]
-        (Device::Cuda(_), _) => crate::device::cuda::matmul::matmul(a, b, &p, shape, dtype),
-        _ => Err(unsupported(&Matmul::default(), a)),
-    }
-}
-
-/// The sizes of one (batched) product.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Problem {
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-    pub batch: usize,
-    pub batch_a: bool,
-    pub batch_b: bool,
-    pub ta: bool,
-    pub tb: bool,
-    pub reduce: bool,
-}
-
-impl Problem {
-    fn size(&self) -> usize {
-        self.m * self.n * if self.reduce { 1 } else { self.batch }
-    }
-
-    fn run<T: Real>(&self, a: &[T], b: &[T], mut y: Vec<T>) -> Vec<T> {
-        let Self { m, n, k, .. } = *self;
-        let (ca, cb) = (if self.ta { m } else { k }, if self.tb { k } else { n });
-        if k == 0 || self.batch == 0 {
-            y.fill(T::ZERO);
-        }
-        for i in 0..self.batch {
-            let a = if self.batch_a { &a[i * m * k..][..m * k] } else { a };
-            let b = if self.batch_b { &b[i * k * n..][..k * n] } else { b };
-            let (y, beta) = if self.reduce {
-                (&mut y[..], if i == 0 { T::ZERO } else { T::ONE })
-            } else {
-                (&mut y[i * m * n..][..m * n], T::ZERO)
-            };
-            let (sa, sb) = (Strides::new(ca, self.ta), Strides::new(cb, self.tb));
-            cpu::gemm((m, n, k), y, Strides::new(n, false), beta, a, sa, b, sb, T::ONE, true);
-        }
-        y
-    }
-}
-
-/// The definition, three loops; kept as the oracle of the fast paths.
-pub fn reference(a: &[f64], ta: bool, b: &[f64], tb: bool, (m, n, k): (usize, usize, usize)) -> Vec<f64> {
-    let mut y = vec![0.0; m * n];
-    for i in 0..m {
-        for j in 0..n {
-            for l in 0..k {
-                y[i * n + j] += if ta { a[l * m + i] } else { a[i * k + l] } * if tb { b[j * k + l] } else { b[l * n + j] };
-            }
-        }
-    }
-    y
 }
 
 /// Worked cases.

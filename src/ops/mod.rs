@@ -21,8 +21,7 @@ pub mod swiglu;
 
 use std::sync::Arc;
 
-use rand::{RngExt, SeedableRng};
-
+pub use crate::random::{normal, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -92,21 +91,6 @@ pub fn cases() -> Vec<Case> {
     .concat()
 }
 
-/// Standard normal `f64` values from a seed, for cases and tests.
-pub fn randn(shape: impl Into<Vec<usize>>, seed: u64) -> Tensor {
-    let shape = shape.into();
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-    let values = (0..shape.iter().product()).map(|_| normal(&mut rng)).collect();
-    Tensor::from_vec(values, shape).expect("as many values as the shape asks for")
-}
-
-/// One standard normal number (Box & Muller 1958).
-pub fn normal(rng: &mut impl rand::Rng) -> f64 {
-    let u: f64 = 1.0 - rng.random::<f64>();
-    let v: f64 = rng.random();
-    (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
-}
-
 /// Runs a 16-bit operation in `f32`: widens the operands, rounds the result once to the narrowest type among them.
 pub fn widened(op: &impl Op, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
     let inputs = inputs.into_vec();
@@ -130,7 +114,7 @@ pub fn widened_backward(op: &impl Op, saved: Saved, dy: Tensor, want: &[bool]) -
 pub(crate) fn kept_gradient(saved: Saved, dy: Tensor) -> Result<Grads> {
     let [gradient] = saved.take()?;
     let factor = dy.item()?;
-    Ok(vec![Some(if factor == 1.0 { gradient } else { add::scale(factor, gradient)? })])
+    Ok(vec![Some(if factor == 1.0 { gradient } else { gradient.scale(factor)? })])
 }
 
 /// An error naming an operation and the element type it cannot work on.

@@ -7,8 +7,7 @@
 //! ```
 
 use crate::io::is_finite;
-use crate::ops::add::linear_combination;
-use crate::optim::linalg::{self, alike};
+use crate::linalg::{self, alike};
 use crate::optim::{Audit, Optimizer, State};
 use crate::{Error, Result, Tensor};
 
@@ -109,7 +108,7 @@ impl Optimizer for Adam {
             };
             alike("Adam: saved moments", x, &[&m, &v])?;
             let [m, v, direction] = linalg::adam(&m, &v, &g, [self.betas.0, self.betas.1], corrections, self.epsilon)?;
-            points.push(linear_combination(1.0 - lr * self.weight_decay, x.clone(), -lr, direction)?);
+            points.push(Tensor::axpby(1.0 - lr * self.weight_decay, x.clone(), -lr, direction)?);
             moments.push([m, v]);
         }
         params.clone_from_slice(&points);

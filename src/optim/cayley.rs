@@ -23,8 +23,7 @@
 //! published results were all obtained without. Products of large matrices on a GPU are of operands rounded to 22 bits
 //! ([`Digits::Most`]).
 
-use crate::ops::add::linear_combination;
-use crate::optim::linalg::{
+use crate::linalg::{
     Digits, add_scaled, gram_residual, largest, normalize_rows, orthonormalize, product, rounded_product, same, skew, step_size,
     tolerance, transpose_axpby,
 };
@@ -110,12 +109,12 @@ impl CayleySgd {
         let v = transpose_axpby(-1.0, &g, 0.0, None)?;
         let m = product(&v, false, &x, false)?;
         let xtxm = product(&x, true, &product(&x, false, &m, false)?, false)?;
-        let w = skew(&linear_combination(1.0, m, -0.5, xtxm)?)?;
+        let w = skew(&Tensor::axpby(1.0, m, -0.5, xtxm)?)?;
         let alpha = step_size(&w, lr)?;
         let xt = transpose_axpby(1.0, &x, 0.0, None)?;
         let mut y = add_scaled(Some(xt.clone()), &alpha, 1.0, &v)?;
         for _ in 0..ITERATIONS {
-            let sum = linear_combination(1.0, y, 1.0, xt.clone())?;
+            let sum = Tensor::axpby(1.0, y, 1.0, xt.clone())?;
             y = add_scaled(Some(xt.clone()), &alpha, 0.5, &product(&w, false, &sum, false)?)?;
         }
         let x = transpose_axpby(1.0, &y, 0.0, None)?;
@@ -144,10 +143,10 @@ impl CayleySgd {
         drop(w);
         let a2 = times(&a, false, &a, false)?;
         let a3 = times(&a, false, &a2, false)?;
-        let s = linear_combination(1.0, linear_combination(1.0, a, 1.0, a2)?, 1.0, a3.clone())?;
+        let s = Tensor::axpby(1.0, Tensor::axpby(1.0, a, 1.0, a2)?, 1.0, a3.clone())?;
         let rest = times(&a3, false, &s, false)?;
-        let s = linear_combination(1.0, s, 1.0, rest)?;
-        let x = linear_combination(2.0, times(x, false, &s, true)?, 1.0, x.clone())?;
+        let s = Tensor::axpby(1.0, s, 1.0, rest)?;
+        let x = Tensor::axpby(2.0, times(x, false, &s, true)?, 1.0, x.clone())?;
         let most = tolerance(&x);
         let (x, errors) = orthonormalize(x, most)?;
         Ok((x, largest(&errors), v))

@@ -17,7 +17,6 @@
 
 mod adam;
 mod cayley;
-pub mod linalg;
 mod qr_orth;
 mod riemannian;
 mod schedule;
@@ -31,7 +30,7 @@ pub use schedule::Schedule;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::{Error, Result, Tensor, io};
+use crate::{Error, Result, Tensor, io, linalg};
 
 /// Something that moves rotations downhill and can be stopped and resumed to the same bits.
 pub trait Optimizer {

@@ -12,10 +12,9 @@
 //! skewed that its factors would be inexact in `f32`, a step starts anew from Z = X, which moves nothing.
 //!
 //! The factorisation is Cholesky–QR, twice: matrix products on the device, the triangular factors on the host in `f64`
-//! ([`linalg::cholesky_qr`](crate::optim::linalg::cholesky_qr)). X is then re-orthonormalised to max|RᵀR − I| ≤ 1e-6 in `f32`.
+//! ([`linalg::cholesky_qr`](crate::linalg::cholesky_qr)). X is then re-orthonormalised to max|RᵀR − I| ≤ 1e-6 in `f32`.
 
-use crate::ops::add::{linear_combination, scale};
-use crate::optim::linalg::{
+use crate::linalg::{
     add_scaled, cholesky_qr, largest, mean_squares, orthonormalize, product, same, skew, step_size, strictly_lower, tolerance,
 };
 use crate::optim::{Audit, Optimizer, State, check_step};
@@ -92,12 +91,12 @@ impl Optimizer for QrOrth {
             let (z, r_inverse, v) = self.factors(i, x)?;
             let slope = gradient_through_qr(x, g, &r_inverse)?;
             let v = match v {
-                Some(v) => linear_combination(self.momentum, v, 1.0, slope)?,
+                Some(v) => Tensor::axpby(self.momentum, v, 1.0, slope)?,
                 None => slope,
             };
             // ‖V Z⁻¹‖, with Z⁻¹ = R⁻¹ Xᵀ
             let relative = product(&product(&v, false, &r_inverse, false)?, false, x, true)?;
-            let z = add_scaled(Some(z), &step_size(&scale(2.0, relative)?, lr)?, -1.0, &v)?;
+            let z = add_scaled(Some(z), &step_size(&relative.scale(2.0)?, lr)?, -1.0, &v)?;
             let (q, r_inverse) = cholesky_qr(&z)?;
             let (q, error) = orthonormalize(q, tolerance(x))?;
             if is_skewed(&z, &r_inverse)? {

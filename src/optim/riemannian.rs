@@ -18,17 +18,16 @@
 //! variant divides every entry of M by its own `√v̂` (and by √n, so that its rate is an angle as well): that direction follows the signs
 //! of the noise as much as the gradient, and depends on the basis.
 
-use crate::manifold::{Polar, Qr, Retraction};
-use crate::ops::add::{linear_combination, scale};
-use crate::optim::linalg::{
+use crate::linalg::{
     adam, add_scaled, inverse_norms, largest, mean_squares, orthonormalize, product, same, skew, step_size, tolerance,
 };
+use crate::manifold::{Polar, Qr, Retraction};
 use crate::optim::{Audit, Optimizer, State, check_step};
 use crate::{Error, Result, Tensor};
 
 /// Ω = ½(XᵀG − GᵀX).
 fn angular_gradient(x: &Tensor, g: &Tensor) -> Result<Tensor> {
-    scale(0.5, skew(&product(x, true, g, false)?)?)
+    skew(&product(x, true, g, false)?)?.scale(0.5)
 }
 
 /// `Retract_X(−alpha[b] X M)` for every matrix b of the batch, re-orthonormalised; and its audited drift.
@@ -104,7 +103,7 @@ impl Optimizer for RiemannianSgd {
         for (i, (x, g)) in params.iter().zip(&grads).enumerate() {
             let omega = angular_gradient(x, g)?;
             let m = match kept(&self.name, &self.velocity, i, x)? {
-                Some(m) => linear_combination(self.momentum, m, 1.0, omega)?,
+                Some(m) => Tensor::axpby(self.momentum, m, 1.0, omega)?,
                 None => omega,
             };
             let (x, error) = advance(x, &m, &step_size(&m, lr)?, &*self.retraction)?;
@@ -211,7 +210,7 @@ impl RiemannianAdam {
                 None => vec![0.0; k],
             };
             let second: Vec<f64> = old.into_iter().zip(squares).map(|(v, s)| b2 * v + (1.0 - b2) * s).collect();
-            let first = linear_combination(b1, first, 1.0 - b1, omega)?;
+            let first = Tensor::axpby(b1, first, 1.0 - b1, omega)?;
             let factor = |v: &f64| lr / corrections[0] / ((v / corrections[1]).sqrt() + self.epsilon);
             let factors = second.iter().map(factor).collect();
             (first.clone(), Tensor::from_vec(second, [k])?, first, factors)

@@ -18,8 +18,8 @@ use rayon::prelude::*;
 use crate::device::cpu::{self, Strides};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::gptq as gpu;
-use crate::factor;
-use crate::ops::fake_quant::Quantized;
+use crate::grid::Quantized;
+use crate::linalg::factor;
 use crate::quant::weight::hessian_for;
 use crate::quant::{Grid, GridFloat, QuantSpec, QuantizedLinear, WeightQuantizer};
 use crate::{DType, Device, Error, Result, Tensor};

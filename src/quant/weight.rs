@@ -1,7 +1,7 @@
 //! The seam between the layer-by-layer pipeline and what quantises a weight: a quantiser is one file that implements
 //! [`WeightQuantizer`].
 
-use crate::ops::fake_quant::Quantized;
+use crate::grid::Quantized;
 use crate::quant::QuantSpec;
 use crate::{DType, Device, Error, Result, Tensor};
 

@@ -1,18 +1,16 @@
 //! The rotations R1 … R4 of the paper, and the Hadamard matrices they start from.
 
-mod hadamard;
 mod pickle;
 mod report;
 mod torch;
 
-pub use hadamard::{Hadamard, MAX_K};
 pub use report::{MatrixReport, TOLERANCE};
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::linalg;
 use crate::manifold;
-use crate::optim::linalg;
 use crate::{DType, Error, Result, Tensor, io};
 
 /// The learned rotations: R1 of the residual stream, and R2 of every layer's values. R3 and R4 are fixed Hadamard maps.
@@ -130,7 +128,7 @@ impl Rotations {
             if x.device().is_cpu() {
                 return Ok(linalg::gram_residual(&wide)?.1);
             }
-            let gram = crate::ops::matmul::product(&wide, true, &wide, false, false, DType::F64)?.to_f64_vec()?;
+            let gram = crate::linalg::matmul::product(&wide, true, &wide, false, false, DType::F64)?.to_f64_vec()?;
             let n = x.cols();
             let off = |(i, g): (usize, &f64)| (g - if i % (n + 1) == 0 { 1.0 } else { 0.0 }).abs();
             // NaN is not lost: it is no number's maximum.

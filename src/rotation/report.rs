@@ -3,9 +3,9 @@
 use std::fmt;
 
 use super::Rotations;
-use crate::factor::{Lu, transpose};
+use crate::linalg::factor::{Lu, transpose};
+use crate::linalg::gram_residual;
 use crate::manifold::{Manifold, Orthogonal};
-use crate::optim::linalg::gram_residual;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// max|RᵀR − I| up to which rotations are taken for orthogonal ones with rounding errors.

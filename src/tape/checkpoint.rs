@@ -1,6 +1,7 @@
 //! Memory against time: values that are computed again instead of kept.
 
-use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var, enter_pass};
+use crate::profile::enter_pass;
+use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var};
 use crate::{Result, Tensor};
 
 /// Runs `f` without keeping what is inside it: forward saves only `inputs`, backward runs `f` again.

@@ -6,17 +6,14 @@
 
 mod checkpoint;
 mod op;
-mod part;
 
 use std::cell::{Cell, RefCell};
 
-use crate::ops::add;
+use crate::profile::{enter, enter_pass, part};
 use crate::{Error, Result, Tensor};
 
 pub use checkpoint::checkpoint;
 pub use op::{Grads, Inputs, Op, Saved};
-pub use part::{Part, enter};
-pub(crate) use part::{enter_pass, part};
 
 struct Node {
     /// `None` for a variable.
@@ -142,12 +139,12 @@ impl Tape {
         match &mut *residuals {
             Residuals::Off => Ok(y),
             Residuals::Record(list) => {
-                list.push(add::linear_combination(1.0, y.clone(), -1.0, smooth)?);
+                list.push(Tensor::axpby(1.0, y.clone(), -1.0, smooth)?);
                 Ok(y)
             }
             Residuals::Replay(list) => {
                 let c = list.next().ok_or_else(|| Error::Tape("the graph changed between evaluations".into()))?;
-                add::linear_combination(1.0, smooth, 1.0, c)
+                Tensor::axpby(1.0, smooth, 1.0, c)
             }
         }
     }
@@ -219,7 +216,7 @@ impl Tape {
 /// The one place where gradients add.
 fn accumulate(sum: &mut Option<Tensor>, dx: Tensor) -> Result<()> {
     *sum = Some(match sum.take() {
-        Some(sum) => add::linear_combination(1.0, sum, 1.0, dx)?,
+        Some(sum) => Tensor::axpby(1.0, sum, 1.0, dx)?,
         None => dx,
     });
     Ok(())

@@ -3,14 +3,12 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use spinquant::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_weights};
 use spinquant::data::Windows;
+use spinquant::linalg::matmul::product;
 use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Merged, Weights};
-use spinquant::ops::matmul::product;
 use spinquant::ops::randn;
-use spinquant::quant::{
-    Calibration, Clip, Gptq, GroupScales, Hessian, LayerReport, LayerStore, QuantSpec, QuantizedLayer, QuantizedLinear, Scheme,
-    WeightQuantizer, quantize_weights,
-};
+use spinquant::quant::{Clip, Gptq, GroupScales, Hessian, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor};
 

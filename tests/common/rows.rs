@@ -1,8 +1,8 @@
 //! Rows that do not touch each other.
 
+use spinquant::hadamard::Hadamard;
 use spinquant::ops::{hadamard, randn};
 use spinquant::quant::QuantSpec;
-use spinquant::rotation::Hadamard;
 use spinquant::{DType, Device, Tape, Tensor};
 
 /// Up to nine rows of `[rows, n]`, the first and the last among them.

@@ -1,8 +1,9 @@
 //! GPTQ against the CPU's.
 
+use spinquant::calibrate::{Calibration, quantize_weights};
 use spinquant::llama::{LayerWeights, Llama};
 use spinquant::ops::randn;
-use spinquant::quant::{Calibration, Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Scheme, quantize_weights};
+use spinquant::quant::{Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Tensor};
 

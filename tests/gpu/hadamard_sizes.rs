@@ -3,9 +3,9 @@
 //! more than 2^31 values. Then rows that do not touch each other.
 
 use half::{bf16, f16};
+use spinquant::hadamard::Hadamard;
 use spinquant::ops::{Case, hadamard, randn};
 use spinquant::quant::QuantSpec;
-use spinquant::rotation::Hadamard;
 use spinquant::{DType, Tape, Tensor, check};
 
 use crate::common::need::gpu;

@@ -1,7 +1,7 @@
 //! GPU kernels against the f64 reference and an equally imprecise CPU baseline, on every operation's cases.
 
+use spinquant::linalg;
 use spinquant::manifold::Orthogonal;
-use spinquant::optim::linalg;
 use spinquant::{DType, Device, Tensor, check, ops};
 
 use crate::common::need::gpu;

@@ -1,7 +1,7 @@
 //! Layers of the size of LLaMA-2-7B on a GPU: does 16-bit arithmetic change the answer?
 
+use spinquant::linalg::matmul::product;
 use spinquant::llama::{Block, Llama, Recompute, RotationVars, synthetic};
-use spinquant::ops::matmul::product;
 use spinquant::quant::Scheme;
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor};

@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use spinquant::calibrate::{ClipGoal, search_clips};
 use spinquant::data::Windows;
 use spinquant::llama::{Llama, LlamaConfig, Rotated, Walk, Weights};
-use spinquant::quant::{Clip, ClipGoal, ClipRatios, Scheme, Site, search_clips};
+use spinquant::quant::{Clip, ClipRatios, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Result, Tape, Tensor, eval, ops};
 
@@ -166,7 +167,7 @@ proptest! {
             };
             let x = x.to_dtype(m.dtype()).unwrap();
             let y = Tape::new().constant(x.clone()).fake_quant(scheme.sites(8).at(*site)).unwrap().into_value();
-            let off = ops::add::linear_combination(1.0, y, -1.0, x.clone()).unwrap();
+            let off = Tensor::axpby(1.0, y, -1.0, x.clone()).unwrap();
             let square = |t: &Tensor| t.to_f64_vec().unwrap().into_iter().map(|x| x * x).sum::<f64>();
             let at = Site::ALL.iter().position(|s| s == site).unwrap();
             sums[at] += square(&off) / square(&x);

@@ -10,7 +10,6 @@ use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
 use spinquant::objective::{Batch, CrossEntropy, Objective};
-use spinquant::ops::add::{linear_combination, scale};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, Schedule, State};
 use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
@@ -281,14 +280,14 @@ impl Optimizer for Averaged {
         }
         for (i, (x, g)) in params.iter_mut().zip(grads).enumerate() {
             match self.mean.get_mut(i) {
-                Some(m) => *m = linear_combination(0.5, m.clone(), 0.5, g)?,
+                Some(m) => *m = Tensor::axpby(0.5, m.clone(), 0.5, g)?,
                 None => self.mean.push(g),
             }
-            let down = scale(-lr, Orthogonal.riemannian_gradient(x, &self.mean[i])?)?;
+            let down = Orthogonal.riemannian_gradient(x, &self.mean[i])?.scale(-lr)?;
             *x = Qr.retract(x, &down)?;
         }
         if self.poisons == Some(self.seen.len()) {
-            params[0] = scale(f64::NAN, params[0].clone())?;
+            params[0] = params[0].clone().scale(f64::NAN)?;
         }
         Ok(())
     }
@@ -517,7 +516,7 @@ fn a_state_of_another_run_is_refused() {
     says(run(&m, &w, &mut cayley().with_momentum(0.5).unwrap(), &o, 0).0, &["momentum 0", "0.5"]);
     says(learn(&m, &w, hadamard(&m, 2), &mut cayley(), &o, |_| ControlFlow::Continue(())), &["start was "]);
     says(run(&cast(&m, DType::F64), &w, &mut cayley(), &o, 0).0, &["dtype was "]);
-    let other = changed(&m, DType::F32, |_, w| LayerWeights { down: scale(1.001, w.down.clone()).unwrap(), ..w });
+    let other = changed(&m, DType::F32, |_, w| LayerWeights { down: w.down.clone().scale(1.001).unwrap(), ..w });
     says(run(&other, &w, &mut cayley(), &o, 0).0, &["weights was "]);
     assert_eq!(std::fs::read(&path).unwrap(), saved, "a refusal touches nothing");
 
@@ -588,7 +587,7 @@ fn learning_refuses_what_does_not_fit() {
     says(from(Rotations::identity(28, 8, 2).unwrap(), &o), &["R1", "[24, 24]"]);
     says(from(Rotations::identity(24, 8, 3).unwrap(), &o), &["R2", "[2, 8, 8]"]);
     let mut crooked = Rotations::identity(24, 8, 2).unwrap();
-    crooked.r1 = scale(1.01, crooked.r1).unwrap();
+    crooked.r1 = crooked.r1.scale(1.01).unwrap();
     says(from(crooked, &o), &["R1 is not orthogonal", "max|RᵀR−I| = 2.0e-2"]);
     let start = || hadamard(&m, 1);
     says(from(start(), &LearnOptions { steps: 0, ..o.clone() }), &["at least 1"]);

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use rayon::prelude::*;
+use spinquant::linalg;
 use spinquant::manifold::{Manifold, Orthogonal, Retraction, retractions};
 use spinquant::optim::{
-    self, CayleySgd, Mode, Optimizer, QrOrth, RiemannianAdam, RiemannianSgd, Schedule, State, gradient_through_qr, linalg,
+    self, CayleySgd, Mode, Optimizer, QrOrth, RiemannianAdam, RiemannianSgd, Schedule, State, gradient_through_qr,
 };
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::rotation::Rotations;
@@ -79,7 +80,7 @@ proptest! {
         prop_assert!(distance(&parity, &default) <= moved * moved + 1e-7, "{} apart after {moved}", distance(&parity, &default));
         // Both moved down the Riemannian gradient: W Xᵀ transposed is −grad.
         let grad = Orthogonal.riemannian_gradient(&x, &g).unwrap();
-        let down = ops::add::linear_combination(1.0, x.clone(), -lr, grad).unwrap();
+        let down = Tensor::axpby(1.0, x.clone(), -lr, grad).unwrap();
         prop_assert!(distance(&default, &down) <= moved * moved + 1e-11);
     }
 
@@ -115,7 +116,7 @@ proptest! {
         // d/dt ⟨G, qf(Z + tD)⟩ = ⟨dL/dZ, D⟩, in the middle of nowhere.
         let (z, g, d) = (ops::randn([1, n, n], seed), ops::randn([1, n, n], seed ^ 1), ops::randn([1, n, n], seed ^ 2));
         let inner = |a: &Tensor, b: &Tensor| -> f64 { a.to_f64_vec().unwrap().iter().zip(b.to_f64_vec().unwrap()).map(|(a, b)| a * b).sum() };
-        let along = |t: f64| Orthogonal.qr(&ops::add::linear_combination(1.0, z.clone(), t, d.clone()).unwrap()).unwrap();
+        let along = |t: f64| Orthogonal.qr(&Tensor::axpby(1.0, z.clone(), t, d.clone()).unwrap()).unwrap();
         let (x, r) = along(0.0);
         // Near a singular matrix the differences are no measure.
         let smallest = (0..n).map(|i| r.as_slice::<f64>().unwrap()[i * (n + 1)]).fold(f64::INFINITY, f64::min);
@@ -139,7 +140,7 @@ proptest! {
             let run = |factor: f64| {
                 let (mut o, mut params) = (make(), [Orthogonal.random_point(2, n, seed).unwrap()]);
                 for step in 0..4u64 {
-                    let g = ops::add::scale(factor, ops::randn([2, n, n], seed ^ step)).unwrap();
+                    let g = ops::randn([2, n, n], seed ^ step).scale(factor).unwrap();
                     o.step(&mut params, vec![g], 0.02).unwrap();
                 }
                 params[0].clone()
@@ -169,7 +170,7 @@ fn broken_laws_are_noticed() {
             "wrong"
         }
         fn retract(&self, x: &Tensor, tangent: &Tensor) -> spinquant::Result<Tensor> {
-            let y = ops::add::linear_combination(self.1, x.clone(), self.0, tangent.clone())?;
+            let y = Tensor::axpby(self.1, x.clone(), self.0, tangent.clone())?;
             if self.1 == 1.0 && self.0 == 1.0 { Ok(y) } else { Orthogonal.project_point(&y) }
         }
     }
@@ -227,7 +228,7 @@ fn optimizers_go_by_their_names() {
             "wrong"
         }
         fn step(&mut self, params: &mut [Tensor], grads: Vec<Tensor>, lr: f64) -> spinquant::Result<()> {
-            let grads = grads.into_iter().map(|g| ops::add::scale(self.0, g)).collect::<spinquant::Result<_>>()?;
+            let grads = grads.into_iter().map(|g| g.scale(self.0)).collect::<spinquant::Result<_>>()?;
             self.1.step(params, grads, lr)
         }
         fn state(&self) -> State {
@@ -285,8 +286,8 @@ fn far_matrices_project_and_singular_ones_do_not() {
     let (u, v) = (Orthogonal.random_point(1, n, 1).unwrap(), Orthogonal.random_point(1, n, 2).unwrap());
     let mut scaled = u.to_vec::<f64>().unwrap();
     scaled.iter_mut().enumerate().for_each(|(i, x)| *x *= 10f64.powf(-6.0 + 9.0 * (i % n) as f64 / (n - 1) as f64));
-    let x = ops::matmul::product(&Tensor::from_vec(scaled, [1, n, n]).unwrap(), false, &v, true, false, DType::F64).unwrap();
-    let want = ops::matmul::product(&u, false, &v, true, false, DType::F64).unwrap();
+    let x = linalg::matmul::product(&Tensor::from_vec(scaled, [1, n, n]).unwrap(), false, &v, true, false, DType::F64).unwrap();
+    let want = linalg::matmul::product(&u, false, &v, true, false, DType::F64).unwrap();
     assert!(distance(&Orthogonal.project_point(&x).unwrap(), &want) < 1e-6);
     assert!(Orthogonal.project_point(&Tensor::from_vec(vec![1.0, 2.0, 2.0, 4.0], [1, 2, 2]).unwrap()).is_err());
     assert!(Orthogonal.project_point(&Tensor::from_vec(vec![f64::NAN; 4], [1, 2, 2]).unwrap()).is_err());

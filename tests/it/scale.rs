@@ -1,6 +1,6 @@
 //! What 16 bits hold of a rotation.
 
-use spinquant::ops::matmul::product;
+use spinquant::linalg::matmul::product;
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Tensor, ops};
 

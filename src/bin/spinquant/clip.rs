@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde_json::{Value, json};
+use spinquant::calibrate::{ClipFound, ClipGoal, search_clips};
 use spinquant::data::Windows;
 use spinquant::llama::Llama;
-use spinquant::quant::{ClipFound, ClipGoal, ClipRatios, Scheme, Site, search_clips};
+use spinquant::quant::{ClipRatios, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
@@ -125,8 +126,8 @@ pub fn run(args: &Args) -> Result<()> {
     rotations.save_with(&args.out, &kept)?;
     let (line, value) = report(&found, args.goal);
     match args.json {
-        true => println!("{value}"),
-        false => println!("{line}\nwritten to {}", args.out.display()),
+        true => out!("{value}"),
+        false => out!("{line}\nwritten to {}", args.out.display()),
     }
     Ok(())
 }

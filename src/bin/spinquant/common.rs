@@ -84,7 +84,7 @@ impl SchemeArgs {
         // The best ratio depends on the number of levels.
         let (scheme, found) = (self.scheme(), notes.get(CLIP_SCHEME).map_or("another scheme", String::as_str));
         if found != activation_bits(&scheme) {
-            eprintln!("note: the clip ratios of {} are for {found}, not used for {scheme}", path.display());
+            say!("note: the clip ratios of {} are for {found}, not used for {scheme}", path.display());
             return Ok(None);
         }
         Ok(Some(ratios))
@@ -301,10 +301,10 @@ pub fn stop_on_interrupt() {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step (again: at once)");
+        say!("\nstopping after this step (again: at once)");
     };
     if let Err(e) = ctrlc::set_handler(handler) {
-        eprintln!("warning: Ctrl-C will end the program at once: {e}");
+        say!("warning: Ctrl-C will end the program at once: {e}");
     }
 }
 
@@ -324,7 +324,7 @@ impl Progress {
     }
 
     pub fn say(&self, line: &str) {
-        eprintln!("{line}");
+        say!("{line}");
     }
 
     pub fn start(&self, what: &str, total: usize) -> Task {
@@ -358,7 +358,7 @@ impl Task {
             self.said = Instant::now();
             let left = self.start.elapsed().as_secs_f64() / done.max(1) as f64 * self.total.saturating_sub(done) as f64;
             let left = if last { format!("{:.1} s", self.start.elapsed().as_secs_f64()) } else { format!("{left:.0} s left") };
-            eprintln!("{}: {done}/{}, {left} {message}", self.what, self.total);
+            say!("{}: {done}/{}, {left} {message}", self.what, self.total);
         }
     }
 }

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
+use spinquant::calibrate::ClipGoal;
 use spinquant::data::Windows;
 use spinquant::learn::Learned;
 use spinquant::llama::Llama;
-use spinquant::quant::{ClipGoal, Online, Scheme};
+use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
@@ -172,9 +173,9 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let outcome = comparison.run(&progress)?;
     if args.json {
-        println!("{}", outcome.json());
+        out!("{}", outcome.json());
     } else {
-        println!("{} on {}, windows of {}", file_name(&args.model.model), file_name(&args.text), args.seq_len);
+        out!("{} on {}, windows of {}", file_name(&args.model.model), file_name(&args.text), args.seq_len);
         outcome.print();
     }
     Ok(())
@@ -341,14 +342,14 @@ impl Outcome {
     }
 
     pub fn print(&self) {
-        println!("{:<26} {:<12} {:<32} {:<8} {:>12}", "", "scheme", "rotations", "weights", "perplexity");
+        out!("{:<26} {:<12} {:<32} {:<8} {:>12}", "", "scheme", "rotations", "weights", "perplexity");
         for r in &self.rows {
-            println!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.perplexity);
+            out!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.perplexity);
         }
         let clipped = self.runs_clip.iter().map(|run| (" + clip", run));
         for (with, run) in self.runs.iter().map(|run| ("", run)).chain(clipped) {
             let number = |name: &str| run[name].as_f64().unwrap_or(f64::NAN);
-            println!(
+            out!(
                 "seed {}{with}: held-out loss {:.4} -> {:.4}, perplexity {:.3} -> {:.3}, max|RᵀR − I| {:.1e}, {:.2} s a step",
                 run["seed"],
                 number("held_out_first"),

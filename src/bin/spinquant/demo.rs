@@ -70,10 +70,10 @@ pub fn run(args: &Args) -> Result<()> {
         let mut json = outcome.json();
         json["seconds"] = json!(seconds);
         json["picture"] = json!(args.picture);
-        println!("{json}");
+        out!("{json}");
     } else {
         outcome.print();
-        println!("{seconds:.0} s; activations before and after in {}", args.picture.display());
+        out!("{seconds:.0} s; activations before and after in {}", args.picture.display());
     }
     Ok(())
 }

@@ -78,11 +78,11 @@ fn report(args: &Args, merged: &Merged, windows: &Windows, scheme: &Scheme, prog
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         let Perplexity { perplexity, windows, tokens } = score;
-        println!("{}", json!({"perplexity": perplexity, "windows": windows, "tokens": tokens, "seconds": seconds}));
+        out!("{}", json!({"perplexity": perplexity, "windows": windows, "tokens": tokens, "seconds": seconds}));
     } else {
         let speed = score.tokens as f64 / seconds;
-        println!("{scheme}, {how}: perplexity {:.4}", score.perplexity);
-        println!("{} windows, {} tokens in {seconds:.1} s ({speed:.0} tokens/s)", score.windows, score.tokens);
+        out!("{scheme}, {how}: perplexity {:.4}", score.perplexity);
+        out!("{} windows, {} tokens in {seconds:.1} s ({speed:.0} tokens/s)", score.windows, score.tokens);
     }
     Ok(())
 }

@@ -5,9 +5,11 @@ use std::fmt::Write;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use serde_json::json;
+use spinquant::device::Card;
 use spinquant::learn::{LearnOptions, learn};
 use spinquant::llama::{Plan, Recompute, synthetic};
-use spinquant::memory::{Card, Needs, Planned, Work, predict};
+use spinquant::memory::{Needs, Planned, Work, predict};
 use spinquant::optim::{CayleySgd, Mode};
 use spinquant::plot::{Axes, Panel, Series, lines};
 use spinquant::quant::Scheme;
@@ -88,13 +90,13 @@ fn reset_peak(device: &Device) -> Result<()> {
 }
 
 /// Measures all points, prints them and writes `growth.csv` and `growth.png`.
-pub fn run(folder: &Path, scheme: Scheme, device: &Device, card: &Card) -> Result<()> {
+pub fn run(folder: &Path, scheme: Scheme, device: &Device, card: &Card, json: bool) -> Result<()> {
     let mut csv = "what,shape,layers,batch,seq_len,size,seconds,predicted_seconds,gib,predicted_gib\n".to_string();
     let gib = |bytes: f64| bytes / f64::from(1 << 30);
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let base = measure(&BASE, scheme, device, card)?;
     let base = [base.seconds, base.bytes];
-    let mut panels = vec![];
+    let (mut panels, mut rows) = (vec![], vec![]);
     for (what, unit, points) in sweeps() {
         let mut series =
             ["time", "time, predicted", "memory", "memory, predicted"].map(|name| Series { name: name.into(), points: vec![] });
@@ -113,8 +115,14 @@ pub fn run(folder: &Path, scheme: Scheme, device: &Device, card: &Card) -> Resul
             let Point { shape, layers, batch, seq } = point;
             let row = [values[0], values[1], gib(values[2]), gib(values[3])].map(|v| format!("{v:.4}")).join(",");
             let row = format!("{what},{shape},{layers},{batch},{seq},{size},{row}");
-            println!("{row}");
+            if !json {
+                out!("{row}");
+            }
             let _ = writeln!(csv, "{row}");
+            rows.push(json!({
+                "what": what, "shape": shape, "layers": layers, "batch": batch, "seq_len": seq, "size": size,
+                "seconds": values[0], "predicted_seconds": values[1], "bytes": values[2], "predicted_bytes": values[3],
+            }));
         }
         panels.push(Panel { title: format!("{what} (1 = {unit})"), series: series.into() });
     }
@@ -122,7 +130,11 @@ pub fn run(folder: &Path, scheme: Scheme, device: &Device, card: &Card) -> Resul
     spinquant::io::write_atomically(&path, |out| std::io::Write::write_all(out, csv.as_bytes()))?;
     let axes = Axes { x: "size, multiples of the base", y: "multiples of the base's step", log_y: false };
     lines(&folder.join("growth.png"), (1500, 460), &panels, axes)?;
-    println!(
+    if json {
+        out!("{}", json!({"base_seconds": base[0], "base_bytes": base[1], "points": rows, "out": folder}));
+        return Ok(());
+    }
+    out!(
         "base: {} of {} layers, {} x {} tokens: {:.3} s, {:.2} GiB",
         BASE.shape,
         BASE.layers,

@@ -92,10 +92,10 @@ pub fn run(args: &Args) -> Result<()> {
                 "kurtosis": s.kurtosis, "sqnr_db": s.sqnr_db})
         };
         let sites: Vec<_> = views.iter().flat_map(|v| v.stats.iter().map(|s| site(v, s))).collect();
-        println!("{}", json!({"scheme": scheme.to_string(), "sites": sites, "out": args.out}));
+        out!("{}", json!({"scheme": scheme.to_string(), "sites": sites, "out": args.out}));
     } else {
         print(&views, &scheme);
-        println!("tables and pictures written to {}", args.out.display());
+        out!("tables and pictures written to {}", args.out.display());
     }
     Ok(())
 }
@@ -106,17 +106,17 @@ fn titled(rotations: &str) -> String {
 
 /// Means over the layers.
 fn print(views: &[View], scheme: &Scheme) {
-    println!("{:<18} {:<28} {:>12} {:>12} {:>12}", "site", "rotations", "absmax", "kurtosis", "SQNR (dB)");
+    out!("{:<18} {:<28} {:>12} {:>12} {:>12}", "site", "rotations", "absmax", "kurtosis", "SQNR (dB)");
     for site in Site::ALL {
         for v in views {
             let of: Vec<_> = v.stats.iter().filter(|s| s.site == site).collect();
             let mean = |f: fn(&SiteStats) -> f64| of.iter().map(|s| f(s)).sum::<f64>() / of.len().max(1) as f64;
             let absmax = of.iter().map(|s| s.absmax).fold(0.0, f64::max);
             let (kurtosis, sqnr) = (mean(|s| s.kurtosis), mean(|s| s.sqnr_db));
-            println!("{:<18} {:<28} {absmax:>12.3} {kurtosis:>12.2} {sqnr:>12.2}", site.name(), v.name);
+            out!("{:<18} {:<28} {absmax:>12.3} {kurtosis:>12.2} {sqnr:>12.2}", site.name(), v.name);
         }
     }
-    println!("absmax: the largest of all layers; kurtosis and SQNR ({scheme}): their mean");
+    out!("absmax: the largest of all layers; kurtosis and SQNR ({scheme}): their mean");
 }
 
 fn sites_csv(views: &[View]) -> String {

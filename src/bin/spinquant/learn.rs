@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 #[cfg(feature = "cuda")]
 use spinquant::Device;
+use spinquant::calibrate::ClipGoal;
 use spinquant::data::Windows;
+use spinquant::device::Card;
 use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, LlamaConfig, Recompute};
 use spinquant::memory::{self, Needs, Planned, Work};
 use spinquant::objective;
 use spinquant::optim::{self, Schedule};
-use spinquant::quant::{ClipGoal, ClipRatios, Scheme};
+use spinquant::quant::{ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result};
 
@@ -114,7 +116,7 @@ impl Recipe {
         seq: usize,
         dtype: DType,
         budget: usize,
-        card: &memory::Card,
+        card: &Card,
     ) -> Result<Option<Planned>> {
         if self.recompute || self.micro_batch.is_some() {
             return Ok(None);
@@ -130,16 +132,33 @@ impl Recipe {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => (device.card()?, args.model.dtype(DType::BF16)),
             _ => {
-                eprintln!("no GPU here: planned for an H100");
-                (memory::Card::h100(), args.model.dtype(DType::BF16))
+                say!("no GPU here: planned for an H100");
+                (Card::h100(), args.model.dtype(DType::BF16))
             }
         };
         let (scheme, budget) = (args.scheme.scheme(), self.budget(card.free)?);
         let Some(planned) = self.plan(&config, scheme, args.seq_len, dtype, budget, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
+        let needs = objective::by_name(&self.objective)?.needs();
+        if args.json {
+            let items: serde_json::Map<String, Value> =
+                planned.items.iter().map(|(what, bytes)| (what.to_string(), (*bytes).into())).collect();
+            let plan = planned.plan;
+            out!(
+                "{}",
+                json!({
+                    "scheme": scheme.to_string(), "objective": self.objective, "batch": self.batch, "seq_len": args.seq_len,
+                    "dtype": dtype.to_string(), "device": card.name, "budget_bytes": budget,
+                    "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
+                        "sequences": plan.sequences, "micro_batch": planned.micro_batch},
+                    "bytes": items, "peak_bytes": planned.bytes(), "seconds_per_step": planned.seconds, "steps": self.steps,
+                })
+            );
+            return Ok(());
+        }
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
-        println!(
+        out!(
             "{scheme}, {}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
             self.objective,
             self.batch,
@@ -147,17 +166,12 @@ impl Recipe {
             gib(budget),
             card.name
         );
-        println!("plan: {}", describe(&planned, config.layers, objective::by_name(&self.objective)?.needs()));
+        out!("plan: {}", describe(&planned, config.layers, needs));
         for (what, bytes) in &planned.items {
-            println!("{what:<46} {:>8.2} GiB", gib(*bytes));
+            out!("{what:<46} {:>8.2} GiB", gib(*bytes));
         }
-        println!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
-        println!(
-            "predicted: {:.2} s a step, {:.0} s for {} steps",
-            planned.seconds,
-            planned.seconds * self.steps as f64,
-            self.steps
-        );
+        out!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
+        out!("predicted: {:.2} s a step, {:.0} s for {} steps", planned.seconds, planned.seconds * self.steps as f64, self.steps);
         Ok(())
     }
 
@@ -337,7 +351,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     })?;
     if let Some(e) = log_failed {
-        eprintln!("warning: the log is incomplete: {e}");
+        say!("warning: the log is incomplete: {e}");
     }
     let notes = [
         ("scheme", scheme.to_string()),
@@ -358,7 +372,7 @@ pub fn run(args: &Args) -> Result<()> {
     // The state has served its purpose.
     let _ = std::fs::remove_file(&state);
     if args.json {
-        println!(
+        out!(
             "{}",
             json!({
                 "loss_first": learned.loss_first, "loss_last": learned.loss_last,
@@ -368,10 +382,10 @@ pub fn run(args: &Args) -> Result<()> {
             })
         );
     } else {
-        println!("{scheme}: loss {:.4} -> {:.4}", learned.loss_first, learned.loss_last);
-        println!("held-out loss {:.4} -> {:.4}", learned.held_out_first, learned.held_out_last);
-        println!("max|RᵀR − I| {:.1e}, {:.2} s a step", learned.orthogonality_error, learned.seconds_per_step);
-        println!("rotations written to {}", args.out.display());
+        out!("{scheme}: loss {:.4} -> {:.4}", learned.loss_first, learned.loss_last);
+        out!("held-out loss {:.4} -> {:.4}", learned.held_out_first, learned.held_out_last);
+        out!("max|RᵀR − I| {:.1e}, {:.2} s a step", learned.orthogonality_error, learned.seconds_per_step);
+        out!("rotations written to {}", args.out.display());
     }
     Ok(())
 }

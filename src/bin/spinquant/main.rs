@@ -1,5 +1,11 @@
 //! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
 
+// Both panic when the stream is closed or full.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod console;
+
 mod bench;
 mod clip;
 mod common;
@@ -15,9 +21,11 @@ mod race;
 mod rotations;
 mod weights;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use spinquant::Error;
 
 /// SpinQuant: LLM quantisation with learned rotations (arXiv 2405.16406).
 #[derive(Parser)]
@@ -68,10 +76,11 @@ fn main() -> ExitCode {
         Command::Race(args) => race::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
-    match outcome {
+    let printed = console::finish();
+    match outcome.and_then(|()| printed.map_err(Error::io(Path::new("standard output")))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            say!("error: {e}");
             ExitCode::FAILURE
         }
     }

@@ -7,10 +7,11 @@ use std::time::Instant;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use spinquant::data::targets;
+use spinquant::device::Card;
 use spinquant::learn::learn;
+use spinquant::linalg::matmul::product;
 use spinquant::llama::{Llama, Recompute, RotationVars};
-use spinquant::memory::{Card, Work, predict};
-use spinquant::ops::matmul::product;
+use spinquant::memory::{Work, predict};
 use spinquant::quant::{Clip, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tape, Tensor};
@@ -57,7 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
     let worst = goldens(&folder.unwrap_or_else(|| "tests/fixtures".into()), &device)?;
     progress.say(&format!("goldens in f32 on {device}: loss within {:.1e}, cosine of dR1 at least {:.6}", worst.0, worst.1));
     if let Some(folder) = &args.growth {
-        return crate::growth::run(folder, args.scheme.scheme(), &device, &card(&device)?);
+        return crate::growth::run(folder, args.scheme.scheme(), &device, &card(&device)?, args.json);
     }
     let ceilings = ceilings(&device)?;
 
@@ -118,24 +119,24 @@ pub fn run(args: &Args) -> Result<()> {
         "phases": phases.iter().map(Row::json).collect::<Vec<_>>(),
     });
     if args.json {
-        println!("{report}");
+        out!("{report}");
         return Ok(());
     }
-    println!(
+    out!(
         "{median:.3} s a step ({:.0} tokens/s; {} timed), peak memory {peak:.2} GiB, max|RᵀR − I| {:.1e}, weights ready in {loading:.1} s",
         tokens / median,
         timed.len(),
         learned.orthogonality_error
     );
-    println!("predicted: {:.3} s a step, peak memory {:.2} GiB", predicted.0, predicted.1);
-    println!("ceilings in this run: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s", ceilings.0, ceilings.1);
+    out!("predicted: {:.3} s a step, peak memory {:.2} GiB", predicted.0, predicted.1);
+    out!("ceilings in this run: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s", ceilings.0, ceilings.1);
     let sum: f64 = phases.iter().map(|r| r.ms).sum();
-    println!("one step under watch: {:.0} ms, of which {:.0} ms idle", 1e3 * watched, 1e3 * watched - sum);
-    println!("{:<10} {:<10} {:<20} {:>7} {:>9} {:>6} {:>9} {:>8}", "pass", "part", "work", "calls", "ms", "%", "TFLOP/s", "GB/s");
+    out!("one step under watch: {:.0} ms, of which {:.0} ms idle", 1e3 * watched, 1e3 * watched - sum);
+    out!("{:<10} {:<10} {:<20} {:>7} {:>9} {:>6} {:>9} {:>8}", "pass", "part", "work", "calls", "ms", "%", "TFLOP/s", "GB/s");
     for r in phases.iter().take(args.rows) {
         let rate = |x: f64, unit: f64| if x > 0.0 { format!("{:.0}", x / r.ms / unit) } else { String::new() };
         let percent = 100.0 * r.ms / sum;
-        println!(
+        out!(
             "{:<10} {:<10} {:<20} {:>7} {:>9.2} {percent:>6.1} {:>9} {:>8}",
             r.pass,
             r.part,

@@ -67,7 +67,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
             write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, progress)?;
         }
     }
-    println!("{scheme}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());
+    out!("{scheme}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());
     Ok(())
 }
 

@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Check { file } => {
             let report = read(file)?.report()?;
-            report.iter().for_each(|matrix| println!("{matrix}"));
+            report.iter().for_each(|matrix| out!("{matrix}"));
             match report.iter().find(|m| !m.columns_error.max(m.rows_error).le(&TOLERANCE)) {
                 Some(m) => Err(Error::format(file, format!("{} is not orthogonal: at most {TOLERANCE:.0e} is accepted", m.name))),
                 None => Ok(()),

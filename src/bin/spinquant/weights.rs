@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use serde_json::Value;
+use spinquant::calibrate::{Calibration, LayerReport, quantize_weights};
 use spinquant::data::Windows;
 use spinquant::llama::{Llama, LlamaConfig, Merged};
-use spinquant::quant::{Calibration, Gptq, LayerReport, Scheme, quantize_weights};
+use spinquant::quant::{Gptq, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 

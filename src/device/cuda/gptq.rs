@@ -8,8 +8,8 @@ use cudarc::driver::sys::{CUDA_MEMCPY2D_st, CUmemorytype, cuMemcpy2DAsync_v2};
 
 use super::ops::{Outputs, code, device, ptr_of, quant, quantise};
 use super::{CudaBuffer, CudaDevice, driver_error, ffi, solver};
-use crate::ops::fake_quant::Quantized;
-use crate::ops::matmul;
+use crate::grid::Quantized;
+use crate::linalg::matmul;
 use crate::quant::{QuantSpec, QuantizedLinear};
 use crate::{DType, Device, Error, Result, Tensor};
 

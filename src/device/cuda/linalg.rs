@@ -1,12 +1,12 @@
-//! The steps of optimisers on batches of square `f32` matrices; see [`crate::optim::linalg`] for what each computes.
+//! The steps of optimisers on batches of square `f32` matrices; see [`crate::linalg`] for what each computes.
 
 use std::ffi::c_void;
 
 use super::gemm::{Arithmetic, Factors, Shape};
 use super::ops::ptr_of;
 use super::{CudaDevice, ffi};
-use crate::ops::matmul;
-use crate::optim::linalg::Digits;
+use crate::linalg::Digits;
+use crate::linalg::matmul;
 use crate::{DType, Device, Result, Tensor};
 
 /// From this size on products and Gram matrices are made of split operands; smaller ones take no time as they are.

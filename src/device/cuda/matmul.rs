@@ -3,10 +3,10 @@
 use super::ffi;
 use super::gemm::{Arithmetic, Factors, Shape};
 use super::ops::{aligned, code, copy_into, device, ptr_of};
-use crate::ops::matmul::Problem;
+use crate::linalg::matmul::Problem;
 use crate::{DType, Error, Result, Tensor};
 
-/// See [`crate::ops::matmul::product`].
+/// See [`crate::linalg::matmul::product`].
 pub(crate) fn matmul(a: &Tensor, b: &Tensor, p: &Problem, shape: Vec<usize>, dtype: DType) -> Result<Tensor> {
     let d = device(a)?;
     let (a, b) = (aligned(a.clone())?, aligned(b.clone())?);
@@ -84,7 +84,7 @@ fn multiply(p: &Problem, y: &Tensor, a: &Tensor, b: &Tensor, c: Option<&Tensor>,
     // SAFETY: as above; `parts` has room for every product.
     unsafe { d.gemm(s, ptr_of(&parts), ptr_of(a), ptr_of(b), ptr_of(&parts), factors)? };
     let ones = Tensor::from_vec(vec![1f64; p.batch], [1, p.batch])?.to_dtype(wide)?.to_device(&crate::Device::Cuda(d))?;
-    let sum = crate::ops::matmul::product(&ones, false, &parts, false, false, wide)?;
+    let sum = crate::linalg::matmul::product(&ones, false, &parts, false, false, wide)?;
     copy_into(y, 0, &sum.to_dtype(y.dtype())?)
 }
 

@@ -152,7 +152,7 @@ impl CudaDevice {
 
     /// What the card can do, from what the driver says about it. Of the peak of its tensor cores two thirds are reckoned with, and
     /// nine tenths of its bandwidth, which is what large products and copies reach on an H100.
-    pub fn card(&self) -> Result<crate::memory::Card> {
+    pub fn card(&self) -> Result<crate::device::Card> {
         use sys::CUdevice_attribute_enum as Attribute;
         let get = |attribute| self.0.context.attribute(attribute).map(f64::from).map_err(driver_error("device attribute"));
         let clock = 1e3 * get(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
@@ -169,7 +169,7 @@ impl CudaDevice {
             (8, _) => 512.0,
             _ => 4096.0,
         };
-        Ok(crate::memory::Card {
+        Ok(crate::device::Card {
             name: self.name()?,
             free: self.memory()?.0,
             products: 0.64 * processors * clock * per_clock,

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, DevicePtr};
 
 use super::{CudaBuffer, CudaDevice, ffi};
-use crate::ops::fake_quant::Quantized;
+use crate::grid::Quantized;
+use crate::grid::{Clip, QuantSpec, Target};
+use crate::hadamard::Hadamard;
 use crate::ops::spread::Measure;
-use crate::quant::{Clip, QuantSpec, Target};
-use crate::rotation::Hadamard;
 use crate::{DType, Error, Result, Tensor};
 
 pub(super) fn device(t: &Tensor) -> Result<CudaDevice> {
@@ -271,21 +271,10 @@ pub(crate) fn rms_norm_backward(dy: Tensor, x: &Tensor, gain: Option<&Tensor>, i
     let (mut dy, x) = (aligned(dy)?, aligned(x.clone())?);
     let dx = in_place(&mut dy)?;
     let (rows, cols, dtype) = (x.rows() as i64, x.cols() as i64, code(x.dtype())?);
-    let (gain, no_gain) = (gain_of(gain, x.dtype())?, std::ptr::null_mut());
+    let gain = gain_of(gain, x.dtype())?;
     // SAFETY: sizes as declared; in place is allowed.
     d.launch_moving("norm", 3 * x.bytes(), |s| unsafe {
-        ffi::sq_rms_norm_backward(
-            ptr_of(&dx),
-            no_gain,
-            ptr_of(&dy),
-            ptr_of(&x),
-            gain,
-            ptr_of(inverse).cast(),
-            rows,
-            cols,
-            dtype,
-            s,
-        )
+        ffi::sq_rms_norm_backward(ptr_of(&dx), ptr_of(&dy), ptr_of(&x), gain, ptr_of(inverse).cast(), rows, cols, dtype, s)
     })?;
     Ok(dx)
 }

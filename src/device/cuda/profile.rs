@@ -4,7 +4,7 @@ use cudarc::driver::{CudaEvent, sys};
 
 use super::{CudaDevice, driver_error};
 use crate::Result;
-use crate::tape::part;
+use crate::profile::part;
 
 /// What one launch does.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,7 +26,7 @@ pub(super) struct Launch {
 pub struct Phase {
     /// `forward`, `recompute`, `backward` or `update`.
     pub pass: &'static str,
-    /// The part, as [`crate::tape::enter`] named it.
+    /// The part, as [`crate::profile::enter`] named it.
     pub part: &'static str,
     /// The kind of work: `product`, `attention`, `hadamard` and so on.
     pub what: &'static str,

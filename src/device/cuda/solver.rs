@@ -148,7 +148,7 @@ pub(crate) fn invert_cholesky(d: &CudaDevice, a: Tensor) -> Result<Option<Tensor
 fn on_the_cpu(d: &CudaDevice, a: Tensor) -> Result<Option<Tensor>> {
     let n = a.cols();
     let a = a.to_device(&Device::Cpu)?.into_vec()?;
-    let Some(l) = crate::factor::cholesky(&a, n) else { return Ok(None) };
-    let inverse = crate::factor::invert_lower(&l, n);
+    let Some(l) = crate::linalg::factor::cholesky(&a, n) else { return Ok(None) };
+    let inverse = crate::linalg::factor::invert_lower(&l, n);
     Ok(Some(Tensor::from_vec(inverse, [n, n])?.to_device(&Device::Cuda(d.clone()))?))
 }

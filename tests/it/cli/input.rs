@@ -119,7 +119,7 @@ fn bad_arguments() {
     save(&Rotations::random_hadamard(24, 8, 3, 0).unwrap());
     given(&["R2: expected shape [2, 8, 8] for this model, got [3, 8, 8]"]);
     let mut crooked = Rotations::random_hadamard(24, 8, 2, 0).unwrap();
-    crooked.r1 = ops::add::scale(1.01, crooked.r1).unwrap();
+    crooked.r1 = crooked.r1.scale(1.01).unwrap();
     save(&crooked);
     given(&["R1 is not orthogonal: max|RᵀR−I| = 2.0e-2, at most 1e-4 is accepted"]);
     std::fs::write(place.path("given.safetensors"), "pickle").unwrap();

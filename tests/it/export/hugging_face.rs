@@ -28,7 +28,7 @@ fn hugging_face_output_is_the_same_function() {
             // Rounded once: the stored embedding is the rotated one to the bit.
             let checkpoint = spinquant::llama::Checkpoint::open(&source).unwrap();
             let e = checkpoint.tensor("model.embed_tokens.weight", &[31, 16]).unwrap().to_dtype(DType::F64).unwrap();
-            let rotated = spinquant::ops::matmul::product(&e, false, &r.r1, false, false, DType::F64).unwrap();
+            let rotated = spinquant::linalg::matmul::product(&e, false, &r.r1, false, false, DType::F64).unwrap();
             let stored =
                 spinquant::llama::Checkpoint::open(&out).unwrap().tensor("model.embed_tokens.weight", &[31, 16]).unwrap();
             assert_eq!(stored.dtype(), dtype);

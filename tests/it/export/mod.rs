@@ -13,14 +13,15 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use serde_json::Value;
+use spinquant::calibrate::{Calibration, LayerReport, quantize_layers};
 use spinquant::data::Windows;
 use spinquant::export::{
     self, Format, Output, Provenance, RECORD, Stored, Writer, load_native, write_hf, write_quantized, write_rtn,
 };
+use spinquant::grid::Quantized;
 use spinquant::llama::{Llama, LlamaConfig, Merged, Rotated, Source};
-use spinquant::ops::fake_quant::Quantized;
 use spinquant::ops::randn;
-use spinquant::quant::{Calibration, Clip, Gptq, LayerReport, Online, Scheme, quantize_layers};
+use spinquant::quant::{Clip, Gptq, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 use zip::CompressionMethod::Stored as StoredEntry;

@@ -8,12 +8,11 @@ use crate::common::distance;
 use crate::common::gptq::*;
 use crate::common::need::cases;
 use proptest::prelude::*;
+use spinquant::calibrate::{Calibration, quantize_weights};
+use spinquant::linalg::matmul::product;
 use spinquant::llama::{Block, LayerWeights, Llama, Merged, RotatedWeights, Run};
-use spinquant::ops::matmul::product;
 use spinquant::ops::randn;
-use spinquant::quant::{
-    Calibration, Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Rtn, Scheme, Site, WeightQuantizer, quantize_weights,
-};
+use spinquant::quant::{Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Rtn, Scheme, Site, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Tape, Tensor};
 

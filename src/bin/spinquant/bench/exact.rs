@@ -1,8 +1,8 @@
 //! What the answers should be, in f64, and how far from it they may be.
 
-use spinquant::ops::fake_quant::reference_grid;
+use spinquant::grid::reference_grid;
+use spinquant::hadamard::Hadamard;
 use spinquant::quant::{Grid, QuantSpec};
-use spinquant::rotation::Hadamard;
 use spinquant::{DType, Error, Result};
 
 /// `H x` of one row by f64 butterflies: the definition takes n² steps, too long at n = 32768.

@@ -4,8 +4,9 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use spinquant::calibrate::{Calibration, quantize_layers};
 use spinquant::llama::{LlamaConfig, Rotated, synthetic};
-use spinquant::quant::{Calibration, Clip, Gptq, Hessian, QuantSpec, Scheme, WeightQuantizer, quantize_layers};
+use spinquant::quant::{Clip, Gptq, Hessian, QuantSpec, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{Device, Error, Result, Tensor};
 
@@ -39,7 +40,7 @@ pub fn run(job: &Job, device: &Device) -> Result<Measured> {
     let rotated = Rotated::new(&model, Some(&rotations), &Scheme::new(4, 4, 4))?;
     let mut seconds = f64::NAN;
     let mut merged = vec![];
-    let watch = |report: &spinquant::quant::LayerReport| {
+    let watch = |report: &spinquant::calibrate::LayerReport| {
         if report.done == 2 {
             seconds = report.seconds;
         }

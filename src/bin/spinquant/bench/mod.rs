@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use spinquant::{DType, Device, Error, Result};
 
 use crate::common::{device, peak_bytes};
+use crate::console;
 
 /// What can be timed, and what `--n` and `--rows` are of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -127,7 +128,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let jobs = if args.kernel == Kernel::All { table(&device) } else { vec![one(args, &device)] };
     let name = device_name(&device);
-    let say = |line: &str| if args.json { eprintln!("{line}") } else { println!("{line}") };
+    let say = |line: &str| if args.json { say!("{line}") } else { out!("{line}") };
     say(&format!("on {name}; \"of copy\" is the bytes a call must move over those of a copy of one tensor in the same time"));
     let title = ["kernel", "n", "rows", "type", "ms", "GB/s", "of copy", "TFLOP/s", "measured by"].map(str::to_string);
     say(&line(&title));
@@ -135,6 +136,9 @@ pub fn run(args: &Args) -> Result<()> {
     run::warm_up(&device)?;
     let (mut rows, mut failures) = (vec![], 0);
     for job in &jobs {
+        if console::is_closed() {
+            return Ok(()); // what is measured is only printed
+        }
         let outcome = if Instant::now() > deadline { Err("left out: out of time".to_string()) } else { measure(job, &device) };
         let (text, value) = report(job, &outcome);
         say(&text);
@@ -146,7 +150,7 @@ pub fn run(args: &Args) -> Result<()> {
         say(&format!("peak memory {:.2} GiB", bytes as f64 / f64::from(1 << 30)));
     }
     if args.json {
-        println!("{}", json!({"device": name, "seconds": args.seconds, "rows": rows, "peak_bytes": peak}));
+        out!("{}", json!({"device": name, "seconds": args.seconds, "rows": rows, "peak_bytes": peak}));
     }
     if failures > 0 {
         return Err(Error::numeric("bench", format!("{failures} of {} lines have no measurement", jobs.len())));

@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
+use spinquant::hadamard::Hadamard;
+use spinquant::linalg;
+use spinquant::linalg::matmul::product;
 use spinquant::manifold::Orthogonal;
 use spinquant::ops::add::Add;
 use spinquant::ops::attention::{self, Attention, Sizes};
@@ -11,14 +14,12 @@ use spinquant::ops::cross_entropy::{self, CrossEntropy};
 use spinquant::ops::embedding::Embedding;
 use spinquant::ops::fake_quant::FakeQuant;
 use spinquant::ops::hadamard::transform;
-use spinquant::ops::matmul::product;
 use spinquant::ops::randn;
 use spinquant::ops::rms_norm::{self, RmsNorm};
 use spinquant::ops::rope::{self, Rope, Rotate};
 use spinquant::ops::swiglu::{self, Swiglu};
-use spinquant::optim::{CayleySgd, Mode, Optimizer, linalg};
+use spinquant::optim::{CayleySgd, Mode, Optimizer};
 use spinquant::quant::{Clip, QuantSpec, SEARCH_NORM};
-use spinquant::rotation::Hadamard;
 use spinquant::tape::{Op, Saved};
 use spinquant::{DType, Device, Error, Result, Tensor};
 
@@ -206,7 +207,7 @@ fn clip_search(job: &Job, device: &Device) -> Result<Measured> {
         let (x, y) = (row(&x, r, job.n)?, row(&y, r, job.n)?);
         // Any candidate that is as good will do, so compare errors; y was rounded to its type.
         let error = |y: &dyn Fn(usize) -> f64| (0..x.len()).map(|i| (x[i] - y(i)).abs().powf(SEARCH_NORM)).sum::<f64>();
-        let grid = spinquant::ops::fake_quant::reference_grid(&spec, &x);
+        let grid = spinquant::grid::reference_grid(&spec, &x);
         let (ours, best) = (error(&|i| y[i]), error(&|i| grid.nearest(x[i])));
         let slack = 1e-4 + 4.0 * job.dtype.epsilon();
         if !(ours <= best * (1.0 + slack)) {

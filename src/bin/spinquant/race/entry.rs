@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use spinquant::quant::ClipGoal;
+use spinquant::calibrate::ClipGoal;
 use spinquant::{Error, Result, objective, optim};
 
 /// Random Hadamards, not learned.

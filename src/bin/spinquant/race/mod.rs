@@ -3,7 +3,6 @@
 mod entry;
 mod outcome;
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use spinquant::data::Windows;
@@ -144,8 +143,7 @@ pub fn run(args: &Args) -> Result<()> {
     let full = track.full;
     let say = |line: &str| {
         if !args.json {
-            println!("{line}");
-            let _ = std::io::stdout().flush();
+            out!("{line}");
         }
     };
     say(&format!("{}, windows of {}: full precision {full:.3}", track.name, track.calibration.seq_len()));
@@ -162,8 +160,8 @@ pub fn run(args: &Args) -> Result<()> {
     // What an interrupted race has is worth its table and pictures.
     let table = outcome.finish(&args.out, &track.name)?;
     match args.json {
-        true => println!("{}", outcome.json()),
-        false => println!("{table}curves in {}", args.out.display()),
+        true => out!("{}", outcome.json()),
+        false => out!("{table}curves in {}", args.out.display()),
     }
     raced
 }

@@ -3,14 +3,16 @@
 //! This is the only part of an optimiser that knows the device; the CPU versions here are also the reference of the others.
 //! Scalars that belong to a matrix of the batch stay on the device as a tensor `[k]`, so that a step never waits for the host.
 
+pub(crate) mod factor;
+pub mod matmul;
+
 use rayon::prelude::*;
 
+use self::factor::{cholesky, invert_lower, transpose};
 use crate::device::Device;
 use crate::device::cpu::{self, Real, Strides};
 #[cfg(feature = "cuda")]
 use crate::device::cuda::linalg as cuda;
-use crate::factor::{cholesky, invert_lower, transpose};
-use crate::ops::matmul;
 use crate::{DType, Error, Result, Tensor};
 
 /// Guards the divisions of the published code.
@@ -399,7 +401,7 @@ mod tests {
             for (dtype, bound) in [(DType::F64, 1e-13), (DType::F32, 2e-6)] {
                 let (q, inverse) = cholesky_qr(&x.to_dtype(dtype).unwrap()).unwrap();
                 for (i, x) in x.to_f64_vec().unwrap().chunks(n * n).enumerate() {
-                    let (want, r) = crate::factor::qr(x, n);
+                    let (want, r) = factor::qr(x, n);
                     let eye = Tensor::eye(n, DType::F64).unwrap().into_vec::<f64>().unwrap();
                     let rr = matmul::reference(&r, false, &inverse.index(i).unwrap().to_f64_vec().unwrap(), false, (n, n, n));
                     let off = |a: &[f64], b: &[f64]| a.iter().zip(b).fold(0f64, |m, (a, b)| m.max((a - b).abs()));

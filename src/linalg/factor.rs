@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     fn product(a: &[f64], b: &[f64], n: usize) -> Vec<f64> {
-        crate::ops::matmul::reference(a, false, b, false, (n, n, n))
+        crate::linalg::matmul::reference(a, false, b, false, (n, n, n))
     }
     fn distance(a: &[f64], b: &[f64]) -> f64 {
         a.iter().zip(b).fold(0.0, |m, (a, b)| f64::max(m, (a - b).abs()))

@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::data::Windows;
 use crate::eval::perplexity;
+use crate::linalg::matmul;
 use crate::llama::{Llama, Merged, Rotated, Walk};
-use crate::ops::add::linear_combination;
-use crate::ops::matmul;
 use crate::quant::{Clip, ClipRatios, Scheme, Site};
 use crate::rotation::Rotations;
 use crate::{DType, Error, Result, Tape, Tensor};
@@ -126,7 +125,7 @@ fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[S
         for (i, error) in errors.iter_mut().enumerate().filter(|_| whole > 0.0) {
             let spec = specs.at(site).clipped(Clip::Ratio(candidate(i)));
             let y = Tape::new().constant(x.clone()).fake_quant(&spec)?.into_value();
-            *error = square(&linear_combination(1.0, y, -1.0, x.clone())?)? / whole;
+            *error = square(&Tensor::axpby(1.0, y, -1.0, x.clone())?)? / whole;
         }
         Ok(errors)
     };
