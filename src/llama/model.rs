@@ -310,6 +310,19 @@ impl Merged {
         linear_token_losses(&self.hidden(tokens, &self.run(seq)?)?, &self.head, &data::targets(tokens, seq))
     }
 
+    /// The cross entropy of `targets` at `rows` of whole sequences of `seq` ids: row `r` is position `r % seq` of sequence `r / seq`,
+    /// and rows may repeat. Logits of other rows are not made.
+    ///
+    /// # Errors
+    /// As [`Merged::logits`]; a row outside the sequences; as many targets as rows are expected; a target outside the vocabulary.
+    pub fn losses_of(&self, tokens: &[u32], seq: usize, rows: &[u32], targets: &[u32]) -> Result<Vec<f64>> {
+        let hidden = self.hidden(tokens, &self.run(seq)?)?;
+        let hidden = Tape::new().constant(hidden).embedding(rows.into())?.into_value();
+        let targets =
+            targets.iter().map(|&t| i32::try_from(t).map_err(|_| Error::argument("target", format!("{t} is no token id"))));
+        linear_token_losses(&hidden, &self.head, &targets.collect::<Result<Vec<_>>>()?)
+    }
+
     fn run(&self, seq: usize) -> Result<Run> {
         Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())
     }

@@ -1,14 +1,24 @@
 //! Perplexity as the field reports it: the text as one stream of tokens, cut into windows of the context length, the mean of the
 //! windows' mean negative log-likelihoods, exponentiated.
 
+//!
+//! [`choices`] scores multiple-choice questions, which [`tasks`] reads.
+
+pub mod choices;
+pub mod tasks;
+
 use std::ops::ControlFlow;
 
 use crate::data::Windows;
 use crate::llama::Merged;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 /// Tokens that go through the network at once on the CPU, and on a GPU.
 const TOKENS_AT_ONCE: [usize; 2] = [4096, 16384];
+
+fn tokens_at_once(device: &Device) -> usize {
+    TOKENS_AT_ONCE[usize::from(!device.is_cpu())]
+}
 
 /// The outcome of [`perplexity`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,7 +34,7 @@ pub struct Perplexity {
 /// Perplexity of a model on windows of text; `progress` is told how many windows are done and may stop.
 pub fn perplexity(model: &Merged, text: &Windows, mut progress: impl FnMut(usize) -> ControlFlow<()>) -> Result<Perplexity> {
     let seq = text.seq_len();
-    let batch = (TOKENS_AT_ONCE[usize::from(!model.embedding.device().is_cpu())] / seq).max(1);
+    let batch = (tokens_at_once(&model.embedding.device()) / seq).max(1);
     let mut total = 0.0;
     let all: Vec<usize> = (0..text.len()).collect();
     for (i, windows) in all.chunks(batch).enumerate() {

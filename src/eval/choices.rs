@@ -1,0 +1,276 @@
+//! Multiple choice: how likely a model finds every candidate answer, and how often the likeliest one is right.
+//!
+//! The protocol is that of lm-evaluation-harness 0.4.13 (`lm_eval/api/model.py`, `lm_eval/api/task.py`), zero-shot. Three steps:
+//! [`requests`] encodes questions, [`log_likelihoods`] asks a model, [`score`] counts. Likelihoods of another model go into the third.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+
+use super::tasks::Question;
+use super::tokens_at_once;
+use crate::data::Tokenizer;
+use crate::llama::Merged;
+use crate::{Error, Result};
+
+/// A continuation to score: the sum of the log-likelihoods of its tokens, each given all tokens before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Context and continuation, at least two tokens.
+    pub tokens: Vec<u32>,
+    /// How many of the last tokens are the continuation: from 1 to all but the first.
+    pub continuation: usize,
+}
+
+impl Request {
+    /// Encodes a context and its continuation together. Spaces at the end of the context move to the continuation. The continuation's
+    /// tokens are those behind as many tokens as the context alone has.
+    ///
+    /// `bos` is put before the context; `empty` stands for a context without tokens. Tokens are dropped from the left
+    /// until `context_length` of them are left to read (the last one is only predicted).
+    ///
+    /// # Errors
+    /// The tokenizer's; a continuation without tokens; one that is longer than `context_length`; an empty context without `empty`.
+    pub fn encode(
+        tokenizer: &Tokenizer,
+        (context, continuation): (&str, &str),
+        bos: Option<u32>,
+        empty: Option<u32>,
+        context_length: usize,
+    ) -> Result<Self> {
+        let trimmed = context.trim_end();
+        let whole = tokenizer.encode_stream(&format!("{context}{continuation}"), bos)?;
+        let mut tokens = tokenizer.encode_stream(trimmed, bos)?;
+        let first = tokens.len().min(whole.len());
+        if tokens.is_empty() {
+            let none = || Error::argument("context", "expected text, got none, and the model has no token to start a text with");
+            tokens.push(empty.ok_or_else(none)?);
+        }
+        tokens.extend(&whole[first..]);
+        let continuation = whole.len() - first;
+        if continuation == 0 {
+            return Err(Error::argument("choice", format!("expected text that adds a token to its context, got {whole:?}")));
+        }
+        if continuation > context_length {
+            let message = format!("expected at most {context_length} tokens, the model's context, got {continuation}");
+            return Err(Error::argument("choice", message));
+        }
+        let extra = tokens.len().saturating_sub(context_length + 1);
+        Ok(Self { tokens: tokens.split_off(extra), continuation })
+    }
+
+    /// What the model reads.
+    fn input(&self) -> &[u32] {
+        &self.tokens[..self.tokens.len() - 1]
+    }
+}
+
+/// The requests of every candidate of every question, in order. One space stands between a context and a choice. The arguments are
+/// those of [`Request::encode`].
+///
+/// # Errors
+/// Those of [`Question::check`] and [`Request::encode`], with the question's number.
+pub fn requests(
+    tokenizer: &Tokenizer,
+    questions: &[Question],
+    bos: Option<u32>,
+    empty: Option<u32>,
+    context_length: usize,
+) -> Result<Vec<Request>> {
+    let mut all = vec![];
+    for (number, question) in questions.iter().enumerate() {
+        let at = |e: Error| Error::argument(format!("question {number}"), e);
+        question.check().map_err(at)?;
+        for i in 0..question.candidates() {
+            let (context, choice) = question.candidate(i);
+            all.push(Request::encode(tokenizer, (context, &format!(" {choice}")), bos, empty, context_length).map_err(at)?);
+        }
+    }
+    Ok(all)
+}
+
+/// The log-likelihood of every request's continuation. `known` holds one place a request: requests whose place is filled are not asked
+/// again, and every answer is put there at once, so that an interrupted call continues.
+///
+/// Requests are sorted by length and go through the network together. Shorter ones are filled up on the right, where causal attention and
+/// quantisers of single tokens let nothing through. Requests that differ in the last token alone are read once.
+///
+/// # Errors
+/// `known` of another length; a request without tokens to read or to score; those of the network. [`Error::Interrupted`] with the
+/// number of answers where `progress`, which is told that number, breaks.
+pub fn log_likelihoods(
+    model: &Merged,
+    requests: &[Request],
+    known: &mut [Option<f64>],
+    mut progress: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<()> {
+    if known.len() != requests.len() {
+        return Err(Error::argument("known answers", format!("expected {} places, got {}", requests.len(), known.len())));
+    }
+    if let Some(i) = requests.iter().position(|r| r.continuation == 0 || r.tokens.len() <= r.continuation) {
+        let Request { tokens, continuation } = &requests[i];
+        let message = format!("expected a context and a continuation, got {} tokens, {continuation} to score", tokens.len());
+        return Err(Error::argument(format!("request {i}"), message));
+    }
+    let mut done = known.iter().flatten().count();
+    // Requests by what the model reads.
+    let mut by_input: HashMap<&[u32], Vec<usize>> = HashMap::new();
+    for (i, request) in requests.iter().enumerate().filter(|(i, _)| known[*i].is_none()) {
+        by_input.entry(request.input()).or_default().push(i);
+    }
+    let mut inputs: Vec<_> = by_input.into_iter().collect();
+    inputs.sort_by(|(a, x), (b, y)| b.len().cmp(&a.len()).then(x.cmp(y)));
+    let mut rest = &inputs[..];
+    while let Some((longest, _)) = rest.first() {
+        let seq = longest.len();
+        let count = (tokens_at_once(&model.embedding.device()) / seq).clamp(1, rest.len());
+        let (now, later) = rest.split_at(count);
+        rest = later;
+        let mut tokens = vec![0; count * seq];
+        let (mut rows, mut targets, mut spans) = (vec![], vec![], vec![]);
+        for (i, (input, asked)) in now.iter().enumerate() {
+            tokens[i * seq..][..input.len()].copy_from_slice(input);
+            for &request in asked {
+                let Request { tokens, continuation } = &requests[request];
+                let first = tokens.len() - continuation;
+                rows.extend((first..tokens.len()).map(|t| (i * seq + t - 1) as u32));
+                targets.extend(&tokens[first..]);
+                spans.push((request, *continuation));
+            }
+        }
+        let mut losses = model.losses_of(&tokens, seq, &rows, &targets)?.into_iter();
+        for (request, length) in spans {
+            let sum: f64 = losses.by_ref().take(length).sum();
+            if !sum.is_finite() {
+                return Err(Error::numeric("evaluation", format!("the log-likelihood of request {request} is {}", -sum)));
+            }
+            known[request] = Some(-sum);
+            done += 1;
+        }
+        if progress(done).is_break() {
+            return Err(Error::Interrupted { step: done });
+        }
+    }
+    Ok(())
+}
+
+/// A mean over questions and its standard error.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mean {
+    /// The mean.
+    pub mean: f64,
+    /// Sample standard deviation over √n; NaN for one question.
+    pub standard_error: f64,
+}
+
+impl Mean {
+    fn of(values: &[f64]) -> Self {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
+        Self { mean, standard_error: (variance / n).sqrt() }
+    }
+}
+
+/// How a model does on questions.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scores {
+    /// Number of questions.
+    pub questions: usize,
+    /// Part of the questions whose right candidate is the likeliest; the first of equal ones counts.
+    pub acc: Mean,
+    /// The same for log-likelihoods divided by the number of characters of the choice.
+    pub acc_norm: Mean,
+    /// Log-likelihood of the right candidate, in nats a question.
+    pub gold: Mean,
+}
+
+/// Scores log-likelihoods, one a candidate, in the order of [`requests`].
+///
+/// # Errors
+/// No question; another number of log-likelihoods than of candidates; one that is NaN; those of [`Question::check`].
+pub fn score(questions: &[Question], log_likelihoods: &[f64]) -> Result<Scores> {
+    let candidates: usize = questions.iter().map(Question::candidates).sum();
+    if questions.is_empty() || log_likelihoods.len() != candidates {
+        let message = format!("expected {candidates} of {} questions, got {}", questions.len(), log_likelihoods.len());
+        return Err(Error::argument("log-likelihoods", message));
+    }
+    if log_likelihoods.iter().any(|l| l.is_nan()) {
+        return Err(Error::numeric("log-likelihoods", "one of them is NaN"));
+    }
+    let (mut acc, mut acc_norm, mut gold) = (vec![], vec![], vec![]);
+    let mut rest = log_likelihoods;
+    for question in questions {
+        question.check()?;
+        let (now, later) = rest.split_at(question.candidates());
+        rest = later;
+        let characters = |i: usize| question.candidate(i).1.chars().count() as f64;
+        let normalised: Vec<f64> = now.iter().enumerate().map(|(i, l)| l / characters(i)).collect();
+        let right = |values: &[f64]| f64::from(u8::from(first_maximum(values) == question.gold));
+        acc.push(right(now));
+        acc_norm.push(right(&normalised));
+        gold.push(now[question.gold]);
+    }
+    let [acc, acc_norm, gold] = [acc, acc_norm, gold].map(|v| Mean::of(&v));
+    Ok(Scores { questions: questions.len(), acc, acc_norm, gold })
+}
+
+fn first_maximum(values: &[f64]) -> usize {
+    values.iter().enumerate().fold(0, |best, (i, v)| if *v > values[best] { i } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo;
+    use crate::quant::Scheme;
+
+    #[test]
+    fn counting() {
+        let q = |gold| Question::new("c", ["ab", "abcd"], gold);
+        // The second is likelier a character; equal candidates: the first.
+        let s = score(&[q(0), q(1), q(0), q(1)], &[-2.0, -3.0, -2.0, -3.0, -1.0, -1.0, -1.0, -1.0]).unwrap();
+        assert_eq!((s.questions, s.acc.mean, s.acc_norm.mean), (4, 0.5, 0.5));
+        assert!((s.acc.standard_error - (1.0f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
+        assert_eq!(s.gold.mean, -7.0 / 4.0);
+        // Characters, not bytes.
+        let s = score(&[Question::new("c", ["éééé", "abcde"], 1)], &[-4.0, -4.9]).unwrap();
+        assert_eq!((s.acc.mean, s.acc_norm.mean), (0.0, 1.0));
+        assert!(s.acc.standard_error.is_nan());
+        assert!(score(&[q(0)], &[1.0]).is_err() && score(&[], &[]).is_err() && score(&[q(0)], &[f64::NAN, 0.0]).is_err());
+        assert!(score(&[q(2)], &[0.0, 0.0]).is_err());
+    }
+
+    #[test]
+    fn batches_are_as_single_requests() {
+        let model = demo::model().unwrap();
+        let merged = model.merge(None, &Scheme::new(16, 4, 4)).unwrap();
+        let tokens = demo::windows(demo::TEST, 64).unwrap();
+        let mut all: Vec<Request> =
+            (0..40).map(|i| Request { tokens: tokens.get(i)[..2 + i].to_vec(), continuation: 1 + i % 3 * i / 2 }).collect();
+        // What differs in the last token alone is read once.
+        let mut twin = all[7].clone();
+        *twin.tokens.last_mut().unwrap() += 1;
+        all.push(twin);
+        all.iter_mut().for_each(|r| r.continuation = r.continuation.min(r.tokens.len() - 1));
+        let mut known = vec![None; all.len()];
+        log_likelihoods(&merged, &all, &mut known, |_| ControlFlow::Continue(())).unwrap();
+        for (request, got) in all.iter().zip(&known) {
+            // Logits of the sequence alone.
+            let n = request.tokens.len();
+            let losses = merged.token_losses(&request.tokens, n).unwrap();
+            let want: f64 = losses[n - 1 - request.continuation..n - 1].iter().sum();
+            assert!((got.unwrap() + want).abs() < 1e-3 * want.max(1.0), "{request:?}: {got:?} {want}");
+        }
+        // Interrupted, then continued: nothing is asked twice.
+        let mut again = vec![None; all.len()];
+        assert!(log_likelihoods(&merged, &all, &mut again, |_| ControlFlow::Break(())).is_err());
+        let first = again.iter().flatten().count();
+        assert!(first > 0);
+        again[0] = Some(5.0);
+        log_likelihoods(&merged, &all, &mut again, |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(again[0], Some(5.0));
+        assert!(again.iter().all(Option::is_some));
+        let bad = Request { tokens: vec![1, 2], continuation: 2 };
+        assert!(log_likelihoods(&merged, &[bad], &mut [None], |_| ControlFlow::Continue(())).is_err());
+    }
+}
