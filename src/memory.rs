@@ -13,6 +13,9 @@
 //! step within 24 GiB, measured).
 
 use crate::device::Card;
+use std::fmt;
+use std::str::FromStr;
+
 use crate::llama::{LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
 use crate::quant::Scheme;
@@ -44,6 +47,38 @@ pub struct Work {
     pub scheme: Scheme,
     /// Of weights and activations.
     pub dtype: DType,
+}
+
+impl Work {
+    /// Checks that every number of bytes that a plan may add up fits a machine word.
+    fn check(&self, config: &LlamaConfig, micro_batch: usize) -> Result<()> {
+        if self.batch == 0 || self.seq == 0 || micro_batch == 0 {
+            let got = format!("{} and {micro_batch} sequences of {} tokens", self.batch, self.seq);
+            return Err(Error::argument(
+                "plan",
+                format!("expected a batch, a micro-batch and a length of at least 1, got {got}"),
+            ));
+        }
+        let wide = |x: usize| x as u128;
+        let (c, f, vocab) = (wide(config.hidden_size), wide(config.intermediate_size), wide(config.vocab_size));
+        let heads = (wide(config.heads) + wide(config.kv_heads)).saturating_mul(wide(config.head_dim));
+        let (layers, widths) = (wide(config.layers) + 4, c.saturating_add(f).saturating_add(heads));
+        // More than any sum of items: 64 values of 8 bytes for every channel of every layer and token.
+        let values = layers.saturating_mul(widths).saturating_mul(64).saturating_add(vocab.saturating_mul(8)).saturating_mul(8);
+        let tokens = wide(micro_batch).saturating_mul(wide(self.seq));
+        let weights = widths.saturating_add(vocab).saturating_mul(c).saturating_mul(layers).saturating_mul(64);
+        let bytes = values.saturating_mul(tokens).saturating_add(weights);
+        // Token ids of the whole batch are 4 bytes each.
+        let ids = wide(self.batch).saturating_mul(wide(self.seq)).saturating_mul(4);
+        if bytes.max(ids) > isize::MAX as u128 {
+            let message = format!(
+                "{} sequences of {} tokens a step, {micro_batch} at once, need more bytes than can be counted",
+                self.batch, self.seq
+            );
+            return Err(Error::argument("plan", message));
+        }
+        Ok(())
+    }
 }
 
 /// One thing that takes memory, in bytes.
@@ -201,7 +236,7 @@ impl Sizes {
         let recomputed = plan.recompute.min(self.layers) as f64;
         let layer = self.layer as f64;
         let linear = 2.0 * tokens * layer;
-        let attention = 2.0 * (work.batch * work.seq * work.seq) as f64 * (config.heads * config.head_dim) as f64;
+        let attention = 2.0 * work.batch as f64 * (work.seq as f64).powi(2) * (config.heads * config.head_dim) as f64;
         let rotation = 2.0 * layer * c;
         // Unquantised gate and up are left alone; their input is rotated instead.
         let inside = if self.quantized { 1.0 } else { 1.0 - 2.0 * (self.c * self.f) as f64 / layer };
@@ -236,7 +271,7 @@ impl Sizes {
     /// slope once, in `f32`, which large GPUs multiply about thirteen times slower than 16-bit types.
     fn seconds_of_rows(&self, config: &LlamaConfig, work: &Work, card: &Card) -> f64 {
         let (tokens, layers, c) = ((work.batch * work.seq) as f64, self.layers as f64, self.c as f64);
-        let attention = 2.0 * (work.batch * work.seq * work.seq) as f64 * (config.heads * config.head_dim) as f64;
+        let attention = 2.0 * work.batch as f64 * (work.seq as f64).powi(2) * (config.heads * config.head_dim) as f64;
         let pass = layers * (2.0 * tokens * self.layer as f64 + 1.4 * attention);
         let heads = ((self.q + self.kv) * config.head_dim) as f64;
         let turning = layers * 4.0 * tokens * (2.0 * c * c + heads);
@@ -247,7 +282,15 @@ impl Sizes {
 }
 
 /// What a step needs and how long it takes if it is run this way.
-pub fn predict(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize, card: &Card) -> Planned {
+///
+/// # Errors
+/// No sequence, token or micro-batch; sizes whose bytes a machine word cannot count.
+pub fn predict(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize, card: &Card) -> Result<Planned> {
+    work.check(config, micro_batch)?;
+    Ok(predict_checked(config, work, plan, micro_batch, card))
+}
+
+fn predict_checked(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize, card: &Card) -> Planned {
     let sizes = Sizes::new(config, work);
     let items = sizes.items(work, &plan, micro_batch);
     let penalty = 1.0 + 0.02 * parts_penalty(micro_batch, plan.sequences);
@@ -258,16 +301,20 @@ pub fn predict(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize
 /// The fastest way to run a step within `budget` bytes on this card.
 ///
 /// # Errors
-/// Nothing fits: says what the leanest plan needs and which setting would help.
+/// Nothing fits: says what the leanest plan needs and which setting would help. No sequence or token, or sizes whose bytes a machine
+/// word cannot count.
 pub fn plan(config: &LlamaConfig, work: &Work, budget: usize, card: &Card) -> Result<Planned> {
+    work.check(config, 1)?;
     let mut best: Option<Planned> = None;
     let mut leanest: Option<Planned> = None;
-    for micro in divisors(work.batch) {
+    // More at once than the budget has room for one row of the stream a token cannot fit.
+    let most = (budget / work.seq.saturating_mul(config.hidden_size * work.dtype.size())).clamp(1, MOST_AT_ONCE);
+    for micro in divisors(work.batch, most).into_iter().filter(|&micro| work.check(config, micro).is_ok()) {
         for keep_weights in [true, false] {
-            for sequences in std::iter::once(0).chain(divisors(micro).into_iter().skip(1)) {
+            for sequences in std::iter::once(0).chain(divisors(micro, micro).into_iter().skip(1)) {
                 for recompute in 0..=config.layers {
                     let plan = Plan { recompute, keep_weights, sequences };
-                    let planned = predict(config, work, plan, micro, card);
+                    let planned = predict_checked(config, work, plan, micro, card);
                     let bytes = planned.bytes();
                     if leanest.as_ref().is_none_or(|p| bytes < p.bytes()) {
                         leanest = Some(planned.clone());
@@ -301,9 +348,59 @@ fn parts_penalty(micro: usize, sequences: usize) -> f64 {
     if sequences == 0 { 0.0 } else { (micro as f64 / sequences as f64).log2() }
 }
 
-/// The divisors of n, the largest first.
-fn divisors(n: usize) -> Vec<usize> {
-    (1..=n).rev().filter(|d| n.is_multiple_of(*d)).collect()
+/// Sequences at once beyond which nothing gets faster.
+const MOST_AT_ONCE: usize = 1 << 16;
+
+/// The divisors of n up to `most`, the largest first.
+fn divisors(n: usize, most: usize) -> Vec<usize> {
+    (1..=n.min(most)).rev().filter(|d| n.is_multiple_of(*d)).collect()
+}
+
+/// The memory that a run may take.
+///
+/// ```
+/// use spinquant::memory::Budget;
+/// assert_eq!("24GiB".parse::<Budget>()?, Budget::Bytes(24 << 30));
+/// assert_eq!("auto".parse::<Budget>()?, Budget::Free);
+/// assert_eq!(Budget::Bytes(1000).bytes(50), 1000);
+/// assert_eq!(Budget::Free.bytes(5000), 4800); // a little is left to the driver
+/// assert!("much".parse::<Budget>().is_err());
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Budget {
+    /// What is free, less 4 % for the driver and for what cannot be foreseen.
+    #[default]
+    Free,
+    /// This many bytes.
+    Bytes(usize),
+}
+
+impl Budget {
+    /// The bytes allowed where so many are free.
+    pub fn bytes(self, free: usize) -> usize {
+        match self {
+            Self::Free => free - free / 25,
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
+impl FromStr for Budget {
+    type Err = Error;
+    /// `auto`, or what [`parse_bytes`] reads.
+    fn from_str(s: &str) -> Result<Self> {
+        if s == "auto" { Ok(Self::Free) } else { parse_bytes(s).map(Self::Bytes) }
+    }
+}
+
+impl fmt::Display for Budget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Free => f.pad("auto"),
+            Self::Bytes(bytes) => f.pad(&bytes.to_string()),
+        }
+    }
 }
 
 /// Bytes from `24GiB`, `24GB`, `512MiB` or a number of bytes.
@@ -311,7 +408,7 @@ fn divisors(n: usize) -> Vec<usize> {
 /// # Errors
 /// Anything else.
 pub fn parse_bytes(s: &str) -> Result<usize> {
-    let bad = || Error::argument("memory", format!("expected a size such as 24GiB, 80GB or 512MiB, got {s:?}"));
+    let bad = || Error::argument("memory", format!("expected auto or a size such as 24GiB, 80GB or 512MiB, got {s:?}"));
     let digits = s.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(s.len());
     let number: f64 = s[..digits].parse().map_err(|_| bad())?;
     let unit = match s[digits..].trim().to_ascii_lowercase().as_str() {
@@ -346,6 +443,32 @@ mod tests {
     }
 
     #[test]
+    fn no_size_hangs_or_overflows() {
+        let (card, start) = (Card::h100(), std::time::Instant::now());
+        let sizes = [1, 2, 3, 2048, 1 << 20, 1 << 32, (1 << 53) - 111, usize::MAX - 1, usize::MAX];
+        for name in ["tiny", "llama-2-7b"] {
+            let config = shape(name).unwrap();
+            for needs in [Needs::Network, Needs::Logits, Needs::Rows] {
+                for (batch, seq) in sizes.iter().flat_map(|&b| sizes.iter().map(move |&s| (b, s))) {
+                    let work = Work { needs, batch, seq, ..work(Scheme::new(4, 4, 4)) };
+                    for budget in [1, 24 << 30, usize::MAX] {
+                        let planned = plan(&config, &work, budget, &card);
+                        assert!(planned.is_err() || planned.unwrap().bytes() <= budget, "{batch} x {seq}");
+                    }
+                }
+            }
+        }
+        assert!(start.elapsed().as_secs() < 20);
+        let huge = Work { batch: usize::MAX, ..work(Scheme::new(4, 4, 4)) };
+        let message = plan(&shape("llama-2-7b").unwrap(), &huge, 79 << 30, &card).unwrap_err().to_string();
+        assert!(message.contains("18446744073709551615 sequences of 2048 tokens a step"), "{message}");
+        let none = Work { seq: 0, ..huge };
+        assert!(plan(&shape("tiny").unwrap(), &none, 1 << 30, &card).unwrap_err().to_string().contains("at least 1"));
+        assert_eq!(divisors(12, 12), [12, 6, 4, 3, 2, 1]);
+        assert_eq!(divisors(usize::MAX, 20), [17, 15, 5, 3, 1]);
+    }
+
+    #[test]
     fn less_memory_takes_longer_until_nothing_fits() {
         let config = shape("llama-2-7b").unwrap();
         for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
@@ -373,7 +496,7 @@ mod tests {
             let config = shape(name).unwrap();
             for (recompute, micro) in [(0, 1), (config.layers, 1), (config.layers, 8)] {
                 let step = Plan { recompute, keep_weights: true, sequences: 1 };
-                let at = |needs| predict(&config, &Work { needs, ..work(scheme) }, step, micro, &card);
+                let at = |needs| predict(&config, &Work { needs, ..work(scheme) }, step, micro, &card).unwrap();
                 let [network, logits, rows] = [Needs::Network, Needs::Logits, Needs::Rows].map(at);
                 let tokens = micro * 2048;
                 // Both models' logits in 16 bits. A layer at work is not there beside them, and a few logits are there anyway.

@@ -120,6 +120,17 @@ impl Scheme {
         Self { weight_bits: 16, ..self }
     }
 
+    /// What clip ratios of activations, K and V depend on, such as `A4KV4 asymmetric`.
+    pub fn activation_bits_name(&self) -> String {
+        let grid = if self.symmetric_activations { "symmetric" } else { "asymmetric" };
+        format!("{} {grid}", self.to_string().trim_start_matches(|c: char| c == 'W' || c.is_ascii_digit()))
+    }
+
+    /// True where activations, K or V are quantised, so that their clip ratios matter.
+    pub fn quantizes_activations(&self) -> bool {
+        [self.activation_bits, self.key_bits, self.value_bits].iter().any(|b| *b < 16)
+    }
+
     /// True when nothing is quantised.
     pub fn is_full_precision(&self) -> bool {
         [self.weight_bits, self.activation_bits, self.key_bits, self.value_bits].iter().all(|b| *b >= 16)

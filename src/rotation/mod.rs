@@ -1,10 +1,14 @@
 //! The rotations R1 … R4 of the paper, and the Hadamard matrices they start from.
 
+mod file;
 mod pickle;
 mod report;
+mod start;
 mod torch;
 
+pub use file::{FileClips, RotationFile};
 pub use report::{MatrixReport, TOLERANCE};
+pub use start::{Kind, Start};
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,6 +31,9 @@ const VERSION: &str = "1";
 const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
 
 impl Rotations {
+    /// The notes that every file has of its own.
+    pub(crate) const OWN_NOTES: [&str; 3] = ["format", "format_version", "convention"];
+
     /// No rotation: identities, in `f64`.
     pub fn identity(hidden: usize, head_dim: usize, layers: usize) -> Result<Self> {
         Self::build(hidden, head_dim, layers, |n, _| {
@@ -174,7 +181,7 @@ impl Rotations {
     pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
         let tensors = [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into();
         let mut metadata = notes.clone();
-        let own = [("format", FORMAT), ("format_version", VERSION), ("convention", CONVENTION)];
+        let own = Self::OWN_NOTES.iter().zip([FORMAT, VERSION, CONVENTION]);
         metadata.extend(own.map(|(k, v)| (k.to_string(), v.to_string())));
         io::save_tensors(path, &tensors, &metadata)
     }

@@ -58,7 +58,7 @@ struct Measured {
 fn measure(point: &Point, scheme: Scheme, device: &Device, card: &Card) -> Result<Measured> {
     let config = synthetic::shape(&format!("{}:{}", point.shape, point.layers))?;
     let work = Work { needs: Needs::Network, batch: point.batch, seq: point.seq, scheme, dtype: DType::BF16 };
-    let predicted = predict(&config, &work, PLAN, point.batch, card);
+    let predicted = predict(&config, &work, PLAN, point.batch, card)?;
     let model = synthetic::model(&config, 0, DType::BF16, device)?;
     let windows = synthetic::text(&config, STEPS * point.batch, point.seq, 0)?;
     let start = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0)?;

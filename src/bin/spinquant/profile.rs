@@ -107,7 +107,7 @@ pub fn run(args: &Args) -> Result<()> {
     let tokens = (options.batch * args.seq_len) as f64;
     let needs = options.objective.needs();
     let work = Work { needs, batch: options.batch, seq: args.seq_len, scheme, dtype: model.dtype() };
-    let predicted = predict(config, &work, plan, options.micro_batch, &card(&device)?);
+    let predicted = predict(config, &work, plan, options.micro_batch, &card(&device)?)?;
     let predicted = (predicted.seconds, predicted.bytes() as f64 / f64::from(1 << 30));
     let report = json!({
         "scheme": scheme.to_string(), "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,

@@ -1,0 +1,193 @@
+//! A file of rotations: the matrices, the clip ratios that were found for them, and notes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::{Rotations, TOLERANCE};
+use crate::quant::{ClipRatios, Scheme};
+use crate::{Error, Result};
+
+/// Clip ratios of activations, K and V, and what they were found for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FileClips {
+    /// The ratios.
+    pub ratios: ClipRatios,
+    /// [`Scheme::activation_bits_name`] of the scheme that they were found for: the best ratio depends on the number of levels.
+    pub bits: String,
+}
+
+/// What a rotation file holds. It is read once, and its faults are told with its path.
+///
+/// ```
+/// use spinquant::quant::{ClipRatios, Scheme};
+/// use spinquant::rotation::{RotationFile, Start};
+/// let (folder, scheme) = (tempfile::tempdir().unwrap(), Scheme { activation_clip: ClipRatios::uniform(0.9)?, ..Scheme::new(4, 4, 4) });
+/// let path = folder.path().join("R.safetensors");
+/// Start::Hadamard(0).open(64, 16, 2)?.expect("not `none`").with_clips_of(&scheme).with_note("steps", 100).write(&path)?;
+/// let file = RotationFile::read(&path)?;
+/// file.check(64, 16, 2)?;
+/// assert_eq!(file.clips_for(&scheme), Some(scheme.activation_clip));
+/// assert_eq!(file.clips_for(&Scheme::new(4, 8, 8)), None); // other bits ask for other ratios
+/// assert_eq!(file.notes["steps"], "100");
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct RotationFile {
+    /// R1 and R2.
+    pub rotations: Rotations,
+    /// The clip ratios that belong to them, where some were searched.
+    pub clips: Option<FileClips>,
+    /// Other strings by name: scheme, steps, seed, optimiser.
+    pub notes: BTreeMap<String, String>,
+    path: Option<PathBuf>,
+}
+
+/// The names that the ratios and their bits have in the file.
+const RATIOS: &str = "activation_clip";
+const BITS: &str = "activation_clip_for";
+
+impl RotationFile {
+    /// Rotations alone.
+    pub fn new(rotations: Rotations) -> Self {
+        Self { rotations, clips: None, notes: BTreeMap::new(), path: None }
+    }
+
+    /// The same with one more note.
+    pub fn with_note(mut self, name: &str, value: impl fmt::Display) -> Self {
+        self.notes.insert(name.to_string(), value.to_string());
+        self
+    }
+
+    /// The same with a scheme's clip ratios, which are for its bits.
+    pub fn with_clips_of(mut self, scheme: &Scheme) -> Self {
+        self.clips = Some(FileClips { ratios: scheme.activation_clip, bits: scheme.activation_bits_name() });
+        self
+    }
+
+    /// Where it was read from.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// The file's clip ratios, where they are for the bits of `scheme`.
+    pub fn clips_for(&self, scheme: &Scheme) -> Option<ClipRatios> {
+        self.clips.as_ref().filter(|clips| clips.bits == scheme.activation_bits_name()).map(|clips| clips.ratios)
+    }
+
+    /// Reads our safetensors or the published code's `R.bin`, told apart by what is in the file. An `R.bin` has neither clip ratios
+    /// nor notes.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] for another kind of file, for matrices that are not square or hold NaN or infinite values, and
+    /// for clip ratios that are none. Orthogonality is for [`RotationFile::check`] to judge.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if is_zip(path)? {
+            return Ok(Self { path: Some(path.into()), ..Self::new(Rotations::read_torch(path)?) });
+        }
+        let (rotations, mut notes) = Rotations::load_with(path)?;
+        let bits = notes.remove(BITS);
+        let clips = match notes.remove(RATIOS) {
+            None => None,
+            Some(ratios) => {
+                let ratios = ratios.parse().map_err(|e| Error::format(path, format!("{RATIOS}: {e}")))?;
+                Some(FileClips { ratios, bits: bits.unwrap_or_else(|| "another scheme".into()) })
+            }
+        };
+        Rotations::OWN_NOTES.iter().for_each(|name| drop(notes.remove(*name)));
+        Ok(Self { rotations, clips, notes, path: Some(path.into()) })
+    }
+
+    /// Checks that the rotations fit a model with hidden size C, heads of D and L layers, and that each is orthogonal within
+    /// [`TOLERANCE`].
+    ///
+    /// # Errors
+    /// [`Error::Format`] with the path, the first matrix that does not fit, what was expected and what came.
+    pub fn check(&self, hidden: usize, head_dim: usize, layers: usize) -> Result<()> {
+        self.rotations.check(hidden, head_dim, layers, TOLERANCE).map_err(|e| match &self.path {
+            Some(path) => Error::format(path, e),
+            None => e,
+        })
+    }
+
+    /// Writes the file, whole or not at all: an `R.bin` where the name ends in `.bin` or `.pt`, else safetensors.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; clip ratios, which an `R.bin` cannot hold.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        if Self::is_torch_name(path) {
+            if self.clips.is_some() {
+                return Err(Error::format(path, "an R.bin cannot hold clip ratios; give the file a name in .safetensors"));
+            }
+            return self.rotations.save_torch(path);
+        }
+        let mut notes = self.notes.clone();
+        if let Some(clips) = &self.clips {
+            notes.extend([(RATIOS.to_string(), clips.ratios.to_string()), (BITS.to_string(), clips.bits.clone())]);
+        }
+        self.rotations.save_with(path, &notes)
+    }
+
+    /// True where [`RotationFile::write`] writes an `R.bin`.
+    pub fn is_torch_name(path: &Path) -> bool {
+        path.extension().is_some_and(|e| e == "bin" || e == "pt")
+    }
+}
+
+/// True of a file that begins like a zip archive, as `torch.save` writes.
+fn is_zip(path: &Path) -> Result<bool> {
+    let mut start = vec![];
+    File::open(path).and_then(|file| file.take(4).read_to_end(&mut start)).map_err(Error::io(path))?;
+    Ok(start == b"PK\x03\x04")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rotation::Start;
+
+    #[test]
+    fn both_formats_by_content() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = Start::Hadamard(3).open(24, 8, 2).unwrap().unwrap();
+        for name in ["R.bin", "R.pt", "R.safetensors", "R"] {
+            let path = folder.path().join(name);
+            file.write(&path).unwrap();
+            // The name says what is written, the content what is read.
+            let moved = folder.path().join("moved.dat");
+            std::fs::rename(&path, &moved).unwrap();
+            let back = RotationFile::read(&moved).unwrap();
+            back.check(24, 8, 2).unwrap();
+            let bits = |r: &Rotations| r.r1.to_f64_vec().unwrap();
+            assert_eq!(bits(&back.rotations), bits(&file.rotations), "{name}");
+            assert_eq!(
+                back.notes.get("start").map(String::as_str),
+                (!name.contains('.') || name.ends_with('s')).then_some("hadamard:3")
+            );
+            let message = back.check(28, 8, 2).unwrap_err().to_string();
+            assert!(message.contains("moved.dat") && message.contains("[28, 28]"), "{message}");
+        }
+        let message = file.with_clips_of(&Scheme::new(4, 4, 4)).write(folder.path().join("R.bin")).unwrap_err().to_string();
+        assert!(message.contains("R.bin") && message.contains("clip ratios"), "{message}");
+    }
+
+    #[test]
+    fn clip_ratios_that_are_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("R.safetensors");
+        let rotations = Rotations::identity(8, 8, 1).unwrap();
+        rotations.save_with(&path, &[(RATIOS.to_string(), "2".to_string())].into()).unwrap();
+        let message = RotationFile::read(&path).unwrap_err().to_string();
+        assert!(
+            message.contains("R.safetensors") && message.contains("activation_clip") && message.contains("got 2"),
+            "{message}"
+        );
+        rotations.save_with(&path, &[(RATIOS.to_string(), "0.9".to_string())].into()).unwrap();
+        // Ratios for nobody knows which bits are used for none.
+        assert_eq!(RotationFile::read(&path).unwrap().clips_for(&Scheme::new(4, 4, 4)), None);
+    }
+}
