@@ -1,7 +1,10 @@
 //! Files: written whole or not at all, and tensors by name in the safetensors format.
 
+mod files;
+
+pub use files::{check_writable, follow, write_atomically};
+
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -9,44 +12,6 @@ use safetensors::tensor::{Dtype, Metadata};
 
 use crate::dtype::{DType, Element};
 use crate::{Device, Error, Result, Tensor};
-
-/// Writes a file so that a failure (no permission, full disk, an error of `write` itself) leaves what was there untouched: into
-/// a temporary name in the same folder, flushed to the disk, then renamed.
-///
-/// Symbolic links are followed; what is not a regular file (a pipe, a device) is written to directly.
-pub fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let attempt = || -> std::io::Result<()> {
-        let target = match std::fs::metadata(path) {
-            Ok(m) if m.is_dir() => return Err(std::io::ErrorKind::IsADirectory.into()),
-            Ok(m) if !m.is_file() => {
-                let mut out = BufWriter::new(std::fs::OpenOptions::new().write(true).open(path)?);
-                write(&mut out)?;
-                return out.flush();
-            }
-            Ok(m) if m.permissions().readonly() => return Err(std::io::ErrorKind::PermissionDenied.into()),
-            Ok(_) => path.canonicalize()?,
-            Err(_) => path.to_path_buf(),
-        };
-        let folder = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        #[cfg(unix)]
-        let mode = match std::fs::metadata(&target) {
-            Ok(m) => m.permissions(),
-            Err(_) => std::os::unix::fs::PermissionsExt::from_mode(0o666), // the umask applies
-        };
-        #[cfg(unix)]
-        builder.permissions(mode);
-        let temporary = builder.prefix(".spinquant-").tempfile_in(folder)?;
-        let mut out = BufWriter::new(temporary.as_file());
-        write(&mut out)?;
-        out.flush()?;
-        drop(out);
-        temporary.as_file().sync_all()?;
-        temporary.persist(&target)?;
-        Ok(())
-    };
-    attempt().map_err(Error::io(path))
-}
 
 /// Writes tensors of any device and a string map as one safetensors file, atomically; equal contents give equal bytes.
 pub fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>) -> Result<()> {
@@ -184,26 +149,6 @@ mod tests {
         assert_eq!(strings, metadata);
         for (name, t) in &tensors {
             assert_eq!((read[name].shape(), bytes(&read[name]).unwrap()), (t.shape(), bytes(t).unwrap()), "{name}");
-        }
-    }
-
-    #[test]
-    fn a_failed_write_leaves_the_old_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        write_atomically(&path, |out| out.write_all(b"old")).unwrap();
-        let full = write_atomically(&path, |out| {
-            out.write_all(b"half of the ne")?;
-            Err(std::io::ErrorKind::StorageFull.into())
-        });
-        assert!(full.unwrap_err().to_string().contains("file"));
-        assert_eq!(std::fs::read(&path).unwrap(), b"old");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");
-        assert!(write_atomically(&folder.path().join("absent/file"), |_| Ok(())).is_err());
-        assert!(write_atomically(folder.path(), |_| Ok(())).is_err());
-        if Path::new("/dev/full").exists() {
-            assert!(write_atomically(Path::new("/dev/full"), |out| out.write_all(b"x")).is_err());
-            assert!(Path::new("/dev/full").exists());
         }
     }
 }

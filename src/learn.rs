@@ -41,7 +41,8 @@ pub struct LearnOptions {
     pub recompute: Recompute,
     /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
     pub objective: Arc<dyn Objective>,
-    /// Where to keep a resumable state, and every how many steps.
+    /// Where to keep a resumable state, and every how many steps. A stopped run leaves one too; the last step does not, whose result is
+    /// returned.
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Continue from that state if it exists.
     pub resume: bool,
@@ -199,7 +200,8 @@ pub fn learn(
         let report = StepReport { step: now.step, loss, learning_rate, held_out, orthogonality_error, seconds };
         let stop = callback(&report).is_break();
         if let Some((path, every)) = &options.checkpoint
-            && (stop || now.step.is_multiple_of((*every).max(1)) || now.step == steps)
+            && now.step < steps
+            && (stop || now.step.is_multiple_of((*every).max(1)))
         {
             save(&now, &fingerprint, path, optimizer)?;
         }

@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result, Tensor, io};
 
 /// Points under a name.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,24 +68,29 @@ fn picture<E: std::fmt::Display>(
     if !REGISTERED.get_or_init(|| register_font(FONT, FontStyle::Normal, font).is_ok()) {
         return Err(Error::format(path, "the embedded font cannot be read"));
     }
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let io = Error::io(path);
-    let temporary = match tempfile::Builder::new().prefix(".spinquant-").suffix(".png").tempfile_in(folder) {
-        Ok(file) => file,
-        Err(e) => return Err(io(e)),
-    };
+    let mut pixels = vec![0; 3 * size.0 as usize * size.1 as usize];
     let bad = |e: String| Error::format(path, format!("cannot draw: {e}"));
     {
-        let area = BitMapBackend::new(temporary.path(), size).into_drawing_area();
+        let area = BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area();
         area.fill(&WHITE).map_err(|e| bad(e.to_string()))?;
         draw(&area).map_err(|e| bad(e.to_string()))?;
         area.present().map_err(|e| bad(e.to_string()))?;
     }
-    #[cfg(unix)]
-    if let Err(e) = std::fs::set_permissions(temporary.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)) {
-        return Err(io(e));
+    io::write_atomically(path, |out| {
+        let mut encoder = png::Encoder::new(out, size.0, size.1);
+        encoder.set_color(png::ColorType::Rgb);
+        let mut writer = encoder.write_header().map_err(unwrapped)?;
+        writer.write_image_data(&pixels).map_err(unwrapped)?;
+        writer.finish().map_err(unwrapped)
+    })
+}
+
+/// What the disk said, where it was the disk.
+fn unwrapped(e: png::EncodingError) -> std::io::Error {
+    match e {
+        png::EncodingError::IoError(e) => e,
+        other => std::io::Error::other(other),
     }
-    temporary.persist(path).map(drop).map_err(|e| io(e.error))
 }
 
 /// Panels side by side over common axes.

@@ -12,9 +12,8 @@ use spinquant::quant::{ClipRatios, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
-use crate::common::{
-    CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, check_writable, interrupted,
-};
+use crate::common::{CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, interrupted};
+use crate::outputs;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -110,7 +109,7 @@ impl ClipChoice {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
-    check_writable(&args.out)?;
+    outputs::check(&[("--out", &args.out)], Some(&args.model.model), &[("--text", &args.text)])?;
     let model = args.model.load(&progress)?;
     let rotations = args.rotations.load(&model.config)?;
     let rotations =

@@ -379,15 +379,3 @@ pub fn peak_bytes(device: &Device) -> Option<u64> {
         _ => spinquant::device::cpu::peak_bytes(),
     }
 }
-
-/// Fails now rather than after an hour of work if `path` cannot be written.
-pub fn check_writable(path: &Path) -> Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match std::fs::metadata(path) {
-        Ok(m) if m.is_dir() => return Err(Error::format(path, "is a folder; expected the name of a file to write")),
-        Ok(m) if m.permissions().readonly() => return Err(Error::format(path, "is read-only")),
-        Ok(m) if !m.is_file() => return Ok(()), // a pipe or a device
-        _ => {}
-    }
-    tempfile::NamedTempFile::new_in(folder).map(drop).map_err(Error::io(path))
-}

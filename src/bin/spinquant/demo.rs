@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::json;
 use spinquant::{Result, demo, inspect};
 
-use crate::common::{Progress, SchemeArgs, check_writable};
+use crate::common::{Progress, SchemeArgs};
 use crate::compare::{Comparison, Unrotated};
 use crate::inspect::activations;
 use crate::learn::Recipe;
@@ -33,7 +33,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let (progress, start) = (Progress::new(), Instant::now());
-    check_writable(&args.picture)?;
+    spinquant::io::check_writable(&args.picture)?;
     let model = demo::model()?;
     let config = &model.config;
     progress.say(&format!(
@@ -63,17 +63,20 @@ pub fn run(args: &Args) -> Result<()> {
     let mut networks = vec![("before".to_string(), &before)];
     let after = outcome.learned.as_ref().map(|l| inspect::unquantized(&model, Some(&l.rotations), &scheme)).transpose()?;
     networks.extend(after.iter().map(|network| ("after".to_string(), network)));
-    activations(&args.picture, &networks, text.get(0), 0)?;
+    // The table does not depend on the picture.
+    let drawn = activations(&args.picture, &networks, text.get(0), 0);
 
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         let mut json = outcome.json();
         json["seconds"] = json!(seconds);
-        json["picture"] = json!(args.picture);
+        json["picture"] = json!(drawn.is_ok().then_some(&args.picture));
         out!("{json}");
     } else {
         outcome.print();
-        out!("{seconds:.0} s; activations before and after in {}", args.picture.display());
+        if drawn.is_ok() {
+            out!("{seconds:.0} s; activations before and after in {}", args.picture.display());
+        }
     }
-    Ok(())
+    drawn
 }

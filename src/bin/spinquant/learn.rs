@@ -11,7 +11,6 @@ use spinquant::Device;
 use spinquant::calibrate::ClipGoal;
 use spinquant::data::Windows;
 use spinquant::device::Card;
-use spinquant::io::write_atomically;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, LlamaConfig, Recompute};
 use spinquant::memory::{self, Needs, Planned, Work};
@@ -22,7 +21,8 @@ use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result};
 
 use crate::clip::{self, ClipChoice};
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, check_writable, interrupted, peak_bytes};
+use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted, peak_bytes};
+use crate::outputs;
 
 /// The optimiser that does what the published code does, which clips nothing.
 const PARITY: &str = "cayley-parity";
@@ -299,19 +299,35 @@ impl Args {
     }
 }
 
+impl Args {
+    /// Tries every file that will be written; returns the path of the state.
+    fn check_outputs(&self) -> Result<PathBuf> {
+        let state = state_path(&self.out);
+        let (model, mut inputs) = (Some(self.model.model.as_path()), vec![("--text", self.text.as_path())]);
+        outputs::check(&[("--out", &self.out), ("the state", &state)], model, &inputs)?;
+        if let Some(log) = &self.log {
+            inputs.extend([("--out", self.out.as_path()), ("the state", &state)]);
+            if let Some(RotationChoice::File(start)) = &self.start {
+                inputs.push(("--start", start));
+            }
+            outputs::check_log("--log", log, model, &inputs)?;
+        }
+        Ok(state)
+    }
+}
+
 pub fn run(args: &Args) -> Result<()> {
     if args.dry_run {
         return args.recipe.dry_run(args);
     }
     let progress = Progress::new();
     check_writable(&args.out)?;
-    args.log.as_deref().map_or(Ok(()), check_writable)?;
+    args.log.as_deref().map_or(Ok(()))?;
     let mut log: Option<File> = None;
     let model = args.model.load(&progress)?;
     let choice = args.start.clone().unwrap_or(RotationChoice::Hadamard(args.seed));
     let start = choice.load(&model.config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
     let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
-    let state = state_path(&args.out);
     let mut scheme = args.scheme.scheme();
     // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
     let (given, asked) = args.clip(&choice)?;
@@ -369,8 +385,9 @@ pub fn run(args: &Args) -> Result<()> {
         notes.extend(clip::notes(scheme.activation_clip, &scheme));
     }
     learned.rotations.save_with(&args.out, &notes)?;
-    // The state has served its purpose.
-    let _ = std::fs::remove_file(&state);
+    if args.resume || args.checkpoint_every.is_some() {
+        let _ = std::fs::remove_file(&state); // it has served its purpose
+    }
     if args.json {
         out!(
             "{}",
@@ -397,15 +414,55 @@ fn state_path(out: &Path) -> PathBuf {
     name.into()
 }
 
-/// Opens the log for the line of step `first`, keeping those of earlier steps and no others: a run that was killed may have logged
-/// more than its state knows of.
+/// Opens the log for the line of step `first`, behind what is there. A run that was killed may have logged more than its state knows of:
+/// where it goes on, its lines from that step on are cut off.
 fn open_log(path: &Path, first: usize) -> Result<File> {
-    if !path.exists() || path.is_file() {
-        let old = if first > 1 { std::fs::read_to_string(path).unwrap_or_default() } else { String::new() };
-        let step = |line: &str| serde_json::from_str::<Value>(line).ok()?["step"].as_u64();
-        let kept = old.lines().filter(|line| step(line).is_some_and(|s| s < first as u64));
-        let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
-        write_atomically(path, |out| out.write_all(kept.as_bytes()))?;
+    let mut file = OpenOptions::new().append(true).create(true).open(path).map_err(Error::io(path))?;
+    if !path.is_file() {
+        return Ok(file); // a pipe or a device
     }
-    OpenOptions::new().append(true).open(path).map_err(Error::io(path))
+    let old = std::fs::read(path).map_err(Error::io(path))?;
+    let kept = if first > 1 { kept_bytes(&old, first as u64) } else { old.len() };
+    let cut = if kept < old.len() { file.set_len(kept as u64) } else { Ok(()) };
+    let end = if kept > 0 && old[kept - 1] != b'\n' { file.write_all(b"\n") } else { Ok(()) };
+    cut.and(end).map_err(Error::io(path))?;
+    Ok(file)
+}
+
+/// How much of a log stays when its last run goes on with step `first`. Lines of runs before it stay in any case: they are in front of
+/// a line whose step is not lower than the next one's.
+fn kept_bytes(log: &[u8], first: u64) -> usize {
+    let step = |line: &[u8]| serde_json::from_slice::<Value>(line).ok()?["step"].as_u64();
+    let (mut kept, mut next) = (log.len(), u64::MAX);
+    if !log.ends_with(b"\n") {
+        kept = log.iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1); // half a line
+    }
+    while kept > 0 {
+        let start = log[..kept - 1].iter().rposition(|b| *b == b'\n').map_or(0, |i| i + 1);
+        match step(&log[start..kept]) {
+            Some(s) if s >= first && s < next => (kept, next) = (start, s),
+            _ => break,
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_runs_later_lines_are_cut() {
+        let log = |steps: &[u64]| steps.iter().map(|s| format!("{{\"step\":{s}}}\n")).collect::<String>();
+        for (before, first, after) in [
+            (log(&[1, 2, 3]), 3, log(&[1, 2])),
+            (log(&[1, 2, 3, 4, 1, 2, 3]), 2, log(&[1, 2, 3, 4, 1])),
+            (log(&[1, 2, 3, 4, 1]), 2, log(&[1, 2, 3, 4, 1])),
+            (log(&[1, 2, 3]) + "{\"st", 3, log(&[1, 2])),
+            (log(&[1, 2]) + "a note\n" + &log(&[2, 3]), 2, log(&[1, 2]) + "a note\n"),
+            (String::new(), 5, String::new()),
+        ] {
+            assert_eq!(&before[..kept_bytes(before.as_bytes(), first)], after, "{before:?} from {first}");
+        }
+    }
 }

@@ -15,6 +15,7 @@ mod eval;
 mod growth;
 mod inspect;
 mod learn;
+mod outputs;
 mod profile;
 mod quantize;
 mod race;

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use spinquant::rotation::{Rotations, TOLERANCE};
 use spinquant::{Error, Result};
 
-use crate::common::check_writable;
+use spinquant::io::check_writable;
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -138,8 +138,9 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(Error::argument("race", "expected at least one seed and one step"));
     }
     std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out))?;
-    let mut outcome = Outcome::create(&args.out)?;
+    Outcome::check(&args.out)?;
     let track = Track::open(args, &progress)?;
+    let mut outcome = Outcome::create(&args.out)?;
     let full = track.full;
     let say = |line: &str| {
         if !args.json {
@@ -158,12 +159,13 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let raced = every_run(args, &track, &entries, &mut outcome, &say, &progress);
     // What an interrupted race has is worth its table and pictures.
-    let table = outcome.finish(&args.out, &track.name)?;
+    let table = outcome.table(&track.name);
+    let written = outcome.write(&args.out, &table);
     match args.json {
         true => out!("{}", outcome.json()),
         false => out!("{table}curves in {}", args.out.display()),
     }
-    raced
+    raced.and(written)
 }
 
 /// Seeds after numbers of steps, so that an interrupted race has every entry once.

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use spinquant::io::write_atomically;
+use spinquant::io::{check_writable, write_atomically};
 use spinquant::plot::{Axes, Panel, Series, lines};
 use spinquant::quant::{ClipRatios, Scheme};
 use spinquant::{Error, Result};
@@ -103,7 +103,16 @@ struct Group<'a> {
     runs: Vec<&'a Run>,
 }
 
+/// What a race leaves in its folder.
+const FILES: [&str; 5] = ["runs.csv", "curves.csv", "table.md", "steps.png", "seconds.png"];
+
 impl Outcome {
+    /// Fails where a file cannot be written. Those of an earlier race stay as they are.
+    pub fn check(folder: &Path) -> Result<()> {
+        FILES.iter().try_for_each(|name| check_writable(&folder.join(name)))
+    }
+
+    /// Begins the tables, in place of those of an earlier race.
     pub fn create(folder: &Path) -> Result<Self> {
         let create = |name: &str, header: &str| -> Result<(PathBuf, File)> {
             let path = folder.join(name);
@@ -165,8 +174,8 @@ impl Outcome {
         groups
     }
 
-    /// Writes the table and the pictures; returns the table.
-    pub fn finish(&self, folder: &Path, name: &str) -> Result<String> {
+    /// The table in Markdown.
+    pub fn table(&self, name: &str) -> String {
         let mut table = String::new();
         for b in &self.baselines {
             let (scheme, full, random) = (b.scheme, b.full, b.mean());
@@ -198,10 +207,14 @@ impl Outcome {
                 );
             }
         }
+        table
+    }
+
+    /// Writes the table and the pictures.
+    pub fn write(&self, folder: &Path, table: &str) -> Result<()> {
         write_atomically(&folder.join("table.md"), |out| out.write_all(table.as_bytes()))?;
         self.draw(&folder.join("steps.png"), "steps", |p| p.step as f64)?;
-        self.draw(&folder.join("seconds.png"), "seconds of learning", |p| p.seconds)?;
-        Ok(table)
+        self.draw(&folder.join("seconds.png"), "seconds of learning", |p| p.seconds)
     }
 
     /// Held-out loss against something, a panel a scheme: of every entry the rate and the number of steps that ended best.
