@@ -22,6 +22,7 @@ use spinquant::{DType, Error, Result};
 
 use crate::clip::{self, ClipChoice};
 use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted, peak_bytes};
+use crate::eval::file_name;
 use crate::outputs;
 
 /// The optimiser that does what the published code does, which clips nothing.
@@ -321,8 +322,7 @@ pub fn run(args: &Args) -> Result<()> {
         return args.recipe.dry_run(args);
     }
     let progress = Progress::new();
-    check_writable(&args.out)?;
-    args.log.as_deref().map_or(Ok(()))?;
+    let state = args.check_outputs()?;
     let mut log: Option<File> = None;
     let model = args.model.load(&progress)?;
     let choice = args.start.clone().unwrap_or(RotationChoice::Hadamard(args.seed));
@@ -384,7 +384,7 @@ pub fn run(args: &Args) -> Result<()> {
     if scheme.activation_clip != ClipRatios::NONE {
         notes.extend(clip::notes(scheme.activation_clip, &scheme));
     }
-    learned.rotations.save_with(&args.out, &notes)?;
+    learned.rotations.save_with(&args.out, &notes).inspect_err(|_| rescue(&learned.rotations, &args.out, &notes))?;
     if args.resume || args.checkpoint_every.is_some() {
         let _ = std::fs::remove_file(&state); // it has served its purpose
     }
@@ -405,6 +405,15 @@ pub fn run(args: &Args) -> Result<()> {
         out!("rotations written to {}", args.out.display());
     }
     Ok(())
+}
+
+/// Keeps rotations that could not be written where they should: beside that, or else among the system's temporary files.
+fn rescue(rotations: &Rotations, out: &Path, notes: &BTreeMap<String, String>) {
+    let name = format!("{}.rescued", file_name(out));
+    let places = [out.with_file_name(&name), std::env::temp_dir().join(format!("{name}-{}", std::process::id()))];
+    if let Some(place) = places.iter().find(|place| !place.exists() && rotations.save_with(place, notes).is_ok()) {
+        say!("the rotations could not be written to {}; they are in {}", out.display(), place.display());
+    }
 }
 
 /// The resumable state beside an output: `R.safetensors` → `R.safetensors.state`.

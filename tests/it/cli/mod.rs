@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 mod console;
 mod input;
+mod kept;
 mod learning;
 mod outputs;
 mod scores;
