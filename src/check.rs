@@ -90,6 +90,9 @@ pub struct Evaluation {
 }
 
 /// Evaluates a case with its operands rounded to `dtype` on `device`.
+///
+/// # Errors
+/// Those of the operation and of its gradient; an operand that `dtype` cannot hold.
 pub fn evaluate(case: &Case, dtype: DType, device: &Device) -> Result<Evaluation> {
     evaluate_from(case, &rounded(case, dtype)?, dtype, device)
 }
@@ -117,6 +120,9 @@ fn evaluate_from(case: &Case, inputs: &[Tensor], dtype: DType, device: &Device) 
 /// Elsewhere than in `f64` on the CPU the error must be at most twice that of the CPU in the same precision (an equally imprecise
 /// baseline), plus a few roundings of the largest value. Results that are rounded to a grid may differ by one step where the
 /// baseline is within rounding of a tie, in at most one value of a thousand (one at least).
+///
+/// # Errors
+/// Those of [`evaluate`]; [`Error::Numeric`] where the results differ by more, with the value and both results.
 pub fn parity(case: &Case, dtype: DType, device: &Device) -> Result<()> {
     let inputs = rounded(case, dtype)?;
     let exact = evaluate_from(case, &inputs, DType::F64, &Device::Cpu)?;

@@ -35,6 +35,9 @@ impl Tokenizer {
     }
 
     /// The same from the file's bytes; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when they are not a tokenizer.
     pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
         let bad = |e: tokenizers::Error| Error::format(path, format!("expected a tokenizer: {e}"));
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
@@ -49,6 +52,9 @@ impl Tokenizer {
 
     /// The whole text as one stream of token ids that starts with exactly one `bos` (if given), whatever special tokens the
     /// tokenizer would add itself. Encoded in one go: a cut, at a newline say, can change the tokens around it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the tokenizer cannot encode the text.
     pub fn encode_stream(&self, text: &str, bos: Option<u32>) -> Result<Vec<u32>> {
         let encoding = self.0.encode_fast(text, false).map_err(|e| Error::argument("tokenizer", e))?;
         let ids = encoding.get_ids();

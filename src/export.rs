@@ -156,6 +156,9 @@ pub enum Stored {
 
 impl Stored {
     /// The weight in an element type.
+    ///
+    /// # Errors
+    /// Codes that are not those of the grid, or a `dtype` that is not a floating-point type.
     pub fn values(&self, dtype: DType) -> Result<Tensor> {
         match self {
             Self::Values(t) => t.to_dtype(dtype),
@@ -168,6 +171,9 @@ impl Stored {
 pub type StoredLayer = [Stored; 7];
 
 /// Rounds a layer's rotated weights to nearest: the very codes that [`Llama::merge`](crate::llama::Llama::merge)'s weights are made of.
+///
+/// # Errors
+/// A group that does not divide the columns of a weight, or weights that cannot be quantised.
 pub fn round_to_nearest(weights: &LayerWeights, spec: &QuantSpec) -> Result<StoredLayer> {
     let mut stored = vec![];
     for w in weights.as_array() {
@@ -182,6 +188,9 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 /// SHA-256 of the shape, type and values of R1 and R2.
+///
+/// # Errors
+/// A failing copy from a GPU.
 pub fn rotations_sha256(rotations: &Rotations) -> Result<String> {
     let mut hash = Sha256::new();
     for t in [&rotations.r1, &rotations.r2] {

@@ -14,6 +14,9 @@ use crate::dtype::{DType, Element};
 use crate::{Device, Error, Result, Tensor};
 
 /// Writes tensors of any device and a string map as one safetensors file, atomically; equal contents give equal bytes.
+///
+/// # Errors
+/// Those of [`write_atomically`]; a failing copy from a GPU.
 pub fn save_tensors(path: &Path, tensors: &BTreeMap<String, Tensor>, metadata: &BTreeMap<String, String>) -> Result<()> {
     let mut order = tensors.iter().map(|(name, t)| Ok((name, t.to_device(&Device::Cpu)?))).collect::<Result<Vec<_>>>()?;
     order.sort_by_key(|(_, t)| std::cmp::Reverse(t.dtype().size())); // keeps every tensor aligned; stable, so then by name

@@ -51,6 +51,9 @@ fn tangent(n: usize, seed: u64) -> Result<(Tensor, Tensor)> {
 }
 
 /// A retraction on O(n) stays on it, keeps the determinant, fixes x along 0, and moves along its tangent to first order.
+///
+/// # Errors
+/// [`Error::Numeric`] naming the property that does not hold, and by how much; those of the retraction.
 pub fn retraction(r: &dyn Retraction, n: usize, seed: u64) -> Result<()> {
     let law = format!("retraction {} at n = {n}, seed {seed}", r.name());
     let (x, v) = tangent(n, seed)?;
@@ -76,6 +79,9 @@ pub fn retraction(r: &dyn Retraction, n: usize, seed: u64) -> Result<()> {
 
 /// On O(n): the tangent projection is an orthogonal projection, the Riemannian gradient gives every directional derivative along
 /// the manifold and vanishes for `G = X S` with S symmetric, and transport is an isometry between tangent spaces.
+///
+/// # Errors
+/// [`Error::Numeric`] naming the property that does not hold, and by how much.
 pub fn orthogonal_geometry(n: usize, seed: u64) -> Result<()> {
     let law = format!("geometry of O({n}), seed {seed}");
     let x = Orthogonal.random_point(1, n, seed)?;
@@ -99,6 +105,9 @@ pub fn orthogonal_geometry(n: usize, seed: u64) -> Result<()> {
 }
 
 /// `H Hᵀ = I` for the fast map of rows of n in a type, and its transpose undoes it.
+///
+/// # Errors
+/// [`Error::Numeric`] where it is not; a size or type without a transform.
 pub fn hadamard_is_orthonormal(n: usize, dtype: DType) -> Result<()> {
     let map = Hadamard::new(n)?;
     let worst = |x: &Tensor, y: &Tensor| -> Result<f64> {
@@ -116,6 +125,9 @@ pub fn hadamard_is_orthonormal(n: usize, dtype: DType) -> Result<()> {
 }
 
 /// Quantising what was quantised returns the same codes on the same grid, and moves no value inside the range by more than s/2.
+///
+/// # Errors
+/// [`Error::Numeric`] naming the value that breaks the law; those of quantising `x`.
 pub fn quantizer(x: &Tensor, spec: &QuantSpec) -> Result<()> {
     let law = format!("quantiser {spec:?}");
     let q = fake_quant::quantize(x, spec)?;
@@ -179,11 +191,17 @@ impl Procrustes {
 
 /// An optimiser reaches the global minimum of `‖X A − B‖²` over the component of O(n) that it starts in, for random A and a B that
 /// is a rotation of A plus a little noise: the polar factor of `B Aᵀ` (Schönemann 1966). At a constant learning rate.
+///
+/// # Errors
+/// [`Error::Numeric`] where it ends elsewhere; those of the optimiser.
 pub fn procrustes(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, steps: usize) -> Result<()> {
     procrustes_scheduled(optimizer, n, seed, lr, Schedule::Constant, steps)
 }
 
 /// [`procrustes`] with a learning rate that falls: for optimisers whose steps do not shorten with the gradient.
+///
+/// # Errors
+/// [`Error::Numeric`] where it ends elsewhere; those of the optimiser.
 pub fn procrustes_scheduled(
     optimizer: &mut dyn Optimizer,
     n: usize,
@@ -210,6 +228,9 @@ pub fn procrustes_scheduled(
 /// Each of the first steps of an optimiser at a small learning rate goes down: on `‖X A − B‖²` it turns by an angle θ > 0 (the length
 /// of the step over √n) and lowers the value, the first by at least a quarter of what steepest descent would over that length. `lr`
 /// should be such that θ is well below 1; nothing is asked near the minimum, where the slope is no longer along the gradient.
+///
+/// # Errors
+/// [`Error::Numeric`] with the step that does not go down; those of the optimiser.
 pub fn descends(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, steps: usize) -> Result<()> {
     let law = format!("descent by {} at n = {n}, seed {seed}, lr {lr}", optimizer.name());
     let problem = Procrustes::new(n, seed)?;
@@ -240,6 +261,9 @@ pub fn descends(optimizer: &mut dyn Optimizer, n: usize, seed: u64, lr: f64, ste
 
 /// After every step along random gradients of a given size, max|RᵀR − I| of `f32` parameters `[2, n, n]` is at most `tolerance`,
 /// and the optimiser says so itself where it audits.
+///
+/// # Errors
+/// [`Error::Numeric`] with the step that leaves the manifold; those of the optimiser.
 pub fn stays_orthogonal(
     o: &mut dyn Optimizer,
     n: usize,
@@ -264,6 +288,9 @@ pub fn stays_orthogonal(
 }
 
 /// An optimiser whose state went through a file after `steps` steps continues to the same bits. `make` makes equal optimisers.
+///
+/// # Errors
+/// [`Error::Numeric`] where the continued run differs; those of the optimiser and of its file.
 pub fn resumes(make: &dyn Fn() -> Result<Box<dyn Optimizer>>, dtype: DType, seed: u64, steps: u64) -> Result<()> {
     let start = || -> Result<Vec<Tensor>> {
         [(1, 12), (3, 4)].iter().map(|&(k, n)| Orthogonal.random_point(k, n, seed)?.to_dtype(dtype)).collect()

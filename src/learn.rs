@@ -290,6 +290,9 @@ fn first_not_finite(vars: &RotationVars<'_>, batch: &Batch<'_>) -> Result<String
 }
 
 /// Mean cross entropy of the network being learned on fixed windows.
+///
+/// # Errors
+/// Those of [`Llama::loss`](crate::llama::Llama::loss).
 pub fn held_out_loss(
     model: &Llama,
     windows: &Windows,

@@ -19,18 +19,36 @@ pub trait Manifold {
     /// For messages.
     fn name(&self) -> &str;
     /// The nearest point of the manifold.
+    ///
+    /// # Errors
+    /// `x` is not a batch of square matrices of floats, or a factorisation fails.
     fn project_point(&self, x: &Tensor) -> Result<Tensor>;
     /// The nearest tangent vector at x.
+    ///
+    /// # Errors
+    /// Batches of different shapes, types or devices.
     fn project_tangent(&self, x: &Tensor, z: &Tensor) -> Result<Tensor>;
     /// The tangent vector whose inner products with tangents are those of the Euclidean gradient.
+    ///
+    /// # Errors
+    /// Batches of different shapes, types or devices.
     fn riemannian_gradient(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         self.project_tangent(x, gradient)
     }
     /// Carries a tangent vector from x to y.
+    ///
+    /// # Errors
+    /// Batches of different shapes, types or devices.
     fn transport(&self, x: &Tensor, y: &Tensor, tangent: &Tensor) -> Result<Tensor>;
     /// `count` random points `[count, n, n]` in `f64`.
+    ///
+    /// # Errors
+    /// A size of 0, or one too large for memory.
     fn random_point(&self, count: usize, n: usize, seed: u64) -> Result<Tensor>;
     /// How far from the manifold the worst of a batch is.
+    ///
+    /// # Errors
+    /// `x` is not a batch of square matrices of floats.
     fn distance(&self, x: &Tensor) -> Result<f64>;
 }
 
@@ -39,6 +57,9 @@ pub trait Retraction {
     /// What it is called on the command line.
     fn name(&self) -> &str;
     /// The point reached from x along `tangent`.
+    ///
+    /// # Errors
+    /// Batches of different shapes, types or devices; a factorisation that fails; a device that the retraction does not run on.
     fn retract(&self, x: &Tensor, tangent: &Tensor) -> Result<Tensor>;
 }
 
@@ -113,11 +134,17 @@ const TOLERANCE: f64 = 1e-13;
 
 impl Orthogonal {
     /// max|XᵀX − I| over the batch, in `f64`.
+    ///
+    /// # Errors
+    /// `x` is not a batch of square matrices of floats.
     pub fn orthogonality_error(&self, x: &Tensor) -> Result<f64> {
         Ok(largest(&gram_residual(&x.to_dtype(DType::F64)?)?.1))
     }
 
     /// X = QR by Householder reflections in `f64`, R upper triangular with a non-negative diagonal.
+    ///
+    /// # Errors
+    /// `x` is not a batch of square matrices of floats.
     pub fn qr(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let (_, n) = same("qr", x, &[])?;
         if x.to_f64_vec()?.iter().any(|x| !x.is_finite()) {
@@ -133,6 +160,9 @@ impl Orthogonal {
     }
 
     /// The sign of every determinant: 1 for rotations, −1 for reflections, 0 for singular matrices.
+    ///
+    /// # Errors
+    /// `x` is not a batch of square matrices of floats.
     pub fn determinant_signs(&self, x: &Tensor) -> Result<Vec<f64>> {
         let (_, n) = dims("determinant_signs", x)?;
         let x = x.to_f64_vec()?;
@@ -140,12 +170,18 @@ impl Orthogonal {
     }
 
     /// `count` random Hadamard matrices `diag(±1) Hᵀ` in `f64`; block-diagonal where no Hadamard matrix of size n is known.
+    ///
+    /// # Errors
+    /// A size of 0, or one too large for memory.
     pub fn random_hadamard(&self, count: usize, n: usize, seed: u64) -> Result<Tensor> {
         let values = (0..count as u64).map(|i| signed_hadamard(n, seed, i)).collect::<Result<Vec<_>>>()?;
         Tensor::from_vec(values.concat(), [count, n, n])
     }
 
     /// Moves from x along a tangent vector.
+    ///
+    /// # Errors
+    /// Those of [`Retraction::retract`].
     pub fn retract(&self, x: &Tensor, tangent: &Tensor, retraction: &dyn Retraction) -> Result<Tensor> {
         retraction.retract(x, tangent)
     }
@@ -276,6 +312,9 @@ pub fn retractions() -> Vec<Box<dyn Retraction>> {
 }
 
 /// A retraction by its name.
+///
+/// # Errors
+/// [`Error::Argument`] with the names there are, for another one.
 pub fn retraction(name: &str) -> Result<Box<dyn Retraction>> {
     let names: Vec<String> = retractions().iter().map(|r| r.name().to_string()).collect();
     let found = retractions().into_iter().find(|r| r.name() == name);

@@ -263,6 +263,9 @@ fn check_factors(what: &str, factors: &[f64], expected: usize) -> Result<()> {
 
 /// Scales channel f of the MLP's inner activation by `factors[f]` (F of them): row f of up by it, column f of down by its
 /// inverse. SwiGLU is linear in up's output.
+///
+/// # Errors
+/// Another number of factors than the MLP has channels, or a factor that is 0 or not finite.
 pub fn mlp_channels(layer: &LayerWeights, factors: &[f64]) -> Result<LayerWeights> {
     check_factors("mlp_channels", factors, layer.up.rows())?;
     let up = scaled(&layer.up, |f| factors[f], |_| 1.0)?;
@@ -272,6 +275,9 @@ pub fn mlp_channels(layer: &LayerWeights, factors: &[f64]) -> Result<LayerWeight
 
 /// Scales rotary pairs (i, i + D/2) of key head h by `factors[h * D/2 + i]`, and of the query heads that read it by the inverse.
 /// RoPE turns a pair as a whole, so the scaling commutes with it.
+///
+/// # Errors
+/// Another number of factors than there are pairs, or a factor that is 0 or not finite.
 pub fn rope_pairs(layer: &LayerWeights, config: &LlamaConfig, factors: &[f64]) -> Result<LayerWeights> {
     let (d, half) = (config.head_dim, config.head_dim / 2);
     check_factors("rope_pairs", factors, config.kv_heads * half)?;

@@ -45,6 +45,9 @@ impl<'a> Calibration<'a> {
     }
 
     /// `count` different windows of a text, drawn by `seed`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the text has fewer windows, or `count` is 0.
     pub fn random(text: &'a Windows, count: usize, seed: u64) -> Result<Self> {
         let windows = data::Sampler::new((0..text.len()).collect(), count.clamp(1, text.len()), seed)?.step(0);
         Ok(Self { windows, ..Self::first(text, count)? })
@@ -77,8 +80,14 @@ pub trait LayerStore {
     /// True of a layer saved earlier, by the same run.
     fn has(&self, index: usize) -> bool;
     /// A layer saved earlier, its weights in this type and on this device.
+    ///
+    /// # Errors
+    /// The layer was not saved, or its file cannot be read or does not fit.
     fn load(&mut self, index: usize, dtype: DType, device: &Device) -> Result<QuantizedLayer>;
     /// Called with every new layer, in order.
+    ///
+    /// # Errors
+    /// The layer cannot be written.
     fn save(&mut self, layer: &QuantizedLayer) -> Result<()>;
 }
 
@@ -112,6 +121,9 @@ pub struct LayerReport {
 
 /// Merges rotations into the weights as [`Llama::merge`] does, and quantises them by `quantizer` on `calibration` text (which a
 /// quantiser that needs no Hessian does without). `None`: the plain network ([`Scheme::unrotated`]). More in [`quantize_layers`].
+///
+/// # Errors
+/// Those of [`quantize_layers`]; rotations of another size, or not orthogonal.
 #[allow(clippy::too_many_arguments)]
 pub fn quantize_weights(
     model: &Llama,

@@ -32,6 +32,10 @@ pub struct Perplexity {
 }
 
 /// Perplexity of a model on windows of text; `progress` is told how many windows are done and may stop.
+///
+/// # Errors
+/// Those of [`Merged::logits`]; [`Error::Numeric`] where a loss is not finite; [`Error::Interrupted`] with the number of windows
+/// where `progress` breaks.
 pub fn perplexity(model: &Merged, text: &Windows, mut progress: impl FnMut(usize) -> ControlFlow<()>) -> Result<Perplexity> {
     let seq = text.seq_len();
     let batch = (tokens_at_once(&model.embedding.device()) / seq).max(1);

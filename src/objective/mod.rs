@@ -56,6 +56,9 @@ pub struct Batch<'a> {
 
 impl Batch<'_> {
     /// Logits `[tokens, V]` of the model in full precision, unrotated.
+    ///
+    /// # Errors
+    /// Those of the network.
     pub fn teacher(&self) -> Result<Tensor> {
         self.model.merge_exact(None, &full_precision())?.logits(self.tokens, self.seq)
     }

@@ -48,6 +48,9 @@ impl Default for Adam {
 
 impl Adam {
     /// With other β₁ and β₂, in [0, 1).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rate outside [0, 1).
     pub fn with_betas(self, first: f64, second: f64) -> Result<Self> {
         if ![first, second].iter().all(|b| (0.0..1.0).contains(b)) {
             return Err(Error::argument("betas", format!("expected numbers in [0, 1), got {first} and {second}")));
@@ -56,6 +59,9 @@ impl Adam {
     }
 
     /// With weight decay λ of at least 0.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a decay that is negative or not finite.
     pub fn with_weight_decay(self, decay: f64) -> Result<Self> {
         if !(decay >= 0.0 && decay.is_finite()) {
             return Err(Error::argument("weight decay", format!("expected a finite number of at least 0, got {decay}")));

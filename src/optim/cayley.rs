@@ -83,6 +83,9 @@ impl CayleySgd {
     }
 
     /// With momentum β in [0, 1).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a momentum outside [0, 1).
     pub fn with_momentum(self, momentum: f64) -> Result<Self> {
         if !(0.0..1.0).contains(&momentum) {
             return Err(Error::argument("momentum", format!("expected a number in [0, 1), got {momentum}")));

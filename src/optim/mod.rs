@@ -47,6 +47,9 @@ pub trait Optimizer {
     fn state(&self) -> State;
 
     /// Continues from a state that an optimiser of the same kind returned.
+    ///
+    /// # Errors
+    /// A state of another optimiser, of other constants, or of parameters of another shape; the optimiser is then unchanged.
     fn load_state(&mut self, state: State) -> Result<()>;
 
     /// max|RᵀR − I| over all parameters after the last step, where the optimiser audits it; NaN before the first step.
@@ -168,6 +171,9 @@ impl State {
     const SCALARS: &'static str = "scalars";
 
     /// Writes a safetensors file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; a failing copy from a GPU.
     pub fn save(&self, path: &Path) -> Result<()> {
         let scalars = serde_json::to_string(&self.scalars).map_err(|e| Error::format(path, e))?;
         io::save_tensors(path, &self.tensors, &[(Self::SCALARS.to_string(), scalars)].into())
@@ -182,11 +188,17 @@ impl State {
     }
 
     /// A number by name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the state has no such number.
     pub fn number(&self, name: &str) -> Result<f64> {
         self.scalars.get(name).and_then(serde_json::Value::as_f64).ok_or_else(|| self.missing("number", name))
     }
 
     /// A string by name.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the state has no such text.
     pub fn text(&self, name: &str) -> Result<&str> {
         self.scalars.get(name).and_then(serde_json::Value::as_str).ok_or_else(|| self.missing("string", name))
     }

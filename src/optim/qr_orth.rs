@@ -32,6 +32,9 @@ pub struct QrOrth {
 }
 
 /// dL/dZ for `Z = X R`, given dL/dX and R⁻¹; all `[k, n, n]`.
+///
+/// # Errors
+/// Batches of different shapes, types or devices.
 pub fn gradient_through_qr(x: &Tensor, g: &Tensor, r_inverse: &Tensor) -> Result<Tensor> {
     let lower = strictly_lower(&skew(&product(x, true, g, false)?)?)?;
     product(x, false, &product(&lower, false, r_inverse, true)?, false)
@@ -58,6 +61,9 @@ impl QrOrth {
     }
 
     /// With momentum β in [0, 1).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a momentum outside [0, 1).
     pub fn with_momentum(self, momentum: f64) -> Result<Self> {
         if !(0.0..1.0).contains(&momentum) {
             return Err(Error::argument("momentum", format!("expected a number in [0, 1), got {momentum}")));

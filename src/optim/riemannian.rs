@@ -87,6 +87,9 @@ impl RiemannianSgd {
     }
 
     /// With momentum β in [0, 1). A constant gradient then moves 1/(1 − β) times as far at the same rate.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a momentum outside [0, 1).
     pub fn with_momentum(self, momentum: f64) -> Result<Self> {
         Ok(Self { momentum: fraction("momentum", momentum)?, ..self })
     }
@@ -186,6 +189,9 @@ impl RiemannianAdam {
     }
 
     /// With other decay rates, both in [0, 1).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a rate outside [0, 1).
     pub fn with_betas(self, first: f64, second: f64) -> Result<Self> {
         Ok(Self { betas: [fraction("beta 1", first)?, fraction("beta 2", second)?], ..self })
     }

@@ -43,6 +43,9 @@ impl Hessian {
     }
 
     /// Adds inputs `[.., in]`. The first ones say where H is.
+    ///
+    /// # Errors
+    /// Inputs of another width or on another device than the first; a type that is not floating-point.
     pub fn add(&mut self, x: &Tensor) -> Result<()> {
         let n = self.cols;
         if x.cols() != n {

@@ -26,6 +26,9 @@ impl QuantizedLinear {
     }
 
     /// A weight of given codes, in this type and on this device.
+    ///
+    /// # Errors
+    /// Codes and grids that do not fit together; a `dtype` that is not floating-point.
     pub fn from_codes(codes: Quantized, dtype: DType, device: &Device) -> Result<Self> {
         let weight = codes.dequantize()?.to_dtype(dtype)?.to_device(device)?;
         Ok(Self { weight, codes: Some(codes), damping: None, loss: None })
@@ -42,6 +45,10 @@ pub trait WeightQuantizer {
 
     /// Quantises linears `[out, in]` that read one input; `hessian` is that input's `[in, in]` in `f64` ([`Hessian`](crate::quant::Hessian)).
     /// `spec` is active. The results are in the order of `weights`.
+    ///
+    /// # Errors
+    /// Weights or a Hessian of shapes that do not fit; a quantiser that needs a Hessian and got none; a Hessian that cannot be
+    /// factored.
     fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, hessian: Option<&Tensor>) -> Result<Vec<QuantizedLinear>>;
 }
 
