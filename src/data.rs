@@ -1,12 +1,15 @@
 //! Text to token windows: one stream, windows of the context length, and which windows a step uses.
 
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
-use crate::{Error, Result};
+use crate::{Error, Result, io};
 
 /// Reads a UTF-8 text file.
 ///
@@ -20,18 +23,90 @@ pub fn read_text(path: impl AsRef<Path>) -> Result<String> {
     })
 }
 
+/// The token that a text starts with, before its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bos {
+    /// Whatever the tokenizer's post-processor adds, as in transformers; `bos_token_id` of `config.json` plays no part.
+    #[default]
+    Auto,
+    /// None.
+    None,
+    /// Exactly one of this id, whatever the tokenizer would add.
+    Id(u32),
+}
+
+impl From<Option<u32>> for Bos {
+    fn from(id: Option<u32>) -> Self {
+        id.map_or(Self::None, Self::Id)
+    }
+}
+
+impl FromStr for Bos {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::None),
+            id => id
+                .parse()
+                .map(Self::Id)
+                .map_err(|_| Error::argument("bos", format!("expected auto, none or a token id, got {s:?}"))),
+        }
+    }
+}
+
+impl fmt::Display for Bos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.pad("auto"),
+            Self::None => f.pad("none"),
+            Self::Id(id) => f.pad(&id.to_string()),
+        }
+    }
+}
+
+/// The first token of a text: scores depend on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FirstToken {
+    /// Its id.
+    pub id: u32,
+    /// Its string in the vocabulary, where a tokenizer made the text.
+    pub token: Option<String>,
+}
+
+impl fmt::Display for FirstToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.token {
+            Some(token) => write!(f, "{token} (id {})", self.id),
+            None => write!(f, "id {}", self.id),
+        }
+    }
+}
+
 /// A model's tokenizer.
 #[derive(Debug)]
-pub struct Tokenizer(tokenizers::Tokenizer);
+pub struct Tokenizer {
+    tokenizer: tokenizers::Tokenizer,
+    /// For messages.
+    path: PathBuf,
+}
 
 impl Tokenizer {
     /// Reads the `tokenizer.json` of a model directory. Truncation and padding that it asks for are off.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] when it is not a tokenizer.
+    /// [`Error::Io`]; [`Error::Format`] when it is not there but another kind of tokenizer is, and when it is not a tokenizer.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let path = dir.as_ref().join("tokenizer.json");
-        Self::from_bytes(&std::fs::read(&path).map_err(Error::io(&path))?, &path)
+        match std::fs::read(&path) {
+            Ok(bytes) => Self::from_bytes(&bytes, &path),
+            Err(e) => match instead_of_tokenizer(dir.as_ref()) {
+                Some(hint) if e.kind() == std::io::ErrorKind::NotFound => {
+                    Err(Error::format(&path, format!("No such file or directory: {hint}")))
+                }
+                _ => Err(Error::io(&path)(e)),
+            },
+        }
     }
 
     /// The same from the file's bytes; `path` is for messages.
@@ -39,28 +114,55 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Format`] when they are not a tokenizer.
     pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
-        let bad = |e: tokenizers::Error| Error::format(path, format!("expected a tokenizer: {e}"));
+        if let Some(message) = io::lfs_pointer(bytes) {
+            return Err(Error::format(path, message));
+        }
+        let bad = |e: tokenizers::Error| Error::format(path, format!("expected a tokenizer: {}", io::short(e)));
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
         tokenizer.with_truncation(None).map_err(bad)?.with_padding(None);
-        Ok(Self(tokenizer))
+        Ok(Self { tokenizer, path: path.to_path_buf() })
     }
 
     /// Number of token ids, added tokens included; a model's `vocab_size` is at least this.
     pub fn vocab_size(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.tokenizer.get_vocab_size(true)
     }
 
-    /// The whole text as one stream of token ids that starts with exactly one `bos` (if given), whatever special tokens the
-    /// tokenizer would add itself. Encoded in one go: a cut, at a newline say, can change the tokens around it.
+    /// The whole text as one stream of token ids that starts as `bos` says. Encoded in one go: a cut, at a newline say, can change
+    /// the tokens around it. With [`Bos::Auto`] the stream is what transformers makes of the text, every special token of the
+    /// post-processor included.
     ///
     /// # Errors
-    /// [`Error::Argument`] when the tokenizer cannot encode the text.
-    pub fn encode_stream(&self, text: &str, bos: Option<u32>) -> Result<Vec<u32>> {
-        let encoding = self.0.encode_fast(text, false).map_err(|e| Error::argument("tokenizer", e))?;
+    /// [`Error::Format`] when the tokenizer fails.
+    pub fn encode_stream(&self, text: &str, bos: impl Into<Bos>) -> Result<Vec<u32>> {
+        let bos = bos.into();
+        let encoding = self.tokenizer.encode_fast(text, bos == Bos::Auto);
+        let encoding = encoding.map_err(|e| Error::format(&self.path, format!("while encoding: {}", io::short(e))))?;
         let ids = encoding.get_ids();
-        let bos = bos.filter(|bos| ids.first() != Some(bos));
-        Ok(bos.into_iter().chain(ids.iter().copied()).collect())
+        let added = match bos {
+            Bos::Id(id) if ids.first() != Some(&id) => Some(id),
+            _ => None,
+        };
+        Ok(added.into_iter().chain(ids.iter().copied()).collect())
     }
+
+    /// A text as windows of `seq_len` tokens, whose [`Windows::first_token`] has a name.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::encode_stream`] and [`Windows::new`].
+    pub fn windows(&self, text: &str, bos: impl Into<Bos>, seq_len: usize) -> Result<Windows> {
+        let mut windows = Windows::new(self.encode_stream(text, bos)?, seq_len)?;
+        windows.first = self.tokenizer.id_to_token(windows.tokens[0]).map(Into::into);
+        Ok(windows)
+    }
+}
+
+/// What a folder without `tokenizer.json` holds, and what to do about it.
+fn instead_of_tokenizer(dir: &Path) -> Option<String> {
+    let found = ["tokenizer.model", "vocab.json"].into_iter().find(|name| dir.join(name).is_file())?;
+    Some(format!(
+        "only {found} is there; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) in transformers writes tokenizer.json"
+    ))
 }
 
 /// A token stream cut into consecutive windows; the partial one at the end is dropped. Clones share the tokens.
@@ -68,6 +170,8 @@ impl Tokenizer {
 pub struct Windows {
     tokens: Arc<[u32]>,
     seq_len: usize,
+    /// The string of the first token.
+    first: Option<Arc<str>>,
 }
 
 impl Windows {
@@ -84,7 +188,29 @@ impl Windows {
             let message = format!("shorter than one window: {} tokens, {seq_len} are needed", tokens.len());
             return Err(Error::argument("text", message));
         }
-        Ok(Self { tokens, seq_len })
+        Ok(Self { tokens, seq_len, first: None })
+    }
+
+    /// The first `count` windows, or all where there are fewer.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `count` is 0.
+    pub fn limited(&self, count: usize) -> Result<Self> {
+        if count == 0 {
+            return Err(Error::argument("windows", "expected at least 1, got 0"));
+        }
+        let tokens = if count < self.len() { self.tokens[..count * self.seq_len].into() } else { self.tokens.clone() };
+        Ok(Self { tokens, ..self.clone() })
+    }
+
+    /// The token that the text starts with.
+    pub fn first_token(&self) -> FirstToken {
+        FirstToken { id: self.tokens[0], token: self.first.as_deref().map(str::to_string) }
+    }
+
+    /// The largest token id.
+    pub fn largest_token(&self) -> u32 {
+        self.tokens.iter().copied().max().expect("there is a window")
     }
 
     /// Number of windows.

@@ -65,5 +65,5 @@ pub fn tokenizer() -> Result<Tokenizer> {
 /// # Errors
 /// A text shorter than one window, or windows of fewer than two tokens.
 pub fn windows(text: &str, seq_len: usize) -> Result<Windows> {
-    Windows::new(tokenizer()?.encode_stream(text, config()?.bos_token_id)?, seq_len)
+    tokenizer()?.windows(text, config()?.bos_token_id, seq_len)
 }

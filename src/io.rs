@@ -62,12 +62,39 @@ pub(crate) fn bytes(t: &Tensor) -> Result<&[u8]> {
 /// What a safetensors file holds: tensors by name, and its string map.
 pub type NamedTensors = (BTreeMap<String, Tensor>, BTreeMap<String, String>);
 
+/// The longest safetensors header that is read, in bytes: ten times what 4096 layers take. Parsed, it may take ten times as much.
+const MAX_HEADER: usize = 16 << 20;
+/// The most tensors of a safetensors file: 4096 layers of codes, scales and zero points are fewer.
+const MAX_TENSORS: usize = 1 << 17;
+
+/// A message without an end is one that quotes a damaged file: cut.
+pub(crate) fn short(message: impl std::fmt::Display) -> String {
+    let mut text = message.to_string();
+    if let Some((cut, _)) = text.char_indices().nth(200) {
+        text.replace_range(cut.., "…");
+    }
+    text
+}
+
+/// What to say of a file that Git left in place of a large one.
+pub(crate) fn lfs_pointer(bytes: &[u8]) -> Option<&'static str> {
+    let pointer = bytes.starts_with(b"version https://git-lfs.github.com/spec/");
+    pointer.then_some("this is a Git LFS pointer, not the file itself; `git lfs pull` in the folder fetches it")
+}
+
 /// Where a safetensors file's data starts, and what it is. Lengths are compared and never added, so no header can make them
 /// overflow.
 pub(crate) fn header(bytes: &[u8]) -> std::result::Result<(usize, Metadata), String> {
     let (length, rest) = bytes.split_first_chunk().ok_or("it has no header")?;
     let header = usize::try_from(u64::from_le_bytes(*length)).ok().and_then(|n| rest.get(..n)).ok_or("its header is cut off")?;
-    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header is invalid: {e}"))?;
+    if header.len() > MAX_HEADER {
+        return Err(format!("its header has {} bytes, at most {MAX_HEADER} are read", header.len()));
+    }
+    let tensors = header.windows(14).filter(|w| w == b"\"data_offsets\"").count();
+    if tensors > MAX_TENSORS {
+        return Err(format!("its header names {tensors} tensors, at most {MAX_TENSORS} are read"));
+    }
+    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header is invalid: {}", short(e)))?;
     let (want, got) = (metadata.data_len(), rest.len() - header.len());
     if want != got {
         return Err(format!("its header promises {want} bytes of data, got {got}"));

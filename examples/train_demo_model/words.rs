@@ -143,7 +143,7 @@ pub fn vocabulary() -> Vec<String> {
     words
 }
 
-/// A Hugging Face tokenizer: words, single digits and marks are tokens, spaces are not.
+/// A Hugging Face tokenizer: words, single digits and marks are tokens, spaces are not; a text starts with `<s>`.
 pub fn tokenizer(vocabulary: &[String]) -> String {
     let ids: serde_json::Map<_, _> = vocabulary.iter().enumerate().map(|(id, word)| (word.clone(), id.into())).collect();
     let json = serde_json::json!({
@@ -151,7 +151,13 @@ pub fn tokenizer(vocabulary: &[String]) -> String {
         "pre_tokenizer": {
             "type": "Split", "pattern": {"Regex": "[A-Za-z]+|[0-9]|[^A-Za-z0-9 ]"}, "behavior": "Removed", "invert": true,
         },
-        "post_processor": null, "decoder": null,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": SPECIAL[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {SPECIAL[0]: {"id": SPECIAL[0], "ids": [0], "tokens": [SPECIAL[0]]}},
+        },
+        "decoder": null,
         "model": {"type": "WordLevel", "vocab": ids, "unk_token": SPECIAL[1]},
     });
     format!("{json:#}\n")

@@ -12,7 +12,7 @@ use crate::hadamard::Hadamard;
 use crate::llama::{Block, EMBEDDING, HEAD, LINEARS, LayerWeights, LlamaConfig, Merged};
 use crate::quant::{QuantSpec, Scheme, Site};
 use crate::rotation::{Rotations, TOLERANCE};
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor, io};
 
 pub const FORMAT: &str = "spinquant-native";
 pub const VERSION: u32 = 1;
@@ -103,7 +103,7 @@ fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: D
     }
     let max = spec.max_code() as i16;
     if let Some(code) = codes.iter().find(|c| **c > max) {
-        return Err(Error::argument(format!("{name}.codes"), format!("expected codes from {min} to {max}, got {code}")));
+        return Err(Error::format(part.path(), format!("{name}.codes: expected codes from {min} to {max}, got {code}")));
     }
     let grid = |part_name: &str| part.tensor(&format!("{name}.{part_name}"), grid_type(dtype), &[rows, cols / group]);
     let scale = grid("scale")?;
@@ -179,10 +179,14 @@ pub struct Native {
     pub record: Value,
 }
 
-/// True of a folder that [`load_native`] is meant for.
+/// True of a folder that [`load_native`] is meant for. A record that cannot be read counts where there is no `config.json`: then
+/// [`load_native`] says what is wrong with it.
 pub fn is_native(dir: &Path) -> bool {
-    let record = std::fs::read(dir.join(RECORD)).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
-    record.is_some_and(|r| r["format"] == FORMAT)
+    let Ok(bytes) = std::fs::read(dir.join(RECORD)) else { return false };
+    match serde_json::from_slice::<Value>(&bytes) {
+        Ok(record) => record["format"] == FORMAT,
+        Err(_) => !dir.join("config.json").exists(),
+    }
 }
 
 /// Loads a native output.
@@ -194,7 +198,7 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
     let path = dir.join(RECORD);
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
     let record: Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected a JSON object: {e}")))?;
+        serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected a JSON object: {}", io::short(e))))?;
     let bad = |message: String| Error::format(&path, message);
     if record["format"] != FORMAT || record["format_version"] != VERSION {
         let (format, version) = (&record["format"], &record["format_version"]);
@@ -235,7 +239,7 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
             let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
             let dtype = if part.get("R1", Dtype::F64, &[c, c]).is_ok() { DType::F64 } else { DType::F32 };
             let r = Rotations { r1: part.tensor("R1", dtype, &[c, c])?, r2: part.tensor("R2", dtype, &[l, d, d])? };
-            r.check(c, d, l, TOLERANCE)?;
+            r.check(c, d, l, TOLERANCE).map_err(|e| Error::format(part.path(), e))?;
             Some(r)
         }
     };

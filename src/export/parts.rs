@@ -80,6 +80,10 @@ impl Part {
         Ok(Self { path: path.to_path_buf(), map, metadata, start })
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
         &self.map[self.start + info.data_offsets.0..self.start + info.data_offsets.1]
     }

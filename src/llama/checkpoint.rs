@@ -11,14 +11,18 @@ use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata};
 use sha2::{Digest, Sha256};
 
+use super::folder;
 use crate::device::cpu;
 use crate::dtype::Element;
 use crate::{DType, Error, Result, Tensor, io};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// The first part of the name of every tensor but the head's, which files of a network without a head lack.
+const PREFIX: &str = "model.";
 
-/// The tensors of a model directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+/// The tensors of a model directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names. Names may lack
+/// their first part, `model.`, as in the files of a network without a head.
 ///
 /// Files are memory-mapped; a tensor is read when asked for. Nobody may shorten the files meanwhile.
 #[derive(Debug)]
@@ -27,6 +31,8 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Tensor name to shard.
     names: BTreeMap<String, usize>,
+    /// Tensors that the index names and their shard lacks: wrong only where one of them is needed.
+    absent: BTreeMap<String, PathBuf>,
 }
 
 /// A file's bytes.
@@ -68,6 +74,9 @@ pub(super) struct Entry<'a> {
 impl Shard {
     fn open(path: PathBuf) -> Result<Self> {
         let file = File::open(&path).map_err(Error::io(&path))?;
+        if path.is_dir() {
+            return Err(Error::format(&path, "expected a safetensors file, got a folder"));
+        }
         // SAFETY: read-only; a file that another process shortens while mapped would fault, which the type's documentation rules out.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
         Self::new(path, Bytes::Mapped(map))
@@ -75,6 +84,9 @@ impl Shard {
 
     fn new(path: PathBuf, map: Bytes) -> Result<Self> {
         let (start, metadata) = io::header(&map).map_err(|e| {
+            if let Some(message) = io::lfs_pointer(&map) {
+                return Error::format(&path, message);
+            }
             let size = map.len();
             Error::format(&path, format!("expected a complete safetensors file: {e} (the file has {size} bytes)"))
         })?;
@@ -86,7 +98,8 @@ impl Checkpoint {
     /// Maps the files of a model directory and checks that every one is whole.
     ///
     /// # Errors
-    /// Neither file is there, a file is truncated or not safetensors, the index names an absent shard or a tensor its shard lacks.
+    /// Neither file is there (the message says what is there instead), a file is truncated or not safetensors, the index names an
+    /// absent shard.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
@@ -94,11 +107,12 @@ impl Checkpoint {
             return Ok(Self::of(dir, Shard::open(single)?));
         }
         if index.exists() {
-            let mut checkpoint = Self { dir: dir.to_path_buf(), shards: vec![], names: BTreeMap::new() };
+            let mut checkpoint = Self { dir: dir.to_path_buf(), shards: vec![], names: BTreeMap::new(), absent: BTreeMap::new() };
             checkpoint.open_shards(&index)?;
             return Ok(checkpoint);
         }
-        Err(Error::format(dir, format!("expected {SINGLE} or {INDEX} in this directory, found neither")))
+        let hint = folder::instead_of_weights(dir).map(|hint| format!("; {hint}")).unwrap_or_default();
+        Err(Error::format(dir, format!("expected {SINGLE} or {INDEX} in this directory, found neither{hint}")))
     }
 
     /// The bytes of one safetensors file that is part of the program; `name` is for messages.
@@ -111,7 +125,7 @@ impl Checkpoint {
 
     fn of(dir: &Path, shard: Shard) -> Self {
         let names = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
-        Self { dir: dir.to_path_buf(), shards: vec![shard], names }
+        Self { dir: dir.to_path_buf(), shards: vec![shard], names, absent: BTreeMap::new() }
     }
 
     fn open_shards(&mut self, index: &Path) -> Result<()> {
@@ -121,7 +135,7 @@ impl Checkpoint {
         }
         let bytes = std::fs::read(index).map_err(Error::io(index))?;
         let Index { weight_map } = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::format(index, format!("expected an object with a weight_map of tensor to file names: {e}")))?;
+            .map_err(|e| Error::format(index, format!("expected a weight_map of tensor to file names: {}", io::short(e))))?;
         let mut opened = HashMap::new();
         for (name, file) in weight_map {
             let shard = match opened.get(&file) {
@@ -144,11 +158,17 @@ impl Checkpoint {
             };
             let Shard { path, metadata, .. } = &self.shards[shard];
             if metadata.info(&name).is_none() {
-                return Err(Error::format(path, format!("lacks the tensor {name}, which {INDEX} says is here")));
+                self.absent.insert(name, path.clone());
+                continue;
             }
             self.names.insert(name, shard);
         }
         Ok(())
+    }
+
+    /// The folder.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Every tensor's name, sorted.
@@ -178,8 +198,22 @@ impl Checkpoint {
         io::hex(&hash.finalize())
     }
 
+    /// The name in the files and the shard of a tensor.
+    fn find<'a>(&'a self, name: &str) -> Option<(&'a str, usize)> {
+        let found = |name: &str| self.names.get_key_value(name).map(|(name, &shard)| (name.as_str(), shard));
+        found(name).or_else(|| found(name.strip_prefix(PREFIX)?))
+    }
+
+    /// The name in the files of a tensor, if it is there.
+    pub(super) fn resolve(&self, name: &str) -> Option<&str> {
+        self.find(name).map(|(name, _)| name)
+    }
+
     pub(super) fn entry(&self, name: &str, expected_shape: &[usize]) -> Result<Entry<'_>> {
-        let Some((name, &shard)) = self.names.get_key_value(name) else {
+        let Some((name, shard)) = self.find(name) else {
+            if let Some(path) = self.absent.get(name) {
+                return Err(Error::format(path, format!("lacks the tensor {name}, which {INDEX} says is here")));
+            }
             return Err(Error::format(&self.dir, format!("the tensor {name} is missing from the model's safetensors")));
         };
         let Shard { path, map, metadata, start } = &self.shards[shard];
@@ -202,6 +236,23 @@ impl Checkpoint {
 }
 
 impl Entry<'_> {
+    /// True when another tensor of the same shape holds the same values, whatever types they are stored in.
+    pub(super) fn equals(&self, other: &Self) -> bool {
+        if self.dtype == other.dtype && self.bytes == other.bytes {
+            return true;
+        }
+        const STEP: usize = 1 << 14;
+        let parts = |e: &Self| (e.dtype, e.dtype.size());
+        let ((a, wide_a), (b, wide_b)) = (parts(self), parts(other));
+        let same = |(x, y): (&[u8], &[u8])| {
+            let (mut left, mut right) = (vec![0f64; x.len() / wide_a], vec![0f64; y.len() / wide_b]);
+            decode(a, x, &mut left);
+            decode(b, y, &mut right);
+            left == right
+        };
+        self.shape == other.shape && self.bytes.par_chunks(STEP * wide_a).zip(other.bytes.par_chunks(STEP * wide_b)).all(same)
+    }
+
     /// The values in `dtype`, each row multiplied by `gain` (as long as a row) in `f64` and rounded once.
     pub(super) fn read(&self, dtype: DType, gain: Option<&[f64]>) -> Result<Tensor> {
         match dtype {

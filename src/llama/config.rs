@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::{DType, Error, Result};
+use crate::{DType, Error, Result, io};
+
+/// Configurations have a thousand bytes; those that name many classes have a few hundred thousand.
+const MAX_BYTES: usize = 4 << 20;
 
 /// The shape and constants of a LLaMA 2 or 3.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,7 +67,16 @@ pub enum RopeScaling {
 }
 
 impl LlamaConfig {
-    /// Reads and validates a `config.json`.
+    /// Reads the `config.json` of a model's folder.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::from_file`]; where there is no such file, what seems to be there instead and what to do.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        super::folder::check(dir.as_ref())?;
+        Self::from_file(dir.as_ref().join("config.json"))
+    }
+
+    /// Reads and validates a `config.json`. What may be left out, and how things may be spelt, is as in transformers.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming the file, the field, what was expected and what came, for anything that is not a
@@ -77,7 +89,14 @@ impl LlamaConfig {
     /// The same from the file's bytes; `path` is for messages. Any bytes give a configuration or an error.
     pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self> {
         let bad = |message: String| Error::format(path, message);
-        let map: Map<String, Value> = serde_json::from_slice(bytes).map_err(|e| bad(format!("expected a JSON object: {e}")))?;
+        if let Some(message) = io::lfs_pointer(bytes) {
+            return Err(bad(message.into()));
+        }
+        if bytes.len() > MAX_BYTES {
+            return Err(bad(format!("expected at most {MAX_BYTES} bytes, got {}", bytes.len())));
+        }
+        let map: Map<String, Value> =
+            serde_json::from_slice(bytes).map_err(|e| bad(format!("expected a JSON object: {}", io::short(e))))?;
         let config = parse(Fields { map: &map, prefix: "" }).map_err(bad)?;
         config.problem().map_or(Ok(config), |p| Err(bad(p)))
     }
@@ -282,18 +301,51 @@ impl<'a> Fields<'a> {
     }
 }
 
-fn token_id(v: &Value) -> Option<u32> {
-    v.as_u64()?.try_into().ok()
+/// Tokens by id; −1 and the like stand for none.
+fn token_ids(v: &Value) -> Option<Vec<u32>> {
+    let id = |v: &Value| match v.as_i64()? {
+        id if id < 0 => Some(None),
+        id => u32::try_from(id).ok().map(Some),
+    };
+    let ids: Option<Vec<_>> = match v {
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => Some(vec![id(one)?]),
+    };
+    Some(ids?.into_iter().flatten().collect())
+}
+
+/// The type of the model decides; the names of its classes must not say otherwise. Files name LlamaModel or LLaMAForCausalLM too.
+fn check_architecture(f: Fields) -> Parsed<()> {
+    let is_llama = |v: &Value| v.as_str().is_some_and(|name| name.to_ascii_lowercase().starts_with("llama"));
+    let named = f.get("architectures", "[\"LlamaForCausalLM\"]", |v| match v {
+        Value::Array(names) => names.iter().all(is_llama).then_some(!names.is_empty()),
+        one => is_llama(one).then_some(true),
+    })?;
+    f.only("model_type", json!("llama"))?;
+    match f.text("model_type")? {
+        None if named != Some(true) => Err(f.missing("model_type")),
+        _ => Ok(()),
+    }
+}
+
+/// The element type, in the words of transformers and of torch.
+fn dtype(f: Fields) -> Parsed<Option<DType>> {
+    let name = match f.text("dtype")? {
+        Some(name) => Some(name),
+        None => f.text("torch_dtype")?,
+    };
+    Ok(match name.map(|s| s.trim_start_matches("torch.")) {
+        None | Some("auto") => None,
+        Some("float") => Some(DType::F32),
+        Some("half") => Some(DType::F16),
+        Some("double") => Some(DType::F64),
+        Some(s) => Some(s.parse().map_err(|e: Error| io::short(e))?),
+    })
 }
 
 fn parse(f: Fields) -> Parsed<LlamaConfig> {
-    let architecture =
-        f.get("architectures", "[\"LlamaForCausalLM\"]", |v| (v.as_array()? == &["LlamaForCausalLM"]).then_some(()))?;
-    f.only("model_type", json!("llama"))?;
-    if architecture.is_none() && f.text("model_type")?.is_none() {
-        return Err(f.missing("model_type"));
-    }
-    f.only("hidden_act", json!("silu"))?;
+    check_architecture(f)?;
+    f.get("hidden_act", "\"silu\"", |v| matches!(v.as_str(), Some("silu" | "swish")).then_some(()))?;
     f.only("attention_bias", json!(false))?;
     f.only("mlp_bias", json!(false))?;
     f.get("quantization_config", "none (unquantised weights)", |_| None::<()>)?;
@@ -306,11 +358,6 @@ fn parse(f: Fields) -> Parsed<LlamaConfig> {
         None => return Err(format!("num_attention_heads: expected a divisor of hidden_size = {hidden_size}, got {heads}")),
     };
     let (rope_theta, rope_scaling) = rope(f)?;
-    let dtype = f.text("dtype")?.or(f.text("torch_dtype")?).map(|s| s.trim_start_matches("torch."));
-    let dtype = match dtype {
-        None | Some("auto") => None,
-        Some(s) => Some(s.parse().map_err(|e: Error| e.to_string())?),
-    };
     Ok(LlamaConfig {
         hidden_size,
         intermediate_size: f.need_size("intermediate_size")?,
@@ -319,20 +366,15 @@ fn parse(f: Fields) -> Parsed<LlamaConfig> {
         kv_heads: f.size("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         vocab_size: f.need_size("vocab_size")?,
-        rms_norm_eps: f.need_number("rms_norm_eps")?,
         // The architecture's defaults, left out by early files.
+        rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(1e-6),
         max_position_embeddings: f.size("max_position_embeddings")?.unwrap_or(2048),
         rope_theta,
         rope_scaling,
         tie_word_embeddings: f.get("tie_word_embeddings", "true or false", Value::as_bool)?.unwrap_or(false),
-        bos_token_id: f.get("bos_token_id", "a token id", token_id)?,
-        eos_token_ids: f
-            .get("eos_token_id", "a token id or a list of them", |v| match v {
-                Value::Array(ids) => ids.iter().map(token_id).collect(),
-                id => Some(vec![token_id(id)?]),
-            })?
-            .unwrap_or_default(),
-        dtype,
+        bos_token_id: f.get("bos_token_id", "a token id", token_ids)?.and_then(|ids| ids.first().copied()),
+        eos_token_ids: f.get("eos_token_id", "a token id or a list of them", token_ids)?.unwrap_or_default(),
+        dtype: dtype(f)?,
     })
 }
 

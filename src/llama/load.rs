@@ -42,34 +42,48 @@ pub struct LayerWeights {
 /// A model directory whose weights are read a part at a time, folded as [`Weights::load`] says.
 #[derive(Debug)]
 pub struct Source {
-    checkpoint: Checkpoint,
-    config: LlamaConfig,
+    pub(super) checkpoint: Checkpoint,
+    pub(super) config: LlamaConfig,
+    /// The configuration ties the head to the embedding, and yet the files hold another.
+    pub(super) own_head: bool,
 }
 
 impl Source {
     /// Opens a model directory.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::open`] and [`LlamaConfig::validate`].
+    /// Those of [`Checkpoint::open`] and [`Source::new`].
     pub fn open(dir: impl AsRef<Path>, config: &LlamaConfig) -> Result<Self> {
         Self::new(Checkpoint::open(dir)?, config)
     }
 
-    /// The weights in a checkpoint.
+    /// Opens a model directory with the configuration in it.
     ///
     /// # Errors
-    /// Those of [`LlamaConfig::validate`].
-    pub fn new(checkpoint: Checkpoint, config: &LlamaConfig) -> Result<Self> {
-        config.validate()?;
-        Ok(Self { checkpoint, config: config.clone() })
+    /// Those of [`LlamaConfig::from_dir`] and [`Source::open`].
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::open(&dir, &LlamaConfig::from_dir(&dir)?)
     }
 
-    /// Sizes.
+    /// The weights in a checkpoint. A head that is there although the configuration ties it is used where it differs from the
+    /// embedding ([`Source::notes`] says so, [`Source::config`] ties nothing then).
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::validate`]; a tensor that is missing, of another shape, or not floating-point.
+    pub fn new(checkpoint: Checkpoint, config: &LlamaConfig) -> Result<Self> {
+        config.validate()?;
+        let mut source = Self { checkpoint, config: config.clone(), own_head: false };
+        source.untie()?;
+        source.check()?;
+        Ok(source)
+    }
+
+    /// Sizes; as in the files, so a tied head is untied where they hold another.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
 
-    fn entry(&self, name: &str, shape: &[usize]) -> Result<Entry<'_>> {
+    pub(super) fn entry(&self, name: &str, shape: &[usize]) -> Result<Entry<'_>> {
         self.checkpoint.entry(&format!("{name}.weight"), shape)
     }
 
@@ -77,7 +91,7 @@ impl Source {
         self.entry(name, &[self.config.hidden_size])?.read(DType::F64, None)?.into_vec()
     }
 
-    fn table(&self, name: &str) -> Result<Entry<'_>> {
+    pub(super) fn table(&self, name: &str) -> Result<Entry<'_>> {
         self.entry(name, &[self.config.vocab_size, self.config.hidden_size])
     }
 
@@ -154,7 +168,7 @@ impl LlamaConfig {
 
 impl Weights {
     /// Reads a model directory: gains folded in `f64`, each weight rounded once to `dtype`; a tied head becomes a copy of the
-    /// embedding, and only the copy takes the final norm's gain. Tensors that a LLaMA does not need are ignored.
+    /// embedding, and only the copy takes the final norm's gain. Tensors that a LLaMA does not need are not read ([`Source::unread`]).
     ///
     /// # Errors
     /// Those of [`Checkpoint`] and [`LlamaConfig::validate`]; a value too large for `dtype`.

@@ -3,6 +3,8 @@
 mod block;
 mod checkpoint;
 mod config;
+mod folder;
+mod inventory;
 mod layer;
 mod load;
 mod merge;

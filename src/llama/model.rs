@@ -87,31 +87,47 @@ impl<'t> RotationVars<'t> {
 impl Llama {
     /// Loads a Hugging Face folder, folding gains in float64 and rounding once to `dtype`. Weights go to the device a tensor at a
     /// time: the host never holds more than a layer of a model that runs elsewhere.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::from_dir`], [`Source::open`] and [`Llama::read`].
     pub fn load(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
-        Self::read(dir.as_ref(), dtype, device, |source, config, l| Ok(Block::new(config, l, source.layer(l, dtype)?)))
+        Self::read(&Source::from_dir(dir)?, dtype, device)
     }
 
     /// The same with every gain left where it is: the model as it runs without rotations, which is what quantising without them is
     /// compared on. It cannot be rotated.
+    ///
+    /// # Errors
+    /// Those of [`Llama::load`].
     pub fn load_plain(dir: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        Self::read_plain(&Source::from_dir(dir)?, dtype, device)
+    }
+
+    /// [`Llama::load`] from a model that was opened.
+    ///
+    /// # Errors
+    /// Values that are not finite or too large for `dtype`; what the device says.
+    pub fn read(source: &Source, dtype: DType, device: &Device) -> Result<Self> {
+        Self::read_with(source, dtype, device, |l| Ok(Block::new(source.config(), l, source.layer(l, dtype)?)))
+    }
+
+    /// [`Llama::load_plain`] from a model that was opened.
+    ///
+    /// # Errors
+    /// Those of [`Llama::read`].
+    pub fn read_plain(source: &Source, dtype: DType, device: &Device) -> Result<Self> {
         // The head is never quantised: folding the final gain into it changes nothing.
-        Self::read(dir.as_ref(), dtype, device, |source, config, l| {
+        Self::read_with(source, dtype, device, |l| {
             let (weights, gains) = source.plain_layer(l, dtype)?;
-            Ok(Block::new(config, l, weights).with_gains(gains))
+            Ok(Block::new(source.config(), l, weights).with_gains(gains))
         })
     }
 
-    fn read(
-        dir: &Path,
-        dtype: DType,
-        device: &Device,
-        block: impl Fn(&Source, &LlamaConfig, usize) -> Result<Block>,
-    ) -> Result<Self> {
-        let config = LlamaConfig::from_file(dir.join("config.json"))?;
-        let source = Source::open(dir, &config)?;
+    fn read_with(source: &Source, dtype: DType, device: &Device, block: impl Fn(usize) -> Result<Block>) -> Result<Self> {
         let embedding = source.embedding(dtype)?.to_device(device)?;
         let head = source.head(dtype)?.to_device(device)?;
-        let blocks = (0..config.layers).map(|l| Ok(Arc::new(block(&source, &config, l)?.to_device(device)?)));
+        let config = source.config().clone();
+        let blocks = (0..config.layers).map(|l| Ok(Arc::new(block(l)?.to_device(device)?)));
         Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config })
     }
 

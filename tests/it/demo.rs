@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
-use spinquant::data::Tokenizer;
+use spinquant::data::{Bos, Tokenizer};
 use spinquant::llama::{Llama, LlamaConfig};
 use spinquant::{DType, Device, demo};
 
@@ -144,6 +144,11 @@ fn the_embedded_model_is_the_folder_and_the_folder_is_ours() {
     assert_eq!(tokenizer.vocab_size(), demo::config().unwrap().vocab_size);
     let ids = Tokenizer::from_dir(ASSETS).unwrap().encode_stream(demo::TEST, Some(0)).unwrap();
     assert_eq!(ids, tokenizer.encode_stream(demo::TEST, Some(0)).unwrap());
+    assert_eq!(
+        ids,
+        tokenizer.encode_stream(demo::TEST, Bos::Auto).unwrap(),
+        "the tokenizer adds what the model was trained with"
+    );
     assert_eq!((ids[0], ids.iter().filter(|id| **id == 1).count()), (0, 0), "words that the tokenizer does not know");
     let config = LlamaConfig::from_file(Path::new(ASSETS).join("config.json")).unwrap();
     assert_eq!(config, demo::config().unwrap());
