@@ -50,7 +50,7 @@ use sha2::{Digest, Sha256};
 use crate::grid::Quantized;
 use crate::llama::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, LlamaConfig, NORMS};
 use crate::ops::fake_quant::quantize;
-use crate::quant::{Online, QuantSpec, Scheme};
+use crate::quant::{ClipRatios, Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor, io};
 use parts::{Part, Raw};
@@ -87,6 +87,22 @@ impl Format {
         match self {
             Self::Hf => "spinquant-hf",
             Self::Native => native::FORMAT,
+        }
+    }
+
+    /// What of a scheme an output in this format holds: a Hugging Face folder has weights only, and whoever runs it computes
+    /// activations, K and V at 16 bits or as it likes.
+    pub fn holds(self, scheme: &Scheme) -> Scheme {
+        match self {
+            Self::Native => *scheme,
+            Self::Hf => Scheme {
+                activation_bits: 16,
+                key_bits: 16,
+                value_bits: 16,
+                activation_clip: ClipRatios::NONE,
+                online: Online::NONE,
+                ..*scheme
+            },
         }
     }
 }
@@ -240,7 +256,7 @@ impl<'a> Writer<'a> {
             let online = scheme.online;
             return Err(Error::argument(
                 "format hf",
-                format!("expected no online rotations (nothing would run them), got {online}"),
+                format!("expected no online rotations (nothing would run them), got {online}; give --online none"),
             ));
         }
         if let Some(r) = rotations {
@@ -251,7 +267,7 @@ impl<'a> Writer<'a> {
             ("format_version".into(), native::VERSION.into()),
             ("crate_version".into(), env!("CARGO_PKG_VERSION").into()),
             ("config".into(), serde_json::from_str(&config.to_json()).expect("JSON")),
-            ("scheme".into(), serde_json::to_value(scheme).expect("JSON")),
+            ("scheme".into(), serde_json::to_value(output.format.holds(&scheme)).expect("JSON")),
             ("dtype".into(), dtype.to_string().into()),
             ("rotations_sha256".into(), rotations.map(rotations_sha256).transpose()?.into()),
             ("weights_sha256".into(), weights.into()),
@@ -259,6 +275,10 @@ impl<'a> Writer<'a> {
             ("provenance".into(), serde_json::to_value(&output.provenance).expect("JSON")),
         ]);
         record["provenance"]["command"] = Value::Null;
+        if output.format == Format::Hf {
+            // What weights were calibrated for: a run for another scheme does not continue this one.
+            record.insert("made_for".into(), serde_json::to_value(scheme).expect("JSON"));
+        }
 
         let dir = output.dir;
         check_free(dir, output.overwrite)?;

@@ -471,6 +471,49 @@ mod tests {
     }
 
     #[test]
+    fn spellings_are_those_of_transformers() {
+        let plain = with(json!({})).unwrap();
+        assert_eq!(with(json!({"rms_norm_eps": null})).unwrap().rms_norm_eps, 1e-6);
+        for architectures in [
+            json!(null),
+            json!([]),
+            json!("LlamaForCausalLM"),
+            json!(["LLaMAForCausalLM"]),
+            json!(["LlamaModel", "LlamaForCausalLM"]),
+        ] {
+            let changes = json!({"architectures": architectures, "model_type": "llama"});
+            assert_eq!(with(changes).unwrap(), plain, "{architectures}");
+        }
+        for same in [
+            json!({"head_dim": null}),
+            json!({"tie_word_embeddings": null}),
+            json!({"hidden_act": "swish"}),
+            json!({"bos_token_id": -1, "eos_token_id": -1}),
+            json!({"bos_token_id": null, "eos_token_id": []}),
+        ] {
+            assert_eq!(
+                with(same.clone()).unwrap(),
+                LlamaConfig { bos_token_id: None, eos_token_ids: vec![], ..plain.clone() },
+                "{same}"
+            );
+        }
+        let ids = with(json!({"bos_token_id": [3], "eos_token_id": [1, -1, 2]})).unwrap();
+        assert_eq!((ids.bos_token_id, ids.eos_token_ids), (Some(3), vec![1, 2]));
+        for (name, dtype) in [
+            ("torch.bfloat16", DType::BF16),
+            ("bfloat16", DType::BF16),
+            ("half", DType::F16),
+            ("torch.float", DType::F32),
+            ("double", DType::F64),
+        ] {
+            for key in ["dtype", "torch_dtype"] {
+                assert_eq!(with(json!({key: name})).unwrap().dtype, Some(dtype), "{key} {name}");
+            }
+        }
+        assert_eq!(with(json!({"dtype": "auto"})).unwrap().dtype, None);
+    }
+
+    #[test]
     fn rotary_frequencies() {
         let plain = with(json!({"rope_theta": 5e5, "head_dim": 128})).unwrap().inverse_frequencies();
         assert_eq!((plain.len(), plain[0]), (64, 1.0));
@@ -504,7 +547,7 @@ mod tests {
     fn refusals_name_field_expected_and_got() {
         for (change, informative) in [
             (json!({"hidden_size": null}), "hidden_size: a needed field is missing"),
-            (json!({"rms_norm_eps": null}), "rms_norm_eps: a needed field is missing"),
+            (json!({"rms_norm_eps": "1e-5"}), "rms_norm_eps: expected a number, got \"1e-5\""),
             (json!({"hidden_size": "64"}), "hidden_size: expected a whole number, got \"64\""),
             (json!({"hidden_size": -64}), "hidden_size: expected a whole number, got -64"),
             (json!({"vocab_size": 0}), "vocab_size: expected 1 to"),

@@ -56,6 +56,7 @@ impl fmt::Display for Online {
 /// let scheme: Scheme = "W4A8KV4".parse()?;
 /// assert_eq!((scheme.weight_bits, scheme.activation_bits, scheme.key_bits), (4, 8, 4));
 /// assert_eq!(scheme.to_string(), "W4A8KV4");
+/// assert_eq!("W8A8".parse::<Scheme>()?, Scheme::new(8, 8, 16));
 /// assert!("W4A99".parse::<Scheme>().is_err());
 /// # Ok::<(), spinquant::Error>(())
 /// ```
@@ -159,13 +160,14 @@ impl FromStr for Scheme {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
         let bad = || {
-            let expected = "expected W<bits>A<bits>KV<bits>, bits 2 to 8 or 16, such as W4A4KV4";
+            let expected = "expected W<bits>A<bits>KV<bits> or W<bits>A<bits>, bits 2 to 8 or 16, such as W4A4KV4 or W8A8";
             Error::argument("quantisation scheme", format!("{expected}, got {s:?}"))
         };
         let upper = s.to_ascii_uppercase();
         let rest = upper.strip_prefix('W').ok_or_else(bad)?;
         let (w, rest) = rest.split_once('A').ok_or_else(bad)?;
-        let (a, kv) = rest.split_once("KV").ok_or_else(bad)?;
+        // As others write it: a KV cache that is not named is not quantised.
+        let (a, kv) = rest.split_once("KV").unwrap_or((rest, "16"));
         let bits = |t: &str| t.parse::<u32>().ok().filter(|b| (2..=8).contains(b) || *b == 16).ok_or_else(bad);
         Ok(Self::new(bits(w)?, bits(a)?, bits(kv)?))
     }

@@ -14,6 +14,7 @@ mod hadamard;
 mod loading;
 mod model;
 mod objectives;
+mod odd_models;
 mod parity;
 mod properties;
 mod required;

@@ -12,7 +12,7 @@ use spinquant::quant::{ClipRatios, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
-use crate::common::{CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, interrupted};
+use crate::common::{CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, at_least_one, interrupted};
 use crate::outputs;
 
 #[derive(clap::Args)]
@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long, value_name = "error|loss", default_value = "error")]
     goal: ClipGoal,
     /// Windows to search on.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     windows: usize,
     /// Where to write the rotations with their clip ratios; may be the file they came from.
     #[arg(long, value_name = "FILE")]
@@ -123,10 +123,12 @@ pub fn run(args: &Args) -> Result<()> {
     let found = search(&model, &rotations, &scheme, &windows, (args.goal, args.windows), &progress)?;
     kept.extend(notes(found.ratios, &scheme));
     rotations.save_with(&args.out, &kept)?;
-    let (line, value) = report(&found, args.goal);
+    let (line, mut value) = report(&found, args.goal);
+    let first = windows.first_token();
+    value["starts_with"] = json!(first);
     match args.json {
         true => out!("{value}"),
-        false => out!("{line}\nwritten to {}", args.out.display()),
+        false => out!("{line}\nthe text starts with {first}\nwritten to {}", args.out.display()),
     }
     Ok(())
 }

@@ -1,15 +1,17 @@
 //! What the subcommands share: arguments, loading, progress, interruption.
 
+use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use spinquant::data::{self, Tokenizer, Windows};
+use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export;
-use spinquant::llama::{Llama, LlamaConfig, synthetic};
+use spinquant::llama::{Llama, LlamaConfig, Source, synthetic};
 use spinquant::quant::{ClipRatios, Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result};
@@ -28,6 +30,9 @@ pub struct ModelArgs {
     /// Arithmetic: f32, bf16, f16 (or f64 on the CPU). Default: f32 on the CPU, bf16 on a GPU.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<DType>,
+    /// The token that a text starts with: auto (what the tokenizer's post-processor adds), none, or its id.
+    #[arg(long, value_name = "auto|none|ID", default_value = "auto")]
+    bos: Bos,
 }
 
 /// How the network is quantised.
@@ -106,15 +111,50 @@ pub fn device(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::Cpu),
         "cuda" => Device::cuda(0),
-        "auto" => Ok(Device::cuda(0).unwrap_or(Device::Cpu)),
+        "auto" => Ok(Device::cuda(0).unwrap_or_else(|e| {
+            // A build without GPU support is no news.
+            if cfg!(feature = "cuda") {
+                note(&format!("no GPU is used: {e}"));
+            }
+            Device::Cpu
+        })),
         other => Err(Error::argument("--device", format!("expected auto, cpu or cuda, got {other:?}"))),
+    }
+}
+
+/// Says something once, however often it is found out.
+pub fn note(line: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(line.to_string()) {
+        say!("note: {line}");
+    }
+}
+
+/// Opens a model's files and says what is odd about them.
+pub fn open_model(dir: &Path) -> Result<Source> {
+    let source = Source::from_dir(dir)?;
+    source.notes().iter().for_each(|line| note(line));
+    Ok(source)
+}
+
+/// A count of at least one, as an argument.
+pub fn at_least_one(s: &str) -> Result<usize, String> {
+    match s.parse() {
+        Ok(0) => Err("expected at least 1, got 0".into()),
+        Ok(n) => Ok(n),
+        Err(_) => Err(format!("expected a number of at least 1, got {s:?}")),
     }
 }
 
 impl ModelArgs {
     /// A model's folder and where to run it, for commands that do not need one.
-    pub fn new(model: PathBuf, device: String, dtype: Option<DType>) -> Self {
-        Self { model, device, dtype }
+    pub fn new(model: PathBuf, device: String, dtype: Option<DType>, bos: Bos) -> Self {
+        Self { model, device, dtype, bos }
+    }
+
+    /// What a text starts with, as asked for.
+    pub fn bos(&self) -> Bos {
+        self.bos
     }
 
     pub fn device(&self) -> Result<Device> {
@@ -152,7 +192,7 @@ impl ModelArgs {
     pub fn config(&self) -> Result<LlamaConfig> {
         match self.synthetic() {
             Some(name) => synthetic::shape(name),
-            None => LlamaConfig::from_file(self.model.join("config.json")),
+            None => LlamaConfig::from_dir(&self.model),
         }
     }
 
@@ -168,7 +208,7 @@ impl ModelArgs {
             return synthetic::model(&synthetic::shape(name)?, 0, dtype, &device);
         }
         progress.say(&format!("loading {} as {dtype} on {device}", self.model.display()));
-        Llama::load(&self.model, dtype, &device)
+        Llama::read(&open_model(&self.model)?, dtype, &device)
     }
 
     /// The model as it is, for running it without rotations: RMSNorm gains not folded into the weights.
@@ -178,7 +218,7 @@ impl ModelArgs {
         }
         let (device, dtype) = self.place()?;
         progress.say(&format!("loading {} as {dtype} on {device}, unrotated", self.model.display()));
-        Llama::load_plain(&self.model, dtype, &device)
+        Llama::read_plain(&open_model(&self.model)?, dtype, &device)
     }
 
     /// SHA-256 of a text that [`ModelArgs::windows`] was given: of the file, or of a synthetic model's tokens.
@@ -195,12 +235,14 @@ impl ModelArgs {
         if self.synthetic().is_some() {
             return synthetic_text(config, text, seq_len);
         }
-        let stream = Tokenizer::from_dir(&self.model)?.encode_stream(&data::read_text(text)?, config.bos_token_id)?;
-        if let Some(id) = stream.iter().find(|id| **id as usize >= config.vocab_size) {
-            let message = format!("token {id} of the tokenizer is outside the model's vocabulary of {}", config.vocab_size);
+        let windows = Tokenizer::from_dir(&self.model)?.windows(&data::read_text(text)?, self.bos, seq_len);
+        let windows = windows.map_err(|e| if matches!(e, Error::Argument { .. }) { Error::format(text, e) } else { e })?;
+        let largest = windows.largest_token();
+        if largest as usize >= config.vocab_size {
+            let message = format!("token {largest} of the text is outside the model's vocabulary of {}", config.vocab_size);
             return Err(Error::format(&self.model, message));
         }
-        Windows::new(stream, seq_len).map_err(|e| Error::format(text, e))
+        Ok(windows)
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use spinquant::calibrate::ClipGoal;
-use spinquant::data::Windows;
+use spinquant::data::{FirstToken, Windows};
 use spinquant::learn::Learned;
 use spinquant::llama::Llama;
 use spinquant::quant::{Online, Scheme};
@@ -12,7 +12,7 @@ use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
 use crate::clip::{self, ClipChoice};
-use crate::common::{ModelArgs, Progress, SchemeArgs};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one};
 use crate::eval::{file_name, limited, score};
 use crate::learn::Recipe;
 use crate::weights::GptqArgs;
@@ -56,10 +56,10 @@ pub struct Args {
     #[arg(long, value_name = "error|loss|none", default_value = "none", conflicts_with = "activation_clip")]
     clip: ClipChoice,
     /// Windows of --calibration to search them on.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     clip_windows: usize,
     /// Score at most this many windows.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_windows: Option<usize>,
     /// Print one JSON object.
     #[arg(long)]
@@ -127,6 +127,8 @@ pub struct Comparison<'a> {
 /// The table, and what was learned.
 pub struct Outcome {
     rows: Vec<Row>,
+    /// What the scored text starts with.
+    starts_with: FirstToken,
     /// Perplexity of every random Hadamard.
     random: Vec<f64>,
     /// The same with GPTQ weights.
@@ -282,7 +284,8 @@ impl Comparison<'_> {
             let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(learned_gptq.len()));
             row("learned + gptq", scheme, rotations, "gptq", mean(&learned_gptq));
         }
-        Ok(Outcome { rows, random, random_gptq, random_clip, runs, runs_clip, learned_gptq, learned: first })
+        let starts_with = self.text.first_token();
+        Ok(Outcome { rows, starts_with, random, random_gptq, random_clip, runs, runs_clip, learned_gptq, learned: first })
     }
 
     /// Learns from the Hadamard of a seed under one scheme and scores under another; `start` is the perplexity before.
@@ -335,7 +338,7 @@ impl Outcome {
             all.iter().enumerate().map(|(seed, p)| json!({"seed": seed, "perplexity": p})).collect()
         };
         json!({
-            "rows": self.rows.iter().map(row).collect::<Vec<_>>(), "hadamard": by_seed(&self.random),
+            "rows": self.rows.iter().map(row).collect::<Vec<_>>(), "starts_with": self.starts_with, "hadamard": by_seed(&self.random),
             "hadamard_gptq": by_seed(&self.random_gptq), "learned": self.runs, "learned_gptq": by_seed(&self.learned_gptq),
             "hadamard_clip": self.random_clip, "learned_clip": self.runs_clip,
         })
@@ -346,6 +349,7 @@ impl Outcome {
         for r in &self.rows {
             out!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.perplexity);
         }
+        out!("the text starts with {}", self.starts_with);
         let clipped = self.runs_clip.iter().map(|run| (" + clip", run));
         for (with, run) in self.runs.iter().map(|run| ("", run)).chain(clipped) {
             let number = |name: &str| run[name].as_f64().unwrap_or(f64::NAN);

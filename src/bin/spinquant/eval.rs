@@ -11,7 +11,7 @@ use spinquant::export::{is_native, load_native};
 use spinquant::llama::Merged;
 use spinquant::quant::Scheme;
 
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted};
+use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, at_least_one, interrupted};
 use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
@@ -38,7 +38,7 @@ pub struct Args {
     #[command(flatten)]
     gptq: GptqArgs,
     /// Read at most this many windows.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_windows: Option<usize>,
     /// Print one JSON object.
     #[arg(long)]
@@ -77,12 +77,19 @@ fn report(args: &Args, merged: &Merged, windows: &Windows, scheme: &Scheme, prog
     let score = score(merged, windows, progress, &format!("{scheme}"))?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
-        let Perplexity { perplexity, windows, tokens } = score;
-        out!("{}", json!({"perplexity": perplexity, "windows": windows, "tokens": tokens, "seconds": seconds}));
+        let Perplexity { perplexity, windows: count, tokens } = score;
+        out!(
+            "{}",
+            json!({
+                "perplexity": perplexity, "windows": count, "tokens": tokens, "seconds": seconds,
+                "starts_with": windows.first_token(),
+            })
+        );
     } else {
         let speed = score.tokens as f64 / seconds;
         out!("{scheme}, {how}: perplexity {:.4}", score.perplexity);
         out!("{} windows, {} tokens in {seconds:.1} s ({speed:.0} tokens/s)", score.windows, score.tokens);
+        out!("the text starts with {}", windows.first_token());
     }
     Ok(())
 }
@@ -98,13 +105,7 @@ pub fn score(model: &Merged, windows: &Windows, progress: &Progress, what: &str)
 
 /// At most `count` windows.
 pub fn limited(windows: Windows, count: Option<usize>) -> Result<Windows> {
-    match count {
-        Some(n) if n < windows.len() => {
-            let all: Vec<usize> = (0..n.max(1)).collect();
-            Windows::new(windows.batch(&all), windows.seq_len())
-        }
-        _ => Ok(windows),
-    }
+    count.map_or(Ok(windows.clone()), |n| windows.limited(n))
 }
 
 /// The name of a file for messages and tables.

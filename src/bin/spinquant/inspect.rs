@@ -12,7 +12,7 @@ use spinquant::plot::{self, Axes, Landscape, Panel, Series};
 use spinquant::quant::{Scheme, Site};
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs};
+use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, at_least_one};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
     /// Windows to run.
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
     windows: usize,
     /// Layer of activations.png, from 0 (default: the middle one).
     #[arg(long, value_name = "N")]
@@ -92,9 +92,10 @@ pub fn run(args: &Args) -> Result<()> {
                 "kurtosis": s.kurtosis, "sqnr_db": s.sqnr_db})
         };
         let sites: Vec<_> = views.iter().flat_map(|v| v.stats.iter().map(|s| site(v, s))).collect();
-        out!("{}", json!({"scheme": scheme.to_string(), "sites": sites, "out": args.out}));
+        out!("{}", json!({"scheme": scheme.to_string(), "sites": sites, "out": args.out, "starts_with": text.first_token()}));
     } else {
         print(&views, &scheme);
+        out!("the text starts with {}", text.first_token());
         out!("tables and pictures written to {}", args.out.display());
     }
     Ok(())

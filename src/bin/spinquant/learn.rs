@@ -21,7 +21,7 @@ use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result};
 
 use crate::clip::{self, ClipChoice};
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted, peak_bytes};
+use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, at_least_one, interrupted, peak_bytes};
 use crate::eval::file_name;
 use crate::outputs;
 
@@ -263,7 +263,7 @@ pub struct Args {
     #[arg(long, value_name = "error|loss|none", conflicts_with = "activation_clip")]
     clip: Option<ClipChoice>,
     /// Windows to search them on.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     clip_windows: usize,
     /// Where to write the rotations.
     #[arg(long, value_name = "FILE")]
@@ -395,11 +395,12 @@ pub fn run(args: &Args) -> Result<()> {
                 "loss_first": learned.loss_first, "loss_last": learned.loss_last,
                 "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
                 "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
-                "peak_bytes": peak_bytes(&model.device()), "clip": clip,
+                "peak_bytes": peak_bytes(&model.device()), "clip": clip, "starts_with": windows.first_token(),
             })
         );
     } else {
         out!("{scheme}: loss {:.4} -> {:.4}", learned.loss_first, learned.loss_last);
+        out!("the text starts with {}", windows.first_token());
         out!("held-out loss {:.4} -> {:.4}", learned.held_out_first, learned.held_out_last);
         out!("max|RᵀR − I| {:.1e}, {:.2} s a step", learned.orthogonality_error, learned.seconds_per_step);
         out!("rotations written to {}", args.out.display());

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use spinquant::export::{Format, Output, Provenance, write_quantized};
-use spinquant::llama::{LlamaConfig, Rotated, Source};
+use spinquant::llama::Rotated;
 use spinquant::quant::Rtn;
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted};
+use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted, note, open_model};
 use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
@@ -56,9 +56,8 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     match args.format {
         Format::Hf => {
             let device = args.model.device_in_file_type("--format hf")?;
-            let config = LlamaConfig::from_file(args.model.model.join("config.json"))?;
-            let source = Source::open(&args.model.model, &config)?;
-            let rotations = args.rotations.load(&config)?;
+            let source = open_model(&args.model.model)?;
+            let rotations = args.rotations.load(source.config())?;
             write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, progress)?;
         }
         Format::Native => {
@@ -67,7 +66,13 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
             write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, progress)?;
         }
     }
-    out!("{scheme}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());
+    let written = args.format.holds(&scheme);
+    if written.to_string() != scheme.to_string() {
+        note(&format!(
+            "a Hugging Face folder holds weights only, so this is {written}: a runtime computes activations and the KV cache as it likes, not as {scheme} says"
+        ));
+    }
+    out!("{written}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());
     Ok(())
 }
 
@@ -98,6 +103,7 @@ fn write(args: &Args, rotated: &Rotated<'_>, progress: &Progress) -> Result<()> 
             let calibration = args.gptq.calibration(&text)?;
             output.provenance.notes.extend(args.gptq.notes());
             output.provenance.notes.insert("seq_len".into(), args.seq_len.into());
+            output.provenance.notes.insert("bos".into(), args.model.bos().to_string().into());
             let file = args.calibration.as_ref().expect("just read");
             output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, &text)?);
             write_quantized(rotated, &args.gptq.quantizer(), Some(&calibration), output, args.gptq.watch(progress, layers))

@@ -12,7 +12,7 @@ use spinquant::quant::{Gptq, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, interrupted};
+use crate::common::{ModelArgs, Progress, at_least_one, interrupted};
 
 /// How weights are quantised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -36,7 +36,7 @@ impl Method {
 #[derive(clap::Args, Clone)]
 pub struct GptqArgs {
     /// Windows of calibration text for GPTQ: the first of the text.
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]
     calibration_windows: usize,
     /// Part of the Hessian's mean diagonal that is added to its diagonal.
     #[arg(long, value_name = "PART", default_value_t = 0.01)]

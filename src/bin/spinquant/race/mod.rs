@@ -5,7 +5,8 @@ mod outcome;
 
 use std::path::PathBuf;
 
-use spinquant::data::Windows;
+use serde_json::json;
+use spinquant::data::{Bos, Windows};
 use spinquant::learn::{LearnOptions, Learned, learn};
 use spinquant::llama::{Llama, Recompute};
 use spinquant::optim::{self, Schedule};
@@ -14,7 +15,7 @@ use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result, demo, objective};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, interrupted};
+use crate::common::{ModelArgs, Progress, at_least_one, interrupted};
 use crate::eval::{file_name, limited, score};
 use entry::{Entry, default_entries};
 use outcome::{Baseline, Outcome, Point, Run};
@@ -30,6 +31,9 @@ pub struct Args {
     /// Arithmetic: f32, bf16, f16 (or f64 on the CPU). Default: f32 on the CPU, bf16 on a GPU.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<DType>,
+    /// The token that a text starts with (with --model): auto (what the tokenizer's post-processor adds; default), none, or its id.
+    #[arg(long, value_name = "auto|none|ID", requires = "model")]
+    bos: Option<Bos>,
     /// Text to learn on (with --model).
     #[arg(long, value_name = "FILE", requires = "model")]
     calibration: Option<PathBuf>,
@@ -69,10 +73,10 @@ pub struct Args {
     #[arg(long, default_value_t = 10)]
     held_out_every: usize,
     /// Windows to search clip ratios on.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     clip_windows: usize,
     /// Score at most this many windows of --text.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_windows: Option<usize>,
     /// The folder for runs.csv, curves.csv, table.md, steps.png and seconds.png; rows are written as runs end.
     #[arg(long, value_name = "DIR")]
@@ -107,7 +111,7 @@ impl Track {
             let full = unquantized(&model, &text, progress)?;
             return Ok(Self { name: "the embedded model".into(), model, full, calibration, text });
         };
-        let place = ModelArgs::new(folder.clone(), args.device.clone(), args.dtype);
+        let place = ModelArgs::new(folder.clone(), args.device.clone(), args.dtype, args.bos.unwrap_or_default());
         let (config, seq_len) = (place.config()?, args.seq_len.unwrap_or(2048));
         let calibration = place.windows(&config, calibration, seq_len)?;
         let text = limited(place.windows(&config, text, seq_len)?, args.max_windows)?;
@@ -147,7 +151,9 @@ pub fn run(args: &Args) -> Result<()> {
             out!("{line}");
         }
     };
-    say(&format!("{}, windows of {}: full precision {full:.3}", track.name, track.calibration.seq_len()));
+    let first = track.text.first_token();
+    let seq_len = track.calibration.seq_len();
+    say(&format!("{}, windows of {seq_len}, the text starts with {first}: full precision {full:.3}", track.name));
     for scheme in &args.schemes {
         let random = args
             .seeds()
@@ -162,7 +168,11 @@ pub fn run(args: &Args) -> Result<()> {
     let table = outcome.table(&track.name);
     let written = outcome.write(&args.out, &table);
     match args.json {
-        true => out!("{}", outcome.json()),
+        true => {
+            let mut all = outcome.json();
+            all["starts_with"] = json!(first);
+            out!("{all}");
+        }
         false => out!("{table}curves in {}", args.out.display()),
     }
     raced.and(written)
