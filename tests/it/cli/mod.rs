@@ -16,6 +16,7 @@ mod input;
 mod kept;
 mod learning;
 mod outputs;
+mod reading;
 mod scores;
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -77,7 +78,11 @@ impl Place {
             (0..30).map(|i| (format!("w{i}"), i + 2)).chain([("<s>".into(), 0), ("?".into(), 1)]).collect();
         let tokenizer = json!({
             "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": null,
-            "truncation": null, "padding": null, "post_processor": null,
+            "truncation": null, "padding": null,
+            "post_processor": {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "?"},
         });
         std::fs::write(place.path("model/tokenizer.json"), tokenizer.to_string()).unwrap();
