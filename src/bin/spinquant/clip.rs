@@ -12,7 +12,9 @@ use spinquant::quant::{ClipRatios, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{Error, Result};
 
-use crate::common::{CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, at_least_one, interrupted};
+use crate::common::{
+    CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, at_least_one, interrupted,
+};
 use crate::outputs;
 
 #[derive(clap::Args)]
