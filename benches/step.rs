@@ -83,6 +83,8 @@ fn model(dtype: DType, device: &Device) -> Result<Llama> {
         max_position_embeddings: 2048,
         rope_theta: 1e4,
         rope_scaling: None,
+        attention_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: Some(0),
         eos_token_ids: vec![1],

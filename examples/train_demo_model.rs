@@ -14,7 +14,7 @@ use std::time::Instant;
 use spinquant::data::{self, Sampler, Tokenizer, Windows};
 use spinquant::export::{Format, Output, write_rtn};
 use spinquant::io::write_atomically;
-use spinquant::llama::{Block, LayerWeights, Llama, LlamaConfig, RotatedWeights, Run, Weights};
+use spinquant::llama::{Affine, Block, Linear, LinearVars, Linears, Llama, LlamaConfig, RotatedWeights, Run, Weights};
 use spinquant::ops::randn;
 use spinquant::optim::{Adam, Optimizer, Schedule};
 use spinquant::outliers::{PlantOptions, plant};
@@ -65,6 +65,8 @@ fn config(vocab_size: usize) -> LlamaConfig {
         max_position_embeddings: SEQ,
         rope_theta: 1e4,
         rope_scaling: None,
+        attention_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: Some(0),
         eos_token_ids: vec![],
@@ -146,10 +148,9 @@ fn logits<'t>(config: &LlamaConfig, vars: &[Var<'t>], tokens: &[u32], run: &Run)
     let [embedding, head, layers @ ..] = vars else { return Err(Error::argument("parameters", "fewer than two")) };
     let mut x = embedding.clone().embedding(tokens.into())?;
     for (i, layer) in layers.chunks(7).enumerate() {
-        let values: Vec<_> = layer.iter().map(|v| v.value().clone()).collect();
-        let block = Block::new(config, i, layer_weights(values)?);
-        let [q, k, v, o, gate, up, down] = [0, 1, 2, 3, 4, 5, 6].map(|j| layer[j].clone());
-        x = block.forward(x, RotatedWeights { q, k, v, o, gate, up, down, leave: None }, run)?;
+        let linears: Linears<LinearVars<'t>> = without_biases(layer)?;
+        let block = Block::new(config, i, linears.each(|_, l| Ok(l.weight.value().clone().into()))?);
+        x = block.forward(x, RotatedWeights { linears, leave: None }, run)?;
     }
     x.rms_norm(config.rms_norm_eps)?.linear(head.clone())
 }
@@ -166,8 +167,9 @@ fn start(config: &LlamaConfig) -> Result<Weights> {
     let mut weights = map(&weights, |t| t.to_dtype(DType::F32))?;
     let factor = (2.0 * config.layers as f64).sqrt().recip();
     for layer in &mut weights.layers {
-        layer.o = layer.o.clone().scale(factor)?;
-        layer.down = layer.down.clone().scale(factor)?;
+        for linear in [Linear::O, Linear::Down] {
+            layer[linear].weight = layer[linear].weight.clone().scale(factor)?;
+        }
     }
     Ok(weights)
 }
@@ -184,19 +186,18 @@ fn clipped(grads: Vec<Tensor>) -> Result<Vec<Tensor>> {
 
 /// As an optimiser sees them: embedding, head, and seven linears a layer.
 fn parameters(w: &Weights) -> Vec<Tensor> {
-    let layers = w.layers.iter().flat_map(|l| l.as_array().map(Clone::clone));
+    let layers = w.layers.iter().flat_map(|l| l.tensors().cloned());
     [w.embedding.clone(), w.head.clone()].into_iter().chain(layers).collect()
 }
 
 fn weights(params: Vec<Tensor>) -> Result<Weights> {
     let [embedding, head, layers @ ..] = &params[..] else { return Err(Error::argument("parameters", "fewer than two")) };
-    let layers = layers.chunks(7).map(|l| layer_weights(l.to_vec())).collect::<Result<_>>()?;
+    let layers = layers.chunks(7).map(without_biases).collect::<Result<_>>()?;
     Ok(Weights { embedding: embedding.clone(), head: head.clone(), layers })
 }
 
-fn layer_weights(linears: Vec<Tensor>) -> Result<LayerWeights> {
-    let seven = linears.try_into().map_err(|v: Vec<Tensor>| Error::argument("layer", format!("{} linears", v.len())))?;
-    Ok(LayerWeights::from_array(seven))
+fn without_biases<T: Clone>(weights: &[T]) -> Result<Linears<Affine<T, T>>> {
+    Linears::from_vec(weights.iter().cloned().map(Affine::from).collect())
 }
 
 fn map(w: &Weights, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Weights> {

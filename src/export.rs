@@ -12,12 +12,13 @@
 //! `spinquant.json`: `format` "spinquant-native", `format_version` 1, `config` (a LLaMA `config.json`), `scheme` (the fields of
 //! [`Scheme`]), `dtype` (element type of unquantised weights and of the arithmetic they were made for), `weights`, `hadamard`,
 //! `rotations_sha256`, `crate_version`, `provenance` ([`Provenance`]). `model.safetensors`, for layers N from 0 and the seven
-//! linears LINEAR of a layer (`self_attn.q_proj`, …, `mlp.down_proj`; `[out, in]` as in y = x Wᵀ):
+//! linears LINEAR of a layer (`self_attn.q_proj`, …, `mlp.down_proj`; `[out, in]` as in y = x Wᵀ + b):
 //!
 //! | tensor | type, shape | what it is |
 //! |---|---|---|
 //! | `model.embed_tokens.weight`, `lm_head.weight` | dtype, `[V, C]` | rotated; the head with the final norm's gain |
 //! | `model.layers.N.LINEAR.weight` | dtype, `[out, in]` | only at 16 bits: rotated, the norm's gain folded in |
+//! | `model.layers.N.LINEAR.bias` | dtype, `[out]` | only where `config` has it (`attention_bias`, `mlp_bias`): rotated |
 //! | `model.layers.N.LINEAR.codes` | U8, `[out, bytes]` | the codes, packed as said below |
 //! | `model.layers.N.LINEAR.scale` | F32 (F64 where dtype is), `[out, in/group]` | column i is of group i / `weights.group` |
 //! | `model.layers.N.LINEAR.zero` | as scale | only where asymmetric |
@@ -48,7 +49,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::grid::Quantized;
-use crate::llama::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, LayerWeights, LlamaConfig, NORMS};
+use crate::llama::{Affine, EMBEDDING, FINAL_NORM, HEAD, LayerWeights, Linears, LlamaConfig, NORMS};
 use crate::ops::fake_quant::quantize;
 use crate::quant::{ClipRatios, Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
@@ -183,19 +184,16 @@ impl Stored {
     }
 }
 
-/// A layer's linears in the order of [`LayerWeights`]' fields, rotated.
-pub type StoredLayer = [Stored; 7];
+/// A layer's linears, rotated.
+pub type StoredLayer = Linears<Affine<Stored>>;
 
 /// Rounds a layer's rotated weights to nearest: the very codes that [`Llama::merge`](crate::llama::Llama::merge)'s weights are made of.
 ///
 /// # Errors
 /// A group that does not divide the columns of a weight, or weights that cannot be quantised.
 pub fn round_to_nearest(weights: &LayerWeights, spec: &QuantSpec) -> Result<StoredLayer> {
-    let mut stored = vec![];
-    for w in weights.as_array() {
-        stored.push(if spec.is_active() { Stored::Codes(quantize(w, spec)?) } else { Stored::Values(w.clone()) });
-    }
-    Ok(stored.try_into().expect("seven of them"))
+    let stored = |w: &Tensor| Ok(if spec.is_active() { Stored::Codes(quantize(w, spec)?) } else { Stored::Values(w.clone()) });
+    weights.each(|_, l| Ok(l.with_weight(stored(&l.weight)?)))
 }
 
 /// SHA-256 in hexadecimal.
@@ -352,14 +350,23 @@ impl<'a> Writer<'a> {
             return Err(Error::argument("layer", format!("expected less than {}, got {layer}", self.config.layers)));
         }
         let mut raws = vec![];
-        for (((name, _), shape), w) in LINEARS.iter().zip(self.config.linear_shapes()).zip(weights) {
-            let name = format!("model.layers.{layer}.{name}");
+        for (linear, Affine { weight: w, bias }) in weights.iter() {
+            let (shape, name) = (linear.shape(&self.config), linear.path(layer));
             let got = match w {
                 Stored::Values(t) => t.shape(),
                 Stored::Codes(q) => &q.shape[..],
             };
             if got != shape {
                 return Err(Error::shape(name, format!("{shape:?}"), got));
+            }
+            match (bias, linear.has_bias(&self.config)) {
+                (Some(b), true) if b.shape() == [shape[0]] => {
+                    raws.push(Raw::new(format!("{name}.bias"), &b.to_dtype(self.dtype)?)?);
+                }
+                (Some(b), true) => return Err(Error::shape(format!("{name}.bias"), format!("[{}]", shape[0]), b.shape())),
+                (None, false) => {}
+                (_, true) => return Err(Error::argument(name, "expected a bias (the configuration says so), got none")),
+                (_, false) => return Err(Error::argument(name, "expected no bias (the configuration says so), got one")),
             }
             match self.output.format {
                 Format::Hf => raws.push(Raw::new(format!("{name}.weight"), &w.values(self.dtype)?)?),

@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::data::{self, Sampler, Windows, split_held_out};
-use crate::llama::{Llama, Recompute, RotationVars};
+use crate::llama::{Linear, Llama, Recompute, RotationVars};
 use crate::objective::{Batch, CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule, State};
 use crate::profile::{enter, enter_pass};
@@ -318,7 +318,7 @@ pub fn held_out_loss(
 fn fingerprint(model: &Llama, windows: &Windows, start: &Rotations, optimizer: &str, o: &LearnOptions) -> Result<Value> {
     let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
     // A row of every layer tells models apart without reading them whole.
-    let rows = model.blocks.iter().map(|b| &b.weights.down).chain([&model.head]).map(|w| w.slice(0, 1));
+    let rows = model.blocks.iter().map(|b| &b.weights[Linear::Down].weight).chain([&model.head]).map(|w| w.slice(0, 1));
     let rows = rows.map(|row| values(&row?)).collect::<Result<Vec<_>>>()?;
     Ok(json!({
         "scheme": format!("{:?}", o.scheme),

@@ -12,11 +12,11 @@
 //! by error need the model, a layer of it in `f64` twice, and the hidden states of their windows (on eight windows at 7B less than a
 //! step within 24 GiB, measured).
 
-use crate::device::Card;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::llama::{LlamaConfig, Plan};
+use crate::device::Card;
+use crate::llama::{Linear, LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
 use crate::quant::Scheme;
 use crate::{DType, Error, Result};
@@ -116,6 +116,8 @@ struct Sizes {
     e: usize,
     /// Weights of a layer.
     layer: usize,
+    /// Biases of a layer.
+    biases: usize,
     quantized: bool,
 }
 
@@ -123,14 +125,15 @@ impl Sizes {
     fn new(config: &LlamaConfig, work: &Work) -> Self {
         let (c, f) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let layer = 2 * c * (q + kv) + 3 * c * f;
+        let layer = Linear::ALL.map(|l| l.shape(config)[0] * l.shape(config)[1]).iter().sum();
+        let biases = Linear::ALL.into_iter().filter(|l| l.has_bias(config)).map(|l| l.shape(config)[0]).sum();
         let quantized = work.scheme.weight_bits < 16;
-        Self { c, f, vocab: config.vocab_size, layers: config.layers, q, kv, e: work.dtype.size(), layer, quantized }
+        Self { c, f, vocab: config.vocab_size, layers: config.layers, q, kv, e: work.dtype.size(), layer, biases, quantized }
     }
 
     /// Bytes of the model.
     fn weights(&self) -> usize {
-        (2 * self.vocab * self.c + self.layers * self.layer) * self.e
+        (2 * self.vocab * self.c + self.layers * (self.layer + self.biases)) * self.e
     }
 
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
@@ -139,11 +142,11 @@ impl Sizes {
         tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f)
     }
 
-    /// Bytes of a layer's rotated weights, with the products in `f32` that the gradients of R2 need.
+    /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 need.
     fn rotated(&self) -> usize {
         // Unquantised gate and up stay as they are.
         let rotated = self.layer - if self.quantized { 0 } else { 2 * self.c * self.f };
-        rotated * self.e + 4 * self.c * (self.q + self.kv)
+        (rotated + self.biases) * self.e + 4 * self.c * (self.q + self.kv)
     }
 
     /// Bytes of a layer's forward pass of the full-precision model, for so many tokens: the stream and its norm, gate, up and their

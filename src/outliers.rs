@@ -27,7 +27,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::linalg::factor::{Lu, qr, transpose};
 use crate::linalg::matmul;
-use crate::llama::{LayerWeights, LlamaConfig, Weights};
+use crate::llama::{Affine, Basis, LayerWeights, Linear, LlamaConfig, Row, Weights};
 use crate::manifold::haar;
 use crate::random::normal;
 use crate::{DType, Error, Result, Tensor};
@@ -155,14 +155,15 @@ pub fn residual_basis(weights: &Weights, basis: &Tensor) -> Result<Weights> {
     let into = |w: &Tensor| product(w, false, basis, false)?.to_dtype(dtype);
     let out_of = |w: &Tensor| product(basis, true, w, false)?.to_dtype(dtype);
     let layer = |l: &LayerWeights| {
-        Ok(LayerWeights {
-            q: into(&l.q)?,
-            k: into(&l.k)?,
-            v: into(&l.v)?,
-            o: out_of(&l.o)?,
-            gate: into(&l.gate)?,
-            up: into(&l.up)?,
-            down: out_of(&l.down)?,
+        l.each(|linear, l| {
+            Ok(match linear.row() {
+                Row { reads: Basis::Stream, .. } => l.with_weight(into(&l.weight)?),
+                Row { writes: Basis::Stream, .. } => {
+                    let row = |b: &Tensor| into(&b.clone().reshape([1, c])?)?.reshape([c]);
+                    Affine { weight: out_of(&l.weight)?, bias: l.bias.as_ref().map(row).transpose()? }
+                }
+                _ => l.clone(),
+            })
         })
     };
     let layers = weights.layers.iter().map(layer).collect::<Result<_>>()?;
@@ -193,8 +194,9 @@ pub fn concentrating_basis(weights: &Weights, channels: usize, seed: u64) -> Res
     };
     add(product(&weights.embedding, true, &weights.embedding, false)?)?;
     for l in &weights.layers {
-        add(product(&l.o, false, &l.o, true)?)?;
-        add(product(&l.down, false, &l.down, true)?)?;
+        for (_, l) in l.iter().filter(|(linear, _)| linear.row().writes == Basis::Stream) {
+            add(product(&l.weight, false, &l.weight, true)?)?;
+        }
     }
     let moment = Tensor::from_vec(moment, [c, c])?;
     let mut rng = stream(seed, 0);
@@ -243,12 +245,22 @@ fn orthonormal_rows(t: Tensor) -> Result<Tensor> {
     Tensor::from_vec(x, shape)
 }
 
-/// Row r of a matrix times `row(r)`, column c times `col(c)`.
-fn scaled(t: &Tensor, row: impl Fn(usize) -> f64, col: impl Fn(usize) -> f64) -> Result<Tensor> {
-    let cols = t.cols();
-    let mut x = t.to_f64_vec()?;
-    x.iter_mut().enumerate().for_each(|(i, x)| *x *= row(i / cols) * col(i % cols));
-    Tensor::from_vec(x, t.shape())?.to_dtype(t.dtype())
+/// Output r of a linear times `row(r)`, its input c times `1/col(c)`: row r of the weight and the bias, column c of the weight.
+fn scaled(l: &Affine, row: impl Fn(usize) -> f64, col: impl Fn(usize) -> f64) -> Result<Affine> {
+    let times = |t: &Tensor, factor: &dyn Fn(usize) -> f64| {
+        let x = t.to_f64_vec()?.into_iter().enumerate().map(|(i, x)| x * factor(i)).collect::<Vec<_>>();
+        Tensor::from_vec(x, t.shape())?.to_dtype(t.dtype())
+    };
+    let cols = l.weight.cols();
+    let weight = times(&l.weight, &|i| row(i / cols) * col(i % cols))?;
+    Ok(Affine { weight, bias: l.bias.as_ref().map(|b| times(b, &row)).transpose()? })
+}
+
+/// The layer with other linears in some places.
+fn with<const N: usize>(layer: &LayerWeights, changed: [(Linear, Affine); N]) -> LayerWeights {
+    let mut layer = layer.clone();
+    changed.into_iter().for_each(|(linear, l)| layer[linear] = l);
+    layer
 }
 
 fn check_factors(what: &str, factors: &[f64], expected: usize) -> Result<()> {
@@ -267,10 +279,10 @@ fn check_factors(what: &str, factors: &[f64], expected: usize) -> Result<()> {
 /// # Errors
 /// Another number of factors than the MLP has channels, or a factor that is 0 or not finite.
 pub fn mlp_channels(layer: &LayerWeights, factors: &[f64]) -> Result<LayerWeights> {
-    check_factors("mlp_channels", factors, layer.up.rows())?;
-    let up = scaled(&layer.up, |f| factors[f], |_| 1.0)?;
-    let down = scaled(&layer.down, |_| 1.0, |f| factors[f].recip())?;
-    Ok(LayerWeights { up, down, ..layer.clone() })
+    check_factors("mlp_channels", factors, layer[Linear::Up].weight.rows())?;
+    let up = scaled(&layer[Linear::Up], |f| factors[f], |_| 1.0)?;
+    let down = scaled(&layer[Linear::Down], |_| 1.0, |f| factors[f].recip())?;
+    Ok(with(layer, [(Linear::Up, up), (Linear::Down, down)]))
 }
 
 /// Scales rotary pairs (i, i + D/2) of key head h by `factors[h * D/2 + i]`, and of the query heads that read it by the inverse.
@@ -282,9 +294,9 @@ pub fn rope_pairs(layer: &LayerWeights, config: &LlamaConfig, factors: &[f64]) -
     let (d, half) = (config.head_dim, config.head_dim / 2);
     check_factors("rope_pairs", factors, config.kv_heads * half)?;
     let factor = |kv_head: usize, row: usize| factors[kv_head * half + row % half];
-    let k = scaled(&layer.k, |r| factor(r / d, r % d), |_| 1.0)?;
-    let q = scaled(&layer.q, |r| factor(r / d / config.group(), r % d).recip(), |_| 1.0)?;
-    Ok(LayerWeights { q, k, ..layer.clone() })
+    let k = scaled(&layer[Linear::K], |r| factor(r / d, r % d), |_| 1.0)?;
+    let q = scaled(&layer[Linear::Q], |r| factor(r / d / config.group(), r % d).recip(), |_| 1.0)?;
+    Ok(with(layer, [(Linear::Q, q), (Linear::K, k)]))
 }
 
 /// Writes the values of every head in another basis: `bases` is `[K, D, D]`, invertible; v of head h becomes v A, and o takes A⁻¹
@@ -297,20 +309,25 @@ pub fn value_basis(layer: &LayerWeights, config: &LlamaConfig, bases: &Tensor) -
     if bases.shape() != [kv, d, d] {
         return Err(Error::shape("value_basis", format!("[{kv}, {d}, {d}]"), bases.shape()));
     }
-    // W_v[h] ← Aᵀ W_v[h]; W_o[:, h] ← W_o[:, h] A⁻ᵀ, so that (v A)(W_o A⁻ᵀ)ᵀ = v W_oᵀ.
+    // W_v[h] ← Aᵀ W_v[h] and b_v[h] ← Aᵀ b_v[h]; W_o[:, h] ← W_o[:, h] A⁻ᵀ, so that (v A)(W_o A⁻ᵀ)ᵀ = v W_oᵀ.
+    let (old_v, old_o) = (&layer[Linear::V], &layer[Linear::O]);
     let mut v = vec![];
+    let mut bias = vec![];
     let mut inverses = vec![];
     for h in 0..kv {
         let a = bases.index(h)?;
-        v.extend(product(&a, true, &layer.v.slice(h * d, d)?, false)?.into_vec::<f64>()?);
+        v.extend(product(&a, true, &old_v.weight.slice(h * d, d)?, false)?.into_vec::<f64>()?);
+        if let Some(b) = &old_v.bias {
+            bias.extend(product(&b.slice(h * d, d)?.reshape([1, d])?, false, &a, false)?.into_vec::<f64>()?);
+        }
         let lu = Lu::new(&transpose(&a.to_f64_vec()?, d), d);
         if lu.sign() == 0.0 {
             return Err(Error::numeric("value_basis", format!("the basis of head {h} is singular")));
         }
         inverses.push(lu.solve(&Tensor::eye(d, DType::F64)?.into_vec::<f64>()?)); // A⁻ᵀ
     }
-    let (rows, cols) = (layer.o.rows(), layer.o.cols());
-    let old = layer.o.to_f64_vec()?;
+    let (rows, cols) = (old_o.weight.rows(), old_o.weight.cols());
+    let old = old_o.weight.to_f64_vec()?;
     let mut o = vec![0.0; rows * cols];
     for (row, old) in o.chunks_mut(cols).zip(old.chunks(cols)) {
         for (head, (new, old)) in row.chunks_mut(d).zip(old.chunks(d)).enumerate() {
@@ -319,7 +336,9 @@ pub fn value_basis(layer: &LayerWeights, config: &LlamaConfig, bases: &Tensor) -
             }
         }
     }
-    let v = Tensor::from_vec(v, layer.v.shape())?.to_dtype(layer.v.dtype())?;
-    let o = Tensor::from_vec(o, layer.o.shape())?.to_dtype(layer.o.dtype())?;
-    Ok(LayerWeights { v, o, ..layer.clone() })
+    let like = |values: Vec<f64>, t: &Tensor| Tensor::from_vec(values, t.shape())?.to_dtype(t.dtype());
+    let bias = old_v.bias.as_ref().map(|b| like(bias, b)).transpose()?;
+    let v = Affine { weight: like(v, &old_v.weight)?, bias };
+    let o = old_o.with_weight(like(o, &old_o.weight)?);
+    Ok(with(layer, [(Linear::V, v), (Linear::O, o)]))
 }

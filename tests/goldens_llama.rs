@@ -227,8 +227,8 @@ fn codes(s: &Setup, scheme: &Scheme, id: &str) -> (usize, usize) {
         let exact = scheme.unquantized_weights().sites(s.model.config.head_dim);
         for (l, block) in s.model.blocks.iter().enumerate() {
             let w = block.rotate(&vars.r1, &vars.r2[l], &exact, None).unwrap();
-            for (name, w) in [("q", w.q), ("k", w.k), ("v", w.v), ("o", w.o), ("gate", w.gate), ("up", w.up), ("down", w.down)] {
-                all.push((format!("layer {l} {name}"), sites.weight, w.into_value()));
+            for (linear, w) in w.linears {
+                all.push((format!("layer {l} {linear}"), sites.weight, w.weight.into_value()));
             }
         }
     }

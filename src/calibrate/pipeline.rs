@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use crate::data::{self, Windows};
 use crate::device::cpu;
-use crate::llama::{Block, LayerWeights, Llama, Merged, Rotated, Run};
-use crate::quant::{Hessian, QuantizedLinear, Scheme, WeightQuantizer};
+use crate::llama::{Affine, Block, LayerWeights, Linear, LinearVars, Linears, Llama, Merged, Rotated, Run, plus};
+use crate::quant::{Hessian, QuantizedLinear, Scheme, Site, WeightQuantizer};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
 
@@ -64,14 +64,14 @@ impl<'a> Calibration<'a> {
 pub struct QuantizedLayer {
     /// Which layer, from 0.
     pub index: usize,
-    /// In the order of [`LayerWeights::NAMES`].
-    pub linears: [QuantizedLinear; 7],
+    /// Biases are as they were.
+    pub linears: Linears<Affine<QuantizedLinear>>,
 }
 
 impl QuantizedLayer {
     /// The weights to run with.
     pub fn weights(&self) -> LayerWeights {
-        LayerWeights::from_array(self.linears.each_ref().map(|l| l.weight.clone()))
+        Linears(self.linears.0.each_ref().map(|l| l.with_weight(l.weight.weight.clone())))
     }
 }
 
@@ -171,11 +171,14 @@ pub fn quantize_layers(
             (layer, block)
         } else {
             let block = rotated.block(index)?;
-            let all = block.weights.as_array();
             let linears = match &mut stream {
-                _ if !spec.is_active() => all.map(QuantizedLinear::exact),
+                _ if !spec.is_active() => block.weights.each(|_, l| Ok(l.with_weight(QuantizedLinear::exact(&l.weight))))?,
                 Some(stream) => stream.quantize(&block, |w, h| quantizer.quantize(w, &spec, Some(h)))?,
-                None => seven(quantizer.quantize(&all, &spec, None)?)?,
+                None => {
+                    let all = block.weights.0.each_ref().map(|l| &l.weight);
+                    let mut done = exactly(all.len(), quantizer.quantize(&all, &spec, None)?)?.into_iter();
+                    block.weights.each(|_, l| Ok(l.with_weight(done.next().expect("one for each"))))?
+                }
             };
             let layer = QuantizedLayer { index, linears };
             let block = block.with_weights(layer.weights());
@@ -188,7 +191,7 @@ pub fn quantize_layers(
         if !loaded {
             store.save(&layer)?;
         }
-        let damping = layer.linears.iter().filter_map(|l| l.damping).reduce(f64::max);
+        let damping = layer.linears.iter().filter_map(|(_, l)| l.weight.damping).reduce(f64::max);
         let seconds = start.elapsed().as_secs_f64();
         if progress(&LayerReport { done: index + 1, layers, loaded, damping, seconds }).is_break() && !last {
             return Err(Error::Interrupted { step: index + 1 });
@@ -199,10 +202,6 @@ pub fn quantize_layers(
         cpu::trim(); // what comes next uses other shapes
     }
     Ok(())
-}
-
-fn seven(linears: Vec<QuantizedLinear>) -> Result<[QuantizedLinear; 7]> {
-    linears.try_into().map_err(|l: Vec<_>| Error::argument("weight quantiser", format!("expected 7 results, got {}", l.len())))
 }
 
 /// The calibration text on its way through the network, some sequences at a time.
@@ -236,55 +235,62 @@ impl Stream {
         Ok(Self { run, sequences: c.windows.len(), x, inner: vec![] })
     }
 
-    /// Quantises a layer group by group; afterwards `x` and `inner` hold what its output is made of.
+    /// Quantises the weights of a layer, those of one input at a time; afterwards `x` and `inner` hold what its output is made of.
     fn quantize(
         &mut self,
         block: &Block,
         quantize: impl Fn(&[&Tensor], &Tensor) -> Result<Vec<QuantizedLinear>>,
-    ) -> Result<[QuantizedLinear; 7]> {
-        let (w, run, n) = (&block.weights, &self.run, self.sequences);
-        let mut done: Vec<QuantizedLinear> = Vec::with_capacity(7);
-
-        let mut h = Hessian::new(w.q.cols());
-        for x in &self.x {
-            h.add(&value(|t| block.attention_input(t.constant(x.clone()), run))?)?;
+    ) -> Result<Linears<Affine<QuantizedLinear>>> {
+        let mut w = block.weights.clone();
+        let mut done = Linears([const { None }; 7]);
+        for site in Site::ALL {
+            let members: Vec<Linear> = Linear::at(site).collect();
+            let weights: Vec<Tensor> = members.iter().map(|&l| w[l].weight.clone()).collect();
+            let Some(first) = weights.first() else { continue };
+            let mut h = Hessian::new(first.cols());
+            self.reach(site, block, &w, |x| h.add(x))?;
+            let quantized = quantize(&weights.iter().collect::<Vec<_>>(), &h.finish(self.sequences)?)?;
+            for (linear, quantized) in members.into_iter().zip(exactly(weights.len(), quantized)?) {
+                w[linear].weight = quantized.weight.clone();
+                done[linear] = Some(w[linear].with_weight(quantized));
+            }
         }
-        done.extend(quantize(&[&w.q, &w.k, &w.v], &h.finish(n)?)?);
-
-        let mut h = Hessian::new(w.o.cols());
-        self.attend(block, [&done[0].weight, &done[1].weight, &done[2].weight], |a| h.add(a))?;
-        done.extend(quantize(&[&w.o], &h.finish(n)?)?);
-
-        let mut h = Hessian::new(w.gate.cols());
-        self.add(&done[3].weight)?;
-        for x in &self.x {
-            h.add(&value(|t| block.mlp_input(t.constant(x.clone()), &self.run))?)?;
-        }
-        done.extend(quantize(&[&w.gate, &w.up], &h.finish(n)?)?);
-
-        let mut h = Hessian::new(w.down.cols());
-        self.gate(block, [&done[4].weight, &done[5].weight], |m| h.add(m))?;
-        done.extend(quantize(&[&w.down], &h.finish(n)?)?);
-        seven(done)
+        Ok(Linears(done.0.map(|l| l.expect("every linear is at one site"))))
     }
 
     /// Moves on behind a layer: all of it, or what [`Stream::quantize`] has left to do.
     fn pass(&mut self, block: &Block, whole: bool) -> Result<()> {
         let w = &block.weights;
         if whole {
-            self.attend(block, [&w.q, &w.k, &w.v], |_| Ok(()))?;
-            self.add(&w.o)?;
-            self.gate(block, [&w.gate, &w.up], |_| Ok(()))?;
+            self.attend(block, w, |_| Ok(()))?;
+            self.add(&w[Linear::O])?;
+            self.gate(block, w, |_| Ok(()))?;
         }
-        self.add(&w.down)
+        self.add(&w[Linear::Down])
+    }
+
+    /// Moves on inside a layer to the input of the linears at `site`, which is shown to `see`, with the weights `w` so far.
+    fn reach(&mut self, site: Site, block: &Block, w: &LayerWeights, mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        match site {
+            Site::AttentionInput => {
+                self.x.iter().try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), &self.run))?))
+            }
+            Site::AttentionOutput => self.attend(block, w, see),
+            Site::MlpInput => {
+                self.add(&w[Linear::O])?;
+                self.x.iter().try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), &self.run))?))
+            }
+            Site::DownInput => self.gate(block, w, see),
+            Site::Key | Site::Value => Ok(()),
+        }
     }
 
     /// `inner` becomes the input of o, which is shown to `see`.
-    fn attend(&mut self, block: &Block, w: [&Tensor; 3], mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+    fn attend(&mut self, block: &Block, w: &LayerWeights, mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         for x in &self.x {
             let a = value(|t| {
-                let [q, k, v] = w.map(|w| t.constant(w.clone()));
-                block.attend(block.attention_input(t.constant(x.clone()), &self.run)?, q, k, v, &self.run)
+                let qkv = [Linear::Q, Linear::K, Linear::V].map(|l| on(t, &w[l]));
+                block.attend(block.attention_input(t.constant(x.clone()), &self.run)?, qkv, &self.run)
             })?;
             see(&a)?;
             self.inner.push(a);
@@ -293,11 +299,11 @@ impl Stream {
     }
 
     /// `inner` becomes the input of down, which is shown to `see`.
-    fn gate(&mut self, block: &Block, w: [&Tensor; 2], mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+    fn gate(&mut self, block: &Block, w: &LayerWeights, mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         for x in &self.x {
             let m = value(|t| {
-                let [gate, up] = w.map(|w| t.constant(w.clone()));
-                block.gated(block.mlp_input(t.constant(x.clone()), &self.run)?, gate, up, &self.run)
+                let gate_up = [Linear::Gate, Linear::Up].map(|l| on(t, &w[l]));
+                block.gated(block.mlp_input(t.constant(x.clone()), &self.run)?, gate_up, &self.run)
             })?;
             see(&m)?;
             self.inner.push(m);
@@ -305,13 +311,29 @@ impl Stream {
         Ok(())
     }
 
-    /// `x ← x + inner Wᵀ`; `inner` is used up.
-    fn add(&mut self, w: &Tensor) -> Result<()> {
+    /// `x ← x + inner Wᵀ + b`; `inner` is used up.
+    fn add(&mut self, l: &Affine) -> Result<()> {
         for (x, inner) in self.x.iter_mut().zip(self.inner.drain(..)) {
-            *x = value(|t| t.constant(x.clone()).add(t.constant(inner).linear(t.constant(w.clone()))?))?;
+            *x = value(|t| {
+                let Affine { weight, bias } = on(t, l);
+                plus(t.constant(x.clone()), bias)?.add(t.constant(inner).linear(weight)?)
+            })?;
         }
         Ok(())
     }
+}
+
+/// As many results as were asked for.
+fn exactly(count: usize, linears: Vec<QuantizedLinear>) -> Result<Vec<QuantizedLinear>> {
+    let got = linears.len();
+    let wrong = || Error::argument("weight quantiser", format!("expected {count} results, got {got}"));
+    if got == count { Ok(linears) } else { Err(wrong()) }
+}
+
+/// A linear on a tape, as a constant.
+fn on<'t>(tape: &'t Tape, l: &Affine) -> LinearVars<'t> {
+    let constant = |t: &Tensor| tape.constant(t.clone());
+    Affine { weight: constant(&l.weight), bias: l.bias.as_ref().map(constant) }
 }
 
 /// Runs a computation without gradients.

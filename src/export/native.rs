@@ -9,7 +9,7 @@ use super::parts::{Part, Raw};
 use super::{RECORD, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
-use crate::llama::{Block, EMBEDDING, HEAD, LINEARS, LayerWeights, LlamaConfig, Merged};
+use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linears, LlamaConfig, Merged};
 use crate::quant::{QuantSpec, Scheme, Site};
 use crate::rotation::{Rotations, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
@@ -111,13 +111,13 @@ fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: D
     Ok(Stored::Codes(Quantized { shape: shape.to_vec(), group, codes, scale, zero }))
 }
 
-/// A layer's seven weights.
+/// A layer's weights and biases.
 pub fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DType, layer: usize) -> Result<StoredLayer> {
-    let mut all = vec![];
-    for ((name, _), shape) in LINEARS.iter().zip(config.linear_shapes()) {
-        all.push(unpack(part, &format!("model.layers.{layer}.{name}"), shape, spec, dtype)?);
-    }
-    Ok(all.try_into().expect("seven of them"))
+    Linears::try_from_fn(|linear| {
+        let (shape, name) = (linear.shape(config), linear.path(layer));
+        let bias = linear.has_bias(config).then(|| part.tensor(&format!("{name}.bias"), dtype, &shape[..1]));
+        Ok(Affine { weight: unpack(part, &name, shape, spec, dtype)?, bias: bias.transpose()? })
+    })
 }
 
 /// The online Hadamards of a scheme: name and map.
@@ -244,11 +244,8 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
         }
     };
     let block = |l: usize| {
-        let mut weights = vec![];
-        for w in read_layer(&part, &config, &sites.weight, dtype, l)? {
-            weights.push(w.values(dtype)?.to_device(device)?);
-        }
-        let weights = LayerWeights::from_array(weights.try_into().expect("seven of them"));
+        let stored = read_layer(&part, &config, &sites.weight, dtype, l)?;
+        let weights = stored.each(|_, l| Ok(l.with_weight(l.weight.values(dtype)?)))?.map(|w| w.to_device(device))?;
         Ok(Block::new(&config, l, weights))
     };
     let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;

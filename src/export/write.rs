@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{Format, Output, Stored, Writer};
 use crate::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers};
-use crate::llama::{Llama, LlamaConfig, Rotated, Source};
+use crate::llama::{Affine, Linears, Llama, LlamaConfig, Rotated, Source};
 use crate::quant::{QuantizedLinear, Rtn, Scheme, WeightQuantizer};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result};
@@ -40,22 +40,23 @@ impl LayerStore for Layers<'_, '_> {
 
     fn load(&mut self, index: usize, dtype: DType, device: &Device) -> Result<QuantizedLayer> {
         let mut linears = vec![];
-        for stored in self.0.read_layer(index)? {
-            linears.push(match stored {
+        for (_, Affine { weight, bias }) in self.0.read_layer(index)? {
+            let weight = match weight {
                 Stored::Codes(codes) => QuantizedLinear::from_codes(codes, dtype, device)?,
                 Stored::Values(values) => QuantizedLinear::exact(&values.to_device(device)?),
-            });
+            };
+            linears.push(Affine { weight, bias: bias.map(|b| b.to_device(device)).transpose()? });
         }
-        Ok(QuantizedLayer { index, linears: linears.try_into().expect("seven of them") })
+        Ok(QuantizedLayer { index, linears: Linears::from_vec(linears)? })
     }
 
     fn save(&mut self, layer: &QuantizedLayer) -> Result<()> {
         let hf = self.0.output.format == Format::Hf;
-        let stored = layer.linears.each_ref().map(|l| match &l.codes {
+        let stored = |l: &QuantizedLinear| match &l.codes {
             Some(codes) if !hf => Stored::Codes(codes.clone()),
             _ => Stored::Values(l.weight.clone()),
-        });
-        self.0.layer(layer.index, &stored)
+        };
+        self.0.layer(layer.index, &layer.linears.each(|_, l| Ok(l.with_weight(stored(&l.weight))))?)
     }
 }
 

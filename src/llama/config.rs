@@ -34,6 +34,10 @@ pub struct LlamaConfig {
     pub rope_theta: f64,
     /// How the rotary frequencies are stretched, if at all.
     pub rope_scaling: Option<RopeScaling>,
+    /// q, k, v and o add a bias.
+    pub attention_bias: bool,
+    /// gate, up and down add a bias.
+    pub mlp_bias: bool,
     /// The output head is the embedding (copied when loaded).
     pub tie_word_embeddings: bool,
     /// The token that starts a text.
@@ -80,7 +84,7 @@ impl LlamaConfig {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming the file, the field, what was expected and what came, for anything that is not a
-    /// LLaMA this crate computes exactly: another architecture, biases, another activation, another kind of rotary embedding.
+    /// LLaMA this crate computes exactly: another architecture, another activation, another kind of rotary embedding.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Self::from_json(&std::fs::read(path).map_err(Error::io(path))?, path)
@@ -226,8 +230,8 @@ impl LlamaConfig {
             "rope_scaling": scaling,
             "tie_word_embeddings": self.tie_word_embeddings,
             "hidden_act": "silu",
-            "attention_bias": false,
-            "mlp_bias": false,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {
                 [] => Value::Null,
@@ -285,6 +289,10 @@ impl<'a> Fields<'a> {
     }
     fn need_number(self, name: &str) -> Parsed<f64> {
         self.number(name)?.ok_or_else(|| self.missing(name))
+    }
+    /// False where absent.
+    fn flag(self, name: &str) -> Parsed<bool> {
+        Ok(self.get(name, "true or false", Value::as_bool)?.unwrap_or(false))
     }
     fn text(self, name: &str) -> Parsed<Option<&'a str>> {
         self.get(name, "a string", Value::as_str)
@@ -346,8 +354,6 @@ fn dtype(f: Fields) -> Parsed<Option<DType>> {
 fn parse(f: Fields) -> Parsed<LlamaConfig> {
     check_architecture(f)?;
     f.get("hidden_act", "\"silu\"", |v| matches!(v.as_str(), Some("silu" | "swish")).then_some(()))?;
-    f.only("attention_bias", json!(false))?;
-    f.only("mlp_bias", json!(false))?;
     f.get("quantization_config", "none (unquantised weights)", |_| None::<()>)?;
 
     let hidden_size = f.need_size("hidden_size")?;
@@ -371,7 +377,9 @@ fn parse(f: Fields) -> Parsed<LlamaConfig> {
         max_position_embeddings: f.size("max_position_embeddings")?.unwrap_or(2048),
         rope_theta,
         rope_scaling,
-        tie_word_embeddings: f.get("tie_word_embeddings", "true or false", Value::as_bool)?.unwrap_or(false),
+        attention_bias: f.flag("attention_bias")?,
+        mlp_bias: f.flag("mlp_bias")?,
+        tie_word_embeddings: f.flag("tie_word_embeddings")?,
         bos_token_id: f.get("bos_token_id", "a token id", token_ids)?.and_then(|ids| ids.first().copied()),
         eos_token_ids: f.get("eos_token_id", "a token id or a list of them", token_ids)?.unwrap_or_default(),
         dtype: dtype(f)?,
@@ -556,8 +564,8 @@ mod tests {
             (json!({"architectures": ["MistralForCausalLM"]}), "architectures: expected [\"LlamaForCausalLM\"], got [\"Mistral"),
             (json!({"model_type": "qwen2"}), "model_type: expected \"llama\", got \"qwen2\""),
             (json!({"architectures": null, "model_type": null}), "model_type: a needed field"),
-            (json!({"attention_bias": true}), "attention_bias: expected false, got true"),
-            (json!({"mlp_bias": true}), "mlp_bias: expected false, got true"),
+            (json!({"attention_bias": 1}), "attention_bias: expected true or false, got 1"),
+            (json!({"mlp_bias": "yes"}), "mlp_bias: expected true or false, got \"yes\""),
             (json!({"hidden_act": "gelu"}), "hidden_act: expected \"silu\", got \"gelu\""),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config: expected none"),
             (json!({"head_dim": 15}), "head_dim: expected an even number (rotary halves), got 15"),

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::load::{EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, Source};
+use super::Linear;
+use super::load::{EMBEDDING, FINAL_NORM, HEAD, NORMS, Source};
 use crate::Result;
 
 /// Names that a note lists before it only counts.
@@ -24,16 +25,20 @@ impl Source {
     fn needed(&self) -> Vec<(String, Vec<usize>)> {
         let c = &self.config;
         let table = vec![c.vocab_size, c.hidden_size];
-        let mut needed = vec![(EMBEDDING.to_string(), table.clone()), (FINAL_NORM.to_string(), vec![c.hidden_size])];
+        let mut needed = vec![];
+        let mut weight = |name: &str, shape: Vec<usize>| needed.push((format!("{name}.weight"), shape));
+        weight(EMBEDDING, table.clone());
+        weight(FINAL_NORM, vec![c.hidden_size]);
         if !c.tie_word_embeddings {
-            needed.push((HEAD.to_string(), table));
+            weight(HEAD, table);
         }
         for l in 0..c.layers {
-            needed.extend(NORMS.iter().map(|norm| (format!("model.layers.{l}.{norm}"), vec![c.hidden_size])));
-            let linears = LINEARS.iter().zip(c.linear_shapes());
-            needed.extend(linears.map(|((name, _), shape)| (format!("model.layers.{l}.{name}"), shape.to_vec())));
+            NORMS.iter().for_each(|norm| weight(&format!("model.layers.{l}.{norm}"), vec![c.hidden_size]));
+            Linear::ALL.iter().for_each(|linear| weight(&linear.path(l), linear.shape(c).to_vec()));
         }
-        needed.into_iter().map(|(name, shape)| (format!("{name}.weight"), shape)).collect()
+        let biased = Linear::ALL.into_iter().filter(|linear| linear.has_bias(c));
+        needed.extend(biased.flat_map(|b| (0..c.layers).map(move |l| (format!("{}.bias", b.path(l)), vec![b.shape(c)[0]]))));
+        needed
     }
 
     /// Fails where a tensor that will be read is not there, before any is.

@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use crate::llama::block::{Block, RotatedWeights, Run};
+use crate::llama::block::{Block, Run};
+use crate::llama::rotate::RotatedWeights;
 use crate::profile::enter_pass;
 use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var};
 use crate::{DType, Error, Result, Tensor};
@@ -62,7 +63,7 @@ impl Layer {
     /// The weights to run with, made of the operands after the first.
     fn weights<'t>(&self, operands: Vec<Var<'t>>) -> Result<RotatedWeights<'t>> {
         if self.rotated {
-            return RotatedWeights::from_vec(operands);
+            return RotatedWeights::from_vec(operands, &self.block.weights);
         }
         let [r1, r2] = <[_; 2]>::try_from(operands).map_err(|_| Error::Tape("layer: expected R1 and R2".into()))?;
         self.block.rotate(&r1, &r2, &self.run.sites, Some(self.tokens))
@@ -127,7 +128,8 @@ impl Op for Layer {
             let inner: Vec<_> = weights.iter().map(enter).collect();
             let y = {
                 let _pass = enter_pass("recompute");
-                self.block.forward(x.clone(), RotatedWeights::from_vec(inner.clone())?, &self.run)?
+                let weights = RotatedWeights::from_vec(inner.clone(), &self.block.weights)?;
+                self.block.forward(x.clone(), weights, &self.run)?
             };
             let mut grads = tape.backward_from(y, dy.slice(first, rows)?)?;
             if want[0] {

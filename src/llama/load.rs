@@ -5,8 +5,8 @@ use std::path::Path;
 use rand::SeedableRng;
 use rayon::prelude::*;
 
-use super::LlamaConfig;
 use super::checkpoint::{Checkpoint, Entry};
+use super::{Affine, LayerWeights, Linear, Linears, LlamaConfig};
 use crate::{DType, Result, Tensor};
 
 /// A LLaMA's linear layers, every RMSNorm gain folded in (so every norm's gain is 1) and embeddings untied.
@@ -18,25 +18,6 @@ pub struct Weights {
     pub head: Tensor,
     /// One entry a decoder layer.
     pub layers: Vec<LayerWeights>,
-}
-
-/// The seven linear layers of a decoder layer, `[out, in]` as in `y = x Wᵀ`; H query heads, K key and value heads of width D.
-#[derive(Clone, Debug)]
-pub struct LayerWeights {
-    /// `[H·D, C]`, with the input norm's gain.
-    pub q: Tensor,
-    /// `[K·D, C]`, with the input norm's gain.
-    pub k: Tensor,
-    /// `[K·D, C]`, with the input norm's gain.
-    pub v: Tensor,
-    /// `[C, H·D]`.
-    pub o: Tensor,
-    /// `[F, C]`, with the post-attention norm's gain.
-    pub gate: Tensor,
-    /// `[F, C]`, with the post-attention norm's gain.
-    pub up: Tensor,
-    /// `[C, F]`.
-    pub down: Tensor,
 }
 
 /// A model directory whose weights are read a part at a time, folded as [`Weights::load`] says.
@@ -129,12 +110,16 @@ impl Source {
     fn read_layer(&self, l: usize, dtype: DType, fold: bool) -> Result<(LayerWeights, [Tensor; 2])> {
         let [first, second] = NORMS.map(|norm| self.gain(&format!("model.layers.{l}.{norm}")));
         let gains = [first?, second?];
-        let read = |(&(part, norm), shape): (&(&str, Option<usize>), [usize; 2])| {
-            let gain = norm.filter(|_| fold).map(|i| &gains[i][..]);
-            self.entry(&format!("model.layers.{l}.{part}"), &shape)?.read(dtype, gain)
+        let bias = |name: &str, out: usize| self.checkpoint.entry(&format!("{name}.bias"), &[out])?.read(dtype, None);
+        let read = |linear: Linear| {
+            let (row, shape) = (linear.row(), linear.shape(&self.config));
+            let name = linear.path(l);
+            let gain = row.norm.filter(|_| fold).map(|i| &gains[i][..]);
+            let weight = self.entry(&name, &shape)?.read(dtype, gain)?;
+            let bias = linear.has_bias(&self.config).then(|| bias(&name, shape[0])).transpose()?;
+            Ok(Affine { weight, bias })
         };
-        let tensors = LINEARS.par_iter().zip(self.config.linear_shapes()).map(read).collect::<Result<Vec<_>>>()?;
-        let weights = LayerWeights::from_array(tensors.try_into().expect("seven of them"));
+        let weights = Linears::from_vec(Linear::ALL.into_par_iter().map(read).collect::<Result<_>>()?)?;
         let [first, second] = gains.map(|g| Tensor::from_vec(g, [self.config.hidden_size])?.to_dtype(dtype));
         Ok((weights, [first?, second?]))
     }
@@ -146,25 +131,9 @@ pub(crate) const HEAD: &str = "lm_head";
 pub(crate) const FINAL_NORM: &str = "model.norm";
 /// The two norms of a layer, whose gains are folded.
 pub(crate) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernorm"];
-/// The linears of a layer, in the order of [`LayerWeights`]' fields: the name in the file, and the norm whose gain it takes.
-pub(crate) const LINEARS: [(&str, Option<usize>); 7] = [
-    ("self_attn.q_proj", Some(0)),
-    ("self_attn.k_proj", Some(0)),
-    ("self_attn.v_proj", Some(0)),
-    ("self_attn.o_proj", None),
-    ("mlp.gate_proj", Some(1)),
-    ("mlp.up_proj", Some(1)),
-    ("mlp.down_proj", None),
-];
 
-impl LlamaConfig {
-    /// Shapes of a layer's linears, in the order of [`LayerWeights`]' fields.
-    pub(crate) fn linear_shapes(&self) -> [[usize; 2]; 7] {
-        let (c, f) = (self.hidden_size, self.intermediate_size);
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        [[q, c], [kv, c], [kv, c], [c, q], [f, c], [f, c], [c, f]]
-    }
-}
+/// Standard deviation of random biases, beside outputs of about 1.
+const BIAS: f64 = 0.5;
 
 impl Weights {
     /// Reads a model directory: gains folded in `f64`, each weight rounded once to `dtype`; a tied head becomes a copy of the
@@ -183,55 +152,34 @@ impl Weights {
     }
 
     /// Random `f64` weights for tests: normal, variance 1/in, so that every linear keeps the scale of a normalised input
-    /// (0.016 for a width of 4096, which is what trained ones have); a head of its own unless the configuration ties it.
+    /// (0.016 for a width of 4096, which is what trained ones have); biases, where the configuration has them, of half that scale; a head of
+    /// its own unless the configuration ties it.
     ///
     /// # Errors
     /// Those of [`LlamaConfig::validate`].
     pub fn random(config: &LlamaConfig, seed: u64) -> Result<Self> {
         config.validate()?;
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-        let mut random = |shape: [usize; 2]| {
-            let std = (shape[1] as f64).sqrt().recip();
-            let values = (0..shape[0] * shape[1]).map(|_| std * crate::random::normal(&mut rng)).collect();
-            Tensor::from_vec::<f64>(values, shape).expect("as many values as the shape asks for")
+        let mut normal = |shape: &[usize], std: f64| {
+            let values = (0..shape.iter().product()).map(|_| std * crate::random::normal(&mut rng)).collect();
+            Tensor::from_vec::<f64>(values, shape)
         };
+        let std = |inputs: usize| (inputs as f64).sqrt().recip();
         let table = [config.vocab_size, config.hidden_size];
-        let embedding = random(table);
-        let head = if config.tie_word_embeddings { embedding.clone() } else { random(table) };
-        let layers = (0..config.layers).map(|_| LayerWeights::from_array(config.linear_shapes().map(&mut random)));
-        Ok(Self { layers: layers.collect(), embedding, head })
+        let embedding = normal(&table, std(table[1]))?;
+        let head = if config.tie_word_embeddings { embedding.clone() } else { normal(&table, std(table[1]))? };
+        let mut linear = |linear: Linear| {
+            let shape = linear.shape(config);
+            let weight = normal(&shape, std(shape[1]))?;
+            let bias = linear.has_bias(config).then(|| normal(&shape[..1], BIAS)).transpose()?;
+            Ok(Affine { weight, bias })
+        };
+        let layers = (0..config.layers).map(|_| Linears::try_from_fn(&mut linear)).collect::<Result<_>>()?;
+        Ok(Self { layers, embedding, head })
     }
 
     /// The element type.
     pub fn dtype(&self) -> DType {
         self.embedding.dtype()
-    }
-}
-
-impl LayerWeights {
-    /// The names of the fields, in their order.
-    pub const NAMES: [&str; 7] = ["q", "k", "v", "o", "gate", "up", "down"];
-
-    /// The seven in the order of [`LayerWeights::NAMES`].
-    pub fn from_array([q, k, v, o, gate, up, down]: [Tensor; 7]) -> Self {
-        Self { q, k, v, o, gate, up, down }
-    }
-
-    /// The seven linears in the order of the fields.
-    pub fn as_array(&self) -> [&Tensor; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
-    }
-
-    /// The same with every linear replaced.
-    pub fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        Ok(Self {
-            q: f(&self.q)?,
-            k: f(&self.k)?,
-            v: f(&self.v)?,
-            o: f(&self.o)?,
-            gate: f(&self.gate)?,
-            up: f(&self.up)?,
-            down: f(&self.down)?,
-        })
     }
 }

@@ -3,7 +3,7 @@
 use crate::llama::{Block, LayerWeights, Llama, LlamaConfig, Source};
 use crate::quant::Scheme;
 use crate::rotation::{Rotations, TOLERANCE};
-use crate::{DType, Device, Result, Tape, Tensor, Var};
+use crate::{DType, Device, Result, Tape, Tensor};
 
 /// A model in the basis of its rotations, whose layers are made when asked for. One layer is in memory at a time, besides what
 /// they are made from.
@@ -138,7 +138,8 @@ impl<'a> Rotated<'a> {
     pub fn nearest(&self, i: usize) -> Result<Block> {
         let spec = self.scheme.sites(self.config.head_dim).weight;
         let block = self.block(i)?;
-        Ok(block.with_weights(block.weights.map(|w| Ok(Tape::new().constant(w.clone()).fake_quant(&spec)?.into_value()))?))
+        let nearest = |_, w: &Tensor| Ok(Tape::new().constant(w.clone()).fake_quant(&spec)?.into_value());
+        Ok(block.with_weights(block.weights.map_weights(nearest)?))
     }
 
     /// Layer `i` with weights that were made from it before.
@@ -155,7 +156,7 @@ impl<'a> Rotated<'a> {
         let tape = Tape::new();
         let (r1, r2) = (tape.constant(rotations.r1.clone()), tape.constant(rotations.r2.index(i)?));
         let w = Block::new(self.config, i, weights.map(|w| self.widen(w))?).rotate(&r1, &r2, &sites, None)?;
-        LayerWeights::from_array([w.q, w.k, w.v, w.o, w.gate, w.up, w.down].map(Var::into_value)).map(|w| self.narrow(w))
+        w.into_values().map(|w| self.narrow(w))
     }
 
     fn table(&self, t: &Tensor) -> Result<Tensor> {

@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 
 use crate::data;
 use crate::linalg::matmul;
-use crate::llama::block::{Block, RotatedWeights, Run};
+use crate::llama::block::{Block, Run};
 use crate::llama::walk::observed;
-use crate::llama::{LayerWeights, LlamaConfig, Plan, Rotated, Source, Weights};
+use crate::llama::{LlamaConfig, Plan, Rotated, RotatedWeights, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
@@ -161,10 +161,15 @@ impl Llama {
         self.embedding.device()
     }
 
-    /// Bytes of the weights.
+    /// Bytes of the weights and biases.
     pub fn bytes(&self) -> usize {
-        let layers = self.blocks.iter().flat_map(|b| b.weights.as_array());
-        [&self.embedding, &self.head].into_iter().chain(layers).map(Tensor::bytes).sum()
+        self.tensors().map(Tensor::bytes).sum()
+    }
+
+    /// The embedding, the head, and every layer's weights and biases.
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let layers = self.blocks.iter().flat_map(|b| b.weights.tensors());
+        [&self.embedding, &self.head].into_iter().chain(layers)
     }
 
     /// The weights' element type.
@@ -251,12 +256,12 @@ impl Llama {
         Merged::new(&rotated, (0..self.blocks.len()).map(|i| block(&rotated, i)).collect::<Result<_>>()?)
     }
 
-    /// SHA-256 of every weight's first row: tells models of one shape apart.
+    /// SHA-256 of every weight's first row and every bias: tells models of one shape apart.
     pub fn sample_sha256(&self) -> Result<String> {
         let mut hash = Sha256::new();
-        let layers = self.blocks.iter().flat_map(|b| b.weights.as_array());
-        for t in [&self.embedding, &self.head].into_iter().chain(layers) {
-            hash.update(io::bytes(&t.slice(0, 1)?.to_device(&Device::Cpu)?)?);
+        for t in self.tensors() {
+            let sample = if t.shape().len() == 1 { t.clone() } else { t.slice(0, 1)? };
+            hash.update(io::bytes(&sample.to_device(&Device::Cpu)?)?);
         }
         Ok(io::hex(&hash.finalize()))
     }
@@ -352,13 +357,5 @@ impl Merged {
             x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), run)?;
         }
         Ok(x.rms_norm(self.config.rms_norm_eps)?.into_value())
-    }
-}
-
-impl<'t> RotatedWeights<'t> {
-    /// Weights that are ready to use.
-    pub fn constants(tape: &'t Tape, w: &LayerWeights) -> Self {
-        let c = |t: &Tensor| tape.constant(t.clone());
-        Self { q: c(&w.q), k: c(&w.k), v: c(&w.v), o: c(&w.o), gate: c(&w.gate), up: c(&w.up), down: c(&w.down), leave: None }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Every weight is `unit · row[r] · col[c] · z`, z nearly normal and made by integer arithmetic (the sum of four uniform 16-bit
 //! numbers), so that the CPU and a GPU make the same bits. Linears have variance 1/in, o and down 9/(L in), so that the layers
-//! together outweigh the embedding in the stream. On top of that come outliers of the kinds that trained LLaMAs have (see [`outliers`](crate::outliers), which
+//! together outweigh the embedding in the stream; biases, where the configuration has them, are a tenth of the outputs they are added to. On top of that come outliers of the kinds that trained LLaMAs have (see [`outliers`](crate::outliers), which
 //! plants them in any model):
 //!
 //! - four channels of the residual stream are up to 30 times the others: columns of the embedding and rows of o and down by g, columns
@@ -23,7 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::data::Windows;
-use crate::llama::{Block, LayerWeights, Llama, LlamaConfig, RopeScaling, RotatedWeights};
+use crate::llama::{Affine, Block, Linear, Linears, Llama, LlamaConfig, RopeScaling, RotatedWeights};
 use crate::quant::Scheme;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
@@ -56,6 +56,8 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
         max_position_embeddings: 4096,
         rope_theta: 1e4,
         rope_scaling: None,
+        attention_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
@@ -139,18 +141,24 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
         let values: Vec<f32> = (0..config.kv_heads as u64).flat_map(|h| outliers(d, 2, 8.0, seed ^ (h << 32), per(2))).collect();
         // A query head undoes what its key head does, and o what its value head does.
         let spread = |v: &[f32]| -> Vec<f32> { inverse(v).chunks(d).flat_map(|h| h.repeat(config.group())).collect() };
-        let tensor = |i: u64| 1 + 7 * l as u64 + i;
-        let [q, k, v, o, gate, up, down] = config.linear_shapes();
-        let read = Some(&readers[..]);
-        let weights = LayerWeights {
-            q: make(q, tensor(0), std(c), Some(&spread(&keys)), read)?,
-            k: make(k, tensor(1), std(c), Some(&keys), read)?,
-            v: make(v, tensor(2), std(c), Some(&values), read)?,
-            o: make(o, tensor(3), out(o[1]), Some(&stream), Some(&spread(&values)))?,
-            gate: make(gate, tensor(4), std(c), None, read)?,
-            up: make(up, tensor(5), std(c), Some(&inner), read)?,
-            down: make(down, tensor(6), out(f), Some(&stream), Some(&inverse(&inner)))?,
-        };
+        let (queries, outputs, after) = (spread(&keys), spread(&values), inverse(&inner));
+        let weights = Linears::try_from_fn(|linear| {
+            let [rows, inputs] = linear.shape(config);
+            let (std, row, col) = match linear {
+                Linear::Q => (std(inputs), Some(&queries), &readers),
+                Linear::K => (std(inputs), Some(&keys), &readers),
+                Linear::V => (std(inputs), Some(&values), &readers),
+                Linear::O => (out(inputs), Some(&stream), &outputs),
+                Linear::Gate => (std(inputs), None, &readers),
+                Linear::Up => (std(inputs), Some(&inner), &readers),
+                Linear::Down => (out(inputs), Some(&stream), &after),
+            };
+            let (tensor, row) = (1 + 7 * l as u64 + linear as u64, row.map(|v| &v[..]));
+            let weight = make([rows, inputs], tensor, std, row, Some(col))?;
+            let size = BIAS * std * (inputs as f64).sqrt();
+            let bias = || make([rows, 1], BIASES + tensor, size, row, None)?.reshape([rows]);
+            Ok(Affine { weight, bias: linear.has_bias(config).then(bias).transpose()? })
+        })?;
         Ok(Arc::new(Block::new(config, l, weights)))
     };
     let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
@@ -159,6 +167,11 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
     model.head = fitted_head(&model, &stream)?;
     Ok(model)
 }
+
+/// Standard deviation of biases, beside the outputs that they are added to.
+const BIAS: f64 = 0.1;
+/// Added to a weight's number for the random numbers of its bias.
+const BIASES: u64 = 1 << 32;
 
 /// Tokens whose rows of the head are made at once.
 const TOKENS_AT_ONCE: usize = 2048;

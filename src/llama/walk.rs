@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::llama::block::{Observer, RotatedWeights, Run};
+use crate::llama::block::{Observer, Run};
 use crate::llama::model::check_tokens;
-use crate::llama::{Block, Rotated};
+use crate::llama::{Block, Rotated, RotatedWeights};
 use crate::quant::Site;
 use crate::{Error, Result, Tape, Tensor};
 

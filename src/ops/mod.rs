@@ -5,6 +5,7 @@
 
 pub mod add;
 pub mod attention;
+pub mod bias;
 pub mod cast;
 pub mod cross_entropy;
 pub mod embedding;
@@ -75,6 +76,7 @@ pub fn cases() -> Vec<Case> {
     [
         add::cases(),
         attention::cases(),
+        bias::cases(),
         cross_entropy::cases(),
         embedding::cases(),
         fake_quant::cases(),

@@ -6,7 +6,7 @@ use std::path::Path;
 use spinquant::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_weights};
 use spinquant::data::Windows;
 use spinquant::linalg::matmul::product;
-use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Merged, Weights};
+use spinquant::llama::{Llama, LlamaConfig, Merged, Weights};
 use spinquant::ops::randn;
 use spinquant::quant::{Clip, Gptq, GroupScales, Hessian, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
@@ -177,14 +177,11 @@ pub fn text() -> Windows {
     Windows::new((0..16 * 10).map(|i| (i * i * 7 + i / 3) % 40).collect::<Vec<u32>>(), 16).unwrap()
 }
 
-pub fn linears(w: &LayerWeights) -> [&Tensor; 7] {
-    [&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down]
-}
-
 pub fn assert_same(a: &Merged, b: &Merged) {
     for (a, b) in a.blocks.iter().zip(&b.blocks) {
-        for (i, (a, b)) in linears(&a.weights).into_iter().zip(linears(&b.weights)).enumerate() {
-            assert_eq!(values(a), values(b), "{}", LayerWeights::NAMES[i]);
+        for ((linear, a), (_, b)) in a.weights.iter().zip(b.weights.iter()) {
+            assert_eq!(values(&a.weight), values(&b.weight), "{linear}");
+            assert_eq!(a.bias.as_ref().map(values), b.bias.as_ref().map(values), "{linear}");
         }
     }
     assert_eq!((values(&a.embedding), values(&a.head), a.scheme), (values(&b.embedding), values(&b.head), b.scheme));
@@ -234,9 +231,9 @@ pub fn interrupted_run(model: Llama) {
         assert_eq!(reports.iter().map(|r| r.loaded).collect::<Vec<_>>(), (1..=3).map(|i| i <= stop).collect::<Vec<_>>());
         assert!(reports.iter().all(|r| r.layers == 3 && r.damping == Some(0.01)));
         for (layer, block) in store.0.iter().zip(&whole.blocks) {
-            for (l, w) in layer.linears.iter().zip(linears(&block.weights)) {
-                assert_on_grid(l, &QuantSpec::weight(4, true));
-                assert_eq!(values(&l.weight), values(w));
+            for ((_, l), (_, w)) in layer.linears.iter().zip(block.weights.iter()) {
+                assert_on_grid(&l.weight, &QuantSpec::weight(4, true));
+                assert_eq!(values(&l.weight.weight), values(&w.weight));
             }
         }
     }

@@ -16,7 +16,7 @@ pub use golden::{Golden, distance, number};
 /// The same bits in every weight.
 pub fn same_weights(a: &Merged, b: &Merged) {
     let all = |m: &Merged| -> Vec<(DType, Vec<u64>)> {
-        let layers = m.blocks.iter().flat_map(|b| b.weights.as_array());
+        let layers = m.blocks.iter().flat_map(|b| b.weights.tensors());
         let of = |t: &Tensor| (t.dtype(), t.to_f64_vec().unwrap().iter().map(|x| x.to_bits()).collect());
         [&m.embedding, &m.head].into_iter().chain(layers).map(of).collect()
     };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use spinquant::llama::{LayerWeights, Llama, LlamaConfig, RopeScaling, Weights};
+use spinquant::llama::{Affine, Llama, LlamaConfig, RopeScaling, Weights};
 use spinquant::ops::randn;
 use spinquant::quant::Scheme;
 use spinquant::{DType, Tensor, io};
@@ -22,6 +22,8 @@ pub fn config(heads: usize, kv_heads: usize, tied: bool) -> LlamaConfig {
         max_position_embeddings: 64,
         rope_theta: 10000.0,
         rope_scaling: None,
+        attention_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: tied,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
@@ -44,19 +46,21 @@ pub fn write(dir: &Path, config: &LlamaConfig, dtype: DType, seed: u64, gains: b
         let gain = |x: f64| if gains { 1.0 + 0.3 * x } else { 1.0 };
         Tensor::from_vec(x.into_iter().map(gain).collect::<Vec<f64>>(), [config.hidden_size]).unwrap()
     };
-    let mut tensors = BTreeMap::from([("model.embed_tokens".into(), w.embedding), ("model.norm".into(), gain(0))]);
+    let mut tensors = BTreeMap::from([("model.embed_tokens.weight".into(), w.embedding), ("model.norm.weight".into(), gain(0))]);
     if !config.tie_word_embeddings {
-        tensors.insert("lm_head".into(), w.head);
+        tensors.insert("lm_head.weight".into(), w.head);
     }
-    for (l, LayerWeights { q, k, v, o, gate, up, down }) in w.layers.into_iter().enumerate() {
-        let mut add = |name: &str, t: Tensor| tensors.insert(format!("model.layers.{l}.{name}"), t);
-        add("input_layernorm", gain(2 * l as u64 + 1));
-        add("post_attention_layernorm", gain(2 * l as u64 + 2));
-        let attention = [("q", q), ("k", k), ("v", v), ("o", o)].map(|(n, t)| (format!("self_attn.{n}_proj"), t));
-        let mlp = [("gate", gate), ("up", up), ("down", down)].map(|(n, t)| (format!("mlp.{n}_proj"), t));
-        attention.into_iter().chain(mlp).for_each(|(name, t)| drop(add(&name, t)));
+    for (l, layer) in w.layers.into_iter().enumerate() {
+        let mut add = |name: &str, t: Tensor| drop(tensors.insert(format!("model.layers.{l}.{name}"), t));
+        add("input_layernorm.weight", gain(2 * l as u64 + 1));
+        add("post_attention_layernorm.weight", gain(2 * l as u64 + 2));
+        for (linear, Affine { weight, bias }) in layer {
+            let name = linear.row().file;
+            add(&format!("{name}.weight"), weight);
+            bias.into_iter().for_each(|b| add(&format!("{name}.bias"), b));
+        }
     }
-    let named = |(name, t): (String, Tensor)| (format!("{name}.weight"), t.to_dtype(dtype).unwrap());
+    let named = |(name, t): (String, Tensor)| (name, t.to_dtype(dtype).unwrap());
     std::fs::create_dir_all(dir).unwrap();
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     io::save_tensors(&dir.join("model.safetensors"), &tensors.into_iter().map(named).collect(), &metadata).unwrap();

@@ -74,7 +74,7 @@ fn rotating_a_weight_costs_little_beside_rounding_it() {
     let ours = rotate(block, &r);
     let exact =
         rotate(&block.with_weights(block.weights.map(|w| w.to_dtype(DType::F64)).unwrap()), &r.to_dtype(DType::F64).unwrap());
-    for ((name, ours), exact) in spinquant::llama::LayerWeights::NAMES.iter().zip(&ours).zip(&exact) {
+    for ((name, ours), exact) in spinquant::llama::Linear::ALL.iter().zip(&ours).zip(&exact) {
         let rounded =
             Tensor::from_vec(exact.clone(), [exact.len()]).unwrap().to_dtype(DType::BF16).unwrap().to_f64_vec().unwrap();
         let square = |x: &[f64]| x.iter().zip(exact).map(|(x, e)| (x - e) * (x - e)).sum::<f64>();

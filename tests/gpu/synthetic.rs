@@ -13,8 +13,7 @@ fn the_same_on_a_gpu() {
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let here = synthetic::model(&config, 7, dtype, &Device::Cpu).unwrap();
         let there = synthetic::model(&config, 7, dtype, &device).unwrap();
-        let pairs =
-            here.blocks.iter().zip(&there.blocks).flat_map(|(a, b)| a.weights.as_array().into_iter().zip(b.weights.as_array()));
+        let pairs = here.blocks.iter().zip(&there.blocks).flat_map(|(a, b)| a.weights.tensors().zip(b.weights.tensors()));
         for (a, b) in pairs.chain([(&here.embedding, &there.embedding)]) {
             assert_eq!(a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap(), "{dtype} {:?}", a.shape());
         }

@@ -125,7 +125,7 @@ fn the_embedded_model_is_the_folder_and_the_folder_is_ours() {
     let (embedded, folder) = (demo::model().unwrap(), Llama::load(ASSETS, DType::F32, &Device::Cpu).unwrap());
     let plain = Llama::load_plain(ASSETS, DType::F32, &Device::Cpu).unwrap();
     for (a, b) in embedded.blocks.iter().zip(&folder.blocks) {
-        for (a, b) in a.weights.as_array().iter().zip(b.weights.as_array()) {
+        for (a, b) in a.weights.tensors().zip(b.weights.tensors()) {
             assert_eq!(a.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap());
         }
     }

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use spinquant::data::Tokenizer;
-use spinquant::llama::{Checkpoint, LlamaConfig, Weights};
+use spinquant::llama::{Checkpoint, Linear, LlamaConfig, Weights};
 use spinquant::{DType, Result, Tensor};
 use tempfile::TempDir;
 
@@ -107,7 +107,7 @@ fn write_index(dir: &TempDir, index: &Value) {
 }
 
 fn all(w: &Weights) -> Vec<f64> {
-    let layers = w.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+    let layers = w.layers.iter().flat_map(|l| l.tensors());
     [&w.embedding, &w.head].into_iter().chain(layers).flat_map(|t| t.to_f64_vec().unwrap()).collect()
 }
 
@@ -134,13 +134,13 @@ fn gains_are_folded_into_their_readers() {
     for (i, l) in w.layers.iter().enumerate() {
         let name = |part: &str| format!("model.layers.{i}.{part}");
         let (first, second) = (name("input_layernorm"), name("post_attention_layernorm"));
-        same(&l.q, &name("self_attn.q_proj"), Some(&first));
-        same(&l.k, &name("self_attn.k_proj"), Some(&first));
-        same(&l.v, &name("self_attn.v_proj"), Some(&first));
-        same(&l.o, &name("self_attn.o_proj"), None);
-        same(&l.gate, &name("mlp.gate_proj"), Some(&second));
-        same(&l.up, &name("mlp.up_proj"), Some(&second));
-        same(&l.down, &name("mlp.down_proj"), None);
+        same(&l[Linear::Q].weight, &name("self_attn.q_proj"), Some(&first));
+        same(&l[Linear::K].weight, &name("self_attn.k_proj"), Some(&first));
+        same(&l[Linear::V].weight, &name("self_attn.v_proj"), Some(&first));
+        same(&l[Linear::O].weight, &name("self_attn.o_proj"), None);
+        same(&l[Linear::Gate].weight, &name("mlp.gate_proj"), Some(&second));
+        same(&l[Linear::Up].weight, &name("mlp.up_proj"), Some(&second));
+        same(&l[Linear::Down].weight, &name("mlp.down_proj"), None);
     }
 }
 
@@ -308,7 +308,8 @@ fn config_file_and_random_weights() {
     let w = Weights::random(&c, 1).unwrap();
     assert_eq!(all(&w), all(&Weights::random(&c, 1).unwrap()));
     assert_ne!(all(&w), all(&Weights::random(&c, 2).unwrap()));
-    assert_eq!((w.layers.len(), w.layers[0].k.shape(), w.layers[1].down.shape()), (2, &[4, 6][..], &[6, 10][..]));
+    let shape = |l: usize, linear: Linear| w.layers[l][linear].weight.shape();
+    assert_eq!((w.layers.len(), shape(0, Linear::K), shape(1, Linear::Down)), (2, &[4, 6][..], &[6, 10][..]));
     let tied = Weights::random(&LlamaConfig { tie_word_embeddings: true, ..c }, 1).unwrap();
     assert_eq!(tied.head.to_f64_vec().unwrap(), tied.embedding.to_f64_vec().unwrap());
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use spinquant::data::Windows;
 use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
-use spinquant::llama::{LayerWeights, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
+use spinquant::llama::{LayerWeights, Linear, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
 use spinquant::objective::{Batch, CrossEntropy, Objective};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, Schedule, State};
@@ -34,6 +34,8 @@ fn config(heads: [usize; 2], head_dim: usize, hidden_size: usize, intermediate_s
         max_position_embeddings: 64,
         rope_theta: 10000.0,
         rope_scaling: None,
+        attention_bias: false,
+        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: None,
         eos_token_ids: vec![],
@@ -317,8 +319,8 @@ fn learnable(dtype: DType) -> (Llama, Windows) {
     let read = |t: &Tensor, gain: f64| columns(t, &|i, x| if loud(i) { 0.0 } else { gain * x });
     w.head = read(&w.head, 5.0);
     for l in &mut w.layers {
-        for t in [&mut l.q, &mut l.k, &mut l.v, &mut l.gate, &mut l.up] {
-            *t = read(t, 2.0);
+        for linear in Linear::ALL.into_iter().filter(|l| l.row().norm.is_some()) {
+            l[linear].weight = read(&l[linear].weight, 2.0);
         }
     }
     let m = Llama::new(c, w).unwrap();
@@ -516,7 +518,10 @@ fn a_state_of_another_run_is_refused() {
     says(run(&m, &w, &mut cayley().with_momentum(0.5).unwrap(), &o, 0).0, &["momentum 0", "0.5"]);
     says(learn(&m, &w, hadamard(&m, 2), &mut cayley(), &o, |_| ControlFlow::Continue(())), &["start was "]);
     says(run(&cast(&m, DType::F64), &w, &mut cayley(), &o, 0).0, &["dtype was "]);
-    let other = changed(&m, DType::F32, |_, w| LayerWeights { down: w.down.clone().scale(1.001).unwrap(), ..w });
+    let other = changed(&m, DType::F32, |_, mut w| {
+        w[Linear::Down].weight = w[Linear::Down].weight.clone().scale(1.001).unwrap();
+        w
+    });
     says(run(&other, &w, &mut cayley(), &o, 0).0, &["weights was "]);
     assert_eq!(std::fs::read(&path).unwrap(), saved, "a refusal touches nothing");
 
@@ -534,11 +539,12 @@ fn numbers_that_are_not_finite_name_the_step_and_spare_the_state() {
     let o = stopped(&m, &w, &path);
     let saved = std::fs::read(&path).unwrap();
     // One weight in the middle of the second layer, as a failing memory would.
-    let broken = changed(&m, DType::F32, |layer, w| {
-        let mut up = values(&w.up);
+    let broken = changed(&m, DType::F32, |layer, mut w| {
+        let mut up = values(&w[Linear::Up].weight);
         up[500] = if layer == 1 { f64::NAN } else { up[500] };
-        let up = Tensor::from_vec(up, w.up.shape()).unwrap().to_dtype(DType::F32).unwrap();
-        LayerWeights { up, ..w }
+        let up = Tensor::from_vec(up, w[Linear::Up].weight.shape()).unwrap();
+        w[Linear::Up].weight = up.to_dtype(DType::F32).unwrap();
+        w
     });
     let fresh = LearnOptions { resume: false, ..o.clone() };
     let cayley = || CayleySgd::new(Mode::Default);

@@ -22,7 +22,7 @@ fn it_loads() {
     let w = Weights::load(&dir, &c, DType::F32).unwrap();
     assert_eq!((w.layers.len(), w.embedding.shape()), (c.layers, &[c.vocab_size, c.hidden_size][..]));
     let rms = |t: &Tensor| (t.to_f64_vec().unwrap().iter().map(|x| x * x).sum::<f64>() / t.len() as f64).sqrt();
-    println!("embedding rms {}, head rms {}, first q rms {}", rms(&w.embedding), rms(&w.head), rms(&w.layers[0].q));
+    println!("embedding rms {}, head rms {}, first q rms {}", rms(&w.embedding), rms(&w.head), rms(&w.layers[0].0[0].weight));
 }
 
 #[test]

@@ -99,8 +99,12 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
             same_weights(&written, &Merged { config: config.clone(), scheme, embedding, head, blocks });
             let rounded = Rotated::new(&model, Some(&r), &scheme).unwrap();
             let nearest = export::round_to_nearest(&rounded.block(0).unwrap().weights, &scheme.sites(8).weight).unwrap();
-            let gptq = written.blocks[0].weights.as_array().map(|w| w.to_f64_vec().unwrap());
-            assert_ne!(gptq[0], nearest[0].values(dtype).unwrap().to_f64_vec().unwrap(), "GPTQ is not rounding to nearest");
+            let gptq = written.blocks[0].weights.tensors().map(|w| w.to_f64_vec().unwrap()).collect::<Vec<_>>();
+            assert_ne!(
+                gptq[0],
+                nearest.0[0].weight.values(dtype).unwrap().to_f64_vec().unwrap(),
+                "GPTQ is not rounding to nearest"
+            );
             std::fs::remove_dir_all(&whole).unwrap();
         }
     }

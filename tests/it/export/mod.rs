@@ -19,7 +19,7 @@ use spinquant::export::{
     self, Format, Output, Provenance, RECORD, Stored, Writer, load_native, write_hf, write_quantized, write_rtn,
 };
 use spinquant::grid::Quantized;
-use spinquant::llama::{Llama, LlamaConfig, Merged, Rotated, Source};
+use spinquant::llama::{Linear, Llama, LlamaConfig, Merged, Rotated, Source};
 use spinquant::ops::randn;
 use spinquant::quant::{Clip, Gptq, Online, Scheme};
 use spinquant::rotation::Rotations;

@@ -77,7 +77,7 @@ fn native_layout_is_as_documented() {
         }
         assert_eq!(codes.data()[row * 7 + 6] >> 4, 0);
     }
-    assert_eq!(model.merge(Some(&r), &scheme).unwrap().blocks[1].weights.down.to_vec::<f32>().unwrap(), down);
+    assert_eq!(model.merge(Some(&r), &scheme).unwrap().blocks[1].weights[Linear::Down].weight.to_vec::<f32>().unwrap(), down);
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn a_layer_of_codes_from_elsewhere() {
     fails(writer.layer(2, &layer(0)), &["expected less than 2, got 2"]);
     let change = |f: &dyn Fn(&mut Quantized)| {
         let mut bad = layer(0);
-        if let Stored::Codes(q) = &mut bad[6] {
+        if let Stored::Codes(q) = &mut bad[Linear::Down].weight {
             f(q);
         }
         writer.layer(0, &bad)
@@ -102,7 +102,7 @@ fn a_layer_of_codes_from_elsewhere() {
     fails(change(&|q| q.zero = q.scale.clone()), &["no zero points"]);
     fails(change(&|q| q.scale = q.scale.to_dtype(DType::F64).unwrap()), &["expected dtype f32, got f64"]);
     let mut bad = layer(0);
-    bad[0] = Stored::Values(model.blocks[0].weights.q.clone());
+    bad[Linear::Q].weight = Stored::Values(model.blocks[0].weights[Linear::Q].weight.clone());
     fails(writer.layer(0, &bad), &["q_proj", "expected codes of 4 bits, got values"]);
     writer.layer(1, &layer(1)).unwrap();
     assert!(writer.has_layer(1) && !writer.has_layer(0));
@@ -110,9 +110,9 @@ fn a_layer_of_codes_from_elsewhere() {
     // What was written is there, as the network computes with it.
     let writer = create();
     let want = model.merge(None, &scheme).unwrap();
-    for (got, want) in writer.read_layer(1).unwrap().iter().zip(want.blocks[1].weights.as_array()) {
-        assert!(matches!(got, Stored::Codes(_)));
-        assert_eq!(got.values(DType::F32).unwrap().to_vec::<f32>().unwrap(), want.to_vec::<f32>().unwrap());
+    for ((_, got), (_, want)) in writer.read_layer(1).unwrap().iter().zip(want.blocks[1].weights.iter()) {
+        assert!(matches!(got.weight, Stored::Codes(_)));
+        assert_eq!(got.weight.values(DType::F32).unwrap().to_vec::<f32>().unwrap(), want.weight.to_vec::<f32>().unwrap());
     }
     assert!(writer.read_layer(0).is_err());
 }

@@ -10,7 +10,7 @@ use crate::common::need::cases;
 use proptest::prelude::*;
 use spinquant::calibrate::{Calibration, quantize_weights};
 use spinquant::linalg::matmul::product;
-use spinquant::llama::{Block, LayerWeights, Llama, Merged, RotatedWeights, Run};
+use spinquant::llama::{Block, Linear, Llama, Merged, RotatedWeights, Run};
 use spinquant::ops::randn;
 use spinquant::quant::{Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Rtn, Scheme, Site, WeightQuantizer};
 use spinquant::rotation::Rotations;

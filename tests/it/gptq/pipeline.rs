@@ -26,10 +26,10 @@ fn by_the_book(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, gp
     let off = Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..merged.scheme };
     let (seq, running) = (c.text.seq_len(), if c.quantize_activations { merged.scheme } else { off });
     let groups = [
-        (Site::AttentionInput, vec![0, 1, 2]),
-        (Site::AttentionOutput, vec![3]),
-        (Site::MlpInput, vec![4, 5]),
-        (Site::DownInput, vec![6]),
+        (Site::AttentionInput, vec![Linear::Q, Linear::K, Linear::V]),
+        (Site::AttentionOutput, vec![Linear::O]),
+        (Site::MlpInput, vec![Linear::Gate, Linear::Up]),
+        (Site::DownInput, vec![Linear::Down]),
     ];
     for layer in 0..model.config.layers {
         for (wanted, members) in &groups {
@@ -50,11 +50,11 @@ fn by_the_book(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, gp
             // The observer sees what goes into the quantiser.
             let x = tape.constant(x).fake_quant(run.sites.at(wanted)).unwrap().into_value();
             let h = hessian(&x, c.windows.len());
-            let mut weights = linears(&merged.blocks[layer].weights).map(Tensor::clone);
-            for &i in members {
-                weights[i] = gptq.quantize_one(&weights[i], &spec, &h).unwrap().weight;
+            let mut weights = merged.blocks[layer].weights.clone();
+            for &linear in members {
+                weights[linear].weight = gptq.quantize_one(&weights[linear].weight, &spec, &h).unwrap().weight;
             }
-            merged.blocks[layer] = Block::new(&model.config, layer, LayerWeights::from_array(weights));
+            merged.blocks[layer] = Block::new(&model.config, layer, weights);
         }
     }
     merged

@@ -1,0 +1,114 @@
+//! A row added to every row: `y[i, j] = x[i, j] + b[j]`, the bias of a linear layer. Backward: `dx = dy`, `db[j] = Σ_i dy[i, j]`.
+
+use rayon::prelude::*;
+
+use crate::device::{Device, cpu};
+use crate::ops::{Case, randn, unsupported, widened, widened_backward};
+use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::{DType, Error, Result, Tensor};
+
+/// The operation: x `[.., n]` and b `[n]`, of one type. It keeps nothing, and overwrites x where that is unshared.
+pub struct AddBias;
+
+impl Op for AddBias {
+    fn name(&self) -> &'static str {
+        "add_bias"
+    }
+    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x, b] = inputs.take()?;
+        if b.shape() != [x.cols()] {
+            return Err(Error::shape("add_bias: bias", format!("[{}]", x.cols()), b.shape()));
+        }
+        if b.dtype() != x.dtype() {
+            return Err(Error::dtype("add_bias: bias", x.dtype(), b.dtype()));
+        }
+        let shape = x.shape().to_vec();
+        match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::F64) => Tensor::from_vec(reference(x.as_slice()?, b.as_slice()?), shape),
+            (Device::Cpu, DType::F32) => {
+                let mut y = x.into_owned::<f32>()?;
+                fast(&mut y, b.as_slice()?);
+                Tensor::from_vec(y, shape)
+            }
+            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x, b].into(), save),
+            _ => Err(unsupported(self, &x)),
+        }
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        if !want[1] {
+            return Ok(vec![want[0].then_some(dy), None]);
+        }
+        if dy.device().is_cpu() && dy.dtype().is_half() {
+            return widened_backward(self, saved, dy, want);
+        }
+        let n = dy.cols();
+        let db = match (dy.device(), dy.dtype()) {
+            (Device::Cpu, DType::F64) => Tensor::from_vec(reference_backward(dy.as_slice()?, n), [n])?,
+            (Device::Cpu, DType::F32) => Tensor::from_vec(fast_backward(dy.as_slice()?, n), [n])?,
+            _ => return Err(unsupported(self, &dy)),
+        };
+        Ok(vec![want[0].then_some(dy), Some(db)])
+    }
+}
+
+impl Var<'_> {
+    /// `self + b` with self [.., n] and b [n].
+    ///
+    /// # Errors
+    /// Another length or another type of b.
+    pub fn add_bias(self, bias: Self) -> Result<Self> {
+        self.tape().record(AddBias, vec![self, bias])
+    }
+}
+
+/// y by the formula above.
+pub fn reference(x: &[f64], b: &[f64]) -> Vec<f64> {
+    x.iter().enumerate().map(|(i, x)| x + b[i % b.len()]).collect()
+}
+
+/// db by the formula above.
+pub fn reference_backward(dy: &[f64], n: usize) -> Vec<f64> {
+    (0..n).map(|j| dy.iter().skip(j).step_by(n).sum()).collect()
+}
+
+fn fast(x: &mut [f32], b: &[f32]) {
+    let n = b.len().max(1);
+    x.par_chunks_mut(n * cpu::rows_per_task(n)).for_each(|rows| {
+        cpu::simd(
+            #[inline(always)]
+            || rows.chunks_mut(n).for_each(|row| row.iter_mut().zip(b).for_each(|(x, b)| *x += b)),
+        );
+    });
+}
+
+/// Sums of blocks of rows, added up in order: the same for every number of threads.
+fn fast_backward(dy: &[f32], n: usize) -> Vec<f32> {
+    let add = |sum: &mut Vec<f32>, row: &[f32]| sum.iter_mut().zip(row).for_each(|(s, x)| *s += x);
+    let block = |rows: &[f32]| {
+        let mut sum = vec![0.0; n];
+        rows.chunks(n.max(1)).for_each(|row| add(&mut sum, row));
+        sum
+    };
+    let blocks: Vec<_> = dy.par_chunks(n.max(1) * cpu::rows_per_task(n)).map(block).collect();
+    let mut sum = vec![0.0; n];
+    blocks.iter().for_each(|block| add(&mut sum, block));
+    sum
+}
+
+/// Worked cases.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, shape: &[usize]| {
+        let n = shape[shape.len() - 1];
+        Case::new("add_bias", name, vec![randn(shape, 41), randn([n], 42)], |v| {
+            let [x, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+            x.add_bias(b)
+        })
+    };
+    vec![
+        case("one value", &[1, 1]),
+        case("one row", &[1, 24]),
+        case("odd", &[3, 7, 5]),
+        case("many rows", &[257, 3]),
+        case("2048x4096", &[2048, 4096]).large(),
+    ]
+}
