@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 
 use super::tasks::Question;
 use super::tokens_at_once;
-use crate::data::Tokenizer;
+use crate::data::{Bos, Tokenizer};
 use crate::llama::Merged;
 use crate::{Error, Result};
 
@@ -25,7 +25,7 @@ impl Request {
     /// Encodes a context and its continuation together. Spaces at the end of the context move to the continuation. The continuation's
     /// tokens are those behind as many tokens as the context alone has.
     ///
-    /// `bos` is put before the context; `empty` stands for a context without tokens. Tokens are dropped from the left
+    /// `bos` says what a text starts with; `empty` stands for a context without tokens. Tokens are dropped from the left
     /// until `context_length` of them are left to read (the last one is only predicted).
     ///
     /// # Errors
@@ -33,7 +33,7 @@ impl Request {
     pub fn encode(
         tokenizer: &Tokenizer,
         (context, continuation): (&str, &str),
-        bos: Option<u32>,
+        bos: Bos,
         empty: Option<u32>,
         context_length: usize,
     ) -> Result<Self> {
@@ -72,7 +72,7 @@ impl Request {
 pub fn requests(
     tokenizer: &Tokenizer,
     questions: &[Question],
-    bos: Option<u32>,
+    bos: Bos,
     empty: Option<u32>,
     context_length: usize,
 ) -> Result<Vec<Request>> {

@@ -38,8 +38,9 @@ pub fn text(name: &str) -> String {
     spinquant::data::read_text(folder("SPINQUANT_TEXTS", name).join(name)).unwrap()
 }
 
+/// The folder that an environment variable names; `file` must be in it.
 #[track_caller]
-fn folder(variable: &str, file: &str) -> PathBuf {
+pub fn folder(variable: &str, file: &str) -> PathBuf {
     let Some(folder) = std::env::var_os(variable).map(PathBuf::from) else {
         panic!("this test needs {variable}, a folder with {file}");
     };

@@ -5,3 +5,4 @@
 mod common;
 mod real;
 mod wiki_llama;
+mod zeroshot;
