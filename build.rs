@@ -7,15 +7,22 @@
 fn main() {
     // Without a word about it cargo would build again whenever any file of the repository changed.
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     #[cfg(feature = "cuda")]
     cuda::build();
 }
+
+#[cfg(feature = "cuda")]
+#[path = "build/toolkit.rs"]
+mod toolkit;
 
 #[cfg(feature = "cuda")]
 mod cuda {
     use std::env;
     use std::path::{Path, PathBuf};
     use std::process::Command;
+
+    use super::toolkit;
 
     pub fn build() {
         for name in ["CUDA_HOME", "CUDA_PATH", "SPINQUANT_CUDA_ARCHS", "DOCS_RS", "LIBCLANG_PATH"] {
@@ -24,7 +31,7 @@ mod cuda {
         println!("cargo::rerun-if-changed=cuda");
         bindings();
         if env::var_os("DOCS_RS").is_none() {
-            kernels(&toolkit());
+            kernels(&toolkit::find(|name| env::var_os(name), Path::new("/usr/local/cuda")).unwrap_or_else(|e| fail(&e)));
         }
     }
 
@@ -47,29 +54,6 @@ mod cuda {
             Err(_) => fail(
                 "libclang was not found, which `--features cuda` needs to read cuda/kernels.h. Install it (Debian: libclang-dev; \
                  or `pip install libclang`) and set LIBCLANG_PATH to the folder of libclang.so if it is not found by itself",
-            ),
-        }
-    }
-
-    /// The folder of the CUDA toolkit.
-    fn toolkit() -> PathBuf {
-        for name in ["CUDA_HOME", "CUDA_PATH"] {
-            if let Some(dir) = env::var_os(name).map(PathBuf::from) {
-                if !dir.join("bin/nvcc").exists() && !dir.join("bin/nvcc.exe").exists() {
-                    fail(&format!("{name} is {}, but there is no bin/nvcc in it", dir.display()));
-                }
-                return dir;
-            }
-        }
-        let path = env::var_os("PATH").unwrap_or_default();
-        let found = env::split_paths(&path).find(|d| d.join("nvcc").exists() || d.join("nvcc.exe").exists());
-        let usual = Path::new("/usr/local/cuda");
-        match found.as_deref().and_then(Path::parent) {
-            Some(dir) => dir.to_path_buf(),
-            None if usual.join("bin/nvcc").exists() => usual.to_path_buf(),
-            None => fail(
-                "nvcc was not found, which `--features cuda` needs. Install a CUDA toolkit (12 or later) and put its bin on PATH, or set \
-                 CUDA_HOME to its folder",
             ),
         }
     }
@@ -97,10 +81,9 @@ mod cuda {
             .collect();
         sources.sort();
         // cc looks for nvcc on PATH.
-        let mut path = vec![home.join("bin")];
-        path.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
+        let path = toolkit::path_with(home, env::var_os("PATH")).unwrap_or_else(|e| fail(&e));
         // SAFETY: a build script has one thread here.
-        unsafe { env::set_var("PATH", env::join_paths(path).expect("no odd characters in PATH")) };
+        unsafe { env::set_var("PATH", path) };
         if Command::new("nvcc").arg("--version").output().is_err() {
             fail(&format!("{} cannot be run", home.join("bin/nvcc").display()));
         }

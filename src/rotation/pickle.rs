@@ -102,6 +102,10 @@ pub(super) struct View {
 
 pub(super) type Parsed<T> = std::result::Result<T, String>;
 
+/// The most values that a pickle may make, and the most that may wait on its stack, behind marks or under names: a matrix takes
+/// twenty, 4096 layers fewer than a hundred thousand. One byte of a pickle can make a value of fifty.
+const MAX_VALUES: usize = 1 << 18;
+
 /// Walks a pickle. Values are numbered and never nested, so that no input makes this recurse or copy much.
 pub(super) struct Unpickler<'a> {
     rest: &'a [u8],
@@ -173,6 +177,9 @@ impl<'a> Unpickler<'a> {
             return Err("expected a pickle of protocol 2, as torch.save writes".into());
         }
         loop {
+            if [self.values.len(), self.stack.len(), self.marks.len(), self.memo.len()].into_iter().any(|n| n > MAX_VALUES) {
+                return Err(format!("expected the few values of a dictionary of matrices, got more than {MAX_VALUES}"));
+            }
             match self.byte()? {
                 b'}' => self.push(Value::Dict(vec![])),
                 b'(' => self.marks.push(self.stack.len()),

@@ -11,6 +11,7 @@ mod export;
 mod gptq;
 mod gradients;
 mod hadamard;
+mod limits;
 mod loading;
 mod model;
 mod objectives;
@@ -21,3 +22,5 @@ mod required;
 mod robustness;
 mod scale;
 mod synthetic;
+#[cfg(unix)]
+mod toolkit;

@@ -1,12 +1,13 @@
 //! `spinquant rotations check|convert`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Subcommand;
-use spinquant::rotation::{Rotations, TOLERANCE};
+use spinquant::io::check_writable;
+use spinquant::rotation::{RotationFile, TOLERANCE};
 use spinquant::{Error, Result};
 
-use spinquant::io::check_writable;
+use crate::common::note;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -21,7 +22,8 @@ enum Command {
         /// Our safetensors, or the published code's R.bin.
         file: PathBuf,
     },
-    /// Translate between our safetensors and the published code's R.bin, by the names' endings (.bin or .pt: theirs).
+    /// Translate between our safetensors and the published code's R.bin: what is read is told apart by its content, what is
+    /// written by the name's ending (.bin or .pt: theirs).
     Convert {
         /// What to read.
         from: PathBuf,
@@ -33,18 +35,10 @@ enum Command {
     },
 }
 
-fn is_torch(path: &Path) -> bool {
-    path.extension().is_some_and(|e| e == "bin" || e == "pt")
-}
-
-fn read(path: &Path) -> Result<Rotations> {
-    if is_torch(path) { Rotations::read_torch(path) } else { Rotations::load(path) }
-}
-
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Check { file } => {
-            let report = read(file)?.report()?;
+            let report = RotationFile::read(file)?.rotations.report()?;
             report.iter().for_each(|matrix| out!("{matrix}"));
             match report.iter().find(|m| !m.columns_error.max(m.rows_error).le(&TOLERANCE)) {
                 Some(m) => Err(Error::format(file, format!("{} is not orthogonal: at most {TOLERANCE:.0e} is accepted", m.name))),
@@ -53,13 +47,14 @@ pub fn run(args: &Args) -> Result<()> {
         }
         Command::Convert { from, to, tolerance } => {
             check_writable(to)?;
-            let rotations = match tolerance {
-                Some(t) => read(from)?.projected(*t),
-                None if is_torch(from) => Rotations::load_torch(from),
-                None => read(from)?.projected(TOLERANCE),
-            };
-            let rotations = rotations.map_err(|e| Error::format(from, e))?;
-            if is_torch(to) { rotations.save_torch(to) } else { rotations.save(to) }
+            let mut file = RotationFile::read(from)?;
+            let projected = file.rotations.projected(tolerance.unwrap_or(TOLERANCE));
+            file.rotations = projected.map_err(|e| Error::format(from, e))?;
+            if let Some(clips) = file.clips.take_if(|_| RotationFile::is_torch_name(to)) {
+                let (to, ratios, bits) = (to.display(), clips.ratios, clips.bits);
+                note(&format!("{to} cannot hold the clip ratios of {}, for {bits}: --activation-clip {ratios}", from.display()));
+            }
+            file.write(to)
         }
     }
 }
