@@ -73,11 +73,41 @@ impl fmt::Debug for Tensor {
     }
 }
 
+/// The number of values of a tensor of `shape`.
+///
+/// # Errors
+/// A shape whose extents other than 0 multiply to more values of 8 bytes than memory has addresses. So products of any of a tensor's
+/// extents never overflow, those of an empty tensor included.
+pub(crate) fn count(what: &str, shape: &[usize]) -> Result<usize> {
+    let most = isize::MAX as usize / size_of::<f64>();
+    let values = shape.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent.max(1)).filter(|&n| n <= most));
+    let values = values.ok_or_else(|| Error::shape(what, format!("of at most {most} values"), shape))?;
+    Ok(if shape.contains(&0) { 0 } else { values })
+}
+
+/// [`count`], where main memory has room for that many values of `dtype`. (An allocation that fails would end the process.)
+///
+/// # Errors
+/// A shape that is too large: how many bytes it takes.
+pub(crate) fn room(what: &str, shape: &[usize], dtype: DType) -> Result<usize> {
+    /// Smaller allocations are not tried out first.
+    const LARGE: usize = 1 << 28;
+    let n = count(what, shape)?;
+    let bytes = n * dtype.size();
+    if bytes >= LARGE && Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+        return Err(Error::shape(what, format!("that fits in memory ({bytes} bytes of {dtype} do not)"), shape));
+    }
+    Ok(n)
+}
+
 impl Tensor {
     /// Takes a CPU vector of `shape.product()` values.
+    ///
+    /// # Errors
+    /// Another number of values than the shape asks for.
     pub fn from_vec<T: Element>(values: Vec<T>, shape: impl Into<Vec<usize>>) -> Result<Self> {
         let shape = shape.into();
-        if shape.iter().product::<usize>() != values.len() {
+        if count("Tensor::from_vec", &shape)? != values.len() {
             return Err(Error::shape("Tensor::from_vec", format!("of {} values", values.len()), &shape));
         }
         Ok(Self { storage: Arc::new(Storage::Cpu(T::wrap(values))), start: 0, shape })
@@ -89,29 +119,37 @@ impl Tensor {
     }
 
     /// All zeros.
+    ///
+    /// # Errors
+    /// A shape that memory has no room for.
     pub fn zeros(shape: impl Into<Vec<usize>>, dtype: DType, device: &Device) -> Result<Self> {
         let shape = shape.into();
-        let n = shape.iter().product();
         match device {
-            Device::Cpu => Ok(Self {
-                storage: Arc::new(Storage::Cpu(match dtype {
-                    DType::F64 => CpuBuffer::F64(vec![0.0; n]),
-                    DType::F32 => CpuBuffer::F32(vec![0.0; n]),
-                    DType::F16 => CpuBuffer::F16(vec![f16::ZERO; n]),
-                    DType::BF16 => CpuBuffer::BF16(vec![bf16::ZERO; n]),
-                    DType::U32 => CpuBuffer::U32(vec![0; n]),
-                })),
-                start: 0,
-                shape,
-            }),
+            Device::Cpu => {
+                let n = room("Tensor::zeros", &shape, dtype)?;
+                Ok(Self {
+                    storage: Arc::new(Storage::Cpu(match dtype {
+                        DType::F64 => CpuBuffer::F64(vec![0.0; n]),
+                        DType::F32 => CpuBuffer::F32(vec![0.0; n]),
+                        DType::F16 => CpuBuffer::F16(vec![f16::ZERO; n]),
+                        DType::BF16 => CpuBuffer::BF16(vec![bf16::ZERO; n]),
+                        DType::U32 => CpuBuffer::U32(vec![0; n]),
+                    })),
+                    start: 0,
+                    shape,
+                })
+            }
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => Self::from_cuda(device.zeros(n, dtype)?, shape),
+            Device::Cuda(device) => Self::from_cuda(device.zeros(count("Tensor::zeros", &shape)?, dtype)?, shape),
         }
     }
 
     /// The n×n identity.
+    ///
+    /// # Errors
+    /// A size that memory has no room for, or an integer type.
     pub fn eye(n: usize, dtype: DType) -> Result<Self> {
-        let mut v = vec![0f64; n * n];
+        let mut v = vec![0f64; room("Tensor::eye", &[n, n], DType::F64)?];
         v.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
         Self::from_vec(v, [n, n])?.to_dtype(dtype)
     }
@@ -165,9 +203,12 @@ impl Tensor {
     }
 
     /// The same values under another shape of equal size; free.
+    ///
+    /// # Errors
+    /// A shape of another number of values.
     pub fn reshape(mut self, shape: impl Into<Vec<usize>>) -> Result<Self> {
         let shape = shape.into();
-        if shape.iter().product::<usize>() != self.len() {
+        if count("reshape", &shape)? != self.len() {
             return Err(Error::shape("reshape", format!("of {} values (from {:?})", self.len(), self.shape), &shape));
         }
         self.shape = shape;
@@ -175,12 +216,15 @@ impl Tensor {
     }
 
     /// `count` entries of the first axis from `first` on; free, shares memory.
+    ///
+    /// # Errors
+    /// A tensor without axes, or entries beyond the first one's extent.
     pub fn slice(&self, first: usize, count: usize) -> Result<Self> {
         let Some((&extent, rest)) = self.shape.split_first() else {
             return Err(Error::shape("slice", "with at least one axis", &self.shape));
         };
-        if first + count > extent {
-            return Err(Error::argument("slice", format!("{first}..{} of a first axis of {extent}", first + count)));
+        if first.checked_add(count).is_none_or(|end| end > extent) {
+            return Err(Error::argument("slice", format!("{count} entries from {first} on, of a first axis of {extent}")));
         }
         let inner: usize = rest.iter().product();
         let mut shape = self.shape.clone();
@@ -189,12 +233,18 @@ impl Tensor {
     }
 
     /// Entry `index` of the first axis, that axis dropped; free.
+    ///
+    /// # Errors
+    /// A tensor without axes, or an index beyond the first one's extent.
     pub fn index(&self, index: usize) -> Result<Self> {
         let shape = self.shape.get(1..).unwrap_or_default().to_vec();
         self.slice(index, 1)?.reshape(shape)
     }
 
     /// Tensors of one shape, type and device behind one another along a new first axis.
+    ///
+    /// # Errors
+    /// No tensors, or tensors that differ in shape, type or device.
     pub fn stack(parts: &[Self]) -> Result<Self> {
         let Some(first) = parts.first() else {
             return Err(Error::argument("stack", "expected at least one tensor, got none"));
@@ -203,6 +253,7 @@ impl Tensor {
             return Err(Error::shape("stack", format!("{:?}", first.shape()), odd.shape()));
         }
         let shape = [&[parts.len()], first.shape()].concat();
+        count("stack", &shape)?;
         #[cfg(feature = "cuda")]
         if !first.device().is_cpu() {
             return crate::device::cuda::ops::stack(parts, shape);
@@ -211,6 +262,9 @@ impl Tensor {
     }
 
     /// Tensors of one type and device, whose shapes differ in the first axis only, behind one another along it.
+    ///
+    /// # Errors
+    /// No tensors, or tensors that differ in another axis, in type or in device.
     pub fn concat(parts: &[Self]) -> Result<Self> {
         let first = parts.first().ok_or_else(|| Error::argument("concat", "expected at least one tensor, got none"))?;
         let inner = first.shape.get(1..).unwrap_or_default();
@@ -220,7 +274,9 @@ impl Tensor {
         if parts.len() == 1 {
             return Ok(first.clone());
         }
-        let shape = [&[parts.iter().map(|p| p.shape[0]).sum()], inner].concat();
+        let entries = parts.iter().try_fold(0usize, |sum, p| sum.checked_add(p.shape[0]));
+        let shape = [&[entries.unwrap_or(usize::MAX)], inner].concat();
+        count("concat", &shape)?;
         #[cfg(feature = "cuda")]
         if !first.device().is_cpu() {
             return crate::device::cuda::ops::stack(parts, shape);

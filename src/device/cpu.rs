@@ -198,7 +198,7 @@ impl Real for f64 {
 
 /// A matrix seen through strides: element (i, j) at `i * row + j * col`.
 #[derive(Clone, Copy, Debug)]
-pub struct Strides {
+pub(crate) struct Strides {
     /// Distance of vertically adjacent elements.
     pub row: usize,
     /// Distance of horizontally adjacent elements.
@@ -210,14 +210,33 @@ impl Strides {
     pub fn new(cols: usize, transposed: bool) -> Self {
         if transposed { Self { row: 1, col: cols } } else { Self { row: cols, col: 1 } }
     }
-    fn last(self, rows: usize, cols: usize) -> usize {
-        (rows.max(1) - 1) * self.row + (cols.max(1) - 1) * self.col
+    /// Where the last element is; `None` beyond any address.
+    fn last(self, rows: usize, cols: usize) -> Option<usize> {
+        let down = (rows.max(1) - 1).checked_mul(self.row)?;
+        let last = down.checked_add((cols.max(1) - 1).checked_mul(self.col)?)?;
+        isize::try_from(last).is_ok().then_some(last)
+    }
+
+    /// Whether a slice of `len` values holds every element.
+    fn within(self, len: usize, rows: usize, cols: usize) -> bool {
+        self.last(rows, cols).is_some_and(|last| last < len)
+    }
+
+    /// Whether no two elements are one: rows, or columns, lie behind one another.
+    fn distinct(self, rows: usize, cols: usize) -> bool {
+        let apart = |far: usize, many: usize, near: usize, few: usize| {
+            (few <= 1 || near > 0) && (many <= 1 || (few - 1).checked_mul(near).is_some_and(|extent| far > extent))
+        };
+        apart(self.row, rows, self.col, cols) || apart(self.col, cols, self.row, rows)
     }
 }
 
 /// `c[m, n] = beta c + alpha a[m, k] b[k, n]`, on all cores when `parallel`.
+///
+/// # Panics
+/// Where a slice is too short for its strides, or two elements of c would be one.
 #[allow(clippy::too_many_arguments)]
-pub fn gemm<T: Real>(
+pub(crate) fn gemm<T: Real>(
     (m, n, k): (usize, usize, usize),
     c: &mut [T],
     cs: Strides,
@@ -232,10 +251,17 @@ pub fn gemm<T: Real>(
     if m == 0 || n == 0 {
         return;
     }
-    assert!(c.len() > cs.last(m, n), "gemm: output of {} values is too short", c.len());
-    assert!(k == 0 || a.len() > sa.last(m, k) && b.len() > sb.last(k, n), "gemm: an operand is too short");
-    let threads = if parallel && m * n * k > 1 << 16 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
-    // SAFETY: the three accesses were bounds-checked just above; c is borrowed mutably, so it overlaps neither a nor b.
+    assert!(cs.within(c.len(), m, n), "gemm: output of {} values is too short", c.len());
+    assert!(cs.distinct(m, n), "gemm: elements of the output coincide: {cs:?} of {m} x {n}");
+    assert!(k == 0 || sa.within(a.len(), m, k) && sb.within(b.len(), k, n), "gemm: an operand is too short");
+    let threads = if parallel && m.saturating_mul(n).saturating_mul(k) > 1 << 16 {
+        gemm::Parallelism::Rayon(0)
+    } else {
+        gemm::Parallelism::None
+    };
+    // SAFETY: the three accesses were bounds-checked just above, without overflow, and every element of c is its own; c is borrowed
+    // mutably, so it overlaps neither a nor b. Strides fit in an isize where they are used: the last element does. Where they are not
+    // (one row, one column) the library multiplies them by 0.
     unsafe {
         gemm::gemm(
             m,

@@ -2,6 +2,7 @@
 
 use crate::device::Device;
 use crate::device::cpu::{self, Real, Strides};
+use crate::tensor::{count, room};
 use crate::{DType, Error, Result, Tensor};
 
 /// Batch count (`None` without a batch axis), rows and columns of an operand read with its flag.
@@ -28,6 +29,11 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: 
         Some(count) if !reduce => vec![count, m, n],
         _ => vec![m, n],
     };
+    if a.device().is_cpu() {
+        room("matmul", &shape, dtype)?;
+    } else {
+        count("matmul", &shape)?;
+    }
     let p =
         Problem { m, n, k, batch: batch.unwrap_or(1), batch_a: batch_a.is_some(), batch_b: batch_b.is_some(), ta, tb, reduce };
     match (a.device(), dtype) {

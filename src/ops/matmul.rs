@@ -28,7 +28,10 @@ impl Op for Matmul {
 
     fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [a, b] = inputs.take()?;
-        let dtype = self.dtype.unwrap_or_else(|| narrowest(&[a.clone(), b.clone()]));
+        let dtype = match self.dtype {
+            Some(dtype) => dtype,
+            None => narrowest(&[a.clone(), b.clone()])?,
+        };
         let mut shape = a.shape().to_vec();
         let flat = self.flatten(&a, &b)?;
         let y = product(&flat, self.ta, &b, self.tb, false, dtype)?;
@@ -48,10 +51,9 @@ impl Op for Matmul {
         let (ta, tb) = (self.ta, self.tb);
         // What was not saved still knows its rank and type.
         let (batched_a, batched_b) = (a.shape().len() > 2 && (ta || b.shape().len() > 2), b.shape().len() > 2);
-        let shape_a = a.shape().to_vec();
         let flat = !batched_a && a.shape().len() > 2;
+        let shape_y = dy.shape().to_vec();
         let dy = if flat { dy.clone().reshape([dy.rows(), dy.cols()])? } else { dy };
-        let rows = dy.rows();
         let da = if want[0] {
             let reduce = !batched_a && batched_b;
             let g = match ta {
@@ -60,8 +62,8 @@ impl Op for Matmul {
             };
             let cols = g.cols();
             Some(if flat {
-                let mut shape = shape_a.clone();
-                shape[0] = rows / shape[1..shape.len() - 1].iter().product::<usize>();
+                // Only the last axis differs.
+                let mut shape = shape_y;
                 *shape.last_mut().expect("flattened from more than two axes") = cols;
                 g.reshape(shape)?
             } else {
@@ -106,7 +108,7 @@ impl Op for LinearAdd {
         if !c.device().is_cpu() && c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols() {
             return crate::device::cuda::matmul::linear_add(&c, &x, &w);
         }
-        let y = product(&x, false, &w, true, false, narrowest(&[x.clone(), w.clone()]))?;
+        let y = product(&x, false, &w, true, false, narrowest(&[x.clone(), w.clone()])?)?;
         Tensor::axpby(1.0, c, 1.0, y)
     }
     fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
@@ -131,7 +133,9 @@ impl Op for LinearAdd {
 /// A tensor of the same rank, inner axes and type that holds no values: what is left of an operand nobody needs.
 fn placeholder(t: &Tensor) -> Result<Tensor> {
     let mut shape = t.shape().to_vec();
-    shape[0] = 0;
+    if let Some(first) = shape.first_mut() {
+        *first = 0;
+    }
     Tensor::zeros(shape, t.dtype(), &Device::Cpu)
 }
 

@@ -96,14 +96,19 @@ pub fn cases() -> Vec<Case> {
 /// Runs a 16-bit operation in `f32`: widens the operands, rounds the result once to the narrowest type among them.
 pub fn widened(op: &impl Op, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
     let inputs = inputs.into_vec();
-    let dtype = narrowest(&inputs);
+    let dtype = narrowest(&inputs)?;
     let wide = inputs.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
     op.forward(wide.into(), save)?.to_dtype(dtype)
 }
 
 /// The 16-bit type among the operands, if any; else that of the first.
-pub fn narrowest(inputs: &[Tensor]) -> DType {
-    inputs.iter().map(Tensor::dtype).find(|d| d.is_half()).unwrap_or_else(|| inputs[0].dtype())
+///
+/// # Errors
+/// No operands.
+pub fn narrowest(inputs: &[Tensor]) -> Result<DType> {
+    let mut types = inputs.iter().map(Tensor::dtype);
+    let first = types.next().ok_or_else(|| Error::argument("narrowest", "expected at least one operand, got none"))?;
+    Ok(if first.is_half() { first } else { types.find(|d| d.is_half()).unwrap_or(first) })
 }
 
 /// The backward pass of [`widened`]: `dy` is widened, gradients are rounded once. `dtypes` are those of the operands.

@@ -4,6 +4,7 @@
 use crate::device::{Device, cpu};
 use crate::ops::{Case, randn, unsupported, widened, widened_backward};
 use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor};
 
 /// Cosines and sines of every position, `[seq, D/2]`; cheap to clone.
@@ -16,8 +17,15 @@ pub struct Rope {
 impl Rope {
     /// The tables of positions 0 to `seq − 1`, for values of `dtype`: `f64` for `f64`, `f32` for everything narrower.
     /// Angles are computed in `f64`.
+    ///
+    /// # Errors
+    /// No positions, or more than memory has room for.
     pub fn new(inverse_frequencies: &[f64], seq: usize, dtype: DType, device: &Device) -> Result<Self> {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        if seq == 0 {
+            return Err(Error::argument("rope", "expected at least one position, got 0"));
+        }
+        room("rope", &[seq, inverse_frequencies.len()], DType::F64)?;
         let table = |f: fn(f64) -> f64| {
             let values = (0..seq).flat_map(|p| inverse_frequencies.iter().map(move |w| f(p as f64 * w))).collect();
             Tensor::from_vec(values, [seq, inverse_frequencies.len()])?.to_dtype(dtype)?.to_device(device)

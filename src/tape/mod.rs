@@ -8,6 +8,7 @@ mod checkpoint;
 mod op;
 
 use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::profile::{enter, enter_pass, part};
 use crate::{Error, Result, Tensor};
@@ -45,8 +46,9 @@ pub(crate) enum Residuals {
 /// assert_eq!(grads.take(&x)?.to_vec::<f64>()?, [3.0, 4.0]);
 /// # Ok::<(), spinquant::Error>(())
 /// ```
-#[derive(Default)]
 pub struct Tape {
+    /// No two tapes of a process have the same.
+    id: u64,
     nodes: RefCell<Option<Vec<Node>>>,
     pub(crate) residuals: RefCell<Residuals>,
     /// The result is not wanted, only gradients.
@@ -61,10 +63,22 @@ pub struct Var<'t> {
     value: Tensor,
 }
 
+impl Default for Tape {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Tape {
     /// An empty tape.
     pub fn new() -> Self {
-        Self { nodes: RefCell::new(Some(vec![])), residuals: RefCell::default(), replay: Cell::new(false) }
+        static TAPES: AtomicU64 = AtomicU64::new(0);
+        Self {
+            id: TAPES.fetch_add(1, Ordering::Relaxed),
+            nodes: RefCell::new(Some(vec![])),
+            residuals: RefCell::default(),
+            replay: Cell::new(false),
+        }
     }
 
     /// A tape for running a function again for its gradients alone: see [`Tape::record_last`].
@@ -90,12 +104,7 @@ impl Tape {
     /// # Errors
     /// Operands of another tape, or a tape already played back; and whatever `op` reports.
     pub fn record<'t>(&'t self, op: impl Op + 'static, operands: Vec<Var<'t>>) -> Result<Var<'t>> {
-        if operands.iter().any(|v| !std::ptr::eq(v.tape, self)) {
-            return Err(Error::Tape(format!("{}: an operand belongs to another tape", op.name())));
-        }
-        if self.nodes.borrow().is_none() {
-            return Err(Error::Tape(format!("{}: this tape has been played back; start a new one", op.name())));
-        }
+        self.check(op.name(), &operands)?;
         let inputs: Vec<_> = operands.iter().map(|v| v.node).collect();
         let mut saved = Saved::new(inputs.iter().map(Option::is_some).collect());
         let values = Inputs(operands.into_iter().map(|v| v.value).collect());
@@ -111,7 +120,11 @@ impl Tape {
     /// [`Tape::record`] for the last operation of a function, with a result of `shape`. On a tape that was made
     /// [for gradients](Tape::for_gradients) the result is not computed ([`Op::save_only`]) and the value is empty: it is good for
     /// [`Tape::backward_from`] and nothing else.
+    ///
+    /// # Errors
+    /// As [`Tape::record`].
     pub fn record_last<'t>(&'t self, op: impl Op + 'static, operands: Vec<Var<'t>>, shape: &[usize]) -> Result<Var<'t>> {
+        self.check(op.name(), &operands)?;
         let exact = matches!(*self.residuals.borrow(), Residuals::Off);
         let inputs: Vec<_> = operands.iter().map(|v| v.node).collect();
         let mut saved = Saved::new(inputs.iter().map(Option::is_some).collect());
@@ -125,6 +138,16 @@ impl Tape {
             }
         }
         self.record(op, operands)
+    }
+
+    fn check(&self, what: &str, operands: &[Var<'_>]) -> Result<()> {
+        if operands.iter().any(|v| !std::ptr::eq(v.tape, self)) {
+            return Err(Error::Tape(format!("{what}: an operand belongs to another tape")));
+        }
+        if self.nodes.borrow().is_none() {
+            return Err(Error::Tape(format!("{what}: this tape has been played back; start a new one")));
+        }
+        Ok(())
     }
 
     fn run(&self, op: &impl Op, values: Inputs, saved: &mut Saved) -> Result<Tensor> {
@@ -157,6 +180,9 @@ impl Tape {
     }
 
     /// Gradients of a scalar with respect to every variable. The tape is spent.
+    ///
+    /// # Errors
+    /// A value that is no scalar, or of another tape; a tape already played back; and whatever an operation reports.
     pub fn backward(&self, loss: Var<'_>) -> Result<Gradients> {
         if loss.value.len() != 1 {
             return Err(Error::shape("backward", "of one value (use backward_from for others)", loss.shape()));
@@ -166,11 +192,17 @@ impl Tape {
     }
 
     /// Gradients of `⟨dy, y⟩` with respect to every variable. The tape is spent.
+    ///
+    /// # Errors
+    /// `dy` of another shape than y, y of another tape; a tape already played back; and whatever an operation reports.
     pub fn backward_from(&self, y: Var<'_>, dy: Tensor) -> Result<Gradients> {
         self.backward_from_all(vec![(y, dy)])
     }
 
     /// Gradients of `Σ ⟨dy, y⟩` over several values with respect to every variable. The tape is spent.
+    ///
+    /// # Errors
+    /// As [`Tape::backward_from`].
     pub fn backward_from_all(&self, values: Vec<(Var<'_>, Tensor)>) -> Result<Gradients> {
         let mut nodes = self.nodes.borrow_mut().take().ok_or_else(|| Error::Tape("played back a second time".into()))?;
         let mut grads: Vec<Option<Tensor>> = vec![];
@@ -188,11 +220,12 @@ impl Tape {
             }
         }
         let _pass = enter_pass("backward");
-        let mut variables = Gradients { of: vec![] };
+        let slot = |n: &Node| if n.op.is_none() { Slot::Gradient(None) } else { Slot::Intermediate };
+        let mut variables = Gradients { tape: self.id, of: nodes.iter().map(slot).collect() };
         while let Some(Node { op, inputs, saved, part, .. }) = nodes.pop() {
             let Some(dy) = grads.pop().flatten() else { continue };
             let Some(op) = op else {
-                variables.of.push((nodes.len(), dy));
+                variables.of[nodes.len()] = Slot::Gradient(Some(dy));
                 continue;
             };
             let _part = enter(part);
@@ -224,19 +257,37 @@ fn accumulate(sum: &mut Option<Tensor>, dx: Tensor) -> Result<()> {
 
 /// Gradients of the variables of a tape.
 pub struct Gradients {
-    of: Vec<(usize, Tensor)>,
+    tape: u64,
+    /// Of every node.
+    of: Vec<Slot>,
+}
+
+enum Slot {
+    /// Of a variable; `None`: the output does not depend on it.
+    Gradient(Option<Tensor>),
+    Taken,
+    /// Of a result of an operation, which is not kept.
+    Intermediate,
 }
 
 impl Gradients {
     /// Moves out the gradient of a variable: zero where the output does not depend on it.
     ///
     /// # Errors
-    /// If `x` is a constant.
+    /// If `x` is a constant, the result of an operation, or of another tape; and the second time.
     pub fn take(&mut self, x: &Var<'_>) -> Result<Tensor> {
-        let node = x.node.ok_or_else(|| Error::Tape("asked for the gradient of a constant".into()))?;
-        match self.of.iter().position(|(n, _)| *n == node) {
-            Some(i) => Ok(self.of.swap_remove(i).1),
-            None => Tensor::zeros(x.shape(), x.value.dtype(), &x.value.device()),
+        let wrong = |what: &str| Err(Error::Tape(format!("asked for the gradient of {what}")));
+        let Some(node) = x.node else { return wrong("a constant") };
+        if x.tape.id != self.tape {
+            return wrong("a variable of another tape");
+        }
+        match self.of.get_mut(node) {
+            Some(slot @ Slot::Gradient(_)) => match std::mem::replace(slot, Slot::Taken) {
+                Slot::Gradient(Some(gradient)) => Ok(gradient),
+                _ => Tensor::zeros(x.shape(), x.value.dtype(), &x.value.device()),
+            },
+            Some(Slot::Taken) => wrong("a variable a second time: it was moved out"),
+            Some(Slot::Intermediate) | None => wrong("the result of an operation: only those of variables are kept"),
         }
     }
 }

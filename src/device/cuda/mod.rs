@@ -221,13 +221,17 @@ impl CudaDevice {
 
     /// Uninitialised values.
     pub(crate) fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let len: usize = shape.iter().product();
+        // At most isize::MAX bytes.
+        let len = crate::tensor::count("a tensor on the GPU", shape)?;
         let data = self.alloc_bytes(len * dtype.size(), &format!("a {dtype} tensor of shape {shape:?}"))?;
         Tensor::from_cuda(CudaBuffer { data, len, dtype, device: self.clone() }, shape)
     }
 
     pub(crate) fn zeros(&self, len: usize, dtype: DType) -> Result<CudaBuffer> {
-        let mut data = self.alloc_bytes(len * dtype.size(), "a tensor of zeros")?;
+        let bytes = len.checked_mul(dtype.size());
+        let bytes =
+            bytes.ok_or_else(|| Error::argument("a tensor of zeros", format!("{len} values of {dtype} have no address")))?;
+        let mut data = self.alloc_bytes(bytes, "a tensor of zeros")?;
         self.0.stream.memset_zeros(&mut data).map_err(driver_error("memset"))?;
         Ok(CudaBuffer { data, len, dtype, device: self.clone() })
     }
