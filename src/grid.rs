@@ -5,6 +5,7 @@
 //! `z = round(-lo/s)`, `q = clamp(round(x/s) + z, 0, maxq)`, `y = s (q - z)`.
 
 use crate::device::cpu::{self, LANES, Real};
+use crate::tensor::count;
 use crate::{DType, Error, Result, Tensor};
 
 /// What kind of tensor is quantised; they differ in the scale of an all-zero symmetric group.
@@ -76,17 +77,25 @@ impl QuantSpec {
         self.bits < 16
     }
 
+    /// Bits that codes can have; [`group_size`](Self::group_size) refuses most.
+    fn code_bits(&self) -> u32 {
+        self.bits.clamp(1, 30)
+    }
+
     /// Largest code: 2^(bits−1) − 1 symmetric, 2^bits − 1 asymmetric.
     pub fn max_code(&self) -> i32 {
-        if self.symmetric { (1 << (self.bits - 1)) - 1 } else { (1 << self.bits) - 1 }
+        if self.symmetric { (1 << (self.code_bits() - 1)) - 1 } else { (1 << self.code_bits()) - 1 }
     }
 
     /// Smallest code: −2^(bits−1) symmetric, 0 asymmetric.
     pub fn min_code(&self) -> i32 {
-        if self.symmetric { -(1 << (self.bits - 1)) } else { 0 }
+        if self.symmetric { -(1 << (self.code_bits() - 1)) } else { 0 }
     }
 
     /// Columns that share a scale in rows of `cols`; checks the specification against them.
+    ///
+    /// # Errors
+    /// Bits other than 2 to 8, a clip ratio outside (0, 1], or a group that does not divide the rows.
     pub fn group_size(&self, cols: usize) -> Result<usize> {
         if !(2..=8).contains(&self.bits) {
             return Err(Error::argument("bits", format!("expected 2 to 8, or 16 for none, got {}", self.bits)));
@@ -227,7 +236,28 @@ pub struct Quantized {
 
 impl Quantized {
     /// `scale · (code − zero)`, in the type of the scale.
+    ///
+    /// # Errors
+    /// Codes, groups, scales and zero points whose numbers do not belong together.
     pub fn dequantize(&self) -> Result<Tensor> {
+        let wrong = |what: &str, expected: usize, got: usize| {
+            Err(Error::argument(
+                format!("quantised tensor of shape {:?}", self.shape),
+                format!("expected {expected} {what}, got {got}"),
+            ))
+        };
+        let values = count("quantised tensor", &self.shape)?;
+        if self.codes.len() != values {
+            return wrong("codes", values, self.codes.len());
+        }
+        if self.group == 0 || !values.is_multiple_of(self.group) {
+            return Err(Error::argument("quantisation group", format!("{} does not divide {values} values", self.group)));
+        }
+        for (what, t) in [("scales", &self.scale), ("zero points", &self.zero)] {
+            if t.len() != values / self.group {
+                return wrong(what, values / self.group, t.len());
+            }
+        }
         fn go<T: GridFloat>(q: &Quantized) -> Result<Tensor> {
             let (scale, zero) = (q.scale.as_slice::<T>()?, q.zero.as_slice::<T>()?);
             let value = |(i, &c): (usize, &i16)| scale[i / q.group] * (T::of(f64::from(c)) - zero[i / q.group]);
@@ -237,9 +267,10 @@ impl Quantized {
     }
 }
 
-/// Smallest and largest value.
+/// Smallest and largest value; 0 of none.
 fn extent<T: GridFloat>(x: &[T]) -> (T, T) {
-    x.iter().fold((x[0], x[0]), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
+    let first = x.first().copied().unwrap_or(T::ZERO);
+    x.iter().fold((first, first), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
 }
 
 /// The ratio of candidate `i` of the search.
@@ -295,7 +326,8 @@ pub(crate) fn fast_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
 #[inline(always)]
 fn fast_extent(x: &[f32]) -> (f32, f32) {
     let (chunks, tail) = x.as_chunks::<LANES>();
-    let (mut lo, mut hi) = ([x[0]; LANES], [x[0]; LANES]);
+    let first = x.first().copied().unwrap_or(0.0);
+    let (mut lo, mut hi) = ([first; LANES], [first; LANES]);
     for c in chunks {
         for i in 0..LANES {
             lo[i] = if c[i] < lo[i] { c[i] } else { lo[i] };

@@ -8,7 +8,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::{Error, Result};
+use crate::tensor::room;
+use crate::{DType, Error, Result};
 
 /// Published tables in the order of the file: bit-packed row-major, least significant bit first, a set bit is −1.
 static TABLES: &[u8] = include_bytes!("hadamard_tables.bin");
@@ -44,12 +45,13 @@ impl Hadamard {
         if n == 0 {
             return Err(Error::argument("Hadamard size", "expected at least 1, got 0"));
         }
-        // The largest constructible divisor; n itself for every published size.
-        let blocks = (1..=n).find(|&b| n.is_multiple_of(b) && Self::factor(n / b).is_some());
-        let blocks = blocks.expect("1 is a power of two");
-        let k = Self::factor(n / blocks).expect("just found");
-        let (signs, construction) = if k == 1 { (Arc::from([]), "Sylvester") } else { core(k).expect("just found") };
-        Ok(Self { n, k, blocks, signs, construction })
+        // The largest constructible divisor K·2^m; n itself for every published size.
+        let largest = |k: usize| k << (n / k).trailing_zeros();
+        let cores = (12..=MAX_K).step_by(4).filter(|&k| n.is_multiple_of(k) && core(k).is_some());
+        let size = std::iter::once(1).chain(cores).map(largest).fold(1, usize::max);
+        let k = Self::factor(size).unwrap_or(1);
+        let (signs, construction) = core(k).unwrap_or((Arc::from([]), "Sylvester"));
+        Ok(Self { n, k, blocks: n / size, signs, construction })
     }
 
     /// The K of `n = K·2^m`: 1 for a power of two, else the first published K, else a Paley K; `None` if there is none.
@@ -93,8 +95,13 @@ impl Hadamard {
     }
 
     /// Transforms one row in place by the definition, in double: `row ← H row`, or `Hᵀ row`. The oracle of every fast path.
-    pub fn reference(&self, row: &mut [f64], transpose: bool) {
-        assert_eq!(row.len(), self.n, "Hadamard::reference");
+    ///
+    /// # Errors
+    /// A row that does not hold [`n`](Self::n) values.
+    pub fn reference(&self, row: &mut [f64], transpose: bool) -> Result<()> {
+        if row.len() != self.n {
+            return Err(Error::shape("Hadamard::reference", format!("[{}]", self.n), &[row.len()]));
+        }
         let (size, k) = (self.n / self.blocks, self.k);
         let m = size / k;
         for block in row.chunks_mut(size) {
@@ -123,16 +130,20 @@ impl Hadamard {
             }
             block.iter_mut().for_each(|x| *x /= (size as f64).sqrt());
         }
+        Ok(())
     }
 
     /// The dense n×n matrix H, so that the map is `x ↦ x Hᵀ` on rows: `H[(i, j), (l, p)] = H_K[i, l] (−1)^popcount(j & p) / √size`
     /// in every diagonal block.
-    pub fn dense(&self) -> Vec<f64> {
+    ///
+    /// # Errors
+    /// An n that memory has no room for n² values of.
+    pub fn dense(&self) -> Result<Vec<f64>> {
         let (n, k) = (self.n, self.k);
         let size = n / self.blocks;
         let m = size / k;
         let one = 1.0 / (size as f64).sqrt();
-        let mut h = vec![0.0; n * n];
+        let mut h = vec![0.0; room("dense Hadamard matrix", &[n, n], DType::F64)?];
         for (row, h) in h.chunks_mut(n).enumerate() {
             let (first, i, j) = (row / size * size, row % size / m, row % m);
             for (l, h) in h[first..first + size].chunks_mut(m).enumerate() {
@@ -141,7 +152,7 @@ impl Hadamard {
                 h.iter_mut().enumerate().for_each(|(p, h)| *h = sign(p));
             }
         }
-        h
+        Ok(h)
     }
 }
 
@@ -240,11 +251,11 @@ mod tests {
     fn dense_is_the_reference() {
         for n in [1, 2, 12, 56, 80, 107, 148, 214, 344] {
             let map = Hadamard::new(n).unwrap();
-            let h = map.dense();
+            let h = map.dense().unwrap();
             for i in 0..n {
                 let mut row = vec![0.0; n];
                 row[i] = 1.0;
-                map.reference(&mut row, true); // Hᵀ eᵢ is row i of H
+                map.reference(&mut row, true).unwrap(); // Hᵀ eᵢ is row i of H
                 assert_eq!(row, h[i * n..][..n], "row {i} of {n}");
             }
         }
@@ -273,5 +284,19 @@ mod tests {
         }
         assert_eq!(Hadamard::new(18944).unwrap().construction(), "Paley II");
         assert!(Hadamard::new(0).is_err());
+        // Sizes that nothing could try one by one: a prime, and a power of two times one.
+        assert_eq!(map((1 << 61) - 1).unwrap(), (1, (1 << 61) - 1));
+        assert_eq!(map(((1 << 31) - 1) << 20).unwrap(), (1, (1 << 31) - 1));
+        assert!(map(usize::MAX).is_ok());
+    }
+
+    /// The largest of all divisors that a map of one block exists for.
+    #[test]
+    fn blocks_are_the_fewest() {
+        for n in 1..5000 {
+            let fewest = (1..=n).find(|&b| n % b == 0 && Hadamard::factor(n / b).is_some()).unwrap();
+            let map = Hadamard::new(n).unwrap();
+            assert_eq!((map.blocks(), map.k()), (fewest, Hadamard::factor(n / fewest).unwrap()), "n = {n}");
+        }
     }
 }

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use crate::hadamard::Hadamard;
 use crate::linalg::factor::{Lu, qr, transpose};
 use crate::linalg::{self, dims, gram_residual, largest, orthonormalize, product, same, skew};
+use crate::tensor::room;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// What first-order optimisers ask of a manifold of matrices, with the metric of the surrounding space.
@@ -119,6 +120,7 @@ impl Manifold for Orthogonal {
     /// Uniform (Haar) on O(n), determinants of both signs: the Q of Gaussian matrices, R's diagonal positive (Mezzadri 2007).
     /// Matrix i depends on the seed and i only.
     fn random_point(&self, count: usize, n: usize, seed: u64) -> Result<Tensor> {
+        sizes(count, n)?;
         let values = (0..count as u64).map(|i| haar(n, seed, i)).collect::<Result<Vec<_>>>()?;
         Tensor::from_vec(values.concat(), [count, n, n])
     }
@@ -174,6 +176,7 @@ impl Orthogonal {
     /// # Errors
     /// A size of 0, or one too large for memory.
     pub fn random_hadamard(&self, count: usize, n: usize, seed: u64) -> Result<Tensor> {
+        sizes(count, n)?;
         let values = (0..count as u64).map(|i| signed_hadamard(n, seed, i)).collect::<Result<Vec<_>>>()?;
         Tensor::from_vec(values.concat(), [count, n, n])
     }
@@ -321,6 +324,14 @@ pub fn retraction(name: &str) -> Result<Box<dyn Retraction>> {
     found.ok_or_else(|| Error::argument("retraction", format!("expected one of {}, got {name:?}", names.join(", "))))
 }
 
+/// Checks the sizes of random points before any is made.
+fn sizes(count: usize, n: usize) -> Result<()> {
+    if n == 0 {
+        return Err(Error::argument("random point", "expected matrices of at least 1 x 1, got n = 0"));
+    }
+    room("random point", &[count, n, n], DType::F64).map(drop)
+}
+
 /// Random numbers for matrix `index` of a seed: streams of one generator, so that matrices are independent.
 fn generator(seed: u64, index: u64) -> rand_chacha::ChaCha8Rng {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -338,7 +349,7 @@ pub(crate) fn haar(n: usize, seed: u64, index: u64) -> Result<Vec<f64>> {
 /// `diag(±1) Hᵀ` with random signs.
 pub(crate) fn signed_hadamard(n: usize, seed: u64, index: u64) -> Result<Vec<f64>> {
     let mut rng = generator(seed, index);
-    let mut r = transpose(&Hadamard::new(n)?.dense(), n);
+    let mut r = transpose(&Hadamard::new(n)?.dense()?, n);
     for row in r.chunks_mut(n) {
         if rng.random::<bool>() {
             row.iter_mut().for_each(|x| *x = -*x);

@@ -131,8 +131,8 @@ impl Tensor {
                     storage: Arc::new(Storage::Cpu(match dtype {
                         DType::F64 => CpuBuffer::F64(vec![0.0; n]),
                         DType::F32 => CpuBuffer::F32(vec![0.0; n]),
-                        DType::F16 => CpuBuffer::F16(vec![f16::ZERO; n]),
-                        DType::BF16 => CpuBuffer::BF16(vec![bf16::ZERO; n]),
+                        DType::F16 => CpuBuffer::F16(bytemuck::zeroed_vec(n)),
+                        DType::BF16 => CpuBuffer::BF16(bytemuck::zeroed_vec(n)),
                         DType::U32 => CpuBuffer::U32(vec![0; n]),
                     })),
                     start: 0,

@@ -298,6 +298,31 @@ pub fn peak_bytes() -> Option<u64> {
 mod tests {
     use super::*;
 
+    /// Strides whose products wrap around, and outputs whose rows coincide, are refused in every build.
+    #[test]
+    fn strides_beyond_their_slices_are_refused() {
+        let half = 1 << (usize::BITS - 1);
+        let row = |row| Strides { row, col: 1 };
+        let plain = Strides::new(2, false);
+        for (cs, sa, sb) in [
+            (row(half), plain, plain),
+            (row(0), plain, plain),
+            (row(1), plain, plain),
+            (plain, row(usize::MAX), plain),
+            (plain, plain, Strides { row: half, col: half }),
+            (plain, row(half + 1), row(half)),
+        ] {
+            let call = || {
+                let (mut c, a) = ([0f64; 6], [1f64; 6]);
+                gemm((3, 2, 2), &mut c, cs, 0.0, &a, sa, &a, sb, 1.0, true);
+            };
+            assert!(std::panic::catch_unwind(call).is_err(), "{cs:?} {sa:?} {sb:?}");
+        }
+        let (mut c, a) = ([0f64; 6], [1f64; 6]);
+        gemm((3, 2, 2), &mut c, Strides { row: 1, col: 3 }, 0.0, &a, plain, &a, plain, 1.0, true);
+        assert_eq!(c, [2.0; 6]);
+    }
+
     #[test]
     fn exp_is_accurate() {
         for i in -870_000..=880_000 {

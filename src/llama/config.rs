@@ -196,9 +196,10 @@ impl LlamaConfig {
         (0..self.head_dim / 2).map(|i| scaled(plain(i))).collect()
     }
 
-    /// Query heads that share a key and value head.
+    /// Query heads that share a key and value head. (Of a configuration without such heads, which [`validate`](Self::validate)
+    /// refuses: all.)
     pub fn group(&self) -> usize {
-        self.heads / self.kv_heads
+        self.heads / self.kv_heads.max(1)
     }
 
     /// A `config.json` that this crate and the Python libraries read, old and new: the first generation's key names.

@@ -30,7 +30,7 @@ impl Op for Transform {
         match (x.device(), x.dtype()) {
             (Device::Cpu, DType::F64) => {
                 let mut y = x.into_owned::<f64>()?;
-                y.chunks_mut(self.map.n()).for_each(|row| self.map.reference(row, self.transpose));
+                y.chunks_mut(self.map.n()).try_for_each(|row| self.map.reference(row, self.transpose))?;
                 Tensor::from_vec(y, shape)
             }
             (Device::Cpu, DType::F32) => {
@@ -79,7 +79,7 @@ fn by_products(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
     let rows = x.len() / size.max(1);
     let matrix = |values: Vec<f64>, n: usize| Tensor::from_vec(values, [n, n])?.to_dtype(dtype)?.to_device(&device);
     // Each factor orthonormal; those of powers of two are symmetric.
-    let sylvester = |n: usize| matrix(Hadamard::new(n)?.dense(), n);
+    let sylvester = |n: usize| matrix(Hadamard::new(n)?.dense()?, n);
     let mut y = product(&x.reshape([rows * size / (m / a), m / a])?, false, &sylvester(m / a)?, false, false, dtype)?;
     if a > 1 {
         y = product(&sylvester(a)?, false, &y.reshape([rows * k, a, m / a])?, false, false, dtype)?;
@@ -283,7 +283,7 @@ mod tests {
             for transpose in [false, true] {
                 let x = randn([3, n], n as u64);
                 let mut want = x.to_vec::<f64>().unwrap();
-                want.chunks_mut(n).for_each(|row| map.reference(row, transpose));
+                want.chunks_mut(n).for_each(|row| map.reference(row, transpose).unwrap());
                 let got = by_products(x, &map, transpose).unwrap().to_vec::<f64>().unwrap();
                 let error = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
                 assert!(error < 1e-13, "n = {n}, transposed {transpose}: {error:e}");

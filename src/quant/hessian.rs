@@ -1,6 +1,7 @@
 //! The Hessian of a linear layer's squared output error in its weights: `H = (2/n) Σ xᵀ x`.
 
 use crate::device::cpu::{self, Real, Strides};
+use crate::tensor::room;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// Rows that one `f32` product sums over before it is added up in `f64`.
@@ -55,7 +56,7 @@ impl Hessian {
             self.sum = match x.device() {
                 #[cfg(feature = "cuda")]
                 device @ Device::Cuda(_) if x.dtype() != DType::F64 => Sum::Gpu(Tensor::zeros([n, n], DType::F64, &device)?),
-                _ => Sum::Host(vec![0.0; n * n]),
+                _ => Sum::Host(vec![0.0; room("Hessian", &[n, n], DType::F64)?]),
             };
         }
         match &mut self.sum {
@@ -75,7 +76,7 @@ impl Hessian {
         let (n, scale) = (self.cols, 2.0 / sequences.max(1) as f64);
         let mut sum = match self.sum {
             Sum::Host(sum) => sum,
-            Sum::Empty => vec![0.0; n * n],
+            Sum::Empty => vec![0.0; room("Hessian", &[n, n], DType::F64)?],
             #[cfg(feature = "cuda")]
             Sum::Gpu(sum) => {
                 let h = crate::device::cuda::gptq::finish(sum, scale)?;

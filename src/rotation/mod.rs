@@ -15,6 +15,7 @@ use std::path::Path;
 
 use crate::linalg;
 use crate::manifold;
+use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor, io};
 
 /// The learned rotations: R1 of the residual stream, and R2 of every layer's values. R3 and R4 are fixed Hadamard maps.
@@ -72,14 +73,28 @@ impl Rotations {
 
     /// `of(n, index)` makes the n×n matrix number `index`: 0 is R1, l + 1 is `R2[l]`.
     fn build(hidden: usize, head_dim: usize, layers: usize, of: impl Fn(usize, u64) -> Result<Vec<f64>>) -> Result<Self> {
-        let mut r2 = Vec::with_capacity(layers * head_dim * head_dim);
+        let r2_shape = [layers, head_dim, head_dim];
+        if hidden == 0 || layers > 0 && head_dim == 0 {
+            return Err(Error::argument("rotations", format!("expected sizes of at least 1, got {hidden} and {head_dim}")));
+        }
+        room("R1", &[hidden, hidden], DType::F64)?;
+        let mut r2 = Vec::with_capacity(room("R2", &r2_shape, DType::F64)?);
         for l in 0..layers {
             r2.extend(of(head_dim, l as u64 + 1)?);
         }
-        Ok(Self {
-            r1: Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?,
-            r2: Tensor::from_vec(r2, [layers, head_dim, head_dim])?,
-        })
+        Ok(Self { r1: Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?, r2: Tensor::from_vec(r2, r2_shape)? })
+    }
+
+    /// That R1 is a square matrix and R2 a list of them: fields are public.
+    fn squares(&self) -> Result<()> {
+        match *self.r1.shape() {
+            [c, d] if c == d && c > 0 => {}
+            _ => return Err(Error::shape("R1", "[C, C]", self.r1.shape())),
+        }
+        match *self.r2.shape() {
+            [l, c, d] if c == d && (c > 0 || l == 0) => Ok(()),
+            _ => Err(Error::shape("R2", "[L, D, D]", self.r2.shape())),
+        }
     }
 
     /// Hidden size C.
@@ -106,7 +121,11 @@ impl Rotations {
     }
 
     /// As an optimiser sees them: `[1, C, C]` and `[L, D, D]`.
+    ///
+    /// # Errors
+    /// Matrices that are not square.
     pub fn as_params(&self) -> Result<Vec<Tensor>> {
+        self.squares()?;
         let c = self.hidden();
         Ok(vec![self.r1.clone().reshape([1, c, c])?, self.r2.clone()])
     }
@@ -126,7 +145,11 @@ impl Rotations {
     }
 
     /// max|RᵀR − I| of R1 and of every R2, in `f64`.
+    ///
+    /// # Errors
+    /// Matrices that are not square, or integers.
     pub fn orthogonality_errors(&self) -> Result<(f64, Vec<f64>)> {
+        self.squares()?;
         let of = |x: Tensor| -> Result<Vec<f64>> {
             if x.is_empty() {
                 return Ok(vec![]);

@@ -38,7 +38,11 @@ impl fmt::Display for MatrixReport {
 
 impl Rotations {
     /// Size, orthogonality and determinant of R1 and every R2, in `f64`.
+    ///
+    /// # Errors
+    /// Matrices that are not square, or integers.
     pub fn report(&self) -> Result<Vec<MatrixReport>> {
+        self.squares()?;
         let mut matrices = vec![("R1".to_string(), self.r1.clone())];
         for l in 0..self.layers() {
             matrices.push((format!("R2[{l}]"), self.r2.index(l)?));
@@ -63,6 +67,7 @@ impl Rotations {
     /// # Errors
     /// [`Error::Numeric`] naming the first matrix with max|RᵀR − I| above `tolerance`, and by how much.
     pub fn projected(&self, tolerance: f64) -> Result<Self> {
+        self.squares()?;
         self.check(self.hidden(), self.head_dim(), self.layers(), tolerance)?;
         let (first, others) = self.orthogonality_errors()?;
         let project = |t: &Tensor, error: f64| {

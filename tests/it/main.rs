@@ -13,6 +13,7 @@ mod gradients;
 mod hadamard;
 mod limits;
 mod loading;
+mod misuse;
 mod model;
 mod objectives;
 mod odd_models;

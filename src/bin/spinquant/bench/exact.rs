@@ -100,7 +100,7 @@ mod tests {
             let map = Hadamard::new(n).unwrap();
             let x = spinquant::ops::randn([n], 5).into_vec::<f64>().unwrap();
             let mut want = x.clone();
-            map.reference(&mut want, false);
+            map.reference(&mut want, false).unwrap();
             close("hadamard", &hadamard(&x, &map), &want, DType::F64, 1e-8).unwrap();
         }
     }
