@@ -1,12 +1,12 @@
 //! The build script's search for the CUDA toolkit.
 
 #[path = "../../build/toolkit.rs"]
-mod toolkit;
+mod search;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use toolkit::{find, path_with};
+use search::{find, path_with};
 
 #[test]
 fn toolkits_are_found_by_name_then_on_path() {
