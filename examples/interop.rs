@@ -38,6 +38,7 @@ fn write(dir: &Path) -> Result<()> {
         ("gqa", larger(tiny::config(8, 2, false))),
         ("tied", larger(tiny::config(8, 8, true))),
         ("llama3", larger(tiny::llama3(8, 4))),
+        ("bias", larger(tiny::with_biases(tiny::config(8, 2, false)))),
     ];
     for (name, config) in cases {
         let (source, rotated) = (dir.join(name).join("source"), dir.join(name).join("hf"));

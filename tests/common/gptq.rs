@@ -162,15 +162,23 @@ const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "l
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float32"}"#;
 
 pub fn model(dtype: DType) -> Llama {
-    let config = LlamaConfig::from_json(CONFIG.as_bytes(), Path::new("config.json")).unwrap();
-    let weights = Weights::random(&config, 1).unwrap();
+    model_of(&LlamaConfig::from_json(CONFIG.as_bytes(), Path::new("config.json")).unwrap(), dtype)
+}
+
+/// The same with a bias in every linear.
+pub fn biased_model(dtype: DType) -> Llama {
+    model_of(&LlamaConfig { attention_bias: true, mlp_bias: true, ..model(dtype).config }, dtype)
+}
+
+fn model_of(config: &LlamaConfig, dtype: DType) -> Llama {
+    let weights = Weights::random(config, 1).unwrap();
     let narrow = |t: &Tensor| t.to_dtype(dtype);
     let weights = Weights {
         embedding: narrow(&weights.embedding).unwrap(),
         head: narrow(&weights.head).unwrap(),
         layers: weights.layers.iter().map(|l| l.map(narrow).unwrap()).collect(),
     };
-    Llama::new(config, weights).unwrap()
+    Llama::new(config.clone(), weights).unwrap()
 }
 
 pub fn text() -> Windows {

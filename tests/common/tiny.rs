@@ -38,6 +38,11 @@ pub fn llama3(heads: usize, kv_heads: usize) -> LlamaConfig {
     LlamaConfig { rope_scaling: Some(scaling), ..config(heads, kv_heads, false) }
 }
 
+/// The same with a bias in every linear.
+pub fn with_biases(config: LlamaConfig) -> LlamaConfig {
+    LlamaConfig { attention_bias: true, mlp_bias: true, ..config }
+}
+
 /// Writes `config.json` and `model.safetensors`, with random RMSNorm gains or gains of 1.
 pub fn write(dir: &Path, config: &LlamaConfig, dtype: DType, seed: u64, gains: bool) {
     let w = Weights::random(config, seed).unwrap();

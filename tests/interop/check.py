@@ -27,7 +27,7 @@ def logits(path, tokens):
         return model(tokens).logits.flatten(0, 1)
 
 
-for case in ["gqa", "tied", "llama3"]:
+for case in ["gqa", "tied", "llama3", "bias"]:
     ours = load_file(folder / case / "ours.safetensors")
     tokens = ours["tokens"].long()
     for name, wanted in [("source", "logits"), ("hf", "logits"), ("hf-w4", "logits-w4"), ("hf-gptq", "logits-gptq")]:

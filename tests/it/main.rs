@@ -1,5 +1,6 @@
 //! Tests that need nothing but this repository, by subject.
 
+mod bias;
 #[cfg(feature = "cli")]
 mod cli;
 mod clip;

@@ -44,7 +44,7 @@ fn config(heads: [usize; 2], head_dim: usize, hidden_size: usize, intermediate_s
 }
 
 prop_compose! {
-    /// GQA, MHA and MQA; tied or not; odd widths; MLP widths K·2^m and, at 22 and 37, block-diagonal ones.
+    /// GQA, MHA and MQA; tied or not; with and without biases; odd widths; MLP widths K·2^m and, at 22 and 37, block-diagonal ones.
     fn configs()(
         heads in prop::sample::select(vec![[1, 1], [3, 3], [4, 4], [4, 2], [6, 2], [6, 3], [4, 1], [5, 1]]),
         half in 2usize..=8,
@@ -52,12 +52,14 @@ prop_compose! {
         intermediate_size in prop::sample::select(vec![12, 24, 56, 40, 36, 22, 37]),
         layers in 1usize..=2,
         tie_word_embeddings: bool,
+        [attention_bias, mlp_bias]: [bool; 2],
         llama3: bool,
     ) -> LlamaConfig {
         let rope_scaling = llama3.then_some(RopeScaling::Llama3 {
             factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 32,
         });
-        LlamaConfig { layers, tie_word_embeddings, rope_scaling, ..config(heads, 2 * half, hidden_size, intermediate_size) }
+        let shape = config(heads, 2 * half, hidden_size, intermediate_size);
+        LlamaConfig { layers, tie_word_embeddings, attention_bias, mlp_bias, rope_scaling, ..shape }
     }
 }
 

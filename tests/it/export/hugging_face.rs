@@ -6,7 +6,8 @@ use super::*;
 fn hugging_face_output_is_the_same_function() {
     let dir = tempfile::tempdir().unwrap();
     let (source, out) = (dir.path().join("source"), dir.path().join("out"));
-    for config in [tiny::config(2, 2, false), tiny::config(4, 2, false), tiny::config(4, 1, true), tiny::llama3(4, 2)] {
+    let biased = tiny::with_biases(tiny::config(4, 2, false));
+    for config in [tiny::config(2, 2, false), tiny::config(4, 2, false), tiny::config(4, 1, true), tiny::llama3(4, 2), biased] {
         let r = Rotations::random_orthogonal(16, 8, 2, 5).unwrap();
         for (dtype, bound) in [(DType::F64, 1e-11), (DType::F32, 2e-5), (DType::BF16, 0.3)] {
             tiny::write(&source, &config, dtype, 7, true);

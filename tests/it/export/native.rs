@@ -15,7 +15,7 @@ fn native_output_is_the_model_in_memory_to_the_bit() {
         Scheme { symmetric_weights: false, ..Scheme::new(2, 16, 16) },
         Scheme::new(16, 4, 4).online(Online { r3: false, r4: true }),
     ];
-    for config in [tiny::config(2, 2, false), tiny::config(4, 2, true), tiny::llama3(4, 1)] {
+    for config in [tiny::config(2, 2, false), tiny::config(4, 2, true), tiny::with_biases(tiny::llama3(4, 1))] {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
             tiny::write(&source, &config, dtype, 9, true);
             let model = Llama::load(&source, dtype, &Device::Cpu).unwrap();
@@ -104,6 +104,9 @@ fn a_layer_of_codes_from_elsewhere() {
     let mut bad = layer(0);
     bad[Linear::Q].weight = Stored::Values(model.blocks[0].weights[Linear::Q].weight.clone());
     fails(writer.layer(0, &bad), &["q_proj", "expected codes of 4 bits, got values"]);
+    let mut bad = layer(0);
+    bad[Linear::O].bias = Some(randn([16], 0));
+    fails(writer.layer(0, &bad), &["model.layers.0.self_attn.o_proj", "expected no bias", "got one"]);
     writer.layer(1, &layer(1)).unwrap();
     assert!(writer.has_layer(1) && !writer.has_layer(0));
     fails(writer.finish(&model.embedding, &model.head), &["layer-00000.safetensors"]);

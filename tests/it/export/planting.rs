@@ -18,9 +18,11 @@ proptest! {
     fn leaves_the_function_unchanged(
         shape in prop::sample::select(vec![(2, 2), (4, 2), (4, 1), (6, 3)]),
         tied in any::<bool>(),
+        biases in any::<bool>(),
         seed in 0u64..1000,
     ) {
         let config = tiny::config(shape.0, shape.1, tied);
+        let config = if biases { tiny::with_biases(config) } else { config };
         let w = Weights::random(&config, seed).unwrap();
         let want = logits(&config, &w);
         let factors = |n: usize, salt: u64| -> Vec<f64> {

@@ -62,7 +62,16 @@ fn by_the_book(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, gp
 
 #[test]
 fn the_pipeline_does_what_it_says() {
-    let (model, text) = (model(DType::F64), text());
+    check_pipeline(&model(DType::F64));
+}
+
+#[test]
+fn biases_go_through_the_pipeline_as_they_are() {
+    check_pipeline(&biased_model(DType::F64));
+}
+
+fn check_pipeline(model: &Llama) {
+    let text = text();
     let rotations = Rotations::random_hadamard(32, 8, 3, 1).unwrap();
     let scheme = Scheme { weight_clip: Clip::Ratio(1.0), ..Scheme::new(4, 4, 4) };
     for rotations in [None, Some(&rotations)] {
@@ -70,8 +79,8 @@ fn the_pipeline_does_what_it_says() {
             // One pass, so that sums are in one order.
             let calibration = Calibration { at_once: 8, ..Calibration::first(&text, 8).unwrap().quantize_activations(on) };
             let gptq = Gptq::default();
-            let ours = quantize_weights(&model, rotations, &scheme, &gptq, Some(&calibration), &mut (), go_on).unwrap();
-            assert_same(&ours, &by_the_book(&model, rotations, &scheme, &gptq, &calibration));
+            let ours = quantize_weights(model, rotations, &scheme, &gptq, Some(&calibration), &mut (), go_on).unwrap();
+            assert_same(&ours, &by_the_book(model, rotations, &scheme, &gptq, &calibration));
             let tokens = text.batch(&[8, 9]);
             assert!(ours.logits(&tokens, 16).unwrap().to_f64_vec().unwrap().iter().all(|x| x.is_finite()));
         }
