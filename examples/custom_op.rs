@@ -14,7 +14,7 @@ impl Op for Gain {
         "gain"
     }
 
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, g] = inputs.take()?;
         if g.shape() != [x.cols()] {
             return Err(Error::shape("gain", format!("[{}]", x.cols()), g.shape()));
@@ -84,8 +84,8 @@ mod tests {
             fn name(&self) -> &'static str {
                 "wrong"
             }
-            fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-                Gain.forward(inputs, save)
+            fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+                Gain.cpu(inputs, save)
             }
             fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
                 let mut grads = Gain.backward(saved, dy, want)?;

@@ -4,8 +4,6 @@ use std::fmt;
 
 use half::{bf16, f16};
 
-use crate::tensor::CpuBuffer;
-
 /// The element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -65,20 +63,6 @@ impl fmt::Display for DType {
     }
 }
 
-impl std::str::FromStr for DType {
-    type Err = crate::Error;
-
-    fn from_str(s: &str) -> Result<Self, Self::Err> {
-        Ok(match s.to_ascii_lowercase().as_str() {
-            "f64" | "float64" => Self::F64,
-            "f32" | "float32" => Self::F32,
-            "f16" | "float16" => Self::F16,
-            "bf16" | "bfloat16" => Self::BF16,
-            _ => return Err(crate::Error::argument("dtype", format!("expected f64, f32, f16 or bf16, got {s:?}"))),
-        })
-    }
-}
-
 /// A Rust type that tensors can hold. Sealed: the set of element types is [`DType`].
 pub trait Element: Copy + Default + PartialEq + fmt::Debug + Send + Sync + bytemuck::Pod + sealed::Sealed {
     /// The run-time name of this type.
@@ -87,12 +71,6 @@ pub trait Element: Copy + Default + PartialEq + fmt::Debug + Send + Sync + bytem
     fn to_f64(self) -> f64;
     /// Rounds to nearest, ties to even.
     fn from_f64(x: f64) -> Self;
-    #[doc(hidden)]
-    fn wrap(v: Vec<Self>) -> CpuBuffer;
-    #[doc(hidden)]
-    fn view(b: &CpuBuffer) -> Option<&[Self]>;
-    #[doc(hidden)]
-    fn view_mut(b: &mut CpuBuffer) -> Option<&mut Vec<Self>>;
 }
 
 mod sealed {
@@ -113,21 +91,6 @@ macro_rules! element {
             fn from_f64(x: f64) -> Self {
                 let from: fn(f64) -> $t = $from;
                 from(x)
-            }
-            fn wrap(v: Vec<Self>) -> CpuBuffer {
-                CpuBuffer::$variant(v)
-            }
-            fn view(b: &CpuBuffer) -> Option<&[Self]> {
-                match b {
-                    CpuBuffer::$variant(v) => Some(v),
-                    _ => None,
-                }
-            }
-            fn view_mut(b: &mut CpuBuffer) -> Option<&mut Vec<Self>> {
-                match b {
-                    CpuBuffer::$variant(v) => Some(v),
-                    _ => None,
-                }
             }
         }
     };

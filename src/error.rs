@@ -133,3 +133,18 @@ impl Error {
         move |source| Self::Io { path: path.to_path_buf(), source }
     }
 }
+
+// Here, so that types need not know errors.
+impl std::str::FromStr for DType {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        Ok(match s.to_ascii_lowercase().as_str() {
+            "f64" | "float64" => Self::F64,
+            "f32" | "float32" => Self::F32,
+            "f16" | "float16" => Self::F16,
+            "bf16" | "bfloat16" => Self::BF16,
+            _ => return Err(Error::argument("dtype", format!("expected f64, f32, f16 or bf16, got {s:?}"))),
+        })
+    }
+}

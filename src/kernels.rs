@@ -1,9 +1,14 @@
 //! The GPU kernels without a tape and without [`Tensor`](crate::Tensor)s: cudarc slices in, cudarc slices out, on a stream of the
 //! caller's. For microbenchmarks, and for engines that have their own tensors.
 //!
-//! Every function checks lengths, alignment (16 bytes: the start of an allocation always is) and that all slices and the stream
-//! are of one context, launches asynchronously, and allocates nothing. Rows are contiguous; 16-bit values are computed on in `f32`
-//! and rounded once. What is not here is in [`device::cuda::ffi`](crate::device::cuda::ffi), unchecked.
+//! Every function calls the one launch of its kernel, which stands beside the formula in [`ops`](crate::ops) or
+//! [`linalg`](crate::linalg) and checks lengths, alignment (16 bytes: the start of an allocation always is) and that all slices and the
+//! stream are of one context. Launches are asynchronous, and nothing is allocated. Rows are contiguous; 16-bit values are computed on in
+//! `f32` and rounded once. What is not here is in [`device::cuda::ffi`](crate::device::cuda::ffi), unchecked.
+//!
+//! # Errors
+//! Of every function: slices of other lengths than the others ask for, that do not start on a 16-byte boundary, or that belong to
+//! another GPU than the stream; sizes that the kernel does not know; a failed launch.
 //!
 //! ```no_run
 //! use half::bf16;
@@ -17,65 +22,62 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use std::ffi::c_void;
+pub mod cayley;
+
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice, SyncOnDrop};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
 use half::{bf16, f16};
 
-use crate::device::cuda::ops::{code, quant};
-use crate::device::cuda::{ffi, launch};
+use crate::device::cuda::{Queue, context_of};
+use crate::device::launch::{Kind, View};
 use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
 pub use crate::ops::attention::Sizes;
+use crate::ops::fake_quant::Outputs;
+use crate::ops::hadamard::Tables;
+use crate::ops::{attention as attend, cross_entropy as loss_of, fake_quant as quant, hadamard as transform};
+use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
 use crate::{DType, Element, Error, Result};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.
-pub trait Float: Element + DeviceRepr {}
+#[allow(private_bounds)]
+pub trait Float: Element + DeviceRepr + Stored {}
 impl Float for f32 {}
 impl Float for f16 {}
 impl Float for bf16 {}
 
-/// A pointer, and what tells other streams when its use ends.
-type Pointer<'a> = (*mut c_void, SyncOnDrop<'a>);
-
-fn check<T>(what: &str, stream: &CudaStream, x: &impl DeviceSlice<T>, len: usize) -> Result<()> {
-    if x.len() != len {
-        return Err(Error::shape(what, format!("of {len} values"), &[x.len()]));
-    }
-    if x.stream().context() != stream.context() {
-        return Err(Error::device(what, "the slices and the stream belong to different contexts"));
-    }
-    Ok(())
+/// The kind of a slice's values.
+pub(crate) trait Stored {
+    const KIND: Kind;
 }
 
-fn aligned<'a>(what: &str, (address, guard): (u64, SyncOnDrop<'a>)) -> Result<Pointer<'a>> {
-    if !address.is_multiple_of(16) {
-        return Err(Error::argument(what, "a slice does not start on a 16-byte boundary"));
-    }
-    Ok((address as *mut c_void, guard))
+macro_rules! stored {
+    ($($t:ty: $kind:ident),*) => { $(impl Stored for $t { const KIND: Kind = Kind::$kind; })* };
+}
+stored!(f64: F64, f32: F32, f16: F16, bf16: BF16, u32: U32, i32: I32, i16: I16, i8: I8, u8: U8);
+
+/// A slice as launchers see it, and what tells other streams when its use ends.
+struct Held<'a> {
+    view: View<'a>,
+    _until: SyncOnDrop<'a>,
 }
 
-fn read<'a, T>(what: &str, stream: &'a CudaStream, x: &'a impl DevicePtr<T>, len: usize) -> Result<Pointer<'a>> {
-    check(what, stream, x, len)?;
-    aligned(what, x.device_ptr(stream))
-}
-
-fn write<'a, T>(what: &str, stream: &'a CudaStream, y: &'a mut impl DevicePtrMut<T>, len: usize) -> Result<Pointer<'a>> {
-    check(what, stream, y, len)?;
-    aligned(what, y.device_ptr_mut(stream))
-}
-
-/// The rows of a tensor of `len` values with `cols` in each.
-fn rows(what: &str, len: usize, cols: usize) -> Result<i64> {
-    match len.checked_rem(cols) {
-        Some(0) => Ok((len / cols) as i64),
-        _ => Err(Error::shape(what, format!("of whole rows of {cols}"), &[len])),
+impl<'a> Held<'a> {
+    fn new<T: Stored>(context: usize, len: usize, (address, until): (u64, SyncOnDrop<'a>)) -> Self {
+        // SAFETY: the slice is borrowed for 'a, of this length in this context; cudarc has the stream wait for those that write it, and
+        // the guard has them wait for this one.
+        Self { view: unsafe { View::new(address, len, T::KIND, context) }, _until: until }
     }
 }
 
-fn int(what: &str, n: usize) -> Result<i32> {
-    i32::try_from(n).map_err(|_| Error::argument(what, format!("{n} is too large")))
+fn read<'a, T: Stored>(stream: &'a CudaStream, x: &'a impl DevicePtr<T>) -> Held<'a> {
+    Held::new::<T>(context_of(x.stream()), x.len(), x.device_ptr(stream))
+}
+
+fn write<'a, T: Stored>(stream: &'a CudaStream, y: &'a mut impl DevicePtrMut<T>) -> Held<'a> {
+    let (context, len) = (context_of(y.stream()), y.len());
+    Held::new::<T>(context, len, y.device_ptr_mut(stream))
 }
 
 /// A Hadamard map of rows of n values, its tables on the device.
@@ -112,22 +114,12 @@ impl HadamardMap {
         &self.map
     }
 
-    fn size(&self) -> usize {
-        self.map.n() / self.map.blocks()
+    fn held<'a>(&'a self, stream: &'a CudaStream) -> [Option<Held<'a>>; 2] {
+        [self.table.as_ref().map(|t| read(stream, t)), self.signs.as_ref().map(|s| read(stream, s))]
     }
 
-    /// Calls `f` with the launcher's struct.
-    fn with<R>(&self, stream: &CudaStream, transpose: bool, f: impl FnOnce(ffi::sq_hadamard_map) -> Result<R>) -> Result<R> {
-        let what = "Hadamard tables";
-        let table = self.table.as_ref().map(|t| read(what, stream, t, t.len())).transpose()?;
-        let signs = self.signs.as_ref().map(|s| read(what, stream, s, s.len())).transpose()?;
-        f(ffi::sq_hadamard_map {
-            n: int(what, self.size())?,
-            k: int(what, self.map.k())?,
-            transpose: transpose.into(),
-            table: table.as_ref().map_or(std::ptr::null(), |t| t.0.cast()),
-            signs: signs.as_ref().map_or(std::ptr::null(), |s| s.0.cast()),
-        })
+    fn tables<'a>(&'a self, [table, signs]: &'a [Option<Held<'a>>; 2]) -> Tables<'a> {
+        Tables { map: &self.map, table: table.as_ref().map(|t| t.view), signs: signs.as_ref().map(|s| s.view) }
     }
 }
 
@@ -139,10 +131,8 @@ pub fn hadamard<T: Float>(
     map: &HadamardMap,
     transpose: bool,
 ) -> Result<()> {
-    let (what, len) = ("hadamard", x.len());
-    rows(what, len, map.map.n())?;
-    let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-    hadamard_raw(stream, y, x, len, map, transpose, T::DTYPE)
+    let (y, x, held) = (write(stream, y), read(stream, x), map.held(stream));
+    transform::launch(Queue::of(stream), y.view, x.view, &map.tables(&held), transpose, None)
 }
 
 /// [`hadamard`] in place.
@@ -152,24 +142,8 @@ pub fn hadamard_in_place<T: Float>(
     map: &HadamardMap,
     transpose: bool,
 ) -> Result<()> {
-    let (what, len) = ("hadamard", x.len());
-    rows(what, len, map.map.n())?;
-    let (x, _x) = write(what, stream, x, len)?;
-    hadamard_raw(stream, x, x, len, map, transpose, T::DTYPE)
-}
-
-fn hadamard_raw(
-    stream: &CudaStream,
-    y: *mut c_void,
-    x: *mut c_void,
-    len: usize,
-    map: &HadamardMap,
-    transpose: bool,
-    dtype: DType,
-) -> Result<()> {
-    let (rows, dtype) = ((len / map.size()) as i64, code(dtype)?);
-    // SAFETY: y and x have rows × size values; they may be equal; the tables fit the map.
-    map.with(stream, transpose, |m| launch(stream, "hadamard", |s| unsafe { ffi::sq_hadamard(y, x, rows, m, dtype, s) }))
+    let (x, held) = (write(stream, x), map.held(stream));
+    transform::launch(Queue::of(stream), x.view, x.view, &map.tables(&held), transpose, None)
 }
 
 /// `y = fake_quant(H x)` of every row in one pass; the transformed row is not rounded in between.
@@ -183,17 +157,8 @@ pub fn hadamard_fake_quant<T: Float>(
     map: &HadamardMap,
     spec: &QuantSpec,
 ) -> Result<()> {
-    let (what, len) = ("hadamard_fake_quant", x.len());
-    let _ = spec.group_size(map.map.n())?;
-    if spec.clip == Clip::Search || map.map.blocks() > 1 {
-        return Err(Error::argument(what, "neither clip search nor block-diagonal maps are available"));
-    }
-    let (rows, q, dtype) = (rows(what, len, map.map.n())?, quant(spec), code(T::DTYPE)?);
-    let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-    map.with(stream, false, |m| {
-        // SAFETY: y and x have rows × n values; the tables fit the map.
-        launch(stream, what, |s| unsafe { ffi::sq_hadamard_fake_quant(y, x, rows, m, q, dtype, s) })
-    })
+    let (y, x, held) = (write(stream, y), read(stream, x), map.held(stream));
+    transform::launch(Queue::of(stream), y.view, x.view, &map.tables(&held), false, Some(spec))
 }
 
 /// `y`: every row of `cols` values quantised and dequantised, whatever [`Clip`] the spec asks for.
@@ -204,11 +169,8 @@ pub fn fake_quant<T: Float>(
     cols: usize,
     spec: &QuantSpec,
 ) -> Result<()> {
-    let (what, len) = ("fake_quant", x.len());
-    let _ = spec.group_size(cols)?;
-    let rows = rows(what, len, cols)?;
-    let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-    fake_quant_raw(stream, [y, null(), null(), null(), null()], x, (rows, cols), spec, T::DTYPE)
+    let (y, x) = (write(stream, y), read(stream, x));
+    quant::launch(Queue::of(stream), Outputs { y: Some(y.view), ..Outputs::default() }, x.view, cols, spec)
 }
 
 /// The codes of every value, and scale and zero point of every group, without the dequantised values.
@@ -222,12 +184,9 @@ pub fn quantize<T: Float>(
     cols: usize,
     spec: &QuantSpec,
 ) -> Result<()> {
-    let (what, len) = ("quantize", x.len());
-    let groups = len / spec.group_size(cols)?;
-    let rows = rows(what, len, cols)?;
-    let ((codes, _c), (x, _x)) = (write(what, stream, codes, len)?, read(what, stream, x, len)?);
-    let ((scale, _s), (zero, _z)) = (write(what, stream, scale, groups)?, write(what, stream, zero, groups)?);
-    fake_quant_raw(stream, [null(), codes, scale, zero, null()], x, (rows, cols), spec, T::DTYPE)
+    let (codes, scale, zero, x) = (write(stream, codes), write(stream, scale), write(stream, zero), read(stream, x));
+    let out = Outputs { codes: Some(codes.view), scale: Some(scale.view), zero: Some(zero.view), ..Outputs::default() };
+    quant::launch(Queue::of(stream), out, x.view, cols, spec)
 }
 
 /// [`fake_quant`] with every group's clip ratio searched, and `best`: the candidate i that each group chose, ratio 1 − i/100.
@@ -239,36 +198,9 @@ pub fn fake_quant_search<T: Float>(
     cols: usize,
     spec: &QuantSpec,
 ) -> Result<()> {
-    let (what, len) = ("fake_quant_search", x.len());
-    let spec = spec.clipped(Clip::Search);
-    let groups = len / spec.group_size(cols)?;
-    let rows = rows(what, len, cols)?;
-    let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-    let (best, _b) = write(what, stream, best, groups)?;
-    fake_quant_raw(stream, [y, null(), null(), null(), best], x, (rows, cols), &spec, T::DTYPE)
-}
-
-fn null() -> *mut c_void {
-    std::ptr::null_mut()
-}
-
-fn fake_quant_raw(
-    stream: &CudaStream,
-    [y, codes, scale, zero, best]: [*mut c_void; 5],
-    x: *mut c_void,
-    (rows, cols): (i64, usize),
-    spec: &QuantSpec,
-    dtype: DType,
-) -> Result<()> {
-    let (codes, scale, zero, best) = (codes.cast(), scale.cast(), zero.cast(), best.cast());
-    let (cols, q, dtype) = (cols as i64, quant(spec), code(dtype)?);
-    // SAFETY: x has rows × cols values; every output is null or as large as kernels.h asks.
-    launch(stream, "fake_quant", |s| unsafe {
-        match spec.clip {
-            Clip::Ratio(_) => ffi::sq_fake_quant(y, codes, scale, zero, x, rows, cols, q, dtype, s),
-            Clip::Search => ffi::sq_fake_quant_search(y, codes, scale, zero, best, x, rows, cols, q, dtype, s),
-        }
-    })
+    let (y, best, x) = (write(stream, y), write(stream, best), read(stream, x));
+    let out = Outputs { y: Some(y.view), best: Some(best.view), ..Outputs::default() };
+    quant::launch(Queue::of(stream), out, x.view, cols, &spec.clipped(Clip::Search))
 }
 
 /// Every row of `cols` values divided by its root mean square (plus `eps`); `inverse` receives one factor a row.
@@ -280,12 +212,8 @@ pub fn rms_norm<T: Float>(
     cols: usize,
     eps: f32,
 ) -> Result<()> {
-    let (what, len) = ("rms_norm", x.len());
-    let (rows, dtype) = (rows(what, len, cols)?, code(T::DTYPE)?);
-    let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-    let (inverse, _i) = write(what, stream, inverse, rows as usize)?;
-    // SAFETY: sizes as checked; no gain.
-    launch(stream, what, |s| unsafe { ffi::sq_rms_norm_forward(y, inverse.cast(), x, null(), rows, cols as i64, eps, dtype, s) })
+    let (y, inverse, x) = (write(stream, y), write(stream, inverse), read(stream, x));
+    norm::launch(Queue::of(stream), y.view, inverse.view, x.view, None, cols, eps)
 }
 
 /// dx of [`rms_norm`] from dy and what went in and came out of it.
@@ -297,14 +225,8 @@ pub fn rms_norm_backward<T: Float>(
     inverse: &impl DevicePtr<f32>,
     cols: usize,
 ) -> Result<()> {
-    let (what, len) = ("rms_norm backward", x.len());
-    let (rows, dtype) = (rows(what, len, cols)?, code(T::DTYPE)?);
-    let ((dx, _d), (dy, _y), (x, _x)) =
-        (write(what, stream, dx, len)?, read(what, stream, dy, len)?, read(what, stream, x, len)?);
-    let (inverse, _i) = read(what, stream, inverse, rows as usize)?;
-    let cols = cols as i64;
-    // SAFETY: sizes as checked; no gain.
-    launch(stream, what, |s| unsafe { ffi::sq_rms_norm_backward(dx, dy, x, null(), inverse.cast(), rows, cols, dtype, s) })
+    let (dx, dy, x, inverse) = (write(stream, dx), read(stream, dy), read(stream, x), read(stream, inverse));
+    norm::launch_backward(Queue::of(stream), dx.view, dy.view, x.view, None, inverse.view, cols)
 }
 
 /// Rotary embedding of x `[tokens, heads, dim]` by the tables `cosine`, `sine` `[seq, dim/2]`, token t at position t mod seq;
@@ -316,22 +238,11 @@ pub fn rope<T: Float>(
     x: &impl DevicePtr<T>,
     cosine: &impl DevicePtr<f32>,
     sine: &impl DevicePtr<f32>,
-    (heads, dim): (usize, usize),
+    heads: (usize, usize),
     transpose: bool,
 ) -> Result<()> {
-    let (what, len) = ("rope", x.len());
-    let (tokens, angles) = (rows(what, len, heads * dim)?, cosine.len());
-    let seq = rows(what, angles, dim / 2)?;
-    if !dim.is_multiple_of(2) || seq == 0 || tokens % seq != 0 {
-        return Err(Error::argument(what, format!("{tokens} tokens, {seq} positions and heads of {dim} do not fit together")));
-    }
-    let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-    let ((cosine, _c), (sine, _s)) = (read(what, stream, cosine, angles)?, read(what, stream, sine, angles)?);
-    let (heads, dim, dtype) = (int(what, heads)?, int(what, dim)?, code(T::DTYPE)?);
-    // SAFETY: sizes as checked.
-    launch(stream, what, |s| unsafe {
-        ffi::sq_rope(y, x, cosine.cast(), sine.cast(), tokens, seq, heads, dim, transpose.into(), dtype, s)
-    })
+    let (y, x, cosine, sine) = (write(stream, y), read(stream, x), read(stream, cosine), read(stream, sine));
+    rotary::launch(Queue::of(stream), y.view, x.view, [cosine.view, sine.view], heads, transpose)
 }
 
 /// `y = silu(gate) · up`.
@@ -341,15 +252,20 @@ pub fn swiglu<T: Float>(
     gate: &impl DevicePtr<T>,
     up: &impl DevicePtr<T>,
 ) -> Result<()> {
-    let (what, len) = ("swiglu", gate.len());
-    let ((y, _y), (gate, _g), (up, _u)) =
-        (write(what, stream, y, len)?, read(what, stream, gate, len)?, read(what, stream, up, len)?);
-    let dtype = code(T::DTYPE)?;
-    // SAFETY: all have len values.
-    launch(stream, what, |s| unsafe { ffi::sq_swiglu_forward(y, gate, up, len as i64, dtype, s) })
+    let (y, gate, up) = (write(stream, y), read(stream, gate), read(stream, up));
+    gated::launch(Queue::of(stream), y.view, gate.view, up.view)
 }
 
 /// Gradients of [`swiglu`].
+///
+/// ```no_run
+/// use spinquant::kernels;
+/// let stream = cudarc::driver::CudaContext::new(0)?.default_stream();
+/// let (gate, up, dy) = (stream.alloc_zeros::<f32>(64)?, stream.alloc_zeros::<f32>(64)?, stream.alloc_zeros::<f32>(64)?);
+/// let (mut dgate, mut dup) = (stream.alloc_zeros::<f32>(64)?, stream.alloc_zeros::<f32>(64)?);
+/// kernels::swiglu_backward(&stream, &mut dgate, &mut dup, &dy, &gate, &up)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn swiglu_backward<T: Float>(
     stream: &CudaStream,
     dgate: &mut impl DevicePtrMut<T>,
@@ -358,45 +274,9 @@ pub fn swiglu_backward<T: Float>(
     gate: &impl DevicePtr<T>,
     up: &impl DevicePtr<T>,
 ) -> Result<()> {
-    let (what, len) = ("swiglu backward", gate.len());
-    let ((dgate, _d), (dup, _e)) = (write(what, stream, dgate, len)?, write(what, stream, dup, len)?);
-    let ((dy, _y), (gate, _g), (up, _u)) =
-        (read(what, stream, dy, len)?, read(what, stream, gate, len)?, read(what, stream, up, len)?);
-    let dtype = code(T::DTYPE)?;
-    // SAFETY: all have len values.
-    launch(stream, what, |s| unsafe { ffi::sq_swiglu_backward(dgate, dup, dy, gate, up, len as i64, dtype, s) })
-}
-
-/// [`Sizes`] as the launchers take them, and the lengths of q, k and lse.
-struct Heads {
-    batch: i64,
-    seq: i64,
-    heads: i32,
-    kv_heads: i32,
-    dim: i32,
-    scale: f32,
-    q: usize,
-    k: usize,
-    lse: usize,
-}
-
-fn heads(n: &Sizes) -> Result<Heads> {
-    let (what, int) = ("attention", |n| int("attention", n));
-    if n.heads == 0 || n.kv_heads == 0 || n.dim == 0 || !n.heads.is_multiple_of(n.kv_heads) {
-        return Err(Error::argument(what, format!("unusable sizes: {n:?}")));
-    }
-    let rows = n.batch * n.seq;
-    Ok(Heads {
-        batch: n.batch as i64,
-        seq: n.seq as i64,
-        heads: int(n.heads)?,
-        kv_heads: int(n.kv_heads)?,
-        dim: int(n.dim)?,
-        scale: (1.0 / (n.dim as f64).sqrt()) as f32,
-        q: rows * n.heads * n.dim,
-        k: rows * n.kv_heads * n.dim,
-        lse: rows * n.heads,
-    })
+    let (dgate, dup) = (write(stream, dgate), write(stream, dup));
+    let (dy, gate, up) = (read(stream, dy), read(stream, gate), read(stream, up));
+    gated::launch_backward(Queue::of(stream), [dgate.view, dup.view], dy.view, gate.view, up.view)
 }
 
 /// Causal attention of q `[batch·seq, heads, dim]` over k, v `[batch·seq, kv_heads, dim]` with the scale 1/√dim; `lse`
@@ -410,20 +290,17 @@ pub fn attention<T: Float>(
     v: &impl DevicePtr<T>,
     sizes: &Sizes,
 ) -> Result<()> {
-    let (what, n, dtype) = ("attention", heads(sizes)?, code(T::DTYPE)?);
-    let ((o, _o), (lse, _l)) = (write(what, stream, o, n.q)?, write(what, stream, lse, n.lse)?);
-    let ((q, _q), (k, _k), (v, _v)) = (read(what, stream, q, n.q)?, read(what, stream, k, n.k)?, read(what, stream, v, n.k)?);
-    // SAFETY: sizes as checked.
-    launch(stream, what, |s| unsafe {
-        ffi::sq_attention_forward(o, lse.cast(), q, k, v, n.batch, n.seq, n.heads, n.kv_heads, n.dim, n.scale, dtype, s)
-    })
+    let (o, lse) = (write(stream, o), write(stream, lse));
+    let (q, k, v) = (read(stream, q), read(stream, k), read(stream, v));
+    attend::launch(Queue::of(stream), o.view, lse.view, [q.view, k.view, v.view], sizes)
 }
 
 /// Bytes of workspace that [`attention_backward`] needs.
+///
+/// # Errors
+/// Sizes that do not fit together, and types other than `f32`, `f16`, `bf16`.
 pub fn attention_workspace(sizes: &Sizes, dtype: DType) -> Result<usize> {
-    let (n, dtype) = (heads(sizes)?, code(dtype)?);
-    // SAFETY: a pure function of its arguments.
-    Ok(unsafe { ffi::sq_attention_workspace(n.batch, n.seq, n.heads, n.kv_heads, n.dim, dtype) } as usize)
+    attend::workspace(sizes, dtype.into())
 }
 
 /// Gradients of [`attention`], deterministic.
@@ -438,40 +315,11 @@ pub fn attention_backward<T: Float>(
     lse: &impl DevicePtr<f32>,
     sizes: &Sizes,
 ) -> Result<()> {
-    let (what, n, dtype) = ("attention backward", heads(sizes)?, code(T::DTYPE)?);
-    let needed = attention_workspace(sizes, T::DTYPE)?;
-    if workspace.len() < needed {
-        return Err(Error::argument(what, format!("a workspace of {} bytes, {needed} are needed", workspace.len())));
-    }
-    let bytes = workspace.len();
-    let ((dq, _a), (dk, _b), (dv, _c)) =
-        (write(what, stream, dq, n.q)?, write(what, stream, dk, n.k)?, write(what, stream, dv, n.k)?);
-    let ((work, _w), (dout, _d)) = (write(what, stream, workspace, bytes)?, read(what, stream, dout, n.q)?);
-    let ((q, _q), (k, _k), (v, _v)) = (read(what, stream, q, n.q)?, read(what, stream, k, n.k)?, read(what, stream, v, n.k)?);
-    let ((o, _o), (lse, _l)) = (read(what, stream, o, n.q)?, read(what, stream, lse, n.lse)?);
-    // SAFETY: sizes as checked.
-    launch(stream, what, |s| unsafe {
-        ffi::sq_attention_backward(
-            dq,
-            dk,
-            dv,
-            work,
-            dout,
-            q,
-            k,
-            v,
-            o,
-            lse.cast(),
-            n.batch,
-            n.seq,
-            n.heads,
-            n.kv_heads,
-            n.dim,
-            n.scale,
-            dtype,
-            s,
-        )
-    })
+    let (dq, dk, dv, workspace) = (write(stream, dq), write(stream, dk), write(stream, dv), write(stream, workspace));
+    let (dout, q, k, v) = (read(stream, dout), read(stream, q), read(stream, k), read(stream, v));
+    let (o, lse) = (read(stream, o), read(stream, lse));
+    let (to, from) = ([dq.view, dk.view, dv.view], [q.view, k.view, v.view]);
+    attend::launch_backward(Queue::of(stream), to, workspace.view, dout.view, from, o.view, lse.view, sizes)
 }
 
 /// The loss of every row of logits `[rows, vocab]`; unless `scale` is 0 the logits become `scale (softmax − onehot)`. A target
@@ -484,116 +332,6 @@ pub fn cross_entropy<T: Float>(
     vocab: usize,
     scale: f32,
 ) -> Result<()> {
-    let (what, len) = ("cross_entropy", logits.len());
-    let (rows, dtype) = (rows(what, len, vocab)?, code(T::DTYPE)?);
-    let (logits, _x) = write(what, stream, logits, len)?;
-    let ((loss, _l), (targets, _t)) = (write(what, stream, loss, rows as usize)?, read(what, stream, targets, rows as usize)?);
-    // SAFETY: sizes as checked; the kernel tests targets against vocab.
-    launch(stream, what, |s| unsafe {
-        ffi::sq_cross_entropy(logits, loss.cast(), targets.cast(), rows, vocab as i64, scale, dtype, s)
-    })
-}
-
-/// What Cayley steps need besides matrix products, on batches of `n × n` matrices of `f32`.
-pub mod cayley {
-    use super::{CudaStream, DevicePtr, DevicePtrMut, Error, Result, ffi, launch, read, write};
-
-    /// The number of n×n matrices.
-    fn batch(what: &str, len: usize, n: usize) -> Result<(i64, i64)> {
-        match len.checked_rem(n * n) {
-            Some(0) => Ok(((len / (n * n)) as i64, n as i64)),
-            _ => Err(Error::shape(what, format!("of whole matrices of {n}x{n}"), &[len])),
-        }
-    }
-
-    /// Every row divided by (its 2-norm + 1e-8).
-    pub fn normalize_rows(stream: &CudaStream, y: &mut impl DevicePtrMut<f32>, x: &impl DevicePtr<f32>, n: usize) -> Result<()> {
-        let (what, len) = ("normalize_rows", x.len());
-        let (batch, n) = batch(what, len, n)?;
-        let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-        // SAFETY: both have batch × n × n values.
-        launch(stream, what, |s| unsafe { ffi::sq_normalize_rows(y.cast(), x.cast(), batch, n, s) })
-    }
-
-    /// `w = a − aᵀ`.
-    pub fn skew(stream: &CudaStream, w: &mut impl DevicePtrMut<f32>, a: &impl DevicePtr<f32>, n: usize) -> Result<()> {
-        let (what, len) = ("skew", a.len());
-        let (batch, n) = batch(what, len, n)?;
-        let ((w, _w), (a, _a)) = (write(what, stream, w, len)?, read(what, stream, a, len)?);
-        // SAFETY: both have batch × n × n values.
-        launch(stream, what, |s| unsafe { ffi::sq_skew(w.cast(), a.cast(), batch, n, s) })
-    }
-
-    /// `y = alpha xᵀ + beta z`.
-    pub fn transpose_axpby(
-        stream: &CudaStream,
-        y: &mut impl DevicePtrMut<f32>,
-        (alpha, x): (f32, &impl DevicePtr<f32>),
-        (beta, z): (f32, &impl DevicePtr<f32>),
-        n: usize,
-    ) -> Result<()> {
-        let (what, len) = ("transpose_axpby", x.len());
-        let (batch, n) = batch(what, len, n)?;
-        let ((y, _y), (x, _x), (z, _z)) =
-            (write(what, stream, y, len)?, read(what, stream, x, len)?, read(what, stream, z, len)?);
-        // SAFETY: all have batch × n × n values.
-        launch(stream, what, |s| unsafe { ffi::sq_transpose_axpby(y.cast(), alpha, x.cast(), beta, z.cast(), batch, n, s) })
-    }
-
-    /// `alpha[b] = min(lr, 1 / (‖w[b]‖₁ + 1e-8))`, ‖·‖₁ the largest column sum of |·|.
-    pub fn step_size(
-        stream: &CudaStream,
-        alpha: &mut impl DevicePtrMut<f32>,
-        w: &impl DevicePtr<f32>,
-        lr: f32,
-        n: usize,
-    ) -> Result<()> {
-        let (what, len) = ("step_size", w.len());
-        let (batch, n) = batch(what, len, n)?;
-        let ((alpha, _a), (w, _w)) = (write(what, stream, alpha, batch as usize)?, read(what, stream, w, len)?);
-        // SAFETY: w has batch × n × n values, alpha batch.
-        launch(stream, what, |s| unsafe { ffi::sq_cayley_step_size(alpha.cast(), w.cast(), lr, batch, n, s) })
-    }
-
-    /// `y[b] = a[b] + factor · alpha[b] · x[b]`.
-    pub fn add_scaled(
-        stream: &CudaStream,
-        y: &mut impl DevicePtrMut<f32>,
-        a: &impl DevicePtr<f32>,
-        (factor, alpha): (f32, &impl DevicePtr<f32>),
-        x: &impl DevicePtr<f32>,
-        n: usize,
-    ) -> Result<()> {
-        let (what, len) = ("add_scaled", x.len());
-        let (batch, n) = batch(what, len, n)?;
-        let ((y, _y), (a, _a), (x, _x)) =
-            (write(what, stream, y, len)?, read(what, stream, a, len)?, read(what, stream, x, len)?);
-        let (alpha, _l) = read(what, stream, alpha, batch as usize)?;
-        // SAFETY: all have batch × n × n values, alpha batch.
-        launch(stream, what, |s| unsafe { ffi::sq_add_scaled(y.cast(), a.cast(), alpha.cast(), factor, x.cast(), batch, n, s) })
-    }
-
-    /// `residual = I − gram` and `error[b] = max|gram[b] − I|` of Gram matrices in `f64`.
-    pub fn gram_residual(
-        stream: &CudaStream,
-        residual: &mut impl DevicePtrMut<f32>,
-        error: &mut impl DevicePtrMut<f64>,
-        gram: &impl DevicePtr<f64>,
-        n: usize,
-    ) -> Result<()> {
-        let (what, len) = ("gram_residual", gram.len());
-        let (batch, n) = batch(what, len, n)?;
-        let ((residual, _r), (gram, _g)) = (write(what, stream, residual, len)?, read(what, stream, gram, len)?);
-        let (error, _e) = write(what, stream, error, batch as usize)?;
-        // SAFETY: residual and gram have batch × n × n values, error batch.
-        launch(stream, what, |s| unsafe { ffi::sq_gram_residual(residual.cast(), error.cast(), gram.cast(), batch, n, s) })
-    }
-
-    /// `y = x`, widened.
-    pub fn widen(stream: &CudaStream, y: &mut impl DevicePtrMut<f64>, x: &impl DevicePtr<f32>) -> Result<()> {
-        let (what, len) = ("widen", x.len());
-        let ((y, _y), (x, _x)) = (write(what, stream, y, len)?, read(what, stream, x, len)?);
-        // SAFETY: both have len values.
-        launch(stream, what, |s| unsafe { ffi::sq_widen(y.cast(), x.cast(), len as i64, s) })
-    }
+    let (logits, loss, targets) = (write(stream, logits), write(stream, loss), read(stream, targets));
+    loss_of::launch(Queue::of(stream), logits.view, loss.view, targets.view, vocab, scale)
 }

@@ -3,51 +3,23 @@
 //! There are no strides: a reshape is free, a slice of the first axis is free, a transpose is a flag of [`matmul`](crate::ops::matmul).
 //! Cloning bumps a reference count; an operation that consumes the last reference may reuse the memory in place.
 
+mod gpu;
+
 use std::fmt;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::device::cpu::CpuBuffer;
+use crate::device::cuda::CudaBuffer;
 use crate::device::{Device, cpu};
 use crate::dtype::{DType, Element};
 use crate::{Error, Result};
 
-/// Memory of a CPU tensor. Large `f32` buffers return to a pool when dropped ([`cpu::alloc`]).
-#[derive(Debug)]
-#[doc(hidden)]
-pub enum CpuBuffer {
-    F64(Vec<f64>),
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
-    U32(Vec<u32>),
-}
-
-impl CpuBuffer {
-    fn dtype(&self) -> DType {
-        match self {
-            Self::F64(_) => DType::F64,
-            Self::F32(_) => DType::F32,
-            Self::F16(_) => DType::F16,
-            Self::BF16(_) => DType::BF16,
-            Self::U32(_) => DType::U32,
-        }
-    }
-}
-
-impl Drop for CpuBuffer {
-    fn drop(&mut self) {
-        if let Self::F32(v) = self {
-            cpu::recycle(std::mem::take(v));
-        }
-    }
-}
-
 #[derive(Debug)]
 pub(crate) enum Storage {
     Cpu(CpuBuffer),
-    #[cfg(feature = "cuda")]
-    Cuda(crate::device::cuda::CudaBuffer),
+    Cuda(CudaBuffer),
 }
 
 /// A contiguous, row-major array on one device.
@@ -110,12 +82,12 @@ impl Tensor {
         if count("Tensor::from_vec", &shape)? != values.len() {
             return Err(Error::shape("Tensor::from_vec", format!("of {} values", values.len()), &shape));
         }
-        Ok(Self { storage: Arc::new(Storage::Cpu(T::wrap(values))), start: 0, shape })
+        Ok(Self { storage: Arc::new(Storage::Cpu(CpuBuffer::wrap(values))), start: 0, shape })
     }
 
     /// A 0-dimensional CPU tensor.
     pub fn scalar<T: Element>(value: T) -> Self {
-        Self { storage: Arc::new(Storage::Cpu(T::wrap(vec![value]))), start: 0, shape: vec![] }
+        Self { storage: Arc::new(Storage::Cpu(CpuBuffer::wrap(vec![value]))), start: 0, shape: vec![] }
     }
 
     /// All zeros.
@@ -139,8 +111,7 @@ impl Tensor {
                     shape,
                 })
             }
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => Self::from_cuda(device.zeros(count("Tensor::zeros", &shape)?, dtype)?, shape),
+            Device::Cuda(device) => Self::from_cuda(device.zeros(count("Tensor::zeros", &shape)?, dtype.into())?, shape),
         }
     }
 
@@ -188,7 +159,6 @@ impl Tensor {
     pub fn dtype(&self) -> DType {
         match &*self.storage {
             Storage::Cpu(b) => b.dtype(),
-            #[cfg(feature = "cuda")]
             Storage::Cuda(b) => b.dtype(),
         }
     }
@@ -197,7 +167,6 @@ impl Tensor {
     pub fn device(&self) -> Device {
         match &*self.storage {
             Storage::Cpu(_) => Device::Cpu,
-            #[cfg(feature = "cuda")]
             Storage::Cuda(b) => Device::Cuda(b.device().clone()),
         }
     }
@@ -254,9 +223,8 @@ impl Tensor {
         }
         let shape = [&[parts.len()], first.shape()].concat();
         count("stack", &shape)?;
-        #[cfg(feature = "cuda")]
-        if !first.device().is_cpu() {
-            return crate::device::cuda::ops::stack(parts, shape);
+        if let Device::Cuda(device) = first.device() {
+            return gpu::stack(&device, parts, shape);
         }
         Self::join(parts, shape)
     }
@@ -277,9 +245,8 @@ impl Tensor {
         let entries = parts.iter().try_fold(0usize, |sum, p| sum.checked_add(p.shape[0]));
         let shape = [&[entries.unwrap_or(usize::MAX)], inner].concat();
         count("concat", &shape)?;
-        #[cfg(feature = "cuda")]
-        if !first.device().is_cpu() {
-            return crate::device::cuda::ops::stack(parts, shape);
+        if let Device::Cuda(device) = first.device() {
+            return gpu::stack(&device, parts, shape);
         }
         Self::join(parts, shape)
     }
@@ -302,10 +269,10 @@ impl Tensor {
     /// Borrows the values of a CPU tensor of element type `T`.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         match &*self.storage {
-            Storage::Cpu(b) => T::view(b)
+            Storage::Cpu(b) => b
+                .view::<T>()
                 .map(|v| &v[self.start..self.start + self.len()])
                 .ok_or_else(|| Error::dtype("as_slice", T::DTYPE, self.dtype())),
-            #[cfg(feature = "cuda")]
             Storage::Cuda(_) => Err(Error::device("as_slice", "expected a CPU tensor, got one on a GPU (use to_device)")),
         }
     }
@@ -314,7 +281,6 @@ impl Tensor {
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         match self.device() {
             Device::Cpu => Ok(self.as_slice::<T>()?.to_vec()),
-            #[cfg(feature = "cuda")]
             Device::Cuda(_) => self.to_device(&Device::Cpu)?.into_vec(),
         }
     }
@@ -322,10 +288,9 @@ impl Tensor {
     /// Moves the values out, without a copy where this is the only reference.
     pub fn into_vec<T: Element>(mut self) -> Result<Vec<T>> {
         let n = self.len();
-        #[cfg_attr(not(feature = "cuda"), allow(irrefutable_let_patterns))]
         if self.start == 0
             && let Some(Storage::Cpu(b)) = Arc::get_mut(&mut self.storage)
-            && let Some(v) = T::view_mut(b)
+            && let Some(v) = b.view_mut::<T>()
             && v.len() == n
         {
             return Ok(std::mem::take(v));
@@ -354,19 +319,21 @@ impl Tensor {
         if !dtype.is_float() || !self.dtype().is_float() {
             return Err(Error::dtype("to_dtype", "a floating-point type", if dtype.is_float() { self.dtype() } else { dtype }));
         }
-        match self.device() {
-            Device::Cpu => Self::from_buffer(
-                match dtype {
-                    DType::F64 => cpu::cast::<f64>(self)?,
-                    DType::F32 => cpu::cast::<f32>(self)?,
-                    DType::F16 => cpu::cast::<f16>(self)?,
-                    DType::BF16 => cpu::cast::<bf16>(self)?,
-                    DType::U32 => unreachable!("checked above"),
-                },
-                &self.shape,
-            ),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => crate::device::cuda::cast(self, dtype),
+        match &*self.storage {
+            Storage::Cpu(b) => {
+                let values = self.start..self.start + self.len();
+                Self::from_buffer(
+                    match dtype {
+                        DType::F64 => cpu::cast::<f64>(b, values)?,
+                        DType::F32 => cpu::cast::<f32>(b, values)?,
+                        DType::F16 => cpu::cast::<f16>(b, values)?,
+                        DType::BF16 => cpu::cast::<bf16>(b, values)?,
+                        DType::U32 => unreachable!("checked above"),
+                    },
+                    &self.shape,
+                )
+            }
+            Storage::Cuda(b) => gpu::cast(b.device(), self, dtype),
         }
     }
 
@@ -397,8 +364,7 @@ impl Tensor {
             (Device::Cpu, dtype @ (DType::F16 | DType::BF16)) => {
                 Self::axpby(alpha, a.to_dtype(DType::F32)?, beta, b.to_dtype(DType::F32)?)?.to_dtype(dtype)
             }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::axpby(alpha, a, beta, Some(b)),
+            (Device::Cuda(device), _) => gpu::axpby(&device, alpha, a, beta, Some(b)),
             (Device::Cpu, DType::U32) => Err(Error::dtype("axpby", "f64, f32, f16 or bf16", DType::U32)),
         }
     }
@@ -408,9 +374,8 @@ impl Tensor {
     /// # Errors
     /// Integers.
     pub fn scale(self, factor: f64) -> Result<Self> {
-        #[cfg(feature = "cuda")]
-        if !self.device().is_cpu() {
-            return crate::device::cuda::ops::axpby(factor, self, 0.0, None);
+        if let Device::Cuda(device) = self.device() {
+            return gpu::axpby(&device, factor, self, 0.0, None);
         }
         Self::axpby(factor, self.clone(), 0.0, self)
     }
@@ -419,7 +384,6 @@ impl Tensor {
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         match (&*self.storage, device) {
             (Storage::Cpu(_), Device::Cpu) => Ok(self.clone()),
-            #[cfg(feature = "cuda")]
             (Storage::Cpu(b), Device::Cuda(device)) => {
                 let bytes: &[u8] = match b {
                     CpuBuffer::F64(v) => bytemuck::cast_slice(v),
@@ -430,9 +394,8 @@ impl Tensor {
                 };
                 let size = self.dtype().size();
                 let bytes = &bytes[self.start * size..(self.start + self.len()) * size];
-                Self::from_cuda(device.upload(bytes, self.dtype())?, self.shape.clone())
+                Self::from_cuda(device.upload(bytes, self.dtype().into())?, self.shape.clone())
             }
-            #[cfg(feature = "cuda")]
             (Storage::Cuda(b), Device::Cpu) => {
                 macro_rules! download {
                     ($t:ty) => {{
@@ -449,7 +412,6 @@ impl Tensor {
                     DType::U32 => download!(u32),
                 }
             }
-            #[cfg(feature = "cuda")]
             (Storage::Cuda(b), Device::Cuda(device)) => {
                 if b.device() == device {
                     Ok(self.clone())
@@ -466,7 +428,7 @@ impl Tensor {
         if T::DTYPE == DType::F32 && !(self.start == 0 && Arc::get_mut(&mut self.storage).is_some()) {
             // A copy into pooled memory, for fresh pages cost more than the copy.
             let mut buffer = CpuBuffer::F32(cpu::alloc(n));
-            if let Some(v) = T::view_mut(&mut buffer) {
+            if let Some(v) = buffer.view_mut::<T>() {
                 cpu::copy(v, self.as_slice()?);
                 return Ok(std::mem::take(v));
             }
@@ -478,22 +440,11 @@ impl Tensor {
         Ok(Self { storage: Arc::new(Storage::Cpu(buffer)), start: 0, shape: shape.to_vec() })
     }
 
-    #[cfg(feature = "cuda")]
-    pub(crate) fn from_cuda(buffer: crate::device::cuda::CudaBuffer, shape: impl Into<Vec<usize>>) -> Result<Self> {
+    pub(crate) fn from_cuda(buffer: CudaBuffer, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Ok(Self { storage: Arc::new(Storage::Cuda(buffer)), start: 0, shape: shape.into() })
     }
 
-    /// The device buffer and the offset (in values) of the first value; an error on the CPU.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn cuda(&self) -> Result<(&crate::device::cuda::CudaBuffer, usize)> {
-        match &*self.storage {
-            Storage::Cuda(b) => Ok((b, self.start)),
-            Storage::Cpu(_) => Err(Error::device("cuda kernel", "expected a tensor on the GPU, got one on the CPU")),
-        }
-    }
-
     /// True when nobody else holds this memory and it is whole, so that an operation may write into it.
-    #[cfg(feature = "cuda")]
     pub(crate) fn is_unique(&mut self) -> bool {
         let n = self.len();
         self.start == 0

@@ -1,13 +1,14 @@
 //! What the CPU kernels share: buffers, threads, vector instructions, matrix products.
 
+use std::any::Any;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::dtype::{DType, Element};
-use crate::tensor::{CpuBuffer, Tensor};
 use crate::{Error, Result};
 
 /// Buffers below this many values are not worth keeping.
@@ -53,6 +54,74 @@ pub(crate) fn recycle(v: Vec<f32>) {
 /// Gives the pool's memory back to the system; worth calling between phases that use different shapes.
 pub fn trim() {
     *pool().lock().unwrap_or_else(|e| e.into_inner()) = Pool::default();
+}
+
+/// Memory of a CPU tensor. Large `f32` buffers return to a pool when dropped ([`alloc`]).
+#[derive(Debug)]
+pub(crate) enum CpuBuffer {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+    U32(Vec<u32>),
+}
+
+impl CpuBuffer {
+    /// Takes a vector.
+    pub(crate) fn wrap<T: Element>(values: Vec<T>) -> Self {
+        let mut buffer = match T::DTYPE {
+            DType::F64 => Self::F64(vec![]),
+            DType::F32 => Self::F32(vec![]),
+            DType::F16 => Self::F16(vec![]),
+            DType::BF16 => Self::BF16(vec![]),
+            DType::U32 => Self::U32(vec![]),
+        };
+        *buffer.view_mut::<T>().expect("made of this type just now") = values;
+        buffer
+    }
+
+    /// The values, where they are of this type.
+    pub(crate) fn view<T: Element>(&self) -> Option<&[T]> {
+        let values: &dyn Any = match self {
+            Self::F64(v) => v,
+            Self::F32(v) => v,
+            Self::F16(v) => v,
+            Self::BF16(v) => v,
+            Self::U32(v) => v,
+        };
+        values.downcast_ref::<Vec<T>>().map(Vec::as_slice)
+    }
+
+    /// The vector, where it is of this type.
+    pub(crate) fn view_mut<T: Element>(&mut self) -> Option<&mut Vec<T>> {
+        let values: &mut dyn Any = match self {
+            Self::F64(v) => v,
+            Self::F32(v) => v,
+            Self::F16(v) => v,
+            Self::BF16(v) => v,
+            Self::U32(v) => v,
+        };
+        values.downcast_mut::<Vec<T>>()
+    }
+
+    /// The element type.
+    pub(crate) fn dtype(&self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::F16(_) => DType::F16,
+            Self::BF16(_) => DType::BF16,
+            Self::U32(_) => DType::U32,
+        }
+    }
+}
+
+impl Drop for CpuBuffer {
+    fn drop(&mut self) {
+        if let Self::F32(v) = self {
+            recycle(std::mem::take(v));
+        }
+    }
 }
 
 /// Runs `f` compiled for the best vector instructions of this machine. `f` and what it calls must be `#[inline(always)]`.
@@ -166,17 +235,17 @@ pub(crate) fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
     total
 }
 
-/// Converts a CPU tensor to another floating-point type, rounding once.
-pub(crate) fn cast<T: Element>(x: &Tensor) -> Result<CpuBuffer> {
+/// Some values of a buffer in another floating-point type, rounded once.
+pub(crate) fn cast<T: Element>(x: &CpuBuffer, values: Range<usize>) -> Result<CpuBuffer> {
     fn go<S: Element, T: Element>(x: &[S]) -> Vec<T> {
         x.par_chunks(1 << 14).flat_map_iter(|c| c.iter().map(|v| T::from_f64(v.to_f64()))).collect()
     }
-    Ok(T::wrap(match x.dtype() {
-        DType::F64 => go::<f64, T>(x.as_slice()?),
-        DType::F32 => go::<f32, T>(x.as_slice()?),
-        DType::F16 => go::<f16, T>(x.as_slice()?),
-        DType::BF16 => go::<bf16, T>(x.as_slice()?),
-        DType::U32 => return Err(Error::dtype("cast", "a floating-point type", DType::U32)),
+    Ok(CpuBuffer::wrap(match x {
+        CpuBuffer::F64(x) => go::<f64, T>(&x[values]),
+        CpuBuffer::F32(x) => go::<f32, T>(&x[values]),
+        CpuBuffer::F16(x) => go::<f16, T>(&x[values]),
+        CpuBuffer::BF16(x) => go::<bf16, T>(&x[values]),
+        CpuBuffer::U32(_) => return Err(Error::dtype("cast", "a floating-point type", DType::U32)),
     }))
 }
 

@@ -1,8 +1,31 @@
-//! Where tensors live. The only code that knows how many backends exist.
+//! Where tensors live: memory, streams and launches. A device has heard of no operation; what runs on it is written beside its
+//! formula, in [`ops`](crate::ops), [`linalg`](crate::linalg) and [`quant`](crate::quant).
 
-pub mod cpu;
+#[cfg(not(feature = "cuda"))]
+#[path = "absent.rs"]
+pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+
+pub mod cpu;
+pub(crate) mod launch;
+
+/// Calls a launcher of `cuda/kernels.h`: `unsafe { ffi!(sq_name(…)) }`. In a build without the feature `cuda` there is nothing to call,
+/// and no device to call it on.
+#[cfg(feature = "cuda")]
+macro_rules! ffi {
+    ($name:ident($($argument:expr),* $(,)?)) => {
+        $crate::device::cuda::ffi::$name($($crate::device::launch::Argument::pass($argument)),*)
+    };
+}
+#[cfg(not(feature = "cuda"))]
+macro_rules! ffi {
+    ($name:ident($($argument:expr),* $(,)?)) => {{
+        let _ = ($(&$argument,)*);
+        $crate::device::cuda::ffi::launcher()
+    }};
+}
+pub(crate) use ffi;
 
 use std::fmt;
 
@@ -14,8 +37,7 @@ use crate::Result;
 pub enum Device {
     /// Main memory; complete in `f64` and `f32`.
     Cpu,
-    /// One NVIDIA GPU and the stream this crate uses on it.
-    #[cfg(feature = "cuda")]
+    /// One NVIDIA GPU and the stream this crate uses on it. There is none without the feature `cuda`.
     Cuda(cuda::CudaDevice),
 }
 
@@ -49,7 +71,6 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.pad("cpu"),
-            #[cfg(feature = "cuda")]
             Self::Cuda(d) => write!(f, "cuda:{}", d.ordinal()),
         }
     }

@@ -1,5 +1,6 @@
 //! Matrix products of tensors, without a tape: which arithmetic, and what to do with a batch.
 
+use super::matmul_gpu;
 use crate::device::Device;
 use crate::device::cpu::{self, Real, Strides};
 use crate::tensor::{count, room};
@@ -36,17 +37,40 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: 
     }
     let p =
         Problem { m, n, k, batch: batch.unwrap_or(1), batch_a: batch_a.is_some(), batch_b: batch_b.is_some(), ta, tb, reduce };
-    match (a.device(), dtype) {
-        (Device::Cpu, DType::F64) => {
-            Tensor::from_vec(p.run(a.as_slice::<f64>()?, b.as_slice::<f64>()?, vec![0.0; p.size()]), shape)
-        }
-        (Device::Cpu, DType::F32 | DType::F16 | DType::BF16) => {
+    if let Device::Cuda(device) = one_device("matmul", &[a, b])? {
+        return matmul_gpu::matmul(&device, a, b, &p, &shape, dtype);
+    }
+    match dtype {
+        DType::F64 => Tensor::from_vec(p.run(a.as_slice::<f64>()?, b.as_slice::<f64>()?, vec![0.0; p.size()]), shape),
+        DType::F32 | DType::F16 | DType::BF16 => {
             let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
             Tensor::from_vec(p.run(a.as_slice::<f32>()?, b.as_slice::<f32>()?, cpu::alloc(p.size())), shape)?.to_dtype(dtype)
         }
-        #[cfg(feature = "cuda")]
-        (Device::Cuda(_), _) => crate::device::cuda::matmul::matmul(a, b, &p, shape, dtype),
-        _ => Err(Error::dtype("matmul", "f64, f32, f16 or bf16", dtype)),
+        DType::U32 => Err(Error::dtype("matmul", "f64, f32, f16 or bf16", dtype)),
+    }
+}
+
+/// `c + x wᵀ` without a tape, for x [.., in], w [out, in] and c [tokens, out]; rounded once on a GPU where all are of one type, and
+/// made in c's memory on the CPU when unshared.
+///
+/// # Errors
+/// Shapes that do not fit together, or operands on different devices.
+pub fn linear_add(c: Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let alike = c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols();
+    match one_device("linear_add", &[&c, x, w])? {
+        Device::Cuda(device) if alike => matmul_gpu::linear_add(&device, &c, x, w),
+        _ => {
+            let narrow = [x.dtype(), w.dtype()].into_iter().find(|d| d.is_half()).unwrap_or(x.dtype());
+            Tensor::axpby(1.0, c, 1.0, product(x, false, w, true, false, narrow)?)
+        }
+    }
+}
+
+fn one_device(what: &str, operands: &[&Tensor]) -> Result<Device> {
+    let device = operands[0].device();
+    match operands.iter().find(|t| t.device() != device) {
+        Some(other) => Err(Error::device(what, format!("operands on {device} and {}", other.device()))),
+        None => Ok(device),
     }
 }
 

@@ -4,15 +4,15 @@
 //! Scalars that belong to a matrix of the batch stay on the device as a tensor `[k]`, so that a step never waits for the host.
 
 pub(crate) mod factor;
+pub(crate) mod gpu;
 pub mod matmul;
+mod matmul_gpu;
 
 use rayon::prelude::*;
 
 use self::factor::{cholesky, invert_lower, transpose};
 use crate::device::Device;
 use crate::device::cpu::{self, Real, Strides};
-#[cfg(feature = "cuda")]
-use crate::device::cuda::linalg as cuda;
 use crate::{DType, Error, Result, Tensor};
 
 /// Guards the divisions of the published code.
@@ -62,12 +62,11 @@ pub fn alike(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<()> {
 
 /// Calls the generic CPU function for the element type of `$x`, or the GPU's where there is one.
 macro_rules! on_cpu {
-    ($what:expr, $x:expr, $f:ident($($arg:expr),*) $(, gpu: $gpu:expr)?) => {
+    ($what:expr, $x:expr, $f:ident($($arg:expr),*) $(, gpu: $gpu:ident($($on:expr),*))?) => {
         match ($x.device(), $x.dtype()) {
-            $(#[cfg(feature = "cuda")] (Device::Cuda(_), DType::F32) => $gpu,)?
+            $((Device::Cuda(device), DType::F32) => gpu::$gpu(&device, $($on),*),)?
             (Device::Cpu, DType::F64) => $f::<f64>($($arg),*),
             (Device::Cpu, DType::F32) => $f::<f32>($($arg),*),
-            #[allow(unreachable_patterns)]
             (device, dtype) => Err(Error::device($what, format!("not available for {dtype} on {device}"))),
         }
     };
@@ -102,15 +101,11 @@ pub enum Digits {
 
 /// [`product`], of rounded operands where that makes it faster.
 pub fn rounded_product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, digits: Digits) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    {
-        let (_, n) = same("product", a, &[b])?;
-        if !a.device().is_cpu() && a.dtype() == DType::F32 && cuda::splits(n) {
-            return cuda::split_product(a, ta, b, tb, digits);
-        }
+    let (_, n) = same("product", a, &[b])?;
+    match a.device() {
+        Device::Cuda(device) if a.dtype() == DType::F32 && gpu::splits(n) => gpu::split_product(&device, a, ta, b, tb, digits),
+        _ => product(a, ta, b, tb),
     }
-    let _ = digits;
-    product(a, ta, b, tb)
 }
 
 /// `alpha xᵀ + beta z` for every matrix of the batch.
@@ -139,7 +134,7 @@ pub fn transpose_axpby(alpha: f64, x: &Tensor, beta: f64, z: Option<&Tensor>) ->
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("transpose_axpby", x, go(alpha, x, beta, z, n), gpu: cuda::transpose_axpby(alpha, x, beta, z))
+    on_cpu!("transpose_axpby", x, go(alpha, x, beta, z, n), gpu: transpose_axpby(alpha, x, beta, z))
 }
 
 /// `a − aᵀ` for every matrix of the batch: exactly skew.
@@ -159,7 +154,7 @@ pub fn normalize_rows(x: Tensor) -> Result<Tensor> {
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("normalize_rows", x, go(x, n), gpu: cuda::normalize_rows(&x))
+    on_cpu!("normalize_rows", x, go(x, n), gpu: normalize_rows(&x))
 }
 
 /// `min(lr, 1 / (‖w‖₁ + 1e-8))` for every matrix of the batch, `[k]`; ‖·‖₁ is the largest column sum of |·|. NaN where w has one.
@@ -175,7 +170,7 @@ pub fn step_size(w: &Tensor, lr: f64) -> Result<Tensor> {
         };
         Tensor::from_vec(w.as_slice::<T>()?.par_chunks(n * n).map(of).collect(), [k])
     }
-    on_cpu!("step_size", w, go(w, lr, k, n), gpu: cuda::step_size(w, lr))
+    on_cpu!("step_size", w, go(w, lr, k, n), gpu: step_size(w, lr))
 }
 
 /// `a + factor · alpha[b] · x` for every matrix b of the batch; 0 for no `a`.
@@ -198,7 +193,7 @@ pub fn add_scaled(a: Option<Tensor>, alpha: &Tensor, factor: f64, x: &Tensor) ->
         });
         Tensor::from_vec(y, shape)
     }
-    on_cpu!("add_scaled", x, go(a, alpha, factor, x, n), gpu: cuda::add_scaled(a.as_ref(), alpha, factor, x))
+    on_cpu!("add_scaled", x, go(a, alpha, factor, x, n), gpu: add_scaled(a.as_ref(), alpha, factor, x))
 }
 
 /// The residual `E = I − xᵀx`, computed in `f64` and rounded to the type of x, and max|E| of every matrix of the batch.
@@ -206,9 +201,8 @@ pub fn add_scaled(a: Option<Tensor>, alpha: &Tensor, factor: f64, x: &Tensor) ->
 /// Rows or columns would do as well; in `f32` a perfect rotation already reads 2.7e-6 at n = 4096, hence the `f64`.
 pub fn gram_residual(x: &Tensor) -> Result<(Tensor, Vec<f64>)> {
     let (_, n) = same("gram_residual", x, &[])?;
-    #[cfg(feature = "cuda")]
-    if !x.device().is_cpu() {
-        return cuda::gram_residual(x);
+    if let Device::Cuda(device) = x.device() {
+        return gpu::gram_residual(&device, x);
     }
     let wide = x.to_dtype(DType::F64)?;
     let mut e = product(&wide, true, &wide, false)?.into_vec::<f64>()?;
@@ -258,7 +252,7 @@ pub fn mean_squares(x: &Tensor) -> Result<Vec<f64>> {
         let of = |x: &[T]| x.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>() / (n * n) as f64;
         Ok(x.as_slice::<T>()?.par_chunks(n * n).map(of).collect())
     }
-    on_cpu!("mean_squares", x, go(x, n), gpu: cuda::mean_squares(x))
+    on_cpu!("mean_squares", x, go(x, n), gpu: mean_squares(x))
 }
 
 /// What is below the diagonal of every matrix of the batch; zeros elsewhere.
@@ -269,7 +263,7 @@ pub fn strictly_lower(x: &Tensor) -> Result<Tensor> {
         y.par_chunks_mut(n).enumerate().for_each(|(row, y)| y[row % n..].fill(T::ZERO));
         Tensor::from_vec(y, x.shape())
     }
-    on_cpu!("strictly_lower", x, go(x, n), gpu: cuda::strictly_lower(x))
+    on_cpu!("strictly_lower", x, go(x, n), gpu: strictly_lower(x))
 }
 
 /// Adam's statistics of one step (Kingma & Ba 2015), elementwise: `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`; returns m, v and the
@@ -289,7 +283,7 @@ pub fn adam(m: &Tensor, v: &Tensor, g: &Tensor, betas: [f64; 2], corrections: [f
         Ok([Tensor::from_vec(m, shape.clone())?, Tensor::from_vec(v, shape.clone())?, Tensor::from_vec(d, shape)?])
     }
     let constants = (betas, corrections, epsilon);
-    on_cpu!("adam", m, go(m, v, g, constants), gpu: cuda::adam(m, v, g, betas, corrections, epsilon))
+    on_cpu!("adam", m, go(m, v, g, constants), gpu: adam(m, v, g, betas, corrections, epsilon))
 }
 
 /// `x = Q R` with R upper triangular and a positive diagonal: (Q, R⁻¹). Cholesky–QR done twice (Yamamoto et al. 2015): R from

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::llama::block::{Block, Run};
 use crate::llama::rotate::RotatedWeights;
 use crate::profile::enter_pass;
-use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Tape, Var};
 use crate::{DType, Error, Result, Tensor};
 
 /// What a step keeps in memory and what it computes again. See [`crate::llama::Recompute`].
@@ -85,7 +85,10 @@ impl Op for Layer {
         "layer"
     }
 
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let inputs = inputs.into_vec();
         if save.wants_any() {
             inputs.iter().for_each(|t| save.push(t.clone()));

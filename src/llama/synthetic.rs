@@ -23,6 +23,9 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::data::Windows;
+use crate::device::cuda::Queue;
+use crate::device::ffi;
+use crate::device::launch::{Check, Kind, View, Work};
 use crate::llama::{Affine, Block, Linear, Linears, Llama, LlamaConfig, RopeScaling, RotatedWeights};
 use crate::quant::Scheme;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
@@ -227,9 +230,12 @@ fn random(
     device: &Device,
 ) -> Result<Tensor> {
     let unit = (std / SUM_STD) as f32;
-    #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
-        return crate::device::cuda::ops::random_weights(device, shape, (seed, tensor), unit, row, col, dtype);
+        let upload = |v: Option<&[f32]>| v.map(|v| device.upload(bytemuck::cast_slice(v), Kind::F32)).transpose();
+        let (row, col, y) = (upload(row)?, upload(col)?, Tensor::on(device, &shape, dtype)?);
+        let factors = [row.as_ref().map(|v| v.view()), col.as_ref().map(|v| v.view())];
+        launch(device.queue(), y.view()?, shape, (seed, tensor), unit, factors)?;
+        return Ok(y);
     }
     let [rows, cols] = shape;
     let key = mix(mix(seed.wrapping_add(1)).wrapping_add(tensor).wrapping_add(1));
@@ -242,6 +248,27 @@ fn random(
         }
     });
     Tensor::from_vec(values, shape)?.to_dtype(dtype)?.to_device(device)
+}
+
+/// The same on a GPU: y `[rows, cols]`, and the factors (`f32`) of rows and columns, 1 for none.
+fn launch(
+    queue: Queue<'_>,
+    y: View<'_>,
+    [rows, cols]: [usize; 2],
+    (seed, tensor): (u64, u64),
+    unit: f32,
+    [row, col]: [Option<View<'_>>; 2],
+) -> Result<()> {
+    let c = Check::new("random weights", queue);
+    let kind = y.kind();
+    let y = c.operand("y", y, kind, c.product(&[rows, cols])?)?;
+    let row = c.optional("factors of rows", row, Kind::F32, rows)?;
+    let col = c.optional("factors of columns", col, Kind::F32, cols)?;
+    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
+    // SAFETY: y has rows · cols values; the factors are null or as many as rows and columns.
+    c.launch(Work::of("random weights"), |s| unsafe {
+        ffi!(sq_random_weights(y, rows, cols, seed, tensor, unit, row, col, dtype, s))
+    })
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea & Flood 2014).

@@ -1,7 +1,7 @@
 //! `y = a + b` and `y = c x`.
 
 use crate::ops::{Case, randn};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
 use crate::{Error, Result, Tensor};
 
 /// Elementwise sum of two tensors of one shape; `dA = dB = dY`.
@@ -11,7 +11,10 @@ impl Op for Add {
     fn name(&self) -> &'static str {
         "add"
     }
-    fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [a, b] = inputs.take()?;
         Tensor::axpby(1.0, a, 1.0, b)
     }
@@ -27,7 +30,10 @@ impl Op for Scale {
     fn name(&self) -> &'static str {
         "scale"
     }
-    fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         x.scale(self.0)
     }

@@ -6,10 +6,12 @@
 
 use rayon::prelude::*;
 
-use crate::device::Device;
 use crate::device::cpu::{self, Strides};
-use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::ffi;
+use crate::device::launch::{Check, Kind, View, Work, code};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation on q `[tokens, H, D]` and k, v `[tokens, KV, D]`.
@@ -72,58 +74,175 @@ impl Op for Attention {
     fn name(&self) -> &'static str {
         "attention"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [q, k, v] = operands(inputs)?;
+        self.sizes(q, k, v).map(|_| ())
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [q, k, v] = inputs.take()?;
         let n = self.sizes(&q, &k, &v)?;
-        let (shape, rows) = ([n.batch * n.seq, n.heads * n.dim], [n.batch, n.heads, n.seq]);
-        let (o, lse) = match (q.device(), q.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let (o, lse) = reference(q.as_slice()?, k.as_slice()?, v.as_slice()?, n);
-                (Tensor::from_vec(o, shape)?, Tensor::from_vec(lse, rows)?)
-            }
-            (Device::Cpu, DType::F32) => {
-                let (o, lse) = fast(q.as_slice()?, k.as_slice()?, v.as_slice()?, n);
-                (Tensor::from_vec(o, shape)?, Tensor::from_vec(lse, rows)?)
-            }
-            (Device::Cpu, DType::F16 | DType::BF16) => return widened(self, vec![q, k, v].into(), save),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => {
-                let (o, lse) = crate::device::cuda::ops::attention_forward(&q, &k, &v, self.seq, n.scale())?;
-                (o.reshape(shape)?, lse)
-            }
-            _ => return Err(unsupported(self, &q)),
+        let (o, lse) = if q.dtype() == DType::F64 {
+            let (o, lse) = reference(q.as_slice()?, k.as_slice()?, v.as_slice()?, n);
+            (Tensor::from_vec(o, n.rows())?, Tensor::from_vec(lse, n.scores())?)
+        } else {
+            let (o, lse) = fast(q.as_slice()?, k.as_slice()?, v.as_slice()?, n);
+            (Tensor::from_vec(o, n.rows())?, Tensor::from_vec(lse, n.scores())?)
         };
-        if save.wants_any() {
-            [q, k, v, o.clone(), lse].into_iter().for_each(|t| save.push(t));
-        }
+        keep(save, [q, k, v], &o, lse);
+        Ok(o)
+    }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [q, k, v] = inputs.take()?;
+        let n = self.sizes(&q, &k, &v)?;
+        let (o, lse) = (Tensor::on(device, &n.rows(), q.dtype())?, Tensor::on(device, &n.scores(), DType::F32)?);
+        let from = [q.clone().aligned()?, k.clone().aligned()?, v.clone().aligned()?];
+        let views = [from[0].view()?, from[1].view()?, from[2].view()?];
+        launch(device.queue(), o.view()?, lse.view()?, views, &n)?;
+        keep(save, [q, k, v], &o, lse);
         Ok(o)
     }
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
-        }
         let [q, k, v, o, lse] = saved.take()?;
         let n = self.sizes(&q, &k, &v)?;
         let (q_shape, k_shape) = (q.shape().to_vec(), k.shape().to_vec());
-        let (dq, dk, dv) = match (dy.device(), dy.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let (dq, dk, dv) = reference_backward(dy.as_slice()?, q.as_slice()?, k.as_slice()?, v.as_slice()?, n);
-                (Tensor::from_vec(dq, q_shape)?, Tensor::from_vec(dk, k_shape.clone())?, Tensor::from_vec(dv, k_shape)?)
-            }
-            (Device::Cpu, DType::F32) => {
-                let saved = Kept { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, o: o.as_slice()?, lse: lse.as_slice()? };
-                let (dq, dk, dv) = fast_backward(dy.as_slice()?, saved, n);
-                (Tensor::from_vec(dq, q_shape)?, Tensor::from_vec(dk, k_shape.clone())?, Tensor::from_vec(dv, k_shape)?)
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::attention_backward(dy, &q, &k, &v, &o, &lse, self.seq, n.scale())?,
-            _ => return Err(unsupported(self, &dy)),
+        let grads = if dy.dtype() == DType::F64 {
+            let (dq, dk, dv) = reference_backward(dy.as_slice()?, q.as_slice()?, k.as_slice()?, v.as_slice()?, n);
+            [Tensor::from_vec(dq, q_shape)?, Tensor::from_vec(dk, k_shape.clone())?, Tensor::from_vec(dv, k_shape)?]
+        } else {
+            let saved = Kept { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, o: o.as_slice()?, lse: lse.as_slice()? };
+            let (dq, dk, dv) = fast_backward(dy.as_slice()?, saved, n);
+            [Tensor::from_vec(dq, q_shape)?, Tensor::from_vec(dk, k_shape.clone())?, Tensor::from_vec(dv, k_shape)?]
         };
-        Ok([dq, dk, dv].into_iter().zip(want).map(|(g, &w)| w.then_some(g)).collect())
+        Ok(wanted(grads, want))
+    }
+    fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let [q, k, v, o, lse] = saved.take()?;
+        let n = self.sizes(&q, &k, &v)?;
+        let (q, k, v, dy, o) = (q.aligned()?, k.aligned()?, v.aligned()?, dy.aligned()?, o.aligned()?);
+        let like = |t: &Tensor| Tensor::on(device, t.shape(), t.dtype());
+        let grads = [like(&q)?, like(&k)?, like(&v)?];
+        let workspace = Tensor::on(device, &[workspace(&n, Kind::from(q.dtype()))?.div_ceil(4)], DType::F32)?;
+        let to = [grads[0].view()?, grads[1].view()?, grads[2].view()?];
+        let from = [q.view()?, k.view()?, v.view()?];
+        launch_backward(device.queue(), to, workspace.view()?, dy.view()?, from, o.view()?, lse.view()?, &n)?;
+        Ok(wanted(grads, want))
     }
 }
 
+fn keep(save: &mut Saved, [q, k, v]: [Tensor; 3], o: &Tensor, lse: Tensor) {
+    if save.wants_any() {
+        [q, k, v, o.clone(), lse].into_iter().for_each(|t| save.push(t));
+    }
+}
+
+fn wanted(grads: [Tensor; 3], want: &[bool]) -> Grads {
+    grads.into_iter().zip(want).map(|(g, &w)| w.then_some(g)).collect()
+}
+
+/// [`Sizes`] as the launchers take them, and the values of q, k and lse.
+struct Extents {
+    batch: i64,
+    seq: i64,
+    heads: i32,
+    kv_heads: i32,
+    dim: i32,
+    scale: f32,
+    q: usize,
+    k: usize,
+    lse: usize,
+    /// Additions and multiplications of one product of a causal attention: half of B·H·T²·D times 2.
+    flops: f64,
+}
+
+impl Extents {
+    fn new(n: &Sizes) -> Result<Self> {
+        let error = |message: &str| Error::argument("attention", format!("{message}: {n:?}"));
+        if n.heads == 0 || n.kv_heads == 0 || n.dim == 0 || !n.heads.is_multiple_of(n.kv_heads) {
+            return Err(error("unusable sizes"));
+        }
+        let product = |extents: [usize; 4]| {
+            let product = extents.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
+            product.filter(|&n| n <= i64::MAX as usize).ok_or_else(|| error("more values than can be counted"))
+        };
+        let int = |n: usize| i32::try_from(n).map_err(|_| error("too large"));
+        Ok(Self {
+            batch: n.batch as i64,
+            seq: n.seq as i64,
+            heads: int(n.heads)?,
+            kv_heads: int(n.kv_heads)?,
+            dim: int(n.dim)?,
+            scale: n.scale() as f32,
+            q: product([n.batch, n.seq, n.heads, n.dim])?,
+            k: product([n.batch, n.seq, n.kv_heads, n.dim])?,
+            lse: product([n.batch, n.seq, n.heads, 1])?,
+            flops: n.batch as f64 * n.heads as f64 * (n.seq as f64 * n.seq as f64) * n.dim as f64,
+        })
+    }
+}
+
+/// o and lse (`f32`) from q, k and v.
+pub(crate) fn launch(queue: Queue<'_>, o: View<'_>, lse: View<'_>, [q, k, v]: [View<'_>; 3], sizes: &Sizes) -> Result<()> {
+    let c = Check::new("attention", queue);
+    let (n, kind) = (Extents::new(sizes)?, q.kind());
+    let (o, lse) = (c.operand("o", o, kind, n.q)?, c.operand("lse", lse, Kind::F32, n.lse)?);
+    let (q, k, v) = (c.operand("q", q, kind, n.q)?, c.operand("k", k, kind, n.k)?, c.operand("v", v, kind, n.k)?);
+    let Extents { batch, seq, heads, kv_heads, dim, scale, .. } = n;
+    let dtype = c.code(kind)?;
+    // SAFETY: every operand has the values that the sizes ask for.
+    c.launch(Work::computing("attention", 2.0 * n.flops), |s| unsafe {
+        ffi!(sq_attention_forward(o, lse, q, k, v, batch, seq, heads, kv_heads, dim, scale, dtype, s))
+    })
+}
+
+/// Bytes of workspace that [`launch_backward`] needs.
+pub(crate) fn workspace(sizes: &Sizes, kind: Kind) -> Result<usize> {
+    let Extents { batch, seq, heads, kv_heads, dim, .. } = Extents::new(sizes)?;
+    let dtype = code(kind)?;
+    // SAFETY: a pure function of its arguments.
+    let bytes: i64 = unsafe { ffi!(sq_attention_workspace(batch, seq, heads, kv_heads, dim, dtype)) };
+    usize::try_from(bytes).map_err(|_| Error::argument("attention", format!("a workspace of {bytes} bytes for {sizes:?}")))
+}
+
+/// dq, dk and dv; the workspace is of any kind and at least [`workspace`] bytes.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn launch_backward(
+    queue: Queue<'_>,
+    [dq, dk, dv]: [View<'_>; 3],
+    space: View<'_>,
+    dout: View<'_>,
+    [q, k, v]: [View<'_>; 3],
+    o: View<'_>,
+    lse: View<'_>,
+    sizes: &Sizes,
+) -> Result<()> {
+    let c = Check::new("attention backward", queue);
+    let (n, kind, needed) = (Extents::new(sizes)?, q.kind(), workspace(sizes, q.kind())?);
+    if space.bytes() < needed {
+        let message = format!("a workspace of {} bytes, {needed} are needed", space.bytes());
+        return Err(Error::argument("attention backward", message));
+    }
+    let (dq, dk, dv) = (c.operand("dq", dq, kind, n.q)?, c.operand("dk", dk, kind, n.k)?, c.operand("dv", dv, kind, n.k)?);
+    let (q, k, v) = (c.operand("q", q, kind, n.q)?, c.operand("k", k, kind, n.k)?, c.operand("v", v, kind, n.k)?);
+    let (dout, o) = (c.operand("do", dout, kind, n.q)?, c.operand("o", o, kind, n.q)?);
+    let lse = c.operand("lse", lse, Kind::F32, n.lse)?;
+    let work = c.operand("workspace", space, space.kind(), space.len())?;
+    let Extents { batch, seq, heads, kv_heads, dim, scale, .. } = n;
+    let dtype = c.code(kind)?;
+    // SAFETY: every operand has the values that the sizes ask for, the workspace its bytes.
+    c.launch(Work::computing("attention", 5.0 * n.flops), |s| unsafe {
+        ffi!(sq_attention_backward(dq, dk, dv, work, dout, q, k, v, o, lse, batch, seq, heads, kv_heads, dim, scale, dtype, s))
+    })
+}
+
 impl Sizes {
+    /// The shape of o.
+    fn rows(self) -> [usize; 2] {
+        [self.batch * self.seq, self.heads * self.dim]
+    }
+    /// The shape of lse.
+    fn scores(self) -> [usize; 3] {
+        [self.batch, self.heads, self.seq]
+    }
     fn scale(self) -> f64 {
         1.0 / (self.dim as f64).sqrt()
     }
@@ -418,7 +537,7 @@ mod tests {
             pool.install(|| {
                 let mut save = Saved::new(vec![true; 3]);
                 let inputs = vec![x(6, 1), x(2, 2), x(2, 3)];
-                let o = Attention { seq: 67 }.forward(inputs.into(), &mut save).unwrap();
+                let o = crate::tape::run(&Attention { seq: 67 }, inputs, &mut save).unwrap();
                 let dy = randn(o.shape(), 4).to_dtype(DType::F32).unwrap();
                 let grads = Attention { seq: 67 }.backward(save, dy, &[true; 3]).unwrap();
                 let bits = |t: Tensor| t.to_vec::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();

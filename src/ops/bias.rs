@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cpu;
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation: x `[.., n]` and b `[n]`, of one type. It keeps nothing, and overwrites x where that is unshared.
@@ -14,40 +14,34 @@ impl Op for AddBias {
     fn name(&self) -> &'static str {
         "add_bias"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x, b] = inputs.take()?;
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x, b] = operands(inputs)?;
         if b.shape() != [x.cols()] {
             return Err(Error::shape("add_bias: bias", format!("[{}]", x.cols()), b.shape()));
         }
         if b.dtype() != x.dtype() {
             return Err(Error::dtype("add_bias: bias", x.dtype(), b.dtype()));
         }
-        let shape = x.shape().to_vec();
-        match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => Tensor::from_vec(reference(x.as_slice()?, b.as_slice()?), shape),
-            (Device::Cpu, DType::F32) => {
-                let mut y = x.into_owned::<f32>()?;
-                fast(&mut y, b.as_slice()?);
-                Tensor::from_vec(y, shape)
-            }
-            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x, b].into(), save),
-            _ => Err(unsupported(self, &x)),
-        }
+        Ok(())
     }
-    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if !want[1] {
-            return Ok(vec![want[0].then_some(dy), None]);
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x, b] = inputs.take()?;
+        let shape = x.shape().to_vec();
+        if x.dtype() == DType::F64 {
+            return Tensor::from_vec(reference(x.as_slice()?, b.as_slice()?), shape);
         }
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
-        }
+        let mut y = x.into_owned::<f32>()?;
+        fast(&mut y, b.as_slice()?);
+        Tensor::from_vec(y, shape)
+    }
+    fn backward(&self, _: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
         let n = dy.cols();
-        let db = match (dy.device(), dy.dtype()) {
-            (Device::Cpu, DType::F64) => Tensor::from_vec(reference_backward(dy.as_slice()?, n), [n])?,
-            (Device::Cpu, DType::F32) => Tensor::from_vec(fast_backward(dy.as_slice()?, n), [n])?,
-            _ => return Err(unsupported(self, &dy)),
+        let db = match want[1] {
+            false => None,
+            true if dy.dtype() == DType::F64 => Some(Tensor::from_vec(reference_backward(dy.as_slice()?, n), [n])?),
+            true => Some(Tensor::from_vec(fast_backward(dy.as_slice()?, n), [n])?),
         };
-        Ok(vec![want[0].then_some(dy), Some(db)])
+        Ok(vec![want[0].then_some(dy), db])
     }
 }
 

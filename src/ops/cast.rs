@@ -1,6 +1,6 @@
 //! Another floating-point type: rounds to nearest even when narrowing. Backward casts the gradient to the operand's type.
 
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
 use crate::{DType, Result, Tensor};
 
 /// The operation.
@@ -16,7 +16,10 @@ impl Op for Cast {
     fn name(&self) -> &'static str {
         "cast"
     }
-    fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         x.to_dtype(self.to)
     }

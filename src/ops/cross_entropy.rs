@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, kept_gradient, randn, unsupported};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{Device, cpu, ffi};
+use crate::ops::{Case, kept_gradient, randn, sum};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps the gradient.
@@ -21,42 +23,60 @@ impl Op for CrossEntropy {
     fn name(&self) -> &'static str {
         "cross_entropy"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x] = inputs.take()?;
-        check(&x, &self.targets)?;
-        let count = self.targets.iter().filter(|&&t| t >= 0).count();
-        if count == 0 {
-            return Err(Error::argument("cross_entropy", "no row has a target"));
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
+        check(x, &self.targets)?;
+        match self.count() {
+            0 => Err(Error::argument("cross_entropy", "no row has a target")),
+            _ => Ok(()),
         }
-        let shape = x.shape().to_vec();
-        let (loss, gradient) = match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let (losses, gradient) = reference(x.as_slice()?, &self.targets, x.cols());
-                let loss = losses.iter().sum::<f64>() / count as f64;
-                (Tensor::scalar(loss), save.wants(0).then(|| Tensor::from_vec(gradient, shape)).transpose()?)
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let (shape, count) = (x.shape().to_vec(), self.count() as f64);
+        if x.dtype() == DType::F64 {
+            let (losses, gradient) = reference(x.as_slice()?, &self.targets, x.cols());
+            if save.wants(0) {
+                save.push(Tensor::from_vec(gradient, shape)?);
             }
-            (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) if save.wants(0) => {
-                let cols = x.cols();
-                // Moved where it is f32 already, so that unshared logits are overwritten.
-                let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
-                let mut x = wide.into_owned::<f32>()?;
-                let losses = fast(&mut x, &self.targets, cols, 1.0 / count as f32);
-                let loss = losses.iter().sum::<f64>() / count as f64;
-                (Tensor::scalar(loss as f32), Some(Tensor::from_vec(x, shape)?.to_dtype(dtype)?))
-            }
-            (Device::Cpu, DType::F32 | DType::F16 | DType::BF16) => {
-                let loss = token_losses(&x, &self.targets)?.iter().sum::<f64>() / count as f64;
-                (Tensor::scalar(loss as f32), None)
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::cross_entropy(x, &self.targets, count, save.wants(0))?,
-            _ => return Err(unsupported(self, &x)),
+            return Ok(Tensor::scalar(losses.iter().sum::<f64>() / count));
+        }
+        let losses = if save.wants(0) {
+            let cols = x.cols();
+            let mut x = x.into_owned::<f32>()?;
+            let losses = fast(&mut x, &self.targets, cols, 1.0 / count as f32);
+            save.push(Tensor::from_vec(x, shape)?);
+            losses
+        } else {
+            token_losses(&x, &self.targets)?
         };
-        gradient.into_iter().for_each(|g| save.push(g));
+        Ok(Tensor::scalar((losses.iter().sum::<f64>() / count) as f32))
+    }
+    /// The gradient is made in the logits' memory when unshared.
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let want = save.wants(0);
+        let gradient = if want { x.alone(device)? } else { x.aligned()? };
+        let mean = 1.0 / self.count().max(1) as f64;
+        let losses = rows_on_gpu(device, &gradient, &self.targets, if want { mean } else { 0.0 })?;
+        let loss = sum::scaled(device, mean, &losses)?;
+        if want {
+            save.push(gradient);
+        }
         Ok(loss)
+    }
+    fn rounds_to(&self, _: DType) -> DType {
+        DType::F32
     }
     fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         kept_gradient(saved, dy)
+    }
+}
+
+impl CrossEntropy {
+    /// Rows that count.
+    fn count(&self) -> usize {
+        self.targets.iter().filter(|&&t| t >= 0).count()
     }
 }
 
@@ -78,16 +98,44 @@ impl Var<'_> {
 pub fn token_losses(logits: &Tensor, targets: &[i32]) -> Result<Vec<f64>> {
     check(logits, targets)?;
     let cols = logits.cols();
-    match (logits.device(), logits.dtype()) {
-        (Device::Cpu, DType::F64) => Ok(reference(logits.as_slice()?, targets, cols).0),
-        (Device::Cpu, _) => {
-            let wide = logits.to_dtype(DType::F32)?;
-            let row = |(x, &target): (&[f32], &i32)| if target < 0 { 0.0 } else { cpu::simd(|| row_loss(x, target as usize)) };
-            Ok(wide.as_slice::<f32>()?.par_chunks(cols).zip(targets).with_min_len(cpu::rows_per_task(cols)).map(row).collect())
-        }
-        #[cfg(feature = "cuda")]
-        (Device::Cuda(_), _) => crate::device::cuda::ops::token_losses(logits, targets),
+    if let Device::Cuda(device) = logits.device() {
+        return rows_on_gpu(&device, &logits.clone().aligned()?, targets, 0.0)?.to_f64_vec();
     }
+    if logits.dtype() == DType::F64 {
+        return Ok(reference(logits.as_slice()?, targets, cols).0);
+    }
+    let wide = logits.to_dtype(DType::F32)?;
+    let row = |(x, &target): (&[f32], &i32)| if target < 0 { 0.0 } else { cpu::simd(|| row_loss(x, target as usize)) };
+    Ok(wide.as_slice::<f32>()?.par_chunks(cols).zip(targets).with_min_len(cpu::rows_per_task(cols)).map(row).collect())
+}
+
+/// Loss of every row, and logits overwritten by `scale (softmax − onehot)` unless `scale` is 0.
+fn rows_on_gpu(device: &CudaDevice, logits: &Tensor, targets: &[i32], scale: f64) -> Result<Tensor> {
+    let ids = device.upload(bytemuck::cast_slice(targets), Kind::I32)?;
+    let losses = Tensor::on(device, &[logits.rows()], DType::F32)?;
+    launch(device.queue(), logits.view()?, losses.view()?, ids.view(), logits.cols(), scale as f32)?;
+    Ok(losses)
+}
+
+/// The loss (`f32`) of every row of logits for its target (`i32`; one outside the vocabulary marks a row that does not count), and the
+/// logits overwritten by `scale (softmax − onehot)` unless `scale` is 0.
+pub(crate) fn launch(
+    queue: Queue<'_>,
+    logits: View<'_>,
+    loss: View<'_>,
+    targets: View<'_>,
+    vocab: usize,
+    scale: f32,
+) -> Result<()> {
+    let c = Check::new("cross_entropy", queue);
+    let (n, kind, work) = (logits.len(), logits.kind(), Work::moving("loss", 2 * logits.bytes()));
+    let rows = c.rows(n, vocab)?;
+    let logits = c.operand("logits", logits, kind, n)?;
+    let loss = c.operand("loss", loss, Kind::F32, rows)?;
+    let targets = c.operand("targets", targets, Kind::I32, rows)?;
+    let (rows, vocab, dtype) = (c.long(rows)?, c.long(vocab)?, c.code(kind)?);
+    // SAFETY: rows · vocab logits, one loss and one target a row, which the kernel tests against vocab.
+    c.launch(work, |s| unsafe { ffi!(sq_cross_entropy(logits, loss, targets, rows, vocab, scale, dtype, s)) })
 }
 
 fn check(logits: &Tensor, targets: &[i32]) -> Result<()> {

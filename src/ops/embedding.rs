@@ -5,9 +5,11 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, randn, unsupported, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{cpu, ffi};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var, operands};
 use crate::{DType, Element, Error, Result, Tensor};
 
 /// The operation; keeps nothing but the ids.
@@ -23,7 +25,20 @@ impl Op for Embedding {
     fn name(&self) -> &'static str {
         "embedding"
     }
-    fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::AnyType
+    }
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [table] = operands(inputs)?;
+        if table.shape().len() != 2 || table.rows() != self.vocab {
+            return Err(Error::shape("embedding", format!("[{}, columns]", self.vocab), table.shape()));
+        }
+        match self.ids.iter().find(|&&id| id as usize >= self.vocab) {
+            Some(id) => Err(Error::argument("embedding", format!("token id {id} in a vocabulary of {}", self.vocab))),
+            None => Ok(()),
+        }
+    }
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         fn gather<T: Element>(table: &Tensor, ids: &[u32], mut y: Vec<T>) -> Result<Tensor> {
             let cols = table.cols();
             let values = table.as_slice::<T>()?;
@@ -31,38 +46,85 @@ impl Op for Embedding {
             Tensor::from_vec(y, [ids.len(), cols])
         }
         let [table] = inputs.take()?;
-        if table.shape().len() != 2 || table.rows() != self.vocab {
-            return Err(Error::shape("embedding", format!("[{}, columns]", self.vocab), table.shape()));
-        }
-        if let Some(id) = self.ids.iter().find(|&&id| id as usize >= self.vocab) {
-            return Err(Error::argument("embedding", format!("token id {id} in a vocabulary of {}", self.vocab)));
-        }
         let n = self.ids.len() * table.cols();
-        match (table.device(), table.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                Tensor::from_vec(reference(table.as_slice()?, &self.ids, table.cols()), [self.ids.len(), table.cols()])
-            }
-            (Device::Cpu, DType::F32) => gather(&table, &self.ids, cpu::alloc(n)),
-            (Device::Cpu, DType::F16) => gather(&table, &self.ids, vec![f16::ZERO; n]),
-            (Device::Cpu, DType::BF16) => gather(&table, &self.ids, vec![bf16::ZERO; n]),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::embedding_forward(&table, &self.ids),
-            _ => Err(unsupported(self, &table)),
+        match table.dtype() {
+            DType::F64 => Tensor::from_vec(reference(table.as_slice()?, &self.ids, table.cols()), [self.ids.len(), table.cols()]),
+            DType::F16 => gather(&table, &self.ids, vec![f16::ZERO; n]),
+            DType::BF16 => gather(&table, &self.ids, vec![bf16::ZERO; n]),
+            _ => gather(&table, &self.ids, cpu::alloc(n)),
         }
     }
-    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
-        }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [table] = inputs.take()?;
+        let table = table.aligned()?;
+        let ids = device.upload(bytemuck::cast_slice(&self.ids), Kind::U32)?;
+        let y = Tensor::on(device, &[self.ids.len(), table.cols()], table.dtype())?;
+        // SAFETY: `check` found every id in the table.
+        unsafe { launch(device.queue(), y.view()?, table.view()?, ids.view(), table.cols())? };
+        Ok(y)
+    }
+    fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         let shape = [self.vocab, dy.cols()];
-        Ok(vec![Some(match (dy.device(), dy.dtype()) {
-            (Device::Cpu, DType::F64) => Tensor::from_vec(reference_backward(dy.as_slice()?, &self.ids, shape), shape)?,
-            (Device::Cpu, DType::F32) => Tensor::from_vec(fast_backward(dy.as_slice()?, &self.ids, shape), shape)?,
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::embedding_backward(dy, &self.ids, self.vocab)?,
-            _ => return Err(unsupported(self, &dy)),
-        })])
+        let dtable = if dy.dtype() == DType::F64 {
+            Tensor::from_vec(reference_backward(dy.as_slice()?, &self.ids, shape), shape)?
+        } else {
+            let wide = dy.to_dtype(DType::F32)?;
+            Tensor::from_vec(fast_backward(wide.as_slice()?, &self.ids, shape), shape)?
+        };
+        Ok(vec![Some(dtable.to_dtype(dy.dtype())?)])
     }
+    fn gpu_backward(&self, device: &CudaDevice, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        let dy = dy.aligned()?;
+        let (order, start) = runs(&self.ids, self.vocab);
+        let upload = |ids: &[u32]| device.upload(bytemuck::cast_slice(ids), Kind::U32);
+        let (order, start) = (upload(&order)?, upload(&start)?);
+        let table = Tensor::on(device, &[self.vocab, dy.cols()], DType::F32)?;
+        // SAFETY: order and start are the runs of ids that the forward pass found in the table.
+        unsafe { launch_backward(device.queue(), table.view()?, dy.view()?, order.view(), start.view(), dy.cols())? };
+        Ok(vec![Some(table.to_dtype(dy.dtype())?)])
+    }
+}
+
+/// Rows `ids` (`u32`) of a table of `cols` columns.
+///
+/// # Safety
+/// Every id is a row of the table: the kernel does not look.
+unsafe fn launch(queue: Queue<'_>, y: View<'_>, table: View<'_>, ids: View<'_>, cols: usize) -> Result<()> {
+    let c = Check::new("embedding", queue);
+    let (tokens, kind) = (ids.len(), table.kind());
+    c.rows(table.len(), cols)?;
+    let y = c.operand("y", y, kind, c.product(&[tokens, cols])?)?;
+    let table = c.operand("table", table, kind, table.len())?;
+    let ids = c.operand("ids", ids, Kind::U32, tokens)?;
+    let (tokens, cols, dtype) = (c.long(tokens)?, c.long(cols)?, c.code(kind)?);
+    // SAFETY: y has a row of cols values for every id; that ids are rows of the table is the caller's word.
+    c.launch(Work::of("embedding"), |s| unsafe { ffi!(sq_embedding_forward(y, table, ids, tokens, cols, dtype, s)) })
+}
+
+/// The gradient (`f32`) of a table, from dy and the [`runs`] of its ids.
+///
+/// # Safety
+/// `order` and `start` are such runs of as many ids as dy has rows: the kernel does not look.
+unsafe fn launch_backward(
+    queue: Queue<'_>,
+    dtable: View<'_>,
+    dy: View<'_>,
+    order: View<'_>,
+    start: View<'_>,
+    cols: usize,
+) -> Result<()> {
+    let c = Check::new("embedding backward", queue);
+    let (tokens, kind) = (order.len(), dy.kind());
+    let vocab = c.rows(dtable.len(), cols)?;
+    let dtable = c.operand("dtable", dtable, Kind::F32, dtable.len())?;
+    let dy = c.operand("dy", dy, kind, c.product(&[tokens, cols])?)?;
+    let order = c.operand("order", order, Kind::U32, tokens)?;
+    let start = c.operand("start", start, Kind::U32, vocab + 1)?;
+    let (vocab, cols, dtype) = (c.long(vocab)?, c.long(cols)?, c.code(kind)?);
+    // SAFETY: sizes as kernels.h asks; that the runs name rows of dy is the caller's word.
+    c.launch(Work::of("embedding backward"), |s| unsafe {
+        ffi!(sq_embedding_backward(dtable, dy, order, start, vocab, cols, dtype, s))
+    })
 }
 
 impl Var<'_> {

@@ -6,10 +6,13 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, fast_grid, reference_grid};
-use crate::ops::{Case, randn, unsupported, widened};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::ffi::sq_quant;
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{Device, cpu, ffi};
+use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, Target, fast_grid, reference_grid};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation.
@@ -20,29 +23,32 @@ impl Op for FakeQuant {
     fn name(&self) -> &'static str {
         "fake_quant"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
+        self.0.group_size(x.cols()).map(|_| ())
+    }
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         let group = self.0.group_size(x.cols())?;
         let shape = x.shape().to_vec();
-        match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let mut y = x.into_owned::<f64>()?;
-                for g in y.chunks_mut(group) {
-                    let grid = reference_grid(&self.0, g);
-                    g.iter_mut().for_each(|v| *v = grid.nearest(*v));
-                }
-                Tensor::from_vec(y, shape)
+        if x.dtype() == DType::F64 {
+            let mut y = x.into_owned::<f64>()?;
+            for g in y.chunks_mut(group) {
+                let grid = reference_grid(&self.0, g);
+                g.iter_mut().for_each(|v| *v = grid.nearest(*v));
             }
-            (Device::Cpu, DType::F32) => {
-                let mut y = x.into_owned::<f32>()?;
-                fast(&self.0, group, &mut y);
-                Tensor::from_vec(y, shape)
-            }
-            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x].into(), save),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::fake_quant(x, &self.0),
-            _ => Err(unsupported(self, &x)),
+            return Tensor::from_vec(y, shape);
         }
+        let mut y = x.into_owned::<f32>()?;
+        fast(&self.0, group, &mut y);
+        Tensor::from_vec(y, shape)
+    }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let mut x = x.aligned()?;
+        let y = x.or_new(device)?;
+        launch(device.queue(), Outputs { y: Some(y.view()?), ..Outputs::default() }, x.view()?, x.cols(), &self.0)?;
+        Ok(y)
     }
     fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         Ok(vec![Some(dy)])
@@ -80,14 +86,83 @@ pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
         })
     }
     let group = spec.group_size(x.cols())?;
-    #[cfg(feature = "cuda")]
-    if !x.device().is_cpu() {
-        return crate::device::cuda::ops::quantize(x, spec, group);
+    if let Device::Cuda(device) = x.device() {
+        return gpu_codes(&device, x, spec, group);
     }
     match x.dtype() {
         DType::F64 => go::<f64>(x, group, spec),
         _ => go::<f32>(&x.to_dtype(DType::F32)?, group, spec),
     }
+}
+
+/// Codes and grids, brought to the CPU.
+fn gpu_codes(device: &CudaDevice, x: &Tensor, spec: &QuantSpec, group: usize) -> Result<Quantized> {
+    let x = x.clone().aligned()?;
+    let shape = [x.rows(), x.cols().div_ceil(group)];
+    let (scale, zero) = (Tensor::on(device, &shape, DType::F32)?, Tensor::on(device, &shape, DType::F32)?);
+    let raw = device.buffer(x.len(), Kind::I16, "quantised codes")?;
+    let out = Outputs { codes: Some(raw.view()), scale: Some(scale.view()?), zero: Some(zero.view()?), ..Outputs::default() };
+    launch(device.queue(), out, x.view()?, x.cols(), spec)?;
+    let mut codes = vec![0i16; x.len()];
+    raw.download(0, bytemuck::cast_slice_mut(&mut codes))?;
+    let cpu = Device::Cpu;
+    Ok(Quantized { shape: x.shape().to_vec(), group, codes, scale: scale.to_device(&cpu)?, zero: zero.to_device(&cpu)? })
+}
+
+/// What the kernel writes, each where wanted: as many values as x, or one a group of a row.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Outputs<'a> {
+    /// Quantised and dequantised, of x's kind; may be x.
+    pub y: Option<View<'a>>,
+    /// `i16`.
+    pub codes: Option<View<'a>>,
+    /// `f32`, one a group.
+    pub scale: Option<View<'a>>,
+    /// `f32`, one a group.
+    pub zero: Option<View<'a>>,
+    /// `i32`, one a group: the candidate that a search chose. Searches only.
+    pub best: Option<View<'a>>,
+}
+
+/// Quantises every row of `cols` values of x, its grids found as the specification says.
+pub(crate) fn launch(queue: Queue<'_>, out: Outputs<'_>, x: View<'_>, cols: usize, spec: &QuantSpec) -> Result<()> {
+    let search = spec.clip == Clip::Search;
+    let c = Check::new("fake_quant", queue);
+    let (n, kind) = (x.len(), x.kind());
+    let rows = c.rows(n, cols)?;
+    let groups = c.product(&[rows, cols.div_ceil(spec.group_size(cols)?)])?;
+    let work = Work::moving(if search { "clip search" } else { "quantise" }, 2 * x.bytes());
+    let (y, x) = (c.optional("y", out.y, kind, n)?, c.operand("x", x, kind, n)?);
+    let codes = c.optional("codes", out.codes, Kind::I16, n)?;
+    let scale = c.optional("scale", out.scale, Kind::F32, groups)?;
+    let zero = c.optional("zero", out.zero, Kind::F32, groups)?;
+    let best = c.optional("best", out.best, Kind::I32, groups)?;
+    if !search && out.best.is_some() {
+        return Err(Error::argument("fake_quant", "no search, and so no chosen candidates"));
+    }
+    let (rows, cols, quant, dtype) = (c.long(rows)?, c.long(cols)?, launch_spec(&c, spec)?, c.code(kind)?);
+    // SAFETY: x has rows · cols values, every output is null or as large as kernels.h asks; y may be x.
+    c.launch(work, |s| unsafe {
+        if search {
+            ffi!(sq_fake_quant_search(y, codes, scale, zero, best, x, rows, cols, quant, dtype, s))
+        } else {
+            ffi!(sq_fake_quant(y, codes, scale, zero, x, rows, cols, quant, dtype, s))
+        }
+    })
+}
+
+/// A specification as the launchers take it.
+pub(crate) fn launch_spec(c: &Check<'_>, spec: &QuantSpec) -> Result<sq_quant> {
+    Ok(sq_quant {
+        bits: spec.bits as i32,
+        symmetric: spec.symmetric.into(),
+        weight: (spec.target == Target::Weight).into(),
+        group: c.int(spec.group.unwrap_or(0))?,
+        clip: match spec.clip {
+            Clip::Ratio(r) => r as f32,
+            Clip::Search => 1.0,
+        },
+    })
 }
 
 fn fast(spec: &QuantSpec, group: usize, y: &mut [f32]) {

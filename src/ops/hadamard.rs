@@ -2,10 +2,15 @@
 //!
 //! n log n additions for the power-of-two part, a K×K product of ±1 for the rest.
 
-use crate::device::{Device, cpu};
+use crate::device::cuda::ffi::sq_hadamard_map;
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{cpu, ffi};
+use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
-use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::ops::fake_quant::launch_spec;
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::{DType, Error, Result, Tensor};
 
 /// The transform of the last axis, or its transpose.
@@ -21,37 +26,34 @@ impl Op for Transform {
     fn name(&self) -> &'static str {
         "hadamard"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x] = inputs.take()?;
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
         if x.cols() != self.map.n() {
             return Err(Error::shape("hadamard", format!("[.., {}]", self.map.n()), x.shape()));
         }
-        let shape = x.shape().to_vec();
-        match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let mut y = x.into_owned::<f64>()?;
-                y.chunks_mut(self.map.n()).try_for_each(|row| self.map.reference(row, self.transpose))?;
-                Tensor::from_vec(y, shape)
-            }
-            (Device::Cpu, DType::F32) => {
-                let mut y = x.into_owned::<f32>()?;
-                fast(&mut y, &self.map, self.transpose);
-                Tensor::from_vec(y, shape)
-            }
-            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x].into(), save),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), DType::F64) => by_products(x, &self.map, self.transpose),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::hadamard(x, &self.map, self.transpose, None),
-            _ => Err(unsupported(self, &x)),
-        }
+        Ok(())
     }
-    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let back = Self { map: self.map.clone(), transpose: !self.transpose };
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let shape = x.shape().to_vec();
+        if x.dtype() == DType::F64 {
+            let mut y = x.into_owned::<f64>()?;
+            y.chunks_mut(self.map.n()).try_for_each(|row| self.map.reference(row, self.transpose))?;
+            return Tensor::from_vec(y, shape);
         }
-        Ok(vec![Some(back.forward(vec![dy].into(), &mut Saved::default())?)])
+        let mut y = x.into_owned::<f32>()?;
+        fast(&mut y, &self.map, self.transpose);
+        Tensor::from_vec(y, shape)
+    }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        if x.dtype() == DType::F64 {
+            return by_products(x, &self.map, self.transpose);
+        }
+        gpu(device, x, &self.map, self.transpose, None)
+    }
+    fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        Ok(vec![Some(transform(dy, &self.map, !self.transpose)?)])
     }
 }
 
@@ -65,11 +67,10 @@ impl Var<'_> {
 
 /// `x ← H x` for every row, without a tape; in place when unshared.
 pub fn transform(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
-    Transform { map: map.clone(), transpose }.forward(vec![x].into(), &mut Saved::default())
+    run(&Transform { map: map.clone(), transpose }, vec![x], &mut Saved::default())
 }
 
 /// The transform as matrix products, for types that have no kernel: H = H_K ⊗ H_a ⊗ H_b, one product a factor.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 fn by_products(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
     use crate::linalg::matmul::product;
     let (shape, dtype, device) = (x.shape().to_vec(), x.dtype(), x.device());
@@ -89,6 +90,68 @@ fn by_products(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
         y = product(&matrix(core, k)?, transpose, &y.reshape([rows, k, m])?, false, false, dtype)?;
     }
     y.reshape(shape)
+}
+
+/// `H x` of every row (or `Hᵀ x`) in place when unshared, then fake quantisation in the same pass where a spec is given.
+pub(super) fn gpu(device: &CudaDevice, x: Tensor, map: &Hadamard, transpose: bool, spec: Option<&QuantSpec>) -> Result<Tensor> {
+    let mut x = x.aligned()?;
+    let y = x.or_new(device)?;
+    let packed = || bytemuck::cast_slice(&map.packed()).to_vec();
+    let table = (map.k() > 1).then(|| device.constant("Hadamard matrices", map.k(), &packed)).transpose()?;
+    let tables = Tables { map, table: table.as_ref().map(|t| t.view(Kind::U32)), signs: None };
+    launch(device.queue(), y.view()?, x.view()?, &tables, transpose, spec)?;
+    Ok(y)
+}
+
+/// A map, and what of it is on the device.
+#[derive(Clone, Copy)]
+pub(crate) struct Tables<'a> {
+    pub map: &'a Hadamard,
+    /// [`Hadamard::packed`] in `u32`, where K > 1.
+    pub table: Option<View<'a>>,
+    /// n values of ±1 in `i8`, applied before H and after Hᵀ; for maps of one block.
+    pub signs: Option<View<'a>>,
+}
+
+/// `y = H x` of every row (or `Hᵀ x`), then, where there is a spec, fake quantisation in the same pass; y may be x.
+pub(crate) fn launch(
+    queue: Queue<'_>,
+    y: View<'_>,
+    x: View<'_>,
+    tables: &Tables<'_>,
+    transpose: bool,
+    spec: Option<&QuantSpec>,
+) -> Result<()> {
+    let what = if spec.is_some() { "hadamard + quantise" } else { "hadamard" };
+    let c = Check::new(what, queue);
+    let Tables { map, table, signs } = *tables;
+    let (k, size, len, kind) = (map.k(), map.n() / map.blocks(), x.len(), x.kind());
+    if let Some(spec) = spec
+        && (spec.clip == Clip::Search || map.blocks() > 1)
+    {
+        return Err(Error::argument(what, "neither clip search nor block-diagonal maps are available in one pass"));
+    }
+    if (k > 1) != table.is_some() || (signs.is_some() && map.blocks() > 1) {
+        return Err(Error::argument(what, "a table for K > 1, and signs for one block only"));
+    }
+    let _ = (c.rows(len, map.n())?, spec.map(|spec| spec.group_size(map.n())).transpose()?);
+    let (rows, work) = (c.long(c.rows(len, size)?)?, Work::moving(what, 2 * x.bytes()));
+    let (y, x, dtype) = (c.operand("y", y, kind, len)?, c.operand("x", x, kind, len)?, c.code(kind)?);
+    let m = sq_hadamard_map {
+        n: c.int(size)?,
+        k: c.int(k)?,
+        transpose: transpose.into(),
+        table: c.optional("table", table, Kind::U32, k * k.div_ceil(32))?.cast(),
+        signs: c.optional("signs", signs, Kind::I8, map.n())?.cast(),
+    };
+    let quant = spec.map(|spec| launch_spec(&c, spec)).transpose()?;
+    // SAFETY: x and y have rows · size values and may be the same; the table has K rows of ceil(K/32) words, the signs n values.
+    c.launch(work, |s| unsafe {
+        match quant {
+            None => ffi!(sq_hadamard(y, x, rows, m, dtype, s)),
+            Some(quant) => ffi!(sq_hadamard_fake_quant(y, x, rows, m, quant, dtype, s)),
+        }
+    })
 }
 
 fn fast(x: &mut [f32], map: &Hadamard, transpose: bool) {

@@ -1,13 +1,13 @@
 //! Hadamard transform and fake quantisation in one pass: `y = Q(H x)`, `dx = Hᵀ dy` (straight through Q). On a GPU the transformed row
 //! stays on chip and is not rounded to 16 bits in between; on the CPU it is the two operations one after the other.
 
-use crate::device::Device;
+use crate::device::cuda::CudaDevice;
 use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
 use crate::ops::fake_quant::FakeQuant;
-use crate::ops::hadamard::Transform;
-use crate::ops::{Case, randn, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::ops::hadamard::{self, Transform};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::{Error, Result, Tensor};
 
 /// The operation.
@@ -23,47 +23,43 @@ impl HadamardFakeQuant {
     fn transform(&self) -> Transform {
         Transform { map: self.map.clone(), transpose: false }
     }
+
+    fn one_after_the_other(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let h = run(&self.transform(), inputs, save)?;
+        run(&FakeQuant(self.spec), vec![h], save)
+    }
 }
 
 impl Op for HadamardFakeQuant {
     fn name(&self) -> &'static str {
         "hadamard_fake_quant"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x] = inputs.take()?;
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
         if x.cols() != self.map.n() {
             return Err(Error::shape(self.name(), format!("[.., {}]", self.map.n()), x.shape()));
         }
         if self.spec.clip == Clip::Search {
             return Err(Error::argument(self.name(), "expected a clip ratio, got a search"));
         }
-        self.spec.group_size(x.cols())?;
-        match x.device() {
-            Device::Cpu if x.dtype().is_half() => widened(self, vec![x].into(), save),
-            Device::Cpu => {
-                let h = self.transform().forward(vec![x].into(), save)?;
-                FakeQuant(self.spec).forward(vec![h].into(), save)
-            }
-            // One pass needs one block a row; block-diagonal maps would quantise each block by itself.
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) if self.map.blocks() == 1 => {
-                crate::device::cuda::ops::hadamard(x, &self.map, false, Some(&self.spec))
-            }
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => {
-                let h = self.transform().forward(vec![x].into(), save)?;
-                FakeQuant(self.spec).forward(vec![h].into(), save)
-            }
-        }
+        self.spec.group_size(x.cols()).map(|_| ())
     }
-    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        self.one_after_the_other(inputs, save)
+    }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        // One pass needs one block a row; block-diagonal maps would quantise each block by itself.
+        if self.map.blocks() > 1 {
+            return self.one_after_the_other(inputs, save);
         }
-        self.transform().backward(saved, dy, want)
+        let [x] = inputs.take()?;
+        hadamard::gpu(device, x, &self.map, false, Some(&self.spec))
+    }
+    fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        Ok(vec![Some(hadamard::transform(dy, &self.map, true)?)])
     }
     fn surrogate(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
-        Some(self.transform().forward(inputs.to_vec().into(), &mut Saved::default()))
+        Some(run(&self.transform(), inputs.to_vec(), &mut Saved::default()))
     }
 }
 

@@ -4,9 +4,11 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, kept_gradient, randn, unsupported};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{cpu, ffi};
+use crate::ops::{Case, kept_gradient, randn, sum};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps the gradient.
@@ -20,41 +22,53 @@ impl Op for KlDivergence {
     fn name(&self) -> &'static str {
         "kl_divergence"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x] = inputs.take()?;
-        let shape = x.shape().to_vec();
-        if shape.len() != 2 || x.is_empty() {
-            return Err(Error::shape("kl_divergence", "[rows, vocabulary]", &shape));
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
+        if x.shape().len() != 2 || x.is_empty() {
+            return Err(Error::shape("kl_divergence", "[rows, vocabulary]", x.shape()));
         }
-        if self.teacher.shape() != shape {
-            return Err(Error::shape("kl_divergence: the teacher's logits", format!("{shape:?}"), self.teacher.shape()));
+        if self.teacher.shape() != x.shape() {
+            let what = "kl_divergence: the teacher's logits";
+            return Err(Error::shape(what, format!("{:?}", x.shape()), self.teacher.shape()));
         }
         if self.teacher.device() != x.device() {
             return Err(Error::device("kl_divergence", format!("operands on {} and {}", x.device(), self.teacher.device())));
         }
-        let rows = x.rows() as f64;
-        let (loss, gradient) = match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let teacher = self.teacher.to_dtype(DType::F64)?;
-                let (losses, gradient) = reference(x.as_slice()?, teacher.as_slice()?, x.cols());
-                (Tensor::scalar(losses.iter().sum::<f64>() / rows), Tensor::from_vec(gradient, shape)?)
-            }
-            (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) => {
-                let cols = x.cols();
-                let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
-                let mut x = wide.into_owned::<f32>()?;
-                let losses = fast(&mut x, self.teacher.to_dtype(DType::F32)?.as_slice()?, cols, (1.0 / rows) as f32);
-                let loss = losses.iter().sum::<f64>() / rows;
-                (Tensor::scalar(loss as f32), Tensor::from_vec(x, shape)?.to_dtype(dtype)?)
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), dtype) => crate::device::cuda::ops::kl_divergence(x, &self.teacher.to_dtype(dtype)?)?,
-            _ => return Err(unsupported(self, &x)),
+        Ok(())
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let (shape, rows, cols) = (x.shape().to_vec(), x.rows() as f64, x.cols());
+        let teacher = self.teacher.to_dtype(x.dtype())?;
+        let (loss, gradient) = if x.dtype() == DType::F64 {
+            let (losses, gradient) = reference(x.as_slice()?, teacher.as_slice()?, cols);
+            (Tensor::scalar(losses.iter().sum::<f64>() / rows), Tensor::from_vec(gradient, shape)?)
+        } else {
+            let mut x = x.into_owned::<f32>()?;
+            let losses = fast(&mut x, teacher.as_slice()?, cols, (1.0 / rows) as f32);
+            (Tensor::scalar((losses.iter().sum::<f64>() / rows) as f32), Tensor::from_vec(x, shape)?)
         };
         if save.wants(0) {
             save.push(gradient);
         }
         Ok(loss)
+    }
+    /// The gradient is made in the logits' memory when unshared.
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let teacher = self.teacher.to_dtype(x.dtype())?.aligned()?;
+        let gradient = x.alone(device)?;
+        let losses = Tensor::on(device, &[gradient.rows()], DType::F32)?;
+        let mean = 1.0 / gradient.rows() as f64;
+        launch(device.queue(), gradient.view()?, losses.view()?, teacher.view()?, gradient.cols(), mean as f32)?;
+        let loss = sum::scaled(device, mean, &losses)?;
+        if save.wants(0) {
+            save.push(gradient);
+        }
+        Ok(loss)
+    }
+    fn rounds_to(&self, _: DType) -> DType {
+        DType::F32
     }
     fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         kept_gradient(saved, dy)
@@ -67,6 +81,20 @@ impl Var<'_> {
     pub fn kl_divergence(self, teacher: Tensor) -> Result<Self> {
         self.tape().record(KlDivergence { teacher }, vec![self])
     }
+}
+
+/// The divergence (`f32`) of every row of logits from the teacher's, and the logits overwritten by `scale (q − p)` unless it is 0.
+fn launch(queue: Queue<'_>, logits: View<'_>, loss: View<'_>, teacher: View<'_>, vocab: usize, scale: f32) -> Result<()> {
+    let c = Check::new("kl_divergence", queue);
+    let (n, kind) = (logits.len(), logits.kind());
+    let rows = c.rows(n, vocab)?;
+    let (logits, teacher) = (c.operand("logits", logits, kind, n)?, c.operand("teacher", teacher, kind, n)?);
+    let loss = c.operand("loss", loss, Kind::F32, rows)?;
+    let (rows, vocab, dtype) = (c.long(rows)?, c.long(vocab)?, c.code(kind)?);
+    // SAFETY: logits and teacher have rows · vocab values of one kind; one loss a row.
+    c.launch(Work::of("kl_divergence"), |s| unsafe {
+        ffi!(sq_kl_divergence(logits, loss, teacher, rows, vocab, scale, dtype, s))
+    })
 }
 
 /// The divergence of every row and the gradient of their mean, by the definition.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::linalg::matmul;
 use crate::ops::cross_entropy::{CrossEntropy, token_losses};
 use crate::ops::{Case, randn};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var, run};
 use crate::{Error, Result, Tensor};
 
 /// Logits that exist at once: 256 MiB of bf16.
@@ -37,7 +37,10 @@ impl Op for LinearCrossEntropy {
     fn name(&self) -> &'static str {
         "linear_cross_entropy"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, w] = inputs.take()?;
         check(&x, &w, &self.targets)?;
         let count = |targets: &[i32]| targets.iter().filter(|t| **t >= 0).count();
@@ -58,12 +61,14 @@ impl Op for LinearCrossEntropy {
             }
             let logits = matmul::product(&x, false, &w, true, false, x.dtype())?;
             let mut kept = Saved::new(vec![save.wants_any()]);
-            let part = CrossEntropy { targets: targets.into() }.forward(vec![logits].into(), &mut kept)?;
+            let part = run(&CrossEntropy { targets: targets.into() }, vec![logits], &mut kept)?;
             loss = Some(match loss {
                 Some(sum) => Tensor::axpby(1.0, sum, share, part)?,
                 None => part.scale(share)?,
             });
             let Some(gradient) = kept.into_vec().pop() else { continue };
+            // Rounded where the logits were widened.
+            let gradient = gradient.to_dtype(x.dtype())?;
             let scaled = |t: Tensor| if share == 1.0 { Ok(t) } else { t.scale(share) };
             if save.wants(0) {
                 dx.push(scaled(matmul::product(&gradient, false, &w, false, false, x.dtype())?)?);

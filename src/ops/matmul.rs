@@ -5,9 +5,9 @@
 //! every gradient the type of its operand.
 
 use crate::device::Device;
-use crate::linalg::matmul::product;
+use crate::linalg::matmul::{linear_add, product};
 use crate::ops::{Case, narrowest, randn};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
 use crate::{DType, Error, Result, Tensor};
 
 /// `op(A) op(B)`.
@@ -26,7 +26,10 @@ impl Op for Matmul {
         "matmul"
     }
 
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [a, b] = inputs.take()?;
         let dtype = match self.dtype {
             Some(dtype) => dtype,
@@ -98,18 +101,16 @@ impl Op for LinearAdd {
     fn name(&self) -> &'static str {
         "linear_add"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [c, x, w] = inputs.take()?;
         self.save_only(&[c.clone(), x.clone(), w.clone()], save).unwrap_or(Ok(()))?;
         if c.shape().len() != 2 || w.shape().len() != 2 || c.shape() != [x.rows(), w.rows()] {
             return Err(Error::shape("linear_add", format!("[{}, {}]", x.rows(), w.rows()), c.shape()));
         }
-        #[cfg(feature = "cuda")]
-        if !c.device().is_cpu() && c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols() {
-            return crate::device::cuda::matmul::linear_add(&c, &x, &w);
-        }
-        let y = product(&x, false, &w, true, false, narrowest(&[x.clone(), w.clone()])?)?;
-        Tensor::axpby(1.0, c, 1.0, y)
+        linear_add(c, &x, &w)
     }
     fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
         let [_, x, w] = inputs else { return None };

@@ -1,7 +1,8 @@
 //! The differentiable operations, one file each, and their worked cases.
 //!
-//! Every file has the formula, a naive `f64` reference that is never optimised, a fast `f32` CPU kernel, the call of the CUDA kernel
-//! of the same name, the backward pass, and `cases()`. 16-bit tensors on the CPU are widened to `f32`, computed on, and rounded once.
+//! Every file has the formula, a naive `f64` reference that is never optimised, a fast `f32` CPU kernel, the one call of its CUDA
+//! launcher, the backward pass, and `cases()`. The tape picks the side ([`Op`](crate::tape::Op)): on the CPU 16-bit tensors are widened to
+//! `f32`, computed on, and rounded once. A file's `launch` functions take untyped device memory; `kernels` offers them for bare slices.
 
 pub mod add;
 pub mod attention;
@@ -18,12 +19,13 @@ pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
 pub mod spread;
+mod sum;
 pub mod swiglu;
 
 use std::sync::Arc;
 
 pub use crate::random::{normal, randn};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::tape::{Grads, Saved, Var};
 use crate::{DType, Error, Result, Tensor};
 
 type Build = Arc<dyn for<'t> Fn(Vec<Var<'t>>) -> Result<Var<'t>> + Send + Sync>;
@@ -93,14 +95,6 @@ pub fn cases() -> Vec<Case> {
     .concat()
 }
 
-/// Runs a 16-bit operation in `f32`: widens the operands, rounds the result once to the narrowest type among them.
-pub fn widened(op: &impl Op, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-    let inputs = inputs.into_vec();
-    let dtype = narrowest(&inputs)?;
-    let wide = inputs.iter().map(|t| t.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
-    op.forward(wide.into(), save)?.to_dtype(dtype)
-}
-
 /// The 16-bit type among the operands, if any; else that of the first.
 ///
 /// # Errors
@@ -111,20 +105,9 @@ pub fn narrowest(inputs: &[Tensor]) -> Result<DType> {
     Ok(if first.is_half() { first } else { types.find(|d| d.is_half()).unwrap_or(first) })
 }
 
-/// The backward pass of [`widened`]: `dy` is widened, gradients are rounded once. `dtypes` are those of the operands.
-pub fn widened_backward(op: &impl Op, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-    let dtype = dy.dtype();
-    op.backward(saved, dy.to_dtype(DType::F32)?, want)?.into_iter().map(|g| g.map(|g| g.to_dtype(dtype)).transpose()).collect()
-}
-
 /// The backward pass of a scalar whose forward pass kept its gradient.
 pub(crate) fn kept_gradient(saved: Saved, dy: Tensor) -> Result<Grads> {
     let [gradient] = saved.take()?;
     let factor = dy.item()?;
     Ok(vec![Some(if factor == 1.0 { gradient } else { gradient.scale(factor)? })])
-}
-
-/// An error naming an operation and the element type it cannot work on.
-pub(crate) fn unsupported(op: &dyn Op, x: &Tensor) -> Error {
-    Error::dtype(op.name(), "f64, f32, f16 or bf16", x.dtype())
 }

@@ -2,9 +2,11 @@
 //! `dx = r (dy − y mean(dy · y))`. Gains are usually folded into the linear layers that follow; a constant gain g, `y = x r g`, is there
 //! for networks that are to run as they are.
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{cpu, ffi};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps x and r of every row.
@@ -20,58 +22,113 @@ impl Op for RmsNorm {
     fn name(&self) -> &'static str {
         "rms_norm"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
+        match &self.gain {
+            Some(g) if g.shape() != [x.cols()] => Err(Error::shape("rms_norm: gain", format!("[{}]", x.cols()), g.shape())),
+            _ => Ok(()),
+        }
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
-        let shape = x.shape().to_vec();
-        if let Some(g) = self.gain.as_ref().filter(|g| g.shape() != [x.cols()]) {
-            return Err(Error::shape("rms_norm: gain", format!("[{}]", x.cols()), g.shape()));
-        }
-        let (y, inverse) = match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let (y, inverse) = reference(x.as_slice()?, x.cols(), self.eps);
-                (self.times_gain::<f64>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
-            }
-            (Device::Cpu, DType::F32) => {
-                let (y, inverse) = fast(x.as_slice()?, x.cols(), self.eps as f32);
-                (self.times_gain::<f32>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
-            }
-            (Device::Cpu, DType::F16 | DType::BF16) => return widened(self, vec![x].into(), save),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_forward(&x, self.gain.as_ref(), self.eps)?,
-            _ => return Err(unsupported(self, &x)),
+        let (y, inverse) = if x.dtype() == DType::F64 {
+            let (y, inverse) = reference(x.as_slice()?, x.cols(), self.eps);
+            (self.times_gain::<f64>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
+        } else {
+            let (y, inverse) = fast(x.as_slice()?, x.cols(), self.eps as f32);
+            (self.times_gain::<f32>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
         };
-        let y = y.reshape(shape)?;
-        if save.wants(0) {
-            save.push(x);
-            save.push(inverse);
-        }
+        let y = y.reshape(x.shape())?;
+        keep(save, x, inverse);
         Ok(y)
     }
-    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
-        }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let (from, gain) = (x.clone().aligned()?, self.aligned_gain()?);
+        let (y, inverse) = (Tensor::on(device, x.shape(), x.dtype())?, Tensor::on(device, &[x.rows()], DType::F32)?);
+        let gain = gain.as_ref().map(Tensor::view).transpose()?;
+        launch(device.queue(), y.view()?, inverse.view()?, from.view()?, gain, x.cols(), self.eps as f32)?;
+        keep(save, x, inverse);
+        Ok(y)
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         let [x, inverse] = saved.take()?;
         let shape = dy.shape().to_vec();
         let cols = dy.cols();
-        Ok(vec![Some(match (dy.device(), dy.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let dy = self.times_gain::<f64>(dy.into_owned()?)?;
-                Tensor::from_vec(reference_backward(dy.as_slice()?, x.as_slice()?, inverse.as_slice()?, cols), shape)?
-            }
-            (Device::Cpu, DType::F32) => {
-                let mut dx = self.times_gain::<f32>(dy.into_owned()?)?.into_owned::<f32>()?;
-                fast_backward(&mut dx, x.as_slice()?, inverse.as_slice()?, cols);
-                Tensor::from_vec(dx, shape)?
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::rms_norm_backward(dy, &x, self.gain.as_ref(), &inverse)?,
-            _ => return Err(unsupported(self, &dy)),
-        })])
+        let dx = if dy.dtype() == DType::F64 {
+            let dy = self.times_gain::<f64>(dy.into_owned()?)?;
+            Tensor::from_vec(reference_backward(dy.as_slice()?, x.as_slice()?, inverse.as_slice()?, cols), shape)?
+        } else {
+            let mut dx = self.times_gain::<f32>(dy.into_owned()?)?.into_owned::<f32>()?;
+            fast_backward(&mut dx, x.as_slice()?, inverse.as_slice()?, cols);
+            Tensor::from_vec(dx, shape)?
+        };
+        Ok(vec![Some(dx)])
+    }
+    /// In place of dy when unshared.
+    fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
+        let [x, inverse] = saved.take()?;
+        let (mut dy, x, gain) = (dy.aligned()?, x.aligned()?, self.aligned_gain()?);
+        let dx = dy.or_new(device)?;
+        let gain = gain.as_ref().map(Tensor::view).transpose()?;
+        launch_backward(device.queue(), dx.view()?, dy.view()?, x.view()?, gain, inverse.view()?, x.cols())?;
+        Ok(vec![Some(dx)])
     }
 }
 
+fn keep(save: &mut Saved, x: Tensor, inverse: Tensor) {
+    if save.wants(0) {
+        save.push(x);
+        save.push(inverse);
+    }
+}
+
+/// y and the factor of every row of `cols` values (`inverse`, `f32`), with a gain of x's kind where there is one; y may be x.
+pub(crate) fn launch(
+    queue: Queue<'_>,
+    y: View<'_>,
+    inverse: View<'_>,
+    x: View<'_>,
+    gain: Option<View<'_>>,
+    cols: usize,
+    eps: f32,
+) -> Result<()> {
+    let c = Check::new("rms_norm", queue);
+    let (n, kind, work) = (x.len(), x.kind(), Work::moving("norm", 2 * x.bytes()));
+    let rows = c.rows(n, cols)?;
+    let (y, x, gain) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?, c.optional("gain", gain, kind, cols)?);
+    let inverse = c.operand("inverse", inverse, Kind::F32, rows)?;
+    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
+    // SAFETY: x and y have rows · cols values and may be the same, the gain cols or none, inverse one value a row.
+    c.launch(work, |s| unsafe { ffi!(sq_rms_norm_forward(y, inverse, x, gain, rows, cols, eps, dtype, s)) })
+}
+
+/// dx from dy, what went in, and the factors of [`launch`]; dx may be dy.
+pub(crate) fn launch_backward(
+    queue: Queue<'_>,
+    dx: View<'_>,
+    dy: View<'_>,
+    x: View<'_>,
+    gain: Option<View<'_>>,
+    inverse: View<'_>,
+    cols: usize,
+) -> Result<()> {
+    let c = Check::new("rms_norm backward", queue);
+    let (n, kind, work) = (x.len(), x.kind(), Work::moving("norm", 3 * x.bytes()));
+    let rows = c.rows(n, cols)?;
+    let (dx, dy, x) = (c.operand("dx", dx, kind, n)?, c.operand("dy", dy, kind, n)?, c.operand("x", x, kind, n)?);
+    let gain = c.optional("gain", gain, kind, cols)?;
+    let inverse = c.operand("inverse", inverse, Kind::F32, rows)?;
+    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
+    // SAFETY: dx, dy and x have rows · cols values, of which dx may be dy; the gain cols or none, inverse one value a row.
+    c.launch(work, |s| unsafe { ffi!(sq_rms_norm_backward(dx, dy, x, gain, inverse, rows, cols, dtype, s)) })
+}
+
 impl RmsNorm {
+    fn aligned_gain(&self) -> Result<Option<Tensor>> {
+        self.gain.clone().map(Tensor::aligned).transpose()
+    }
+
     /// Rows of values times the gain, as one flat tensor.
     fn times_gain<T: cpu::Real>(&self, mut y: Vec<T>) -> Result<Tensor> {
         if let Some(gain) = &self.gain {

@@ -1,9 +1,11 @@
 //! Rotary position embedding (Su et al. 2021), half-split: a head `(a, b)` of D values, cut in halves, at position p becomes
 //! `(a c − b s, b c + a s)` with `c, s = cos, sin(p f_i)` and f the D/2 inverse frequencies. Backward is the inverse rotation.
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{Device, cpu, ffi};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor};
 
@@ -55,41 +57,70 @@ impl Op for Rotate {
     fn name(&self) -> &'static str {
         "rope"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x] = inputs.take()?;
-        let Rope { cos, sin } = &self.rope;
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x] = operands(inputs)?;
         let (seq, dim) = (self.rope.seq(), self.rope.dim());
-        let shape = x.shape().to_vec();
-        let [tokens, heads, d] = shape[..] else {
-            return Err(Error::shape("rope", "[tokens, heads, dim]", &shape));
+        let [tokens, _, d] = *x.shape() else {
+            return Err(Error::shape("rope", "[tokens, heads, dim]", x.shape()));
         };
         if d != dim || !tokens.is_multiple_of(seq.max(1)) {
-            return Err(Error::shape("rope", format!("[multiple of {seq}, heads, {dim}]"), &shape));
+            return Err(Error::shape("rope", format!("[multiple of {seq}, heads, {dim}]"), x.shape()));
         }
-        match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let mut y = x.into_owned::<f64>()?;
-                reference(&mut y, cos.as_slice()?, sin.as_slice()?, (seq, heads, dim), self.transpose);
-                Tensor::from_vec(y, shape)
-            }
-            (Device::Cpu, DType::F32) => {
-                let mut y = x.into_owned::<f32>()?;
-                fast(&mut y, cos.as_slice()?, sin.as_slice()?, (seq, heads, dim), self.transpose);
-                Tensor::from_vec(y, shape)
-            }
-            (Device::Cpu, DType::F16 | DType::BF16) => widened(self, vec![x].into(), save),
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::rope(x, cos, sin, self.transpose),
-            _ => Err(unsupported(self, &x)),
-        }
+        Ok(())
     }
-    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let Rope { cos, sin } = &self.rope;
+        let shape = x.shape().to_vec();
+        let sizes = (self.rope.seq(), shape[1], self.rope.dim());
+        if x.dtype() == DType::F64 {
+            let mut y = x.into_owned::<f64>()?;
+            reference(&mut y, cos.as_slice()?, sin.as_slice()?, sizes, self.transpose);
+            return Tensor::from_vec(y, shape);
         }
+        let mut y = x.into_owned::<f32>()?;
+        fast(&mut y, cos.as_slice()?, sin.as_slice()?, sizes, self.transpose);
+        Tensor::from_vec(y, shape)
+    }
+    /// In place when unshared.
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let mut x = x.aligned()?;
+        let y = x.or_new(device)?;
+        let (angles, heads) = ([self.rope.cos.view()?, self.rope.sin.view()?], (x.shape()[1], x.cols()));
+        launch(device.queue(), y.view()?, x.view()?, angles, heads, self.transpose)?;
+        Ok(y)
+    }
+    fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         let back = Self { rope: self.rope.clone(), transpose: !self.transpose };
-        Ok(vec![Some(back.forward(vec![dy].into(), &mut Saved::default())?)])
+        Ok(vec![Some(run(&back, vec![dy], &mut Saved::default())?)])
     }
+}
+
+/// Rotates x `[tokens, heads, dim]` by the cosines and sines `[seq, dim/2]` of its positions, or back; y may be x.
+pub(crate) fn launch(
+    queue: Queue<'_>,
+    y: View<'_>,
+    x: View<'_>,
+    [cos, sin]: [View<'_>; 2],
+    (heads, dim): (usize, usize),
+    transpose: bool,
+) -> Result<()> {
+    let c = Check::new("rope", queue);
+    let (n, kind, work) = (x.len(), x.kind(), Work::moving("rope", 2 * x.bytes()));
+    let (tokens, seq) = (c.rows(n, c.product(&[heads, dim])?)?, c.rows(cos.len(), dim / 2)?);
+    if !dim.is_multiple_of(2) || (tokens > 0 && (seq == 0 || !tokens.is_multiple_of(seq))) {
+        let message = format!("{tokens} tokens, {seq} positions and heads of {dim} do not fit together");
+        return Err(Error::argument("rope", message));
+    }
+    let angles = cos.len();
+    let (y, x) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?);
+    let cos = c.operand("cosines", cos, Kind::F32, angles)?;
+    let sin = c.operand("sines", sin, Kind::F32, angles)?;
+    let (tokens, seq, heads, dim, dtype) = (c.long(tokens)?, c.long(seq)?, c.int(heads)?, c.int(dim)?, c.code(kind)?);
+    let transpose = i32::from(transpose);
+    // SAFETY: x and y have tokens · heads · dim values and may be the same; both tables have seq rows of dim/2.
+    c.launch(work, |s| unsafe { ffi!(sq_rope(y, x, cos, sin, tokens, seq, heads, dim, transpose, dtype, s)) })
 }
 
 impl Var<'_> {

@@ -7,9 +7,11 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, kept_gradient, randn, unsupported};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{cpu, ffi};
+use crate::ops::{Case, kept_gradient, randn, sum};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Result, Tensor};
 
 /// Which φ.
@@ -74,41 +76,53 @@ impl Op for Spread {
     fn name(&self) -> &'static str {
         "spread"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [x] = inputs.take()?;
-        if x.is_empty() {
-            return Err(crate::Error::shape("spread", "at least one value", x.shape()));
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        match operands(inputs)? {
+            [x] if x.is_empty() => Err(crate::Error::shape("spread", "at least one value", x.shape())),
+            [_] => Ok(()),
         }
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
         let (shape, count) = (x.shape().to_vec(), x.len() as f64);
-        let (loss, gradient) = match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let of = |x: &f64| self.0.at(*x);
-                let (values, slopes): (Vec<f64>, Vec<f64>) = x.as_slice::<f64>()?.iter().map(of).unzip();
-                let slopes = slopes.into_iter().map(|s| s / count).collect();
-                (Tensor::scalar(values.iter().sum::<f64>() / count), Tensor::from_vec(slopes, shape)?)
-            }
-            (Device::Cpu, dtype @ (DType::F32 | DType::F16 | DType::BF16)) => {
-                let wide = if dtype == DType::F32 { x } else { x.to_dtype(DType::F32)? };
-                let mut y = wide.into_owned::<f32>()?;
-                let scale = (1.0 / count) as f32;
-                let of = |x: &mut [f32]| {
-                    cpu::simd(
-                        #[inline(always)]
-                        || self.0.fast(x, scale),
-                    )
-                };
-                // Collected first, so that the order of the sum does not depend on the threads.
-                let sums: Vec<f64> = y.par_chunks_mut(1 << 14).map(of).collect();
-                (Tensor::scalar((sums.iter().sum::<f64>() / count) as f32), Tensor::from_vec(y, shape)?.to_dtype(dtype)?)
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::spread(x, self.0)?,
-            _ => return Err(unsupported(self, &x)),
+        let (loss, gradient) = if x.dtype() == DType::F64 {
+            let of = |x: &f64| self.0.at(*x);
+            let (values, slopes): (Vec<f64>, Vec<f64>) = x.as_slice::<f64>()?.iter().map(of).unzip();
+            let slopes = slopes.into_iter().map(|s| s / count).collect();
+            (Tensor::scalar(values.iter().sum::<f64>() / count), Tensor::from_vec(slopes, shape)?)
+        } else {
+            let mut y = x.into_owned::<f32>()?;
+            let scale = (1.0 / count) as f32;
+            let of = |x: &mut [f32]| {
+                cpu::simd(
+                    #[inline(always)]
+                    || self.0.fast(x, scale),
+                )
+            };
+            // Collected first, so that the order of the sum does not depend on the threads.
+            let sums: Vec<f64> = y.par_chunks_mut(1 << 14).map(of).collect();
+            (Tensor::scalar((sums.iter().sum::<f64>() / count) as f32), Tensor::from_vec(y, shape)?)
         };
         if save.wants(0) {
             save.push(gradient);
         }
         Ok(loss)
+    }
+    /// The gradient is made in the values' memory when unshared.
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x] = inputs.take()?;
+        let gradient = x.alone(device)?;
+        let sums = Tensor::on(device, &[sums(gradient.len())?], DType::F32)?;
+        let mean = 1.0 / gradient.len() as f64;
+        launch(device.queue(), gradient.view()?, sums.view()?, self.0, mean as f32)?;
+        let loss = sum::scaled(device, mean, &sums)?;
+        if save.wants(0) {
+            save.push(gradient);
+        }
+        Ok(loss)
+    }
+    fn rounds_to(&self, _: DType) -> DType {
+        DType::F32
     }
     fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         kept_gradient(saved, dy)
@@ -120,6 +134,28 @@ impl Var<'_> {
     pub fn spread(self, measure: Measure) -> Result<Self> {
         self.tape().record(Spread(measure), vec![self])
     }
+}
+
+/// Parts that the kernel sums `count` values in.
+fn sums(count: usize) -> Result<usize> {
+    let count = i64::try_from(count).map_err(|_| crate::Error::argument("spread", format!("{count} values are too many")))?;
+    // SAFETY: arithmetic.
+    let sums: i64 = unsafe { ffi!(sq_spread_sums(count)) };
+    Ok(sums as usize)
+}
+
+/// Parts (`f32`) of Σ φ(x), in order, and the values overwritten by `scale · φ′(x)`.
+fn launch(queue: Queue<'_>, values: View<'_>, parts: View<'_>, measure: Measure, scale: f32) -> Result<()> {
+    let c = Check::new("spread", queue);
+    let (n, kind) = (values.len(), values.kind());
+    let (values, parts) = (c.operand("values", values, kind, n)?, c.operand("sums", parts, Kind::F32, sums(n)?)?);
+    let (count, dtype) = (c.long(n)?, c.code(kind)?);
+    let which = match measure {
+        Measure::Whip => 0,
+        Measure::Kurtosis => 1,
+    };
+    // SAFETY: n values, and as many sums as the kernel says it writes.
+    c.launch(Work::of("spread"), |s| unsafe { ffi!(sq_spread(values, parts, which, count, scale, dtype, s)) })
 }
 
 /// Worked cases: zeros, outliers, odd sizes.
@@ -141,7 +177,7 @@ pub fn cases() -> Vec<Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Tape;
+    use crate::{Device, Tape};
 
     #[test]
     fn spread_values_measure_less() {

@@ -3,9 +3,11 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Device, cpu};
-use crate::ops::{Case, randn, unsupported, widened, widened_backward};
-use crate::tape::{Grads, Inputs, Op, Saved, Var};
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, View, Work};
+use crate::device::{cpu, ffi};
+use crate::ops::{Case, randn};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps both operands.
@@ -16,68 +18,103 @@ impl Op for Swiglu {
     fn name(&self) -> &'static str {
         "swiglu"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let [gate, up] = inputs.take()?;
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [gate, up] = operands(inputs)?;
         if gate.shape() != up.shape() {
             return Err(Error::shape("swiglu", format!("{:?}", gate.shape()), up.shape()));
         }
         if gate.dtype() != up.dtype() {
             return Err(Error::dtype("swiglu", gate.dtype(), up.dtype()));
         }
-        if gate.device().is_cpu() && gate.dtype().is_half() {
-            return widened(self, vec![gate, up].into(), save);
-        }
-        if save.wants_any() {
-            save.push(gate.clone());
-            save.push(up.clone());
-        }
+        Ok(())
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [gate, up] = inputs.take()?;
+        keep(save, &gate, &up);
         let shape = gate.shape().to_vec();
-        match (gate.device(), gate.dtype()) {
-            (Device::Cpu, DType::F64) => Tensor::from_vec(reference(gate.as_slice()?, up.as_slice()?), shape),
-            (Device::Cpu, DType::F32) => {
-                let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
-                let mut y = cpu::alloc(gate.len());
-                y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, g), u)| {
-                    cpu::simd(
-                        #[inline(always)]
-                        || y.iter_mut().zip(g).zip(u).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u),
-                    );
-                });
-                Tensor::from_vec(y, shape)
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::swiglu_forward(gate, up),
-            _ => Err(unsupported(self, &gate)),
+        if gate.dtype() == DType::F64 {
+            return Tensor::from_vec(reference(gate.as_slice()?, up.as_slice()?), shape);
         }
+        let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
+        let mut y = cpu::alloc(gate.len());
+        y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, g), u)| {
+            cpu::simd(
+                #[inline(always)]
+                || y.iter_mut().zip(g).zip(u).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u),
+            );
+        });
+        Tensor::from_vec(y, shape)
+    }
+    /// In place of an operand when unshared.
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [gate, up] = inputs.take()?;
+        keep(save, &gate, &up);
+        let (mut gate, mut up) = (gate.aligned()?, up.aligned()?);
+        let y = if up.is_unique() { up.clone() } else { gate.or_new(device)? };
+        launch(device.queue(), y.view()?, gate.view()?, up.view()?)?;
+        Ok(y)
     }
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        if dy.device().is_cpu() && dy.dtype().is_half() {
-            return widened_backward(self, saved, dy, want);
-        }
         let [gate, up] = saved.take()?;
         let shape = dy.shape().to_vec();
-        let (dgate, dup) = match (dy.device(), dy.dtype()) {
-            (Device::Cpu, DType::F64) => {
-                let (dgate, dup) = reference_backward(dy.as_slice()?, gate.as_slice()?, up.as_slice()?);
-                (Tensor::from_vec(dgate, shape.clone())?, Tensor::from_vec(dup, shape)?)
-            }
-            (Device::Cpu, DType::F32) => {
-                let (mut gate, mut up) = (gate.into_owned::<f32>()?, up.into_owned::<f32>()?);
-                let dy = dy.as_slice::<f32>()?;
-                gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK)).for_each(|((g, u), dy)| {
-                    cpu::simd(
-                        #[inline(always)]
-                        || g.iter_mut().zip(u).zip(dy).for_each(|((g, u), &dy)| (*g, *u) = gradients(dy, *g, *u)),
-                    );
-                });
-                (Tensor::from_vec(gate, shape.clone())?, Tensor::from_vec(up, shape)?)
-            }
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), _) => crate::device::cuda::ops::swiglu_backward(dy, gate, up)?,
-            _ => return Err(unsupported(self, &dy)),
+        let (dgate, dup) = if dy.dtype() == DType::F64 {
+            let (dgate, dup) = reference_backward(dy.as_slice()?, gate.as_slice()?, up.as_slice()?);
+            (Tensor::from_vec(dgate, shape.clone())?, Tensor::from_vec(dup, shape)?)
+        } else {
+            let (mut gate, mut up) = (gate.into_owned::<f32>()?, up.into_owned::<f32>()?);
+            let dy = dy.as_slice::<f32>()?;
+            gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK)).for_each(|((g, u), dy)| {
+                cpu::simd(
+                    #[inline(always)]
+                    || g.iter_mut().zip(u).zip(dy).for_each(|((g, u), &dy)| (*g, *u) = gradients(dy, *g, *u)),
+                );
+            });
+            (Tensor::from_vec(gate, shape.clone())?, Tensor::from_vec(up, shape)?)
         };
         Ok(vec![want[0].then_some(dgate), want[1].then_some(dup)])
     }
+    fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let [gate, up] = saved.take()?;
+        let (dy, gate, up) = (dy.aligned()?, gate.aligned()?, up.aligned()?);
+        let new = |t: &Tensor| Tensor::on(device, t.shape(), t.dtype());
+        let (dgate, dup) = (new(&gate)?, new(&up)?);
+        launch_backward(device.queue(), [dgate.view()?, dup.view()?], dy.view()?, gate.view()?, up.view()?)?;
+        Ok(vec![want[0].then_some(dgate), want[1].then_some(dup)])
+    }
+}
+
+fn keep(save: &mut Saved, gate: &Tensor, up: &Tensor) {
+    if save.wants_any() {
+        save.push(gate.clone());
+        save.push(up.clone());
+    }
+}
+
+/// `y = silu(gate) · up`; y may be gate or up.
+pub(crate) fn launch(queue: Queue<'_>, y: View<'_>, gate: View<'_>, up: View<'_>) -> Result<()> {
+    let c = Check::new("swiglu", queue);
+    let (n, kind, work) = (gate.len(), gate.kind(), Work::moving("swiglu", 3 * gate.bytes()));
+    let (count, dtype) = (c.long(n)?, c.code(kind)?);
+    let (y, gate, up) = (c.operand("y", y, kind, n)?, c.operand("gate", gate, kind, n)?, c.operand("up", up, kind, n)?);
+    // SAFETY: all are n values of one kind; in place is allowed.
+    c.launch(work, |s| unsafe { ffi!(sq_swiglu_forward(y, gate, up, count, dtype, s)) })
+}
+
+/// The gradients of gate and up.
+pub(crate) fn launch_backward(
+    queue: Queue<'_>,
+    [dgate, dup]: [View<'_>; 2],
+    dy: View<'_>,
+    gate: View<'_>,
+    up: View<'_>,
+) -> Result<()> {
+    let c = Check::new("swiglu backward", queue);
+    let (n, kind, work) = (gate.len(), gate.kind(), Work::moving("swiglu", 5 * gate.bytes()));
+    let (count, dtype) = (c.long(n)?, c.code(kind)?);
+    let (dgate, dup) = (c.operand("dgate", dgate, kind, n)?, c.operand("dup", dup, kind, n)?);
+    let (dy, gate, up) = (c.operand("dy", dy, kind, n)?, c.operand("gate", gate, kind, n)?, c.operand("up", up, kind, n)?);
+    // SAFETY: all are n values of one kind.
+    c.launch(work, |s| unsafe { ffi!(sq_swiglu_backward(dgate, dup, dy, gate, up, count, dtype, s)) })
 }
 
 impl<'t> Var<'t> {

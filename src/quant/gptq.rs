@@ -16,10 +16,10 @@
 use rayon::prelude::*;
 
 use crate::device::cpu::{self, Strides};
-#[cfg(feature = "cuda")]
-use crate::device::cuda::gptq as gpu;
+use crate::device::cuda::CudaDevice;
 use crate::grid::Quantized;
 use crate::linalg::factor;
+use crate::quant::gptq_gpu as gpu;
 use crate::quant::weight::hessian_for;
 use crate::quant::{Grid, GridFloat, QuantSpec, QuantizedLinear, WeightQuantizer};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -91,8 +91,7 @@ struct Factor {
 /// U where the sweep is done.
 enum Upper {
     Host(Vec<f64>),
-    #[cfg(feature = "cuda")]
-    Gpu(Tensor, gpu::Order),
+    Gpu(CudaDevice, Tensor, gpu::Order),
 }
 
 impl WeightQuantizer for Gptq {
@@ -111,12 +110,11 @@ impl WeightQuantizer for Gptq {
         let sweep = |w: &&Tensor| match &factor.u {
             Upper::Host(u) if w.dtype() == DType::F64 => self.sweep::<f64>(w, spec, &factor, u),
             Upper::Host(u) => self.sweep::<f32>(w, spec, &factor, u),
-            #[cfg(feature = "cuda")]
-            Upper::Gpu(u, order) => {
+            Upper::Gpu(d, u, order) => {
                 let on_the_way = self.grids_on_the_way(spec);
                 let ends = self.block_ends(factor.n, spec.group_size(factor.n)?, on_the_way);
                 let s = gpu::Sweep { u, order, dead: &factor.dead, ends: &ends, grids_on_the_way: on_the_way };
-                Ok(QuantizedLinear { damping: Some(factor.damping), ..gpu::sweep(w, spec, &s)? })
+                Ok(QuantizedLinear { damping: Some(factor.damping), ..gpu::sweep(d, w, spec, &s)? })
             }
         };
         weights.iter().map(sweep).collect()
@@ -239,9 +237,8 @@ impl Gptq {
 
 /// The diagonal of a Hessian, and whether all of it is finite.
 fn diagonal(hessian: &Tensor) -> Result<(Vec<f64>, bool)> {
-    #[cfg(feature = "cuda")]
-    if !hessian.device().is_cpu() {
-        return gpu::diagonal(hessian);
+    if let Device::Cuda(d) = hessian.device() {
+        return gpu::diagonal(&d, hessian);
     }
     let h = hessian.to_f64_vec()?;
     Ok((h.iter().step_by(hessian.cols() + 1).copied().collect(), h.iter().all(|x| x.is_finite())))
@@ -252,10 +249,11 @@ fn diagonal(hessian: &Tensor) -> Result<(Vec<f64>, bool)> {
 type Factoring<'a> = Box<dyn FnMut(f64) -> Result<Option<Upper>> + 'a>;
 
 fn factoring<'a>(hessian: &'a Tensor, order: &[usize], dead: &[usize]) -> Result<Factoring<'a>> {
-    #[cfg(feature = "cuda")]
     if let Device::Cuda(d) = hessian.device() {
         let order = gpu::Order::new(&d, order)?;
-        return Ok(Box::new(move |add| Ok(gpu::factor(hessian, &order, add)?.map(|u| Upper::Gpu(u, order.clone())))));
+        return Ok(Box::new(move |add| {
+            Ok(gpu::factor(&d, hessian, &order, add)?.map(|u| Upper::Gpu(d.clone(), u, order.clone())))
+        }));
     }
     let n = hessian.cols();
     let mut h = hessian.to_f64_vec()?;

@@ -1,6 +1,8 @@
 //! The Hessian of a linear layer's squared output error in its weights: `H = (2/n) Σ xᵀ x`.
 
 use crate::device::cpu::{self, Real, Strides};
+use crate::device::cuda::CudaDevice;
+use crate::quant::gptq_gpu as gpu;
 use crate::tensor::room;
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -21,20 +23,25 @@ const STRIPE: usize = 128;
 /// assert_eq!(h.finish(1)?.to_vec::<f64>()?, [20.0, 28.0, 28.0, 40.0]);
 /// # Ok::<(), spinquant::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Hessian {
     cols: usize,
     sum: Sum,
 }
 
 /// Σ xᵀ x: the lower triangle, and some or all of the upper.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 enum Sum {
     /// No inputs yet.
     Empty,
     Host(Vec<f64>),
-    #[cfg(feature = "cuda")]
-    Gpu(Tensor),
+    Gpu(CudaDevice, Tensor),
+}
+
+impl std::fmt::Debug for Hessian {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hessian of {} channels", self.cols)
+    }
 }
 
 impl Hessian {
@@ -54,15 +61,16 @@ impl Hessian {
         }
         if let Sum::Empty = self.sum {
             self.sum = match x.device() {
-                #[cfg(feature = "cuda")]
-                device @ Device::Cuda(_) if x.dtype() != DType::F64 => Sum::Gpu(Tensor::zeros([n, n], DType::F64, &device)?),
+                Device::Cuda(d) if x.dtype() != DType::F64 => {
+                    let sum = Tensor::zeros([n, n], DType::F64, &Device::Cuda(d.clone()))?;
+                    Sum::Gpu(d, sum)
+                }
                 _ => Sum::Host(vec![0.0; room("Hessian", &[n, n], DType::F64)?]),
             };
         }
         match &mut self.sum {
             Sum::Host(sum) => add(sum, n, &x.to_device(&Device::Cpu)?),
-            #[cfg(feature = "cuda")]
-            Sum::Gpu(sum) => crate::device::cuda::gptq::add_gram(sum, &x.to_device(&sum.device())?),
+            Sum::Gpu(d, sum) => gpu::add_gram(d, sum, &x.to_device(&sum.device())?),
             Sum::Empty => unreachable!("just begun"),
         }
     }
@@ -77,11 +85,10 @@ impl Hessian {
         let mut sum = match self.sum {
             Sum::Host(sum) => sum,
             Sum::Empty => vec![0.0; room("Hessian", &[n, n], DType::F64)?],
-            #[cfg(feature = "cuda")]
-            Sum::Gpu(sum) => {
-                let h = crate::device::cuda::gptq::finish(sum, scale)?;
+            Sum::Gpu(d, sum) => {
+                let h = gpu::finish(&d, sum, scale)?;
                 // An input that is not finite makes its own square so.
-                let diagonal = crate::device::cuda::gptq::diagonal(&h)?.0;
+                let diagonal = gpu::diagonal(&d, &h)?.0;
                 diagonal.iter().enumerate().try_for_each(|(i, &x)| finite(x, i, i))?;
                 return Ok(h);
             }

@@ -2,6 +2,7 @@
 
 mod clip;
 mod gptq;
+mod gptq_gpu;
 mod hessian;
 mod rtn;
 mod scheme;

@@ -1,7 +1,7 @@
 //! Memory against time: values that are computed again instead of kept.
 
 use crate::profile::enter_pass;
-use crate::tape::{Grads, Inputs, Op, Saved, Tape, Var};
+use crate::tape::{Grads, Inputs, Op, Saved, Takes, Tape, Var};
 use crate::{Result, Tensor};
 
 /// Runs `f` without keeping what is inside it: forward saves only `inputs`, backward runs `f` again.
@@ -22,7 +22,10 @@ impl<F: for<'s> Fn(&'s Tape, Vec<Var<'s>>) -> Result<Var<'s>>> Op for Checkpoint
     fn name(&self) -> &'static str {
         "checkpoint"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let inputs = inputs.into_vec();
         if save.wants_any() {
             inputs.iter().for_each(|t| save.push(t.clone()));

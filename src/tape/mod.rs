@@ -14,7 +14,7 @@ use crate::profile::{enter, enter_pass, part};
 use crate::{Error, Result, Tensor};
 
 pub use checkpoint::checkpoint;
-pub use op::{Grads, Inputs, Op, Saved};
+pub use op::{Grads, Inputs, Op, Saved, Takes, operands, run, run_backward};
 
 struct Node {
     /// `None` for a variable.
@@ -153,12 +153,12 @@ impl Tape {
     fn run(&self, op: &impl Op, values: Inputs, saved: &mut Saved) -> Result<Tensor> {
         let mut residuals = self.residuals.borrow_mut();
         if matches!(*residuals, Residuals::Off) {
-            return op.forward(values, saved);
+            return run(op, values, saved);
         }
         let Some(smooth) = op.surrogate(&values.0).transpose()? else {
-            return op.forward(values, saved);
+            return run(op, values, saved);
         };
-        let y = op.forward(values, saved)?; // also for what it saves
+        let y = run(op, values, saved)?; // also for what it saves
         match &mut *residuals {
             Residuals::Off => Ok(y),
             Residuals::Record(list) => {
@@ -230,7 +230,7 @@ impl Tape {
             };
             let _part = enter(part);
             let want: Vec<_> = inputs.iter().map(Option::is_some).collect();
-            let dx = op.backward(saved, dy, &want)?;
+            let dx = run_backward(&*op, saved, dy, &want)?;
             if dx.len() != inputs.len() {
                 return Err(Error::Tape(format!("{}: {} gradients for {} operands", op.name(), dx.len(), inputs.len())));
             }
@@ -335,7 +335,10 @@ impl Op for Reshape {
     fn name(&self) -> &'static str {
         "reshape"
     }
-    fn forward(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+    fn takes(&self) -> Takes {
+        Takes::Anything
+    }
+    fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         x.reshape(self.to.clone())
     }

@@ -18,7 +18,7 @@ impl Op for WrongSquare {
     fn name(&self) -> &'static str {
         "wrong square"
     }
-    fn forward(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         save.push(x.clone());
         let y = x.to_vec::<f64>()?.iter().map(|x| x * x).collect();

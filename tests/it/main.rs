@@ -1,5 +1,6 @@
 //! Tests that need nothing but this repository, by subject.
 
+mod architecture;
 mod bias;
 #[cfg(feature = "cli")]
 mod cli;

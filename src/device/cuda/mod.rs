@@ -1,10 +1,6 @@
 //! The GPU: one context, one stream and one stream-ordered memory pool per device.
 
 mod gemm;
-pub(crate) mod gptq;
-pub(crate) mod linalg;
-pub(crate) mod matmul;
-pub(crate) mod ops;
 mod profile;
 mod solver;
 
@@ -16,15 +12,16 @@ pub mod ffi {
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys};
 
-use crate::{DType, Device, Error, Result, Tensor};
+use super::Card;
+use super::launch::{Kind, View, Work};
+use crate::dtype::DType;
+use crate::{Error, Result};
 
-pub(crate) use ops::cast;
 pub use profile::Phase;
-use profile::Work;
 
 /// The oldest driver that runs a statically linked CUDA 13 runtime, as the driver numbers itself.
 const MIN_DRIVER: i32 = 13000;
@@ -39,8 +36,11 @@ struct Inner {
     blas: gemm::Blas,
     /// cuBLAS and cuSOLVER, opened when first needed.
     solver: OnceLock<solver::Solver>,
-    /// Bit-packed H_K by K.
-    tables: Mutex<HashMap<usize, Arc<CudaSlice<u8>>>>,
+    /// Held while NVIDIA's libraries enqueue: a product may be several kernels that share the workspace, and another thread's must not
+    /// come between them.
+    libraries: Mutex<()>,
+    /// Tables that were uploaded once, by name and key.
+    constants: Mutex<HashMap<(&'static str, usize), Constant>>,
     /// Launches under watch, see [`CudaDevice::start_profile`].
     profile: Mutex<Option<Vec<profile::Launch>>>,
 }
@@ -115,7 +115,8 @@ impl CudaDevice {
             stream,
             blas,
             solver: OnceLock::new(),
-            tables: Mutex::default(),
+            libraries: Mutex::default(),
+            constants: Mutex::default(),
             profile: Mutex::default(),
         })))
     }
@@ -152,7 +153,7 @@ impl CudaDevice {
 
     /// What the card can do, from what the driver says about it. Of the peak of its tensor cores two thirds are reckoned with, and
     /// nine tenths of its bandwidth, which is what large products and copies reach on an H100.
-    pub fn card(&self) -> Result<crate::device::Card> {
+    pub fn card(&self) -> Result<Card> {
         use sys::CUdevice_attribute_enum as Attribute;
         let get = |attribute| self.0.context.attribute(attribute).map(f64::from).map_err(driver_error("device attribute"));
         let clock = 1e3 * get(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
@@ -169,7 +170,7 @@ impl CudaDevice {
             (8, _) => 512.0,
             _ => 4096.0,
         };
-        Ok(crate::device::Card {
+        Ok(Card {
             name: self.name()?,
             free: self.memory()?.0,
             products: 0.64 * processors * clock * per_clock,
@@ -207,105 +208,222 @@ impl CudaDevice {
         self.0.context.bind_to_thread().map_err(driver_error("binding the context"))
     }
 
-    /// Uninitialised bytes.
-    pub(crate) fn alloc_bytes(&self, bytes: usize, what: &str) -> Result<CudaSlice<u8>> {
-        // SAFETY: every kernel that is given this memory writes all of it before anything reads it.
-        unsafe { self.0.stream.alloc(bytes.max(1)) }.map_err(|e| match e.0 {
+    /// This device's stream, watched by its profile.
+    pub(crate) fn queue(&self) -> Queue<'_> {
+        Queue { stream: &self.0.stream, device: Some(self) }
+    }
+
+    /// Nobody else calls into NVIDIA's libraries while this is held.
+    fn libraries(&self) -> MutexGuard<'_, ()> {
+        self.0.libraries.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Uninitialised values; whoever asks for them writes all before anything reads them.
+    ///
+    /// # Errors
+    /// More bytes than can be counted, or than are free.
+    pub(crate) fn buffer(&self, len: usize, kind: Kind, what: &str) -> Result<CudaBuffer> {
+        let bytes = len.checked_mul(kind.size()).ok_or_else(|| {
+            Error::argument(what, format!("{len} values of {} bytes are more than can be addressed", kind.size()))
+        })?;
+        // SAFETY: every kernel and copy that is given this memory writes all of it before anything reads it.
+        let data = unsafe { self.0.stream.alloc(bytes.max(1)) }.map_err(|e| match e.0 {
             sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
                 let (free, total) = self.memory().unwrap_or_default();
                 Error::OutOfMemory { what: what.into(), needed: bytes, free, total }
             }
             _ => driver_error("allocation")(e),
-        })
+        })?;
+        Ok(CudaBuffer { data, len, kind, device: self.clone() })
     }
 
-    /// Uninitialised values.
-    pub(crate) fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        // At most isize::MAX bytes.
-        let len = crate::tensor::count("a tensor on the GPU", shape)?;
-        let data = self.alloc_bytes(len * dtype.size(), &format!("a {dtype} tensor of shape {shape:?}"))?;
-        Tensor::from_cuda(CudaBuffer { data, len, dtype, device: self.clone() }, shape)
-    }
-
-    pub(crate) fn zeros(&self, len: usize, dtype: DType) -> Result<CudaBuffer> {
-        let bytes = len.checked_mul(dtype.size());
-        let bytes =
-            bytes.ok_or_else(|| Error::argument("a tensor of zeros", format!("{len} values of {dtype} have no address")))?;
-        let mut data = self.alloc_bytes(bytes, "a tensor of zeros")?;
-        self.0.stream.memset_zeros(&mut data).map_err(driver_error("memset"))?;
-        Ok(CudaBuffer { data, len, dtype, device: self.clone() })
-    }
-
-    pub(crate) fn upload(&self, bytes: &[u8], dtype: DType) -> Result<CudaBuffer> {
-        let mut data = self.alloc_bytes(bytes.len(), "an upload")?;
-        if !bytes.is_empty() {
-            self.0.stream.memcpy_htod(bytes, &mut data).map_err(driver_error("copy to the GPU"))?;
-        }
-        Ok(CudaBuffer { data, len: bytes.len() / dtype.size(), dtype, device: self.clone() })
-    }
-
-    /// Calls a launcher of `kernels.h` with this device's stream, the context bound.
-    fn launch(&self, what: &'static str, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
-        self.profiled(Work { what, ..Work::default() }, || launch(&self.0.stream, what, f))
-    }
-
-    /// The same for a kernel that must move so many bytes.
-    fn launch_moving(&self, what: &'static str, bytes: usize, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
-        self.profiled(Work { what, bytes: bytes as f64, flops: 0.0 }, || launch(&self.0.stream, what, f))
-    }
-
-    /// The same for a kernel that is limited by its arithmetic.
-    fn launch_computing(&self, what: &'static str, flops: f64, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
-        self.profiled(Work { what, bytes: 0.0, flops }, || launch(&self.0.stream, what, f))
-    }
-
-    /// See [`gemm::Blas::run`].
+    /// Zeros.
     ///
-    /// # Safety
-    /// As there.
-    unsafe fn gemm(
-        &self,
-        s: gemm::Shape,
-        y: *mut c_void,
-        a: *const c_void,
-        b: *const c_void,
-        c: *const c_void,
-        factors: gemm::Factors,
-    ) -> Result<()> {
+    /// # Errors
+    /// As [`CudaDevice::buffer`].
+    pub(crate) fn zeros(&self, len: usize, kind: Kind) -> Result<CudaBuffer> {
+        let mut buffer = self.buffer(len, kind, "a tensor of zeros")?;
+        self.0.stream.memset_zeros(&mut buffer.data).map_err(driver_error("memset"))?;
+        Ok(buffer)
+    }
+
+    /// Values from the host.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::buffer`].
+    pub(crate) fn upload(&self, bytes: &[u8], kind: Kind) -> Result<CudaBuffer> {
+        let mut buffer = self.buffer(bytes.len() / kind.size(), kind, "an upload")?;
+        if !bytes.is_empty() {
+            self.0.stream.memcpy_htod(bytes, &mut buffer.data).map_err(driver_error("copy to the GPU"))?;
+        }
+        Ok(buffer)
+    }
+
+    /// A table that is uploaded when it is first asked for, and kept.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::buffer`].
+    pub(crate) fn constant(&self, name: &'static str, key: usize, bytes: &dyn Fn() -> Vec<u8>) -> Result<Constant> {
+        let mut constants = self.0.constants.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(constant) = constants.get(&(name, key)) {
+            return Ok(constant.clone());
+        }
+        let constant = Constant(Arc::new(self.upload(&bytes(), Kind::U8)?.data));
+        constants.insert((name, key), constant.clone());
+        Ok(constant)
+    }
+
+    /// `to ← from`, as many bytes, in stream order.
+    ///
+    /// # Errors
+    /// Different sizes, or memory of another GPU.
+    pub(crate) fn copy(&self, to: View<'_>, from: View<'_>) -> Result<()> {
+        if to.bytes() != from.bytes() {
+            return Err(Error::argument("copy", format!("{} bytes into {}", from.bytes(), to.bytes())));
+        }
+        self.owns("copy", &[to, from])?;
         self.bind()?;
-        let flops = 2.0 * (s.m * s.n) as f64 * (s.k * s.batch) as f64;
-        // SAFETY: by the caller.
-        self.profiled(Work { what: "product", bytes: 0.0, flops }, || unsafe { self.0.blas.run(s, y, a, b, c, factors) })
+        // SAFETY: both ranges are live, of one size and on this GPU, and the copy is in stream order with their release.
+        unsafe { result::memcpy_dtod_async(to.address(), from.address(), from.bytes(), self.0.stream.cu_stream()) }
+            .map_err(driver_error("copy"))
+    }
+
+    /// `to[:, a..a + count] ← from[:, b..b + count]` for row-major matrices of one kind with the same rows.
+    ///
+    /// # Errors
+    /// Columns or rows that are not there, or memory of another GPU.
+    pub(crate) fn copy_columns(
+        &self,
+        (to, to_cols, a): Columns<'_>,
+        (from, from_cols, b): Columns<'_>,
+        count: usize,
+    ) -> Result<()> {
+        let inside = |first: usize, cols: usize| cols > 0 && first.checked_add(count).is_some_and(|end| end <= cols);
+        let rows = to.len() / to_cols.max(1);
+        let fit = to.len() == rows * to_cols && from.len() == rows * from_cols && to.kind() == from.kind();
+        if !fit || !inside(a, to_cols) || !inside(b, from_cols) {
+            return Err(Error::argument(
+                "copy of columns",
+                format!("{count} columns from {b} of {from_cols} to {a} of {to_cols}"),
+            ));
+        }
+        if rows == 0 || count == 0 {
+            return Ok(());
+        }
+        self.owns("copy of columns", &[to, from])?;
+        let size = to.kind().size();
+        let copy = sys::CUDA_MEMCPY2D_st {
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcDevice: from.address() + (b * size) as u64,
+            srcPitch: size * from_cols,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstDevice: to.address() + (a * size) as u64,
+            dstPitch: size * to_cols,
+            WidthInBytes: size * count,
+            Height: rows,
+            srcXInBytes: 0,
+            srcY: 0,
+            srcHost: std::ptr::null::<c_void>(),
+            srcArray: std::ptr::null_mut(),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstHost: std::ptr::null_mut(),
+            dstArray: std::ptr::null_mut(),
+        };
+        self.bind()?;
+        // SAFETY: both ranges are inside live matrices of this GPU, and the copy is in stream order with their release.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.0.stream.cu_stream()) }.result().map_err(driver_error("copy of columns"))
+    }
+
+    /// An error unless all of this memory is this GPU's.
+    fn owns(&self, what: &str, views: &[View<'_>]) -> Result<()> {
+        let context = self.queue().context();
+        if views.iter().any(|v| v.context() != context) {
+            return Err(Error::device(what, format!("an operand is not in the memory of cuda:{}", self.ordinal())));
+        }
+        Ok(())
     }
 }
 
-/// Calls a launcher of `kernels.h` with a stream, its context bound.
-pub(crate) fn launch(stream: &CudaStream, what: &str, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
-    stream.context().bind_to_thread().map_err(driver_error("binding the context"))?;
-    match f(stream.cu_stream().cast()) {
-        0 => Ok(()),
-        1 => Err(Error::Cuda(format!("{what}: the kernel does not support these sizes"))),
-        code => Err(Error::Cuda(format!("{what}: launch failed with cudaError {code}"))),
+/// Columns of a row-major matrix: the matrix, its width, and the first of them.
+pub(crate) type Columns<'a> = (View<'a>, usize, usize);
+
+/// Where a launcher runs: a stream, and the profile that watches it, where one does.
+#[derive(Clone, Copy)]
+pub(crate) struct Queue<'a> {
+    stream: &'a CudaStream,
+    device: Option<&'a CudaDevice>,
+}
+
+impl<'a> Queue<'a> {
+    /// A stream of the caller's, which no profile watches.
+    pub(crate) fn of(stream: &'a CudaStream) -> Self {
+        Self { stream, device: None }
     }
+
+    /// What tells the memory of one GPU from another's.
+    pub(crate) fn context(&self) -> usize {
+        context_of(self.stream)
+    }
+
+    /// Calls a launcher of `kernels.h` with the stream, its context bound.
+    pub(crate) fn launch(&self, what: &'static str, work: Work, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
+        let launch = || {
+            self.stream.context().bind_to_thread().map_err(driver_error("binding the context"))?;
+            match f(self.stream.cu_stream().cast()) {
+                0 => Ok(()),
+                1 => Err(Error::Cuda(format!("{what}: the kernel does not support these sizes"))),
+                code => Err(Error::Cuda(format!("{what}: launch failed with cudaError {code}"))),
+            }
+        };
+        match self.device {
+            Some(device) => device.profiled(work, launch),
+            None => launch(),
+        }
+    }
+}
+
+/// The context of a stream, as [`View`]s name it.
+pub(crate) fn context_of(stream: &CudaStream) -> usize {
+    stream.context().cu_ctx() as usize
+}
+
+/// A table on a device.
+#[derive(Clone)]
+pub(crate) struct Constant(Arc<CudaSlice<u8>>);
+
+impl Constant {
+    /// As values of a kind.
+    pub(crate) fn view(&self, kind: Kind) -> View<'_> {
+        view(&self.0, self.0.num_bytes() / kind.size(), kind)
+    }
+}
+
+/// `len` values of the memory of a device's own stream.
+fn view(data: &CudaSlice<u8>, len: usize, kind: Kind) -> View<'_> {
+    let (address, _) = data.device_ptr(data.stream());
+    // SAFETY: the slice is borrowed as long as the view lives, and is released in the order of its own stream, the device's.
+    unsafe { View::new(address, len, kind, context_of(data.stream())) }
 }
 
 /// Device memory of one tensor; freed in stream order.
 pub struct CudaBuffer {
     data: CudaSlice<u8>,
     len: usize,
-    dtype: DType,
+    kind: Kind,
     device: CudaDevice,
 }
 
 impl std::fmt::Debug for CudaBuffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "CudaBuffer({} x {}, {:?})", self.len, self.dtype, Device::Cuda(self.device.clone()))
+        write!(f, "CudaBuffer({} x {}, cuda:{})", self.len, self.kind, self.device.ordinal())
     }
 }
 
 impl CudaBuffer {
+    /// The type of a tensor of these values.
     pub(crate) fn dtype(&self) -> DType {
-        self.dtype
+        self.kind.dtype().expect("a tensor's memory holds values of a tensor's type")
     }
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -314,18 +432,20 @@ impl CudaBuffer {
         &self.device
     }
 
-    /// The address of value number `start`.
-    fn address(&self, start: usize) -> *mut c_void {
-        let (pointer, _) = self.data.device_ptr(&self.device.0.stream);
-        (pointer as usize + start * self.dtype.size()) as *mut c_void
+    /// All of it.
+    pub(crate) fn view(&self) -> View<'_> {
+        view(&self.data, self.len, self.kind)
     }
 
     /// Copies values from `start` on to host memory and waits for them.
+    ///
+    /// # Errors
+    /// Values that are not there.
     pub(crate) fn download(&self, start: usize, bytes: &mut [u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
-        let first = start * self.dtype.size();
+        let first = start * self.kind.size();
         let stream = &self.device.0.stream;
         self.device.bind()?;
         stream.memcpy_dtoh(&self.data.slice(first..first + bytes.len()), bytes).map_err(driver_error("copy from the GPU"))?;

@@ -4,15 +4,8 @@ use cudarc::driver::{CudaEvent, sys};
 
 use super::{CudaDevice, driver_error};
 use crate::Result;
+use crate::device::launch::Work;
 use crate::profile::part;
-
-/// What one launch does.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Work {
-    pub what: &'static str,
-    pub bytes: f64,
-    pub flops: f64,
-}
 
 pub(super) struct Launch {
     part: (&'static str, &'static str),

@@ -20,7 +20,7 @@ use spinquant::ops::rope::{self, Rope, Rotate};
 use spinquant::ops::swiglu::{self, Swiglu};
 use spinquant::optim::{CayleySgd, Mode, Optimizer};
 use spinquant::quant::{Clip, QuantSpec, SEARCH_NORM};
-use spinquant::tape::{Op, Saved};
+use spinquant::tape::{Op, Saved, run_backward};
 use spinquant::{DType, Device, Error, Result, Tensor};
 
 use super::{Job, Kernel, Measured, exact};
@@ -179,7 +179,7 @@ pub fn spec() -> QuantSpec {
 }
 
 fn op(op: &impl Op, inputs: Vec<Tensor>) -> Result<Tensor> {
-    op.forward(inputs.into(), &mut Saved::default())
+    spinquant::tape::run(op, inputs, &mut Saved::default())
 }
 
 fn fake_quant(job: &Job, device: &Device, transformed: bool) -> Result<Measured> {
@@ -231,18 +231,16 @@ fn rms_norm(job: &Job, device: &Device) -> Result<Measured> {
 }
 
 /// What an operation's forward pass keeps.
-fn saved(operation: &impl Op, inputs: Vec<Tensor>) -> Result<Vec<Tensor>> {
+fn saved(operation: &impl Op, inputs: Vec<Tensor>) -> Result<Saved> {
     let mut save = Saved::new(vec![true; inputs.len()]);
-    operation.forward(inputs.into(), &mut save)?;
-    Ok(save.into_vec())
+    spinquant::tape::run(operation, inputs, &mut save)?;
+    Ok(save)
 }
 
 /// The gradients of an operation from what its forward pass kept.
-fn backward(operation: &impl Op, kept: &[Tensor], dy: &Tensor, operands: usize) -> Result<Vec<Tensor>> {
+fn backward(operation: &impl Op, kept: &Saved, dy: &Tensor, operands: usize) -> Result<Vec<Tensor>> {
     let want = vec![true; operands];
-    let mut save = Saved::new(want.clone());
-    kept.iter().for_each(|t| save.push(t.clone()));
-    let grads = operation.backward(save, dy.clone(), &want)?;
+    let grads = run_backward(operation, kept.clone(), dy.clone(), &want)?;
     grads.into_iter().map(|g| g.ok_or_else(|| Error::numeric("wrong answer", "no gradient"))).collect()
 }
 
@@ -324,7 +322,7 @@ fn cross_entropy(job: &Job, device: &Device) -> Result<Measured> {
     let x = random([job.rows, job.n], 1, job.dtype, device)?;
     let targets: Arc<[i32]> = spread(job.rows, job.n).map(|t| t as i32).collect();
     let kernel = CrossEntropy { targets: targets.clone() };
-    let gradient = saved(&kernel, vec![x.clone()])?.remove(0);
+    let gradient = saved(&kernel, vec![x.clone()])?.into_vec().remove(0);
     let count = job.rows as f64;
     for r in some(job.rows) {
         let want = cross_entropy::reference(&row(&x, r, job.n)?, &targets[r..=r], job.n).1;
@@ -337,7 +335,7 @@ fn cross_entropy(job: &Job, device: &Device) -> Result<Measured> {
     // The gradient takes the place of logits that nobody shares: it is the next call's logits.
     let mut logits = vec![x];
     let (ms, how) = time(device, || {
-        logits = saved(&kernel, std::mem::take(&mut logits))?;
+        logits = saved(&kernel, std::mem::take(&mut logits))?.into_vec();
         Ok(())
     })?;
     Ok(Measured { ms, how, bytes, flops: 0.0, copy: Some(copy) })

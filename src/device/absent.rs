@@ -1,0 +1,130 @@
+//! The GPU in a build without the feature `cuda`: the same names as in the real module, and no value of any of its types, so that code
+//! for both builds is written, and checked, once.
+#![allow(dead_code, unused_variables, missing_docs, non_camel_case_types)]
+
+use std::convert::Infallible;
+use std::marker::PhantomData;
+
+use super::Card;
+use super::launch::{Factors, Kind, Shape, View, Work};
+use crate::{DType, Result};
+
+/// A GPU. There is none without the feature `cuda`.
+#[derive(Clone, PartialEq)]
+pub struct CudaDevice(Infallible);
+
+/// Where a launcher runs.
+#[derive(Clone, Copy)]
+pub(crate) struct Queue<'a>(Infallible, PhantomData<&'a ()>);
+
+/// Device memory of one tensor.
+#[derive(Debug)]
+pub struct CudaBuffer(Infallible);
+
+/// See the real module.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Phase {
+    pub pass: &'static str,
+    pub part: &'static str,
+    pub what: &'static str,
+    pub count: usize,
+    pub ms: f64,
+    pub bytes: f64,
+    pub flops: f64,
+}
+
+macro_rules! never {
+    ($(impl $t:ty { $($vis:vis fn $name:ident(&self $(, $arg:ident: $of:ty)* $(,)?) -> $ret:ty;)* })*) => {
+        $(impl $t {
+            $(#[allow(clippy::too_many_arguments, clippy::len_without_is_empty)]
+            $vis fn $name(&self $(, $arg: $of)*) -> $ret { match self.0 {} })*
+        })*
+    };
+}
+
+never! {
+    impl CudaDevice {
+        pub fn ordinal(&self) -> usize;
+        pub fn name(&self) -> Result<String>;
+        pub fn synchronize(&self) -> Result<()>;
+        pub fn memory(&self) -> Result<(usize, usize)>;
+        pub fn card(&self) -> Result<Card>;
+        pub fn peak_bytes(&self) -> Result<u64>;
+        pub fn reset_peak(&self) -> Result<()>;
+        pub fn start_profile(&self) -> ();
+        pub fn stop_profile(&self) -> Result<Vec<Phase>>;
+        pub(crate) fn queue(&self) -> Queue<'_>;
+        pub(crate) fn buffer(&self, len: usize, kind: Kind, what: &str) -> Result<CudaBuffer>;
+        pub(crate) fn zeros(&self, len: usize, kind: Kind) -> Result<CudaBuffer>;
+        pub(crate) fn upload(&self, bytes: &[u8], kind: Kind) -> Result<CudaBuffer>;
+        pub(crate) fn constant(&self, name: &'static str, key: usize, bytes: &dyn Fn() -> Vec<u8>) -> Result<Constant>;
+        pub(crate) fn copy(&self, to: View<'_>, from: View<'_>) -> Result<()>;
+        pub(crate) fn copy_columns(&self, to: Columns<'_>, from: Columns<'_>, count: usize) -> Result<()>;
+        pub(crate) fn multiply(
+            &self, s: Shape, y: View<'_>, a: View<'_>, b: View<'_>, c: Option<View<'_>>, factors: Factors<'_>
+        ) -> Result<()>;
+        pub(crate) fn add_product(
+            &self, w: View<'_>, from: usize, e: View<'_>, u: View<'_>, row: usize, size: [usize; 3]
+        ) -> Result<()>;
+        pub(crate) fn invert_cholesky(&self, a: View<'_>, n: usize) -> Result<Option<bool>>;
+    }
+    impl Queue<'_> {
+        pub(crate) fn context(&self) -> usize;
+        pub(crate) fn launch(&self, what: &'static str, work: Work, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()>;
+    }
+    impl CudaBuffer {
+        pub(crate) fn dtype(&self) -> DType;
+        pub(crate) fn len(&self) -> usize;
+        pub(crate) fn device(&self) -> &CudaDevice;
+        pub(crate) fn view(&self) -> View<'_>;
+        pub(crate) fn download(&self, start: usize, bytes: &mut [u8]) -> Result<()>;
+    }
+    impl Constant {
+        pub(crate) fn view(&self, kind: Kind) -> View<'_>;
+    }
+}
+
+/// A table on the device.
+#[derive(Clone)]
+pub(crate) struct Constant(Infallible);
+
+/// Columns of a row-major matrix: the matrix, its width, and the first of them.
+pub(crate) type Columns<'a> = (View<'a>, usize, usize);
+
+/// What `cuda/kernels.h` declares besides launchers.
+pub(crate) mod ffi {
+    use std::ffi::c_void;
+
+    pub type sq_stream = *mut c_void;
+    pub type sq_dtype = u32;
+    pub const SQ_F32: sq_dtype = 0;
+    pub const SQ_F16: sq_dtype = 1;
+    pub const SQ_BF16: sq_dtype = 2;
+    pub const SQ_F64: sq_dtype = 3;
+
+    #[derive(Clone, Copy, Debug)]
+    pub struct sq_quant {
+        pub bits: i32,
+        pub symmetric: i32,
+        pub weight: i32,
+        pub group: i32,
+        pub clip: f32,
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    pub struct sq_hadamard_map {
+        pub n: i32,
+        pub k: i32,
+        pub transpose: i32,
+        pub table: *const u32,
+        pub signs: *const i8,
+    }
+
+    /// Stands for every launcher.
+    ///
+    /// # Safety
+    /// Never called: there is no queue to launch on.
+    pub unsafe fn launcher<R>() -> R {
+        unreachable!("a launcher in a build without GPU support")
+    }
+}
