@@ -89,6 +89,9 @@ pub struct HadamardMap {
 
 impl HadamardMap {
     /// The map of [`Hadamard::new`].
+    ///
+    /// # Errors
+    /// Those of [`Hadamard::new`]; a failing upload of the table.
     pub fn new(stream: &Arc<CudaStream>, n: usize) -> Result<Self> {
         let map = Hadamard::new(n)?;
         let upload = || stream.clone_htod(&map.packed()).map_err(|e| Error::Cuda(format!("the table of H_{}: {e:?}", map.k())));
@@ -124,6 +127,10 @@ impl HadamardMap {
 }
 
 /// `y = H x` of every row, or `Hᵀ x`.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn hadamard<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,
@@ -136,6 +143,10 @@ pub fn hadamard<T: Float>(
 }
 
 /// [`hadamard`] in place.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn hadamard_in_place<T: Float>(
     stream: &CudaStream,
     x: &mut impl DevicePtrMut<T>,
@@ -162,6 +173,10 @@ pub fn hadamard_fake_quant<T: Float>(
 }
 
 /// `y`: every row of `cols` values quantised and dequantised, whatever [`Clip`] the spec asks for.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn fake_quant<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,
@@ -174,6 +189,10 @@ pub fn fake_quant<T: Float>(
 }
 
 /// The codes of every value, and scale and zero point of every group, without the dequantised values.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 #[allow(clippy::too_many_arguments)]
 pub fn quantize<T: Float>(
     stream: &CudaStream,
@@ -190,6 +209,10 @@ pub fn quantize<T: Float>(
 }
 
 /// [`fake_quant`] with every group's clip ratio searched, and `best`: the candidate i that each group chose, ratio 1 − i/100.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn fake_quant_search<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,
@@ -204,6 +227,10 @@ pub fn fake_quant_search<T: Float>(
 }
 
 /// Every row of `cols` values divided by its root mean square (plus `eps`); `inverse` receives one factor a row.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn rms_norm<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,
@@ -217,6 +244,10 @@ pub fn rms_norm<T: Float>(
 }
 
 /// dx of [`rms_norm`] from dy and what went in and came out of it.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn rms_norm_backward<T: Float>(
     stream: &CudaStream,
     dx: &mut impl DevicePtrMut<T>,
@@ -231,6 +262,10 @@ pub fn rms_norm_backward<T: Float>(
 
 /// Rotary embedding of x `[tokens, heads, dim]` by the tables `cosine`, `sine` `[seq, dim/2]`, token t at position t mod seq;
 /// `transpose` rotates back, which is the gradient.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 #[allow(clippy::too_many_arguments)]
 pub fn rope<T: Float>(
     stream: &CudaStream,
@@ -246,6 +281,10 @@ pub fn rope<T: Float>(
 }
 
 /// `y = silu(gate) · up`.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn swiglu<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,
@@ -266,6 +305,10 @@ pub fn swiglu<T: Float>(
 /// kernels::swiglu_backward(&stream, &mut dgate, &mut dup, &dy, &gate, &up)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn swiglu_backward<T: Float>(
     stream: &CudaStream,
     dgate: &mut impl DevicePtrMut<T>,
@@ -281,6 +324,10 @@ pub fn swiglu_backward<T: Float>(
 
 /// Causal attention of q `[batch·seq, heads, dim]` over k, v `[batch·seq, kv_heads, dim]` with the scale 1/√dim; `lse`
 /// `[batch, heads, seq]` receives the log-sum-exp of every row's scaled scores.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn attention<T: Float>(
     stream: &CudaStream,
     o: &mut impl DevicePtrMut<T>,
@@ -304,6 +351,10 @@ pub fn attention_workspace(sizes: &Sizes, dtype: DType) -> Result<usize> {
 }
 
 /// Gradients of [`attention`], deterministic.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 #[allow(clippy::too_many_arguments)]
 pub fn attention_backward<T: Float>(
     stream: &CudaStream,
@@ -324,6 +375,10 @@ pub fn attention_backward<T: Float>(
 
 /// The loss of every row of logits `[rows, vocab]`; unless `scale` is 0 the logits become `scale (softmax − onehot)`. A target
 /// outside the vocabulary, such as −1, marks a row that does not count.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn cross_entropy<T: Float>(
     stream: &CudaStream,
     logits: &mut impl DevicePtrMut<T>,

@@ -267,6 +267,9 @@ impl Tensor {
     }
 
     /// Borrows the values of a CPU tensor of element type `T`.
+    ///
+    /// # Errors
+    /// [`Error::DType`] for another type, [`Error::Device`] for a tensor on a GPU.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         match &*self.storage {
             Storage::Cpu(b) => b
@@ -278,6 +281,9 @@ impl Tensor {
     }
 
     /// Copies the values to a vector, from any device.
+    ///
+    /// # Errors
+    /// [`Error::DType`] for another type; a failing copy from a GPU.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         match self.device() {
             Device::Cpu => Ok(self.as_slice::<T>()?.to_vec()),
@@ -286,6 +292,9 @@ impl Tensor {
     }
 
     /// Moves the values out, without a copy where this is the only reference.
+    ///
+    /// # Errors
+    /// [`Error::DType`] for another type; a failing copy from a GPU.
     pub fn into_vec<T: Element>(mut self) -> Result<Vec<T>> {
         let n = self.len();
         if self.start == 0
@@ -299,11 +308,17 @@ impl Tensor {
     }
 
     /// Widens every value to `f64`, from any type and device.
+    ///
+    /// # Errors
+    /// A failing copy from a GPU.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
         self.to_dtype(DType::F64)?.into_vec()
     }
 
     /// The only value, widened.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where there is another number of values than one; a failing copy from a GPU.
     pub fn item(&self) -> Result<f64> {
         if self.len() != 1 {
             return Err(Error::shape("item", "of one value", &self.shape));
@@ -312,6 +327,9 @@ impl Tensor {
     }
 
     /// The values in another element type (exact when widening, to nearest-even when narrowing); free when it is the same.
+    ///
+    /// # Errors
+    /// [`Error::DType`] where either type is not floating-point; on a GPU a failed launch or no memory.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         if dtype == self.dtype() {
             return Ok(self.clone());
@@ -381,6 +399,9 @@ impl Tensor {
     }
 
     /// The values on another device; free when they are there.
+    ///
+    /// # Errors
+    /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         match (&*self.storage, device) {
             (Storage::Cpu(_), Device::Cpu) => Ok(self.clone()),

@@ -22,18 +22,30 @@ use crate::device::cuda::Queue;
 use crate::linalg::gpu;
 
 /// Every row divided by (its 2-norm + 1e-8).
+///
+/// # Errors
+/// Slices that are not whole matrices, are of different lengths, not aligned to 16 bytes or of another device than the stream; a
+/// failed launch.
 pub fn normalize_rows(stream: &CudaStream, y: &mut impl DevicePtrMut<f32>, x: &impl DevicePtr<f32>, n: usize) -> Result<()> {
     let (y, x) = (write(stream, y), read(stream, x));
     gpu::launch_normalize_rows(Queue::of(stream), y.view, x.view, n)
 }
 
 /// `w = a − aᵀ`.
+///
+/// # Errors
+/// Slices that are not whole matrices, are of different lengths, not aligned to 16 bytes or of another device than the stream; a
+/// failed launch.
 pub fn skew(stream: &CudaStream, w: &mut impl DevicePtrMut<f32>, a: &impl DevicePtr<f32>, n: usize) -> Result<()> {
     let (w, a) = (write(stream, w), read(stream, a));
     gpu::launch_skew(Queue::of(stream), w.view, a.view, n)
 }
 
 /// `y = alpha xᵀ + beta z`.
+///
+/// # Errors
+/// Slices that are not whole matrices, are of different lengths, not aligned to 16 bytes or of another device than the stream; a
+/// failed launch.
 pub fn transpose_axpby(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<f32>,
@@ -46,6 +58,10 @@ pub fn transpose_axpby(
 }
 
 /// `alpha[b] = min(lr, 1 / (‖w[b]‖₁ + 1e-8))`, ‖·‖₁ the largest column sum of |·|.
+///
+/// # Errors
+/// Slices that are not whole matrices, are of different lengths, not aligned to 16 bytes or of another device than the stream; a
+/// failed launch.
 pub fn step_size(
     stream: &CudaStream,
     alpha: &mut impl DevicePtrMut<f32>,
@@ -58,6 +74,10 @@ pub fn step_size(
 }
 
 /// `y[b] = a[b] + factor · alpha[b] · x[b]`.
+///
+/// # Errors
+/// Slices that are not whole matrices, are of different lengths, not aligned to 16 bytes or of another device than the stream; a
+/// failed launch.
 pub fn add_scaled(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<f32>,
@@ -71,6 +91,10 @@ pub fn add_scaled(
 }
 
 /// `residual = I − gram` and `error[b] = max|gram[b] − I|` of Gram matrices in `f64`.
+///
+/// # Errors
+/// Slices that are not whole matrices, are of different lengths, not aligned to 16 bytes or of another device than the stream; a
+/// failed launch.
 pub fn gram_residual(
     stream: &CudaStream,
     residual: &mut impl DevicePtrMut<f32>,
@@ -83,6 +107,9 @@ pub fn gram_residual(
 }
 
 /// `y = x`, widened.
+///
+/// # Errors
+/// Slices of different lengths, not aligned to 16 bytes or of another device than the stream; a failed launch.
 pub fn widen(stream: &CudaStream, y: &mut impl DevicePtrMut<f64>, x: &impl DevicePtr<f32>) -> Result<()> {
     let (y, x) = (write(stream, y), read(stream, x));
     gpu::launch_widen(Queue::of(stream), y.view, x.view)

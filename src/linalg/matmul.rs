@@ -17,6 +17,9 @@ fn dims(t: &Tensor, transposed: bool) -> Result<(Option<usize>, usize, usize)> {
 }
 
 /// `op(a) op(b)` without a tape. `a` and `b` have two axes, or three with the batch first; `reduce` sums over the batch.
+///
+/// # Errors
+/// Shapes that do not fit, operands of different types or devices, a type without products; a failed launch.
 pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: DType) -> Result<Tensor> {
     let (batch_a, m, k) = dims(a, ta)?;
     let (batch_b, k2, n) = dims(b, tb)?;

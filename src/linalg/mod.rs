@@ -27,6 +27,9 @@ const F64_TOLERANCE: f64 = 1e-12;
 const TILE: usize = 32;
 
 /// The batch count k and the size n of `[k, n, n]`.
+///
+/// # Errors
+/// [`Error::Shape`] for another shape.
 pub fn dims(what: &str, x: &Tensor) -> Result<(usize, usize)> {
     match *x.shape() {
         [k, n, m] if n == m && n > 0 => Ok((k, n)),
@@ -35,6 +38,9 @@ pub fn dims(what: &str, x: &Tensor) -> Result<(usize, usize)> {
 }
 
 /// Checks that batches of square matrices belong together: one shape, type and device, and a supported type.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`] or [`Error::Device`], naming `what`.
 pub fn same(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<(usize, usize)> {
     let size = dims(what, x)?;
     alike(what, x, others)?;
@@ -42,6 +48,9 @@ pub fn same(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<(usize, usize)
 }
 
 /// The same for tensors of any shape.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`] or [`Error::Device`], naming `what`.
 pub fn alike(what: &str, x: &Tensor, others: &[&Tensor]) -> Result<()> {
     if !matches!(x.dtype(), DType::F64 | DType::F32) {
         return Err(Error::dtype(what, "f64 or f32", x.dtype()));
@@ -73,6 +82,10 @@ macro_rules! on_cpu {
 }
 
 /// `op(a) op(b)` for every matrix of the batch.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool) -> Result<Tensor> {
     let (k, n) = same("product", a, &[b])?;
     if !a.device().is_cpu() || k == 1 || n > SMALL {
@@ -100,6 +113,10 @@ pub enum Digits {
 }
 
 /// [`product`], of rounded operands where that makes it faster.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn rounded_product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, digits: Digits) -> Result<Tensor> {
     let (_, n) = same("product", a, &[b])?;
     match a.device() {
@@ -109,6 +126,10 @@ pub fn rounded_product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, digits: Digit
 }
 
 /// `alpha xᵀ + beta z` for every matrix of the batch.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn transpose_axpby(alpha: f64, x: &Tensor, beta: f64, z: Option<&Tensor>) -> Result<Tensor> {
     let (_, n) = same("transpose_axpby", x, z.as_slice())?;
     fn go<T: Real>(alpha: f64, x: &Tensor, beta: f64, z: Option<&Tensor>, n: usize) -> Result<Tensor> {
@@ -138,11 +159,19 @@ pub fn transpose_axpby(alpha: f64, x: &Tensor, beta: f64, z: Option<&Tensor>) ->
 }
 
 /// `a − aᵀ` for every matrix of the batch: exactly skew.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn skew(a: &Tensor) -> Result<Tensor> {
     transpose_axpby(-1.0, a, 1.0, Some(a))
 }
 
 /// Every row divided by (its 2-norm + 1e-8).
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn normalize_rows(x: Tensor) -> Result<Tensor> {
     let (_, n) = same("normalize_rows", &x, &[])?;
     fn go<T: Real>(x: Tensor, n: usize) -> Result<Tensor> {
@@ -158,6 +187,10 @@ pub fn normalize_rows(x: Tensor) -> Result<Tensor> {
 }
 
 /// `min(lr, 1 / (‖w‖₁ + 1e-8))` for every matrix of the batch, `[k]`; ‖·‖₁ is the largest column sum of |·|. NaN where w has one.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn step_size(w: &Tensor, lr: f64) -> Result<Tensor> {
     let (k, n) = same("step_size", w, &[])?;
     fn go<T: Real>(w: &Tensor, lr: f64, k: usize, n: usize) -> Result<Tensor> {
@@ -174,6 +207,10 @@ pub fn step_size(w: &Tensor, lr: f64) -> Result<Tensor> {
 }
 
 /// `a + factor · alpha[b] · x` for every matrix b of the batch; 0 for no `a`.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn add_scaled(a: Option<Tensor>, alpha: &Tensor, factor: f64, x: &Tensor) -> Result<Tensor> {
     let (k, n) = same("add_scaled", x, a.as_ref().as_slice())?;
     if alpha.shape() != [k] || alpha.dtype() != x.dtype() {
@@ -199,6 +236,10 @@ pub fn add_scaled(a: Option<Tensor>, alpha: &Tensor, factor: f64, x: &Tensor) ->
 /// The residual `E = I − xᵀx`, computed in `f64` and rounded to the type of x, and max|E| of every matrix of the batch.
 ///
 /// Rows or columns would do as well; in `f32` a perfect rotation already reads 2.7e-6 at n = 4096, hence the `f64`.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn gram_residual(x: &Tensor) -> Result<(Tensor, Vec<f64>)> {
     let (_, n) = same("gram_residual", x, &[])?;
     if let Device::Cuda(device) = x.device() {
@@ -246,6 +287,10 @@ pub fn orthonormalize(x: Tensor, tolerance: f64) -> Result<(Tensor, Vec<f64>)> {
 }
 
 /// The mean of the squares of every matrix of the batch, summed in `f64`, on the host.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn mean_squares(x: &Tensor) -> Result<Vec<f64>> {
     let (_, n) = same("mean_squares", x, &[])?;
     fn go<T: Real>(x: &Tensor, n: usize) -> Result<Vec<f64>> {
@@ -256,6 +301,10 @@ pub fn mean_squares(x: &Tensor) -> Result<Vec<f64>> {
 }
 
 /// What is below the diagonal of every matrix of the batch; zeros elsewhere.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn strictly_lower(x: &Tensor) -> Result<Tensor> {
     let (_, n) = same("strictly_lower", x, &[])?;
     fn go<T: Real>(x: &Tensor, n: usize) -> Result<Tensor> {
@@ -268,6 +317,9 @@ pub fn strictly_lower(x: &Tensor) -> Result<Tensor> {
 
 /// Adam's statistics of one step (Kingma & Ba 2015), elementwise: `m ← β₁m + (1 − β₁)g`, `v ← β₂v + (1 − β₂)g²`; returns m, v and the
 /// direction `(m / c₁) / (√(v / c₂) + ε)`. `betas` are β₁ and β₂, `corrections` c₁ and c₂.
+///
+/// # Errors
+/// Tensors of different shapes, types or devices; a failed launch.
 pub fn adam(m: &Tensor, v: &Tensor, g: &Tensor, betas: [f64; 2], corrections: [f64; 2], epsilon: f64) -> Result<[Tensor; 3]> {
     alike("adam", m, &[v, g])?;
     type Constants = ([f64; 2], [f64; 2], f64);
@@ -312,6 +364,10 @@ pub fn cholesky_qr(x: &Tensor) -> Result<(Tensor, Tensor)> {
 }
 
 /// `1 / ‖x‖₁` of every matrix of the batch on the host, ‖·‖₁ the largest column sum of |·|; NaN where x has one.
+///
+/// # Errors
+/// Operands that are no batches of square matrices of one shape, type and device, in `f64`, `f32` or a type the device knows; a
+/// failed launch.
 pub fn inverse_norms(x: &Tensor) -> Result<Vec<f64>> {
     step_size(x, f64::from(f32::MAX))?.to_f64_vec()
 }

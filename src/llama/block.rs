@@ -140,6 +140,9 @@ impl Block {
     }
 
     /// The same layer with its weights on another device.
+    ///
+    /// # Errors
+    /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
         let block = self.with_weights(self.weights.map(|w| w.to_device(device))?);
         Ok(match &self.gains {

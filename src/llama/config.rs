@@ -91,6 +91,9 @@ impl LlamaConfig {
     }
 
     /// The same from the file's bytes; `path` is for messages. Any bytes give a configuration or an error.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::from_file`], without [`Error::Io`].
     pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self> {
         let bad = |message: String| Error::format(path, message);
         if let Some(message) = io::lfs_pointer(bytes) {

@@ -77,6 +77,9 @@ impl Source {
     }
 
     /// The element type the embedding is stored in.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn dtype(&self) -> Result<DType> {
         Ok(self.table(EMBEDDING)?.dtype)
     }
@@ -87,22 +90,34 @@ impl Source {
     }
 
     /// The embedding, `[V, C]`.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn embedding(&self, dtype: DType) -> Result<Tensor> {
         self.table(EMBEDDING)?.read(dtype, None)
     }
 
     /// The output layer with the final norm's gain, `[V, C]`.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn head(&self, dtype: DType) -> Result<Tensor> {
         let name = if self.config.tie_word_embeddings { EMBEDDING } else { HEAD };
         self.table(name)?.read(dtype, Some(&self.gain(FINAL_NORM)?))
     }
 
     /// The linears of layer `l`, read in parallel.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn layer(&self, l: usize, dtype: DType) -> Result<LayerWeights> {
         Ok(self.read_layer(l, dtype, true)?.0)
     }
 
     /// The linears of layer `l` as they are, and the gains of its two norms, `[C]` each, that [`Source::layer`] would fold.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn plain_layer(&self, l: usize, dtype: DType) -> Result<(LayerWeights, [Tensor; 2])> {
         self.read_layer(l, dtype, false)
     }
@@ -146,6 +161,9 @@ impl Weights {
     }
 
     /// [`Weights::load`] from a model that was opened.
+    ///
+    /// # Errors
+    /// Those of reading a tensor.
     pub fn read(source: &Source, dtype: DType) -> Result<Self> {
         let layers = (0..source.config.layers).map(|l| source.layer(l, dtype)).collect::<Result<_>>()?;
         Ok(Self { embedding: source.embedding(dtype)?, head: source.head(dtype)?, layers })

@@ -94,6 +94,9 @@ impl<'a> Rotated<'a> {
     }
 
     /// Tells models of one shape apart: a SHA-256 of some of the weights.
+    ///
+    /// # Errors
+    /// A failing copy from a GPU.
     pub fn sha256(&self) -> Result<String> {
         match self.from {
             From::Memory(model) => model.sample_sha256(),
@@ -102,6 +105,9 @@ impl<'a> Rotated<'a> {
     }
 
     /// `E R1`, `[V, C]`.
+    ///
+    /// # Errors
+    /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn embedding(&self) -> Result<Tensor> {
         match self.from {
             From::Memory(model) => self.table(&model.embedding),
@@ -110,6 +116,9 @@ impl<'a> Rotated<'a> {
     }
 
     /// `E R1` of these tokens alone, `[tokens, C]`.
+    ///
+    /// # Errors
+    /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
         let rows = |table: Tensor| Ok(Tape::new().constant(table).embedding(tokens.into())?.into_value());
         match self.from {
@@ -119,6 +128,9 @@ impl<'a> Rotated<'a> {
     }
 
     /// `W_head R1`, `[V, C]`.
+    ///
+    /// # Errors
+    /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn head(&self) -> Result<Tensor> {
         match self.from {
             From::Memory(model) => self.table(&model.head),
@@ -127,6 +139,9 @@ impl<'a> Rotated<'a> {
     }
 
     /// Layer `i` with its weights rotated, not quantised.
+    ///
+    /// # Errors
+    /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn block(&self, i: usize) -> Result<Block> {
         match self.from {
             From::Memory(model) => Ok(model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
@@ -135,6 +150,9 @@ impl<'a> Rotated<'a> {
     }
 
     /// Layer `i` with its weights rotated, and quantised to nearest as the scheme says.
+    ///
+    /// # Errors
+    /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn nearest(&self, i: usize) -> Result<Block> {
         let spec = self.scheme.sites(self.config.head_dim).weight;
         let block = self.block(i)?;

@@ -64,10 +64,16 @@ pub struct RotationVars<'t> {
 
 impl<'t> RotationVars<'t> {
     /// Rotations whose gradients are wanted.
+    ///
+    /// # Errors
+    /// R2 cannot be cut into layers.
     pub fn variables(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
         Self::new(rotations, |t| tape.variable(t))
     }
     /// Rotations that stay as they are.
+    ///
+    /// # Errors
+    /// R2 cannot be cut into layers.
     pub fn constants(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
         Self::new(rotations, |t| tape.constant(t))
     }
@@ -76,6 +82,9 @@ impl<'t> RotationVars<'t> {
         Ok(Self { r1: enter(rotations.r1.clone()), r2 })
     }
     /// dL/dR1 `[1, C, C]` and dL/dR2 `[L, D, D]`, as an optimiser takes them.
+    ///
+    /// # Errors
+    /// Those of [`Gradients::take`](crate::tape::Gradients::take).
     pub fn gradients(&self, grads: &mut crate::tape::Gradients) -> Result<Vec<Tensor>> {
         let r1 = grads.take(&self.r1)?;
         let r2 = self.r2.iter().map(|r| grads.take(r)).collect::<Result<Vec<_>>>()?;
@@ -132,6 +141,9 @@ impl Llama {
     }
 
     /// A model of given weights.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::validate`]; another number of layers than the configuration's.
     pub fn new(config: LlamaConfig, weights: Weights) -> Result<Self> {
         config.validate()?;
         if weights.layers.len() != config.layers {
@@ -143,6 +155,9 @@ impl Llama {
     }
 
     /// The same model with its weights on another device.
+    ///
+    /// # Errors
+    /// A failing copy, or no memory on the device.
     pub fn to_device(self, device: &Device) -> Result<Self> {
         if self.device() == *device {
             return Ok(self);
@@ -178,12 +193,18 @@ impl Llama {
     }
 
     /// What the layers need to run sequences of `seq` tokens under a scheme.
+    ///
+    /// # Errors
+    /// Those of [`Run::new`].
     pub fn run(&self, scheme: &Scheme, seq: usize) -> Result<Run> {
         Run::new(&self.config, scheme, seq, self.dtype(), &self.device())
     }
 
     /// What the head reads, `[tokens, C]`: the final hidden state of the rotated, fake-quantised network, normalised and taken out of
     /// R1's basis; `tokens` are whole sequences of `run.seq` ids.
+    ///
+    /// # Errors
+    /// Tokens that are no whole sequences or outside the vocabulary; rotations of another model; those of the operations.
     pub fn hidden<'t>(
         &self,
         rotations: &RotationVars<'t>,
@@ -208,6 +229,9 @@ impl Llama {
     }
 
     /// Logits `[tokens, V]` of the rotated, fake-quantised network; `tokens` are whole sequences of `run.seq` ids.
+    ///
+    /// # Errors
+    /// Those of [`Llama::hidden`].
     pub fn logits<'t>(
         &self,
         rotations: &RotationVars<'t>,
@@ -220,6 +244,9 @@ impl Llama {
     }
 
     /// Mean next-token cross entropy of [`Llama::logits`], of which few exist at a time.
+    ///
+    /// # Errors
+    /// Those of [`Llama::hidden`].
     pub fn loss<'t>(
         &self,
         rotations: &RotationVars<'t>,
@@ -236,11 +263,17 @@ impl Llama {
     /// Merges the rotations into the weights in float64, rounds once to the model's type, and quantises the weights to nearest.
     /// Without rotations the network is the plain one, R3 included ([`Scheme::unrotated`]). Other weight quantisers:
     /// [`quantize_weights`](crate::calibrate::quantize_weights).
+    ///
+    /// # Errors
+    /// Rotations of another size, or not orthogonal; weights that the scheme's groups do not divide.
     pub fn merge(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
         self.merge_with(rotations, scheme, |rotated, i| rotated.nearest(i))
     }
 
     /// [`Llama::merge`] without quantising the weights, whatever the scheme says about them.
+    ///
+    /// # Errors
+    /// As [`Llama::merge`].
     pub fn merge_exact(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
         self.merge_with(rotations, scheme, |rotated, i| rotated.block(i))
     }
@@ -257,6 +290,9 @@ impl Llama {
     }
 
     /// SHA-256 of every weight's first row and every bias: tells models of one shape apart.
+    ///
+    /// # Errors
+    /// A failing copy from a GPU.
     pub fn sample_sha256(&self) -> Result<String> {
         let mut hash = Sha256::new();
         for t in self.tensors() {
@@ -280,6 +316,9 @@ pub(crate) fn check_tokens(config: &LlamaConfig, tokens: &[u32], seq: usize, lay
 
 impl Run {
     /// Quantisers and rotary tables for sequences of `seq` tokens.
+    ///
+    /// # Errors
+    /// No position; rotary tables that cannot be made in `dtype` or on `device`.
     pub fn new(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
         let rope = Rope::new(&config.inverse_frequencies(), seq, dtype, device)?;
         Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None, patch: None })
@@ -309,6 +348,9 @@ impl Merged {
     }
 
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.
+    ///
+    /// # Errors
+    /// Tokens that are no whole sequences or outside the vocabulary; those of the operations.
     pub fn logits(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
         matmul::product(&self.hidden(tokens, &self.run(seq)?)?, false, &self.head, true, false, self.head.dtype())
     }
@@ -327,6 +369,9 @@ impl Merged {
     }
 
     /// The cross entropy of every token's prediction, 0 at the last of each sequence; few logits exist at a time.
+    ///
+    /// # Errors
+    /// As [`Merged::logits`].
     pub fn token_losses(&self, tokens: &[u32], seq: usize) -> Result<Vec<f64>> {
         linear_token_losses(&self.hidden(tokens, &self.run(seq)?)?, &self.head, &data::targets(tokens, seq))
     }

@@ -75,6 +75,9 @@ pub trait Objective: Debug + Send + Sync {
     fn name(&self) -> String;
 
     /// The loss of a batch, a scalar whose gradients flow to the rotations. Micro-batches are averaged.
+    ///
+    /// # Errors
+    /// Those of the network and of the operations that the loss is made of.
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>>;
 
     /// Factor on the default learning rate of optimisers whose steps grow with the gradient.

@@ -44,11 +44,17 @@ impl Op for Scale {
 
 impl<'t> Var<'t> {
     /// `self + other`, of one shape.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); operands of different shapes, types or devices.
     #[allow(clippy::should_implement_trait)] // fallible
     pub fn add(self, other: Self) -> Result<Self> {
         self.tape().record(Add, vec![self, other])
     }
     /// `factor · self`.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record).
     pub fn scale(self, factor: f64) -> Result<Self> {
         self.tape().record(Scale(factor), vec![self])
     }

@@ -30,6 +30,9 @@ impl Op for Cast {
 
 impl Var<'_> {
     /// The same values in another floating-point type; `self` where it is the same.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); a type that is not floating-point.
     pub fn to_dtype(self, to: DType) -> Result<Self> {
         let from = self.value().dtype();
         if from == to { Ok(self) } else { self.tape().record(Cast { from, to }, vec![self]) }

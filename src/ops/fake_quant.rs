@@ -60,12 +60,18 @@ impl Op for FakeQuant {
 
 impl Var<'_> {
     /// Fake quantisation along the last axis; 16 bits returns `self`.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); a group that does not divide the columns.
     pub fn fake_quant(self, spec: &QuantSpec) -> Result<Self> {
         if spec.is_active() { self.tape().record(FakeQuant(*spec), vec![self]) } else { Ok(self) }
     }
 }
 
 /// The codes and grids that [`FakeQuant`] would use. 16-bit tensors are widened first.
+///
+/// # Errors
+/// A group that does not divide the columns; a type that is not floating-point; a failed launch.
 pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec) -> Result<Quantized> {
         let groups: Vec<_> = x
@@ -216,6 +222,9 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Elements whose codes differ between two tensors on one grid of this spec, with both tensors' codes on the first one's grid.
+///
+/// # Errors
+/// Tensors of different sizes; those of [`quantize`].
 pub fn code_differences(spec: &QuantSpec, x: &Tensor, a: &Tensor, b: &Tensor) -> Result<Vec<(usize, f64, f64)>> {
     let q = quantize(&x.to_dtype(DType::F64)?, spec)?;
     let (scale, zero) = (q.scale.as_slice::<f64>()?, q.zero.as_slice::<f64>()?);

@@ -59,6 +59,9 @@ impl Op for Transform {
 
 impl Var<'_> {
     /// The orthonormal Hadamard transform of the last axis.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); those of [`Hadamard::new`] for the length of a row.
     pub fn hadamard(self) -> Result<Self> {
         let map = Hadamard::new(self.value().cols())?;
         self.tape().record(Transform { map, transpose: false }, vec![self])
@@ -66,6 +69,9 @@ impl Var<'_> {
 }
 
 /// `x ← H x` for every row, without a tape; in place when unshared.
+///
+/// # Errors
+/// Rows of another length than the map's; a type that is not floating-point; a failed launch.
 pub fn transform(x: Tensor, map: &Hadamard, transpose: bool) -> Result<Tensor> {
     run(&Transform { map: map.clone(), transpose }, vec![x], &mut Saved::default())
 }

@@ -65,6 +65,9 @@ impl Op for HadamardFakeQuant {
 
 impl Var<'_> {
     /// [`Var::hadamard`] and then [`Var::fake_quant`], in one pass where the device can.
+    ///
+    /// # Errors
+    /// Those of [`Var::hadamard`] and [`Var::fake_quant`].
     pub fn hadamard_fake_quant(self, spec: &QuantSpec) -> Result<Self> {
         if !spec.is_active() {
             return self.hadamard();

@@ -78,6 +78,9 @@ impl Op for KlDivergence {
 impl Var<'_> {
     /// The mean divergence of the probabilities of logits `[rows, vocab]` from those of the teacher's (a constant of the same shape, on
     /// the same device): a scalar, in `f64` for `f64` logits and in `f32` for all others.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); a teacher of another shape or on another device.
     pub fn kl_divergence(self, teacher: Tensor) -> Result<Self> {
         self.tape().record(KlDivergence { teacher }, vec![self])
     }

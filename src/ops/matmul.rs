@@ -152,31 +152,52 @@ impl Matmul {
 
 impl<'t> Var<'t> {
     /// `self · other`: [.., m, k] × [k, n], or with a batch axis on both.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn matmul(self, other: Self) -> Result<Self> {
         self.tape().record(Matmul { ta: false, tb: false, dtype: None }, vec![self, other])
     }
     /// [`Var::matmul`] with a result of another type than the operands': the sums are not rounded to 16 bits.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn matmul_as(self, other: Self, dtype: DType) -> Result<Self> {
         self.tape().record(Matmul { ta: false, tb: false, dtype: Some(dtype) }, vec![self, other])
     }
     /// The same of [`Var::transpose_matmul`].
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn transpose_matmul_as(self, other: Self, dtype: DType) -> Result<Self> {
         self.tape().record(Matmul { ta: true, tb: false, dtype: Some(dtype) }, vec![self, other])
     }
     /// A linear layer: `self · Wᵀ` with `W: [out, in]`.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn linear(self, weight: Self) -> Result<Self> {
         self.tape().record(Matmul { ta: false, tb: true, dtype: None }, vec![self, weight])
     }
     /// `self + x Wᵀ` with self [tokens, out], x [tokens, in], W [out, in].
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn add_linear(self, x: Self, weight: Self) -> Result<Self> {
         self.tape().record(LinearAdd, vec![self, x, weight])
     }
     /// The same as the last operation of a checkpointed function, where it is not computed a second time.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn add_linear_last(self, x: Self, weight: Self) -> Result<Self> {
         let shape = self.shape().to_vec();
         self.tape().record_last(LinearAdd, vec![self, x, weight], &shape)
     }
     /// `selfᵀ · other`: [k, m] and [k, n] (or [b, k, n]: each batch entry is multiplied by the same matrix).
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); shapes that do not fit; operands of different types or devices.
     pub fn transpose_matmul(self, other: Self) -> Result<Self> {
         self.tape().record(Matmul { ta: true, tb: false, dtype: None }, vec![self, other])
     }

@@ -143,10 +143,16 @@ impl RmsNorm {
 
 impl Var<'_> {
     /// Divides every row (last axis) by the root of its mean square plus `eps`.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record).
     pub fn rms_norm(self, eps: f64) -> Result<Self> {
         self.tape().record(RmsNorm { eps, gain: None }, vec![self])
     }
     /// The same times a constant gain `[cols]`, where there is one.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); a gain of another length, type or device.
     pub fn rms_norm_gain(self, eps: f64, gain: Option<&Tensor>) -> Result<Self> {
         self.tape().record(RmsNorm { eps, gain: gain.cloned() }, vec![self])
     }

@@ -125,6 +125,9 @@ pub(crate) fn launch(
 
 impl Var<'_> {
     /// Splits rows into heads, `[.., heads · dim]` → `[tokens, heads, dim]`; free.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where the columns are no multiple of `dim`, or `dim` is 0.
     pub fn heads(self, dim: usize) -> Result<Self> {
         let (rows, cols) = (self.value().rows(), self.value().cols());
         if dim == 0 || !cols.is_multiple_of(dim) {

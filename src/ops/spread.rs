@@ -131,6 +131,9 @@ impl Op for Spread {
 
 impl Var<'_> {
     /// The mean of a measure over all values: a scalar, in `f64` for `f64` values and in `f32` for all others.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); no values.
     pub fn spread(self, measure: Measure) -> Result<Self> {
         self.tape().record(Spread(measure), vec![self])
     }

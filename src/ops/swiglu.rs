@@ -119,6 +119,9 @@ pub(crate) fn launch_backward(
 
 impl<'t> Var<'t> {
     /// `silu(self) · up`, elementwise; `self` is the gate.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); operands of different shapes, types or devices.
     pub fn swiglu(self, up: Var<'t>) -> Result<Self> {
         self.tape().record(Swiglu, vec![self, up])
     }

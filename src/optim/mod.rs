@@ -180,6 +180,9 @@ impl State {
     }
 
     /// Reads what [`State::save`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] when the file is not a state.
     pub fn load(path: &Path) -> Result<Self> {
         let (tensors, metadata) = io::load_tensors(path)?;
         let text = metadata.get(Self::SCALARS).ok_or_else(|| Error::format(path, "not a saved optimiser state"))?;

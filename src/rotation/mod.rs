@@ -36,6 +36,9 @@ impl Rotations {
     pub(crate) const OWN_NOTES: [&str; 3] = ["format", "format_version", "convention"];
 
     /// No rotation: identities, in `f64`.
+    ///
+    /// # Errors
+    /// A size of 0, or one too large for memory.
     pub fn identity(hidden: usize, head_dim: usize, layers: usize) -> Result<Self> {
         Self::build(hidden, head_dim, layers, |n, _| {
             let mut v = vec![0.0; n * n];
@@ -45,6 +48,9 @@ impl Rotations {
     }
 
     /// Uniformly random orthogonal matrices, in `f64`. A worse start than [`Rotations::random_hadamard`].
+    ///
+    /// # Errors
+    /// A size of 0, or one too large for memory.
     pub fn random_orthogonal(hidden: usize, head_dim: usize, layers: usize, seed: u64) -> Result<Self> {
         Self::build(hidden, head_dim, layers, |n, i| manifold::haar(n, seed, i))
     }
@@ -52,6 +58,9 @@ impl Rotations {
     /// Random Hadamard matrices `diag(±1) Hᵀ`, in `f64`: for a row vector x, the signs come first, `x R = (H (±x)ᵀ)ᵀ`, as in the
     /// published code. (With the signs last, `Hᵀ diag(±1)`, they would only flip rotated coordinates, and every seed would
     /// quantise nearly alike.)
+    ///
+    /// # Errors
+    /// A size of 0, or one too large for memory.
     pub fn random_hadamard(hidden: usize, head_dim: usize, layers: usize, seed: u64) -> Result<Self> {
         Self::build(hidden, head_dim, layers, |n, i| manifold::signed_hadamard(n, seed, i))
     }
@@ -111,11 +120,17 @@ impl Rotations {
     }
 
     /// The same in another element type.
+    ///
+    /// # Errors
+    /// A type that is not floating-point; a failed launch.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)? })
     }
 
     /// The same on another device.
+    ///
+    /// # Errors
+    /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
         Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)? })
     }
@@ -131,6 +146,9 @@ impl Rotations {
     }
 
     /// Back from [`Rotations::as_params`].
+    ///
+    /// # Errors
+    /// Another number of parameters, or shapes that are not R1's and R2's.
     pub fn from_params(params: &[Tensor]) -> Result<Self> {
         let [r1, r2] = params else {
             return Err(Error::argument("rotations", format!("expected R1 and R2, got {} tensors", params.len())));
@@ -196,11 +214,17 @@ impl Rotations {
     }
 
     /// Writes a safetensors file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save(&self, path: &Path) -> Result<()> {
         self.save_with(path, &BTreeMap::new())
     }
 
     /// [`Rotations::save`] with notes of the caller's: scheme, seed, steps.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
         let tensors = [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into();
         let mut metadata = notes.clone();
@@ -210,11 +234,17 @@ impl Rotations {
     }
 
     /// Reads rotations; their values must be finite, and near orthogonal where [`Rotations::check`] says so.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] naming file and tensor.
     pub fn load(path: &Path) -> Result<Self> {
         Ok(Self::load_with(path)?.0)
     }
 
     /// [`Rotations::load`] with the file's string map.
+    ///
+    /// # Errors
+    /// As [`Rotations::load`].
     pub fn load_with(path: &Path) -> Result<(Self, BTreeMap<String, String>)> {
         let (mut tensors, metadata) = io::load_tensors(path)?;
         if let Some(version) = metadata.get("format_version").filter(|v| *v != VERSION) {

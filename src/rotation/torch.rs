@@ -49,12 +49,18 @@ impl Rotations {
     }
 
     /// [`Rotations::read_torch`] of a file's bytes; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Format`] with `path`.
     pub fn from_torch_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
         read(Cursor::new(bytes), bytes.len() as u64, path)
     }
 
     /// Writes an `R.bin` that `torch.load(path, weights_only=True)` and the published code read; whole or not at all, equal
     /// rotations to equal bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save_torch(&self, path: &Path) -> Result<()> {
         let bytes = self.to_torch_bytes().map_err(|e| Error::format(path, e))?;
         io::write_atomically(path, |out| out.write_all(&bytes))

@@ -8,6 +8,9 @@ use crate::{Result, Tensor};
 ///
 /// What needs a gradient must be among `inputs`; `f` has no other way to reach the tape. Trades one more forward pass for memory
 /// (Griewank & Walther 2000; Chen et al. 2016).
+///
+/// # Errors
+/// Those of `f` and of [`Tape::record`].
 pub fn checkpoint<'t>(
     tape: &'t Tape,
     inputs: Vec<Var<'t>>,

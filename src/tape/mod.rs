@@ -314,11 +314,17 @@ impl<'t> Var<'t> {
         self.node.is_some()
     }
     /// The same value as a node of its own, at which gradients add before they flow on; free.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`].
     pub fn fork(self) -> Result<Self> {
         let shape = self.shape().to_vec();
         self.reshape(shape)
     }
     /// The same values under another shape; free.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`]; a shape of another number of values.
     pub fn reshape(self, shape: impl Into<Vec<usize>>) -> Result<Self> {
         let shape = shape.into();
         let from = self.shape().to_vec();

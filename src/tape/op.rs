@@ -8,6 +8,9 @@ pub struct Inputs(pub(super) Vec<Tensor>);
 
 impl Inputs {
     /// Exactly `N` operands, or an error.
+    ///
+    /// # Errors
+    /// [`Error::Tape`] for another number of operands.
     pub fn take<const N: usize>(self) -> Result<[Tensor; N]> {
         self.0.try_into().map_err(|v: Vec<Tensor>| Error::Tape(format!("expected {N} operands, got {}", v.len())))
     }
@@ -58,6 +61,9 @@ impl Saved {
         self.tensors.push(t);
     }
     /// Exactly the `N` tensors that forward kept.
+    ///
+    /// # Errors
+    /// [`Error::Tape`] where another number was kept.
     pub fn take<const N: usize>(self) -> Result<[Tensor; N]> {
         Inputs(self.tensors).take()
     }
@@ -133,12 +139,18 @@ pub trait Op {
     }
     /// Keeps what [`Op::backward`] needs without computing the result; `None` where that is not possible. For the last operation of
     /// a function that is run again only for its gradients ([`Tape::record_last`](crate::Tape::record_last)).
+    ///
+    /// # Errors
+    /// As [`Op::cpu`].
     fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
         let _ = (inputs, save);
         None
     }
     /// For operations that round: the smooth function of the operands whose derivative [`Op::backward`] is *defined* to be (that of
     /// the identity, straight through). Gradient checks differentiate it plus a constant in place of the operation.
+    ///
+    /// # Errors
+    /// As [`Op::cpu`].
     fn surrogate(&self, inputs: &[Tensor]) -> Option<Result<Tensor>> {
         let _ = inputs;
         None

@@ -127,6 +127,9 @@ impl CudaDevice {
     }
 
     /// The card's name.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
     pub fn name(&self) -> Result<String> {
         self.0.context.name().map_err(driver_error("device name"))
     }
@@ -137,12 +140,18 @@ impl CudaDevice {
     }
 
     /// Waits for all work on the device.
+    ///
+    /// # Errors
+    /// A kernel that failed, which is reported here at the latest.
     pub fn synchronize(&self) -> Result<()> {
         self.bind()?;
         self.0.stream.synchronize().map_err(driver_error("a kernel failed"))
     }
 
     /// Bytes (free, total) on the card; the pool's unused reserve counts as free.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.bind()?;
         let (free, total) = self.0.context.mem_get_info().map_err(driver_error("memory information"))?;
@@ -153,6 +162,9 @@ impl CudaDevice {
 
     /// What the card can do, from what the driver says about it. Of the peak of its tensor cores two thirds are reckoned with, and
     /// nine tenths of its bandwidth, which is what large products and copies reach on an H100.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
     pub fn card(&self) -> Result<Card> {
         use sys::CUdevice_attribute_enum as Attribute;
         let get = |attribute| self.0.context.attribute(attribute).map(f64::from).map_err(driver_error("device attribute"));
@@ -179,11 +191,17 @@ impl CudaDevice {
     }
 
     /// The most bytes of tensors that ever lived at once.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
     pub fn peak_bytes(&self) -> Result<u64> {
         self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
     }
 
     /// Lets [`CudaDevice::peak_bytes`] begin anew with what lives now.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
     pub fn reset_peak(&self) -> Result<()> {
         let mut zero = 0u64;
         // SAFETY: the device is valid; the attribute is a 64-bit integer.

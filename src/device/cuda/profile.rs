@@ -40,6 +40,9 @@ impl CudaDevice {
     }
 
     /// What ran since [`CudaDevice::start_profile`], the longest first.
+    ///
+    /// # Errors
+    /// A failing call of the driver; a profile that was not started.
     pub fn stop_profile(&self) -> Result<Vec<Phase>> {
         let launches = self.0.profile.lock().unwrap_or_else(|e| e.into_inner()).take().unwrap_or_default();
         self.synchronize()?;
