@@ -1,9 +1,11 @@
 //! What several test programs share.
 #![allow(dead_code)] // every test program uses its part
 
+pub mod follow;
 pub mod golden;
 pub mod gptq;
 pub mod need;
+pub mod networks;
 pub mod parity;
 pub mod rows;
 pub mod tiny;

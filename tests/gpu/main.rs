@@ -6,6 +6,7 @@ mod common;
 mod gptq;
 mod hadamard_sizes;
 mod kernels;
+mod networks;
 mod parity;
 mod scale;
 mod synthetic;

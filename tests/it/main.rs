@@ -17,6 +17,7 @@ mod limits;
 mod loading;
 mod misuse;
 mod model;
+mod networks;
 mod objectives;
 mod odd_models;
 mod parity;
