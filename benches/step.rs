@@ -10,7 +10,7 @@ use std::time::Instant;
 use rand::{RngExt, SeedableRng};
 use spinquant::data::Windows;
 use spinquant::eval::perplexity;
-use spinquant::learn::{LearnOptions, learn};
+use spinquant::learn::{ClipChoice, LearnOptions, learn};
 use spinquant::llama::{Llama, LlamaConfig, Weights};
 use spinquant::optim::{CayleySgd, Mode};
 use spinquant::quant::Scheme;
@@ -36,8 +36,9 @@ fn main() -> Result<()> {
             scheme: name.parse::<Scheme>()?,
             steps: STEPS + 1,
             batch: BATCH,
-            micro_batch: BATCH,
-            held_out: 0,
+            micro_batch: Some(BATCH),
+            held_out: Some(0),
+            clip: ClipChoice::Keep,
             ..LearnOptions::default()
         };
         let start = Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, 0)?;

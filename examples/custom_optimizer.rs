@@ -78,7 +78,7 @@ fn main() -> Result<()> {
         scheme: Scheme::new(4, 4, 4),
         steps: 8,
         batch: 8,
-        learning_rate: 0.1,
+        learning_rate: Some(0.1),
         checkpoint: Some((folder.path().join("whole.state"), 100)),
         ..LearnOptions::default()
     };

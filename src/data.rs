@@ -229,6 +229,12 @@ impl Windows {
         checksum(self.tokens.iter().flat_map(|t| t.to_le_bytes()))
     }
 
+    /// `count` windows spread evenly over the text; all where there are fewer.
+    pub fn spread(&self, count: usize) -> Vec<usize> {
+        let count = count.min(self.len());
+        (0..count).map(|i| (i as u128 * self.len() as u128 / count as u128) as usize).collect()
+    }
+
     /// Window `i`.
     ///
     /// # Panics

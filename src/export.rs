@@ -37,7 +37,7 @@ mod native;
 mod parts;
 mod write;
 
-pub use native::{Native, is_native, load_native};
+pub use native::{Native, Record, is_native, load_native};
 pub use write::{write_hf, write_quantized, write_rtn};
 
 use std::collections::BTreeMap;

@@ -25,17 +25,18 @@
 //!
 //! let (model, scheme) = (demo::model()?, Scheme::new(4, 4, 4)); // or Llama::load(folder, DType::F32, &Device::Cpu)
 //! let (text, test) = (demo::windows(demo::CALIBRATION, 64)?, demo::windows(&demo::TEST[..20_000], 64)?);
-//! let score = |r: Option<&Rotations>| Ok(perplexity(&model.merge(r, &scheme)?, &test, |_| Continue(()))?.perplexity);
+//! let score = |r: Option<&Rotations>, scheme| Ok(perplexity(&model.merge(r, scheme)?, &test, |_| Continue(()))?.perplexity);
 //!
 //! let c = &model.config;
 //! let start = Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, 0)?;
-//! let options = LearnOptions { scheme, steps: 10, held_out: 4, ..LearnOptions::default() };
+//! let options = LearnOptions { scheme, steps: 10, ..LearnOptions::default() };
 //! let learned = learn(&model, &text, start.clone(), &mut CayleySgd::new(Mode::Default), &options, |step| {
 //!     println!("step {}: loss {:.3}", step.step, step.loss);
 //!     Continue(())
 //! })?;
 //!
-//! let [plain, hadamard, learned] = [score(None)?, score(Some(&start))?, score(Some(&learned.rotations))?];
+//! let (plain, hadamard) = (score(None, &scheme)?, score(Some(&start), &scheme)?);
+//! let learned = score(Some(&learned.rotations), &learned.settings.scheme)?; // with the clip ratios that were learned with
 //! println!("W4A4KV4 perplexity: {plain:.2} without rotations, {hadamard:.2} with Hadamards, {learned:.2} learned");
 //! assert!(learned < hadamard && hadamard < plain);
 //! # Ok::<(), spinquant::Error>(())
@@ -51,6 +52,7 @@
 //! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
 //! | what learning minimises | [`objective`] |
 //! | the learning loop and its checkpoints | [`learn`](mod@learn) |
+//! | the paper's table on one model | [`compare`] |
 //! | what quantisers are given, before and after rotation | [`inspect`] |
 //! | the embedded model | [`demo`] |
 //! | how to add an operation, a rotation kind, an optimiser, a retraction, a kernel | [`extending`] |
@@ -59,6 +61,7 @@
 
 pub mod calibrate;
 pub mod check;
+pub mod compare;
 pub mod data;
 pub mod demo;
 pub mod device;

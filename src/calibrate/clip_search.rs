@@ -78,7 +78,10 @@ pub fn search_clips(
     goal: ClipGoal,
     mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<ClipFound> {
-    if windows.is_empty() || windows.iter().any(|w| *w >= text.len()) {
+    if windows.is_empty() {
+        return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));
+    }
+    if windows.iter().any(|w| *w >= text.len()) {
         return Err(Error::argument("clip search", format!("expected windows below {}, got {windows:?}", text.len())));
     }
     let start = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };

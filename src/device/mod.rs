@@ -42,6 +42,18 @@ pub enum Device {
 }
 
 impl Device {
+    /// What the GPU can do; `None` of the CPU.
+    ///
+    /// # Errors
+    /// Whatever the driver reports.
+    pub fn card(&self) -> crate::Result<Option<Card>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(device) => device.card().map(Some),
+        }
+    }
+
     /// GPU number `ordinal`.
     ///
     /// # Errors

@@ -189,35 +189,66 @@ pub fn is_native(dir: &Path) -> bool {
     }
 }
 
+/// What the record of a native output says of the network, read without its tensors.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// The network's sizes.
+    pub config: LlamaConfig,
+    /// What it is quantised to.
+    pub scheme: Scheme,
+    /// Type of the values that are not quantised, and of arithmetic.
+    pub dtype: DType,
+    /// The rotations that its weights hold, as [`Provenance::rotations`](super::Provenance::rotations) names them.
+    pub rotations: String,
+    /// How its weights were quantised.
+    pub weights: String,
+    /// The whole `spinquant.json`.
+    pub json: Value,
+}
+
+impl Record {
+    /// Reads the `spinquant.json` of a native output.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] for another format or version, or a configuration or scheme that is none.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(RECORD);
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let json: Value = serde_json::from_slice(&bytes)
+            .map_err(|e| Error::format(&path, format!("expected a JSON object: {}", io::short(e))))?;
+        let bad = |message: String| Error::format(&path, message);
+        if json["format"] != FORMAT || json["format_version"] != VERSION {
+            let (format, version) = (&json["format"], &json["format_version"]);
+            return Err(bad(format!("expected format {FORMAT} version {VERSION}, got {format:.40} version {version:.40}")));
+        }
+        let config = LlamaConfig::from_json(json["config"].to_string().as_bytes(), &path)?;
+        let scheme: Scheme = serde_json::from_value(json["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
+        let dtype: DType = json["dtype"].as_str().unwrap_or("").parse().map_err(|e: Error| bad(e.to_string()))?;
+        let sites = scheme.sites(config.head_dim);
+        let each = Site::ALL.map(|site| (*sites.at(site), site.name()));
+        for (spec, what) in each.into_iter().chain([(sites.weight, "weights")]) {
+            if spec.is_active() {
+                // Every width whose group is right for its place.
+                spec.group_size(spec.group.unwrap_or(1)).map_err(|e| bad(format!("scheme: {what}: {e}")))?;
+            } else if spec.bits != 16 {
+                return Err(bad(format!("scheme: {what}: expected 2 to 8 bits or 16, got {}", spec.bits)));
+            }
+        }
+        let text = |name: &str| json["provenance"][name].as_str().unwrap_or_default().to_string();
+        Ok(Self { config, scheme, dtype, rotations: text("rotations"), weights: text("weights"), json })
+    }
+}
+
 /// Loads a native output.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] and others for a folder that does not follow the layout: another version, missing tensors or
 /// tensors of another shape, numbers that are not finite, codes off the grid, rotations that are not orthogonal.
 pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
+    let Record { config, scheme, dtype, json: record, .. } = Record::read(dir)?;
     let path = dir.join(RECORD);
-    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-    let record: Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected a JSON object: {}", io::short(e))))?;
     let bad = |message: String| Error::format(&path, message);
-    if record["format"] != FORMAT || record["format_version"] != VERSION {
-        let (format, version) = (&record["format"], &record["format_version"]);
-        return Err(bad(format!("expected format {FORMAT} version {VERSION}, got {format:.40} version {version:.40}")));
-    }
-    let config = LlamaConfig::from_json(record["config"].to_string().as_bytes(), &path)?;
-    let scheme: Scheme = serde_json::from_value(record["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
-    let dtype: DType = record["dtype"].as_str().unwrap_or("").parse().map_err(|e: Error| bad(e.to_string()))?;
     let sites = scheme.sites(config.head_dim);
-    let each = Site::ALL.map(|site| (*sites.at(site), site.name()));
-    for (spec, what) in each.into_iter().chain([(sites.weight, "weights")]) {
-        if spec.is_active() {
-            // Every width whose group is right for its place.
-            spec.group_size(spec.group.unwrap_or(1)).map_err(|e| bad(format!("scheme: {what}: {e}")))?;
-        } else if spec.bits != 16 {
-            return Err(bad(format!("scheme: {what}: expected 2 to 8 bits or 16, got {}", spec.bits)));
-        }
-    }
-
     let part = Part::open(&dir.join("model.safetensors"))?;
     for (name, map) in online(&config, &scheme)? {
         let k = map.k();

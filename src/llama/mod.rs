@@ -3,6 +3,7 @@
 mod block;
 mod checkpoint;
 mod config;
+mod fit;
 mod folder;
 mod inventory;
 mod layer;

@@ -161,6 +161,9 @@ fn finite(error: f64) -> Result<()> {
 }
 
 impl Optimizer for CayleySgd {
+    fn clips_by_default(&self) -> bool {
+        self.mode != Mode::Parity
+    }
     fn name(&self) -> &str {
         match self.mode {
             Mode::Parity => "cayley-parity",

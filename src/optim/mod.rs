@@ -62,6 +62,16 @@ pub trait Optimizer {
         1.5
     }
 
+    /// How the rate falls where nothing else is said.
+    fn default_schedule(&self) -> Schedule {
+        Schedule::Cosine
+    }
+
+    /// False of an optimiser that repeats a published run, which clips nothing: clip ratios are then searched only on demand.
+    fn clips_by_default(&self) -> bool {
+        true
+    }
+
     /// True when a step's length does not depend on the gradient's, so that one rate suits every objective.
     fn is_scale_free(&self) -> bool {
         false

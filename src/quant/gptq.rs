@@ -122,6 +122,18 @@ impl WeightQuantizer for Gptq {
 }
 
 impl Gptq {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: a damping outside 0 to 10, or blocks of no column.
+    pub fn check(&self) -> Result<()> {
+        if self.block == 0 || !(0.0..=MAX_DAMPING).contains(&self.damping) {
+            let got = format!("got {} and {}", self.damping, self.block);
+            return Err(Error::argument("GPTQ", format!("damping is 0 to {MAX_DAMPING} and a block at least 1 column, {got}")));
+        }
+        Ok(())
+    }
+
     /// Quantises one linear `[out, in]` with the Hessian `[in, in]` of its input, on the weight's device.
     ///
     /// # Errors
@@ -132,10 +144,7 @@ impl Gptq {
     }
 
     fn factor(&self, hessian: &Tensor) -> Result<Factor> {
-        if self.block == 0 || !(0.0..=MAX_DAMPING).contains(&self.damping) {
-            let got = format!("got {} and {}", self.damping, self.block);
-            return Err(Error::argument("GPTQ", format!("damping is 0 to {MAX_DAMPING} and a block at least 1 column, {got}")));
-        }
+        self.check()?;
         let n = hessian.cols();
         let (mut diagonal, finite) = diagonal(hessian)?;
         if !finite {

@@ -121,7 +121,7 @@ impl RotationFile {
         let path = path.as_ref();
         if Self::is_torch_name(path) {
             if self.clips.is_some() {
-                return Err(Error::format(path, "an R.bin cannot hold clip ratios; give the file a name in .safetensors"));
+                Self::check_holds_clips(path)?;
             }
             return self.rotations.save_torch(path);
         }
@@ -130,6 +130,18 @@ impl RotationFile {
             notes.extend([(RATIOS.to_string(), clips.ratios.to_string()), (BITS.to_string(), clips.bits.clone())]);
         }
         self.rotations.save_with(path, &notes)
+    }
+
+    /// Checks that a file of this name can hold clip ratios: a program may do so before it searches some.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where [`RotationFile::write`] writes an `R.bin`.
+    pub fn check_holds_clips(path: &Path) -> Result<()> {
+        if Self::is_torch_name(path) {
+            let message = "an R.bin cannot hold clip ratios: give it a name in .safetensors, or search none (--clip none)";
+            return Err(Error::format(path, message));
+        }
+        Ok(())
     }
 
     /// True where [`RotationFile::write`] writes an `R.bin`.

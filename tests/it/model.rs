@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use spinquant::data::Windows;
-use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
+use spinquant::learn::{ClipChoice, LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{LayerWeights, Linear, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
 use spinquant::objective::{Batch, CrossEntropy, Objective};
@@ -341,7 +341,8 @@ fn learnable(dtype: DType) -> (Llama, Windows) {
 }
 
 fn options(scheme: Scheme, steps: usize) -> LearnOptions {
-    LearnOptions { scheme, steps, batch: 8, micro_batch: 8, held_out: 24, held_out_every: 2, ..LearnOptions::default() }
+    let given = LearnOptions { micro_batch: Some(8), learning_rate: Some(1.5), held_out: Some(24), ..LearnOptions::default() };
+    LearnOptions { scheme, steps, batch: 8, held_out_every: 2, clip: ClipChoice::Keep, ..given }
 }
 
 /// Learns from a Hadamard start and returns every step's report.
@@ -358,7 +359,7 @@ fn run(m: &Llama, w: &Windows, o: &mut dyn Optimizer, options: &LearnOptions, st
 #[test]
 fn learning_helps_text_it_has_not_seen() {
     let (m, w) = learnable(DType::F32);
-    let o = LearnOptions { batch: 24, micro_batch: 24, learning_rate: 0.1, ..options(Scheme::new(16, 3, 16), 40) };
+    let o = LearnOptions { batch: 24, micro_batch: Some(24), learning_rate: Some(0.1), ..options(Scheme::new(16, 3, 16), 40) };
     let runs = (0..6).map(|seed| {
         let mut reports = vec![];
         let learned = learn(&m, &w, hadamard(&m, seed), &mut CayleySgd::new(Mode::Default), &o, |r| {
@@ -406,7 +407,7 @@ fn f32_stays_orthogonal_at_every_step() {
     }
     for (momentum, lr) in [(0.0, 1.5), (0.9, 1.5), (0.0, 1e-3)] {
         let mut o = Watched(CayleySgd::new(Mode::Default).with_momentum(momentum).unwrap(), seen.clone());
-        let options = LearnOptions { learning_rate: lr, ..options(Scheme::new(4, 4, 4), 20) };
+        let options = LearnOptions { learning_rate: Some(lr), ..options(Scheme::new(4, 4, 4), 20) };
         let learned = run(&m, &w, &mut o, &options, 0).0.unwrap();
         let seen = std::mem::take(&mut *seen.lock().unwrap());
         assert_eq!(seen.len(), 2 * 20);
@@ -423,7 +424,8 @@ fn micro_batches_give_the_whole_batch() {
         let (m, w) = learnable(dtype);
         let one_step = |micro_batch, recompute| {
             let mut o = Averaged::default();
-            let options = LearnOptions { micro_batch, recompute, ..options(Scheme::new(16, 8, 8), 1) };
+            let options =
+                LearnOptions { micro_batch: Some(micro_batch), recompute: Some(recompute), ..options(Scheme::new(16, 8, 8), 1) };
             let learned = run(&m, &w, &mut o, &options, 0).0.unwrap();
             (learned.loss_first, o.seen.remove(0))
         };
@@ -452,7 +454,7 @@ fn a_stopped_run_continues_to_the_same_bits() {
         let (m, w) = learnable(dtype);
         for make in optimizers {
             let path = folder.path().join("state");
-            let whole = LearnOptions { micro_batch: 3, learning_rate: 0.5, ..options(Scheme::new(4, 4, 4), 7) };
+            let whole = LearnOptions { micro_batch: Some(3), learning_rate: Some(0.5), ..options(Scheme::new(4, 4, 4), 7) };
             let (want, reports) = run(&m, &w, &mut *make(), &whole, 0);
             let want = want.unwrap();
             let stopping = LearnOptions { checkpoint: Some((path.clone(), 100)), resume: true, ..whole.clone() };
@@ -503,11 +505,11 @@ fn a_state_of_another_run_is_refused() {
         ("scheme", LearnOptions { scheme: Scheme::new(4, 4, 8), ..o.clone() }),
         ("steps", LearnOptions { steps: 7, ..o.clone() }),
         ("batch", LearnOptions { batch: 4, ..o.clone() }),
-        ("micro_batch", LearnOptions { micro_batch: 2, ..o.clone() }),
-        ("learning_rate", LearnOptions { learning_rate: 0.5, ..o.clone() }),
-        ("schedule", LearnOptions { schedule: Schedule::Linear, ..o.clone() }),
+        ("micro_batch", LearnOptions { micro_batch: Some(2), ..o.clone() }),
+        ("learning_rate", LearnOptions { learning_rate: Some(0.5), ..o.clone() }),
+        ("schedule", LearnOptions { schedule: Some(Schedule::Linear), ..o.clone() }),
         ("seed", LearnOptions { seed: 1, ..o.clone() }),
-        ("held_out", LearnOptions { held_out: 3, ..o.clone() }),
+        ("held_out", LearnOptions { held_out: Some(3), ..o.clone() }),
     ] {
         says(run(&m, &w, &mut cayley(), &other, 0).0, &["state", "saved by another run", &format!("{field} was ")]);
     }
@@ -600,6 +602,6 @@ fn learning_refuses_what_does_not_fit() {
     let start = || hadamard(&m, 1);
     says(from(start(), &LearnOptions { steps: 0, ..o.clone() }), &["at least 1"]);
     says(from(start(), &LearnOptions { batch: 250, ..o.clone() }), &["batch", "(216), got 250"]);
-    says(from(start(), &LearnOptions { held_out: 240, ..o.clone() }), &["held-out windows", "(240), got 240"]);
-    says(from(start(), &LearnOptions { learning_rate: f64::NAN, ..o }), &["learning rate", "NaN"]);
+    says(from(start(), &LearnOptions { held_out: Some(240), ..o.clone() }), &["held-out windows", "(240), got 240"]);
+    says(from(start(), &LearnOptions { learning_rate: Some(f64::NAN), ..o }), &["learning rate", "NaN"]);
 }

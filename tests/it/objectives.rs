@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use spinquant::data::Windows;
-use spinquant::learn::{LearnOptions, Learned, learn};
+use spinquant::learn::{ClipChoice, LearnOptions, Learned, learn};
 use spinquant::llama::{Llama, LlamaConfig, Recompute, RotationVars, Weights};
 use spinquant::objective::{self, Batch, CrossEntropy, Kl, Local, Objective};
 use spinquant::ops::spread::Measure;
@@ -135,8 +135,9 @@ fn options(objective: Arc<dyn Objective>, steps: usize) -> LearnOptions {
         scheme: Scheme::new(4, 4, 4),
         steps,
         batch: 24,
-        micro_batch: 12,
-        held_out: 8,
+        micro_batch: Some(12),
+        held_out: Some(8),
+        clip: ClipChoice::Keep,
         objective,
         ..LearnOptions::default()
     }
@@ -154,7 +155,7 @@ fn objectives_go_down() {
     let everything = w.batch(&(0..w.len()).collect::<Vec<_>>());
     // Cross entropy learns on text that its model knows something of: tests/it/model.rs.
     for o in objective::all().into_iter().filter(|o| o.name() != "cross-entropy") {
-        let options = LearnOptions { learning_rate: 0.02, ..options(o.clone(), 40) };
+        let options = LearnOptions { learning_rate: Some(0.02), ..options(o.clone(), 40) };
         let learned = run(&m, &w, &options, 0).unwrap();
         let b = Batch { tokens: &everything, ..batch(&m, &everything, &options.scheme) };
         let [before, after] = [&rotations(&m, 1), &learned.rotations].map(|r| value(&*o, &b, &r.to_dtype(DType::F32).unwrap()));
@@ -195,7 +196,7 @@ fn an_objective_from_outside_learns_and_resumes() {
     let (m, w) = learnable();
     let folder = tempfile::tempdir().unwrap();
     let path: &Path = &folder.path().join("state");
-    let o = LearnOptions { learning_rate: 0.05, ..options(Arc::new(Both(0.5)), 6) };
+    let o = LearnOptions { learning_rate: Some(0.05), ..options(Arc::new(Both(0.5)), 6) };
     let whole = run(&m, &w, &o, 0).unwrap();
     // The sum of its parts.
     let scheme = Scheme::new(4, 4, 4);

@@ -2,19 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde_json::{Value, json};
-use spinquant::calibrate::{ClipFound, ClipGoal, search_clips};
-use spinquant::data::Windows;
-use spinquant::llama::Llama;
-use spinquant::quant::{ClipRatios, Scheme, Site};
-use spinquant::rotation::Rotations;
+use spinquant::calibrate::{ClipFound, ClipGoal};
+use spinquant::learn::search_clips_watched;
+use spinquant::quant::Site;
+use spinquant::rotation::{RotationFile, Start};
 use spinquant::{Error, Result};
 
-use crate::common::{
-    CLIP_RATIOS, CLIP_SCHEME, ModelArgs, Progress, RotationChoice, SchemeArgs, activation_bits, at_least_one, interrupted,
-};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, rotations};
 use crate::outputs;
 
 #[derive(clap::Args)]
@@ -29,9 +25,8 @@ pub struct Args {
     /// Tokens of a window.
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
-    /// identity, hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
-    #[arg(long, value_name = "WHICH")]
-    rotations: RotationChoice,
+    #[arg(long, value_name = "WHICH", help = Start::usage(&["none"]))]
+    rotations: Start,
     /// What to make small: error (of every quantiser, by itself) or loss (of the whole network).
     #[arg(long, value_name = "error|loss", default_value = "error")]
     goal: ClipGoal,
@@ -46,31 +41,6 @@ pub struct Args {
     json: bool,
 }
 
-/// Searches with a progress bar, on this many windows spread evenly, or on all where there are fewer.
-pub fn search(
-    model: &Llama,
-    rotations: &Rotations,
-    scheme: &Scheme,
-    windows: &Windows,
-    (goal, count): (ClipGoal, usize),
-    progress: &Progress,
-) -> Result<ClipFound> {
-    if count == 0 {
-        return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));
-    }
-    let (count, mut task) = (count.min(windows.len()), None);
-    let spread: Vec<usize> = (0..count).map(|i| i * windows.len() / count).collect();
-    search_clips(model, Some(rotations), scheme, windows, &spread, goal, |done, total| {
-        task.get_or_insert_with(|| progress.start("searching clip ratios", total)).at(done, "");
-        interrupted()
-    })
-}
-
-/// What a rotation file says of its clip ratios.
-pub fn notes(ratios: ClipRatios, scheme: &Scheme) -> [(String, String); 2] {
-    [(CLIP_RATIOS.to_string(), ratios.to_string()), (CLIP_SCHEME.to_string(), activation_bits(scheme))]
-}
-
 /// For people and for programs.
 pub fn report(found: &ClipFound, goal: ClipGoal) -> (String, Value) {
     let (before, after) = found.goal;
@@ -80,51 +50,20 @@ pub fn report(found: &ClipFound, goal: ClipGoal) -> (String, Value) {
     (line, json!({"goal": goal.to_string(), "ratios": ratios, "before": before, "after": after, "tried": found.tried}))
 }
 
-/// What `--clip` says.
-#[derive(Clone, Copy, Debug)]
-pub enum ClipChoice {
-    /// Ratios of 1, as published.
-    None,
-    /// Search them.
-    By(ClipGoal),
-}
-
-impl FromStr for ClipChoice {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "none" => Ok(Self::None),
-            _ => s.parse().map(Self::By).map_err(|_| Error::argument("clip", format!("expected error, loss or none, got {s:?}"))),
-        }
-    }
-}
-
-impl ClipChoice {
-    /// What there is to search: nothing where neither activations nor K nor V are quantised.
-    pub fn goal(self, scheme: &Scheme) -> Option<ClipGoal> {
-        match self {
-            Self::By(goal) if [scheme.activation_bits, scheme.key_bits, scheme.value_bits].iter().any(|b| *b < 16) => Some(goal),
-            _ => None,
-        }
-    }
-}
-
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     outputs::check(&[("--out", &args.out)], Some(&args.model.model), &[("--text", &args.text)])?;
+    RotationFile::check_holds_clips(&args.out)?;
+    let mut scheme = args.scheme.scheme();
+    let config = args.model.checked(&scheme, Some(args.seq_len))?;
+    let file = rotations(&args.rotations, &config)?
+        .ok_or_else(|| Error::argument("--rotations", "clip ratios are kept with rotations; none has no file"))?;
+    let windows = args.model.windows(&config, &args.text, args.seq_len)?;
     let model = args.model.load(&progress)?;
-    let rotations = args.rotations.load(&model.config)?;
-    let rotations =
-        rotations.ok_or_else(|| Error::argument("--rotations", "clip ratios are kept with rotations; none has no file"))?;
-    let mut kept = match &args.rotations {
-        RotationChoice::File(path) => Rotations::load_with(path)?.1,
-        _ => BTreeMap::from([("start".to_string(), args.rotations.to_string())]),
-    };
-    let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
-    let scheme = args.scheme.scheme();
-    let found = search(&model, &rotations, &scheme, &windows, (args.goal, args.windows), &progress)?;
-    kept.extend(notes(found.ratios, &scheme));
-    rotations.save_with(&args.out, &kept)?;
+    let how = (args.goal, args.windows);
+    let found = search_clips_watched(&model, &file.rotations, &scheme, &windows, how, &mut progress.watch())?;
+    scheme.activation_clip = found.ratios;
+    file.with_clips_of(&scheme).write(&args.out)?;
     let (line, mut value) = report(&found, args.goal);
     let first = windows.first_token();
     value["starts_with"] = json!(first);

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export;
+use spinquant::learn::{StepReport, Watch};
 use spinquant::llama::{Llama, LlamaConfig, Source, synthetic};
 use spinquant::quant::{ClipRatios, Online, Scheme};
-use spinquant::rotation::Rotations;
+use spinquant::rotation::{RotationFile, Start};
 use spinquant::{DType, Device, Error, Result};
 
 /// The model and where it runs.
@@ -38,9 +39,9 @@ pub struct ModelArgs {
 /// How the network is quantised.
 #[derive(clap::Args, Clone)]
 pub struct SchemeArgs {
-    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised).
-    #[arg(long, value_name = "W.A.KV.", default_value = "W4A4KV4")]
-    scheme: Scheme,
+    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised) [default: W4A4KV4].
+    #[arg(long, value_name = "W.A.KV.")]
+    scheme: Option<Scheme>,
     /// Symmetric activations, K and V (published: asymmetric).
     #[arg(long)]
     symmetric_activations: bool,
@@ -57,53 +58,77 @@ pub struct SchemeArgs {
     /// attention_output, mlp_input, down_input). Default: what the rotation file holds, else 1.
     #[arg(long, value_name = "RATIOS")]
     activation_clip: Option<ClipRatios>,
-    /// Hadamards that run with the rotated network: none, r3, r4 or r3,r4.
-    #[arg(long, value_name = "WHICH", default_value = "r3,r4")]
-    online: Online,
+    /// Hadamards that run with the rotated network: none, r3, r4 or r3,r4 [default: r3,r4].
+    #[arg(long, value_name = "WHICH")]
+    online: Option<Online>,
 }
 
 impl SchemeArgs {
     pub fn scheme(&self) -> Scheme {
-        let mut scheme = self.scheme.online(self.online);
-        scheme.symmetric_activations = self.symmetric_activations;
-        scheme.symmetric_weights = !self.asymmetric_weights;
-        scheme.weight_group = self.weight_group;
-        scheme.activation_clip = self.activation_clip.unwrap_or_default();
+        self.over(Scheme::new(4, 4, 4))
+    }
+
+    /// `scheme` with what the arguments change in it.
+    fn over(&self, mut scheme: Scheme) -> Scheme {
+        if let Some(Scheme { weight_bits, activation_bits, key_bits, value_bits, .. }) = self.scheme {
+            scheme = Scheme { weight_bits, activation_bits, key_bits, value_bits, ..scheme };
+        }
+        scheme.online = self.online.unwrap_or(scheme.online);
+        scheme.symmetric_activations |= self.symmetric_activations;
+        scheme.symmetric_weights &= !self.asymmetric_weights;
+        scheme.weight_group = self.weight_group.or(scheme.weight_group);
+        scheme.activation_clip = self.activation_clip.unwrap_or(scheme.activation_clip);
         if self.no_clip_search {
             scheme.weight_clip = spinquant::quant::Clip::Ratio(1.0);
         }
         scheme
     }
 
-    /// The same with the clip ratios that came with the rotations, unless others were asked for.
-    pub fn scheme_with(&self, rotations: &RotationChoice) -> Result<Scheme> {
-        Ok(Scheme { activation_clip: self.given_clip(rotations)?.unwrap_or_default(), ..self.scheme() })
+    /// Checks that nothing here contradicts the scheme that a written model has.
+    pub fn check_written(&self, written: &Scheme, dir: &Path) -> Result<()> {
+        let given = self.over(*written);
+        if given == *written {
+            return Ok(());
+        }
+        // The first that differs is the one to name.
+        let fields = |s: &Scheme| {
+            [
+                ("--scheme", s.to_string()),
+                ("--symmetric-activations", s.symmetric_activations.to_string()),
+                ("--asymmetric-weights", (!s.symmetric_weights).to_string()),
+                ("--weight-group", s.weight_group.map_or("none".into(), |g| g.to_string())),
+                ("--no-clip-search", (s.weight_clip == spinquant::quant::Clip::Ratio(1.0)).to_string()),
+                ("--activation-clip", s.activation_clip.to_string()),
+                ("--online", s.online.to_string()),
+            ]
+        };
+        let differs = fields(written).into_iter().zip(fields(&given)).find(|(a, b)| a != b);
+        differs.map_or(Ok(()), |((name, written), (_, given))| Err(contradicts(name, dir, &written, &given)))
     }
 
-    /// The clip ratios that were asked for, or else came with the rotations for these bits.
-    pub fn given_clip(&self, rotations: &RotationChoice) -> Result<Option<ClipRatios>> {
-        let (RotationChoice::File(path), None) = (rotations, self.activation_clip) else { return Ok(self.activation_clip) };
-        let (_, notes) = Rotations::load_with(path)?;
-        let Some(ratios) = notes.get(CLIP_RATIOS) else { return Ok(None) };
-        let ratios: ClipRatios = ratios.parse().map_err(|e| Error::format(path, e))?;
-        // The best ratio depends on the number of levels.
-        let (scheme, found) = (self.scheme(), notes.get(CLIP_SCHEME).map_or("another scheme", String::as_str));
-        if found != activation_bits(&scheme) {
-            say!("note: the clip ratios of {} are for {found}, not used for {scheme}", path.display());
-            return Ok(None);
-        }
-        Ok(Some(ratios))
+    /// The same with the clip ratios that came with the rotations, unless others were given.
+    pub fn scheme_with(&self, rotations: Option<&RotationFile>) -> Scheme {
+        Scheme { activation_clip: self.given_clip(rotations).unwrap_or_default(), ..self.scheme() }
+    }
+
+    /// The clip ratios of the command line, or else those that came with the rotations for these bits.
+    pub fn given_clip(&self, rotations: Option<&RotationFile>) -> Option<ClipRatios> {
+        let scheme = self.scheme();
+        self.activation_clip.or_else(|| {
+            let (file, clips) = rotations.and_then(|file| Some((file, file.clips.as_ref()?)))?;
+            let found = file.clips_for(&scheme);
+            if found.is_none() {
+                let path = file.path().map_or_else(String::new, |path| path.display().to_string());
+                note(&format!("the clip ratios of {path} are for {}, not used for {scheme}", clips.bits));
+            }
+            found
+        })
     }
 }
 
-/// Where a rotation file's notes keep clip ratios, and the bits that they were found for.
-pub const CLIP_RATIOS: &str = "activation_clip";
-pub const CLIP_SCHEME: &str = "activation_clip_for";
-
-/// The part of a scheme that clip ratios of activations, K and V depend on.
-pub fn activation_bits(scheme: &Scheme) -> String {
-    let grid = if scheme.symmetric_activations { "symmetric" } else { "asymmetric" };
-    format!("{} {grid}", scheme.to_string().trim_start_matches(|c| c == 'W' || char::is_ascii_digit(&c)))
+/// An argument that says something else than the quantised model that it is about.
+pub fn contradicts(name: &str, dir: &Path, written: &str, given: &str) -> Error {
+    Error::argument(name, format!("{} was written with {written}, which cannot be changed; got {given}", dir.display()))
 }
 
 /// The device that `--device` names.
@@ -196,9 +221,18 @@ impl ModelArgs {
         }
     }
 
-    /// The element type asked for.
-    pub fn dtype(&self, default: DType) -> DType {
-        self.dtype.unwrap_or(default)
+    /// Sizes, once everything that can be checked without text and weights has been; `seq_len` is that of the text, if there is one.
+    pub fn checked(&self, scheme: &Scheme, seq_len: Option<usize>) -> Result<LlamaConfig> {
+        let config = self.config()?;
+        self.place()?;
+        config.check_scheme(scheme)?;
+        seq_len.map_or(Ok(()), |seq_len| check_length(&config, seq_len))?;
+        Ok(config)
+    }
+
+    /// The element type, where one was given.
+    pub fn given_dtype(&self) -> Option<DType> {
+        self.dtype
     }
 
     pub fn load(&self, progress: &Progress) -> Result<Llama> {
@@ -246,6 +280,20 @@ impl ModelArgs {
     }
 }
 
+/// Checks a length of windows, and warns of one beyond the model's positions.
+pub fn check_length(config: &LlamaConfig, seq_len: usize) -> Result<()> {
+    config.check_length(seq_len)?;
+    if let Some(warning) = config.length_warning(seq_len) {
+        say!("warning: {warning}");
+    }
+    Ok(())
+}
+
+/// The rotations that `start` names for a model, read and checked.
+pub fn rotations(start: &Start, config: &LlamaConfig) -> Result<Option<RotationFile>> {
+    start.open(config.hidden_size, config.head_dim, config.layers)
+}
+
 /// Windows of text for synthetic models: `synthetic` or `synthetic:WINDOWS`. Texts of other lengths are other texts.
 fn synthetic_text(config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<Windows> {
     let bad = || {
@@ -259,80 +307,6 @@ fn synthetic_text(config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<W
         }
     };
     synthetic::text(config, count, seq_len, count as u64)
-}
-
-/// Width of `block-hadamard`: that of the blocks of the microscaling formats.
-const BLOCK_WIDTH: usize = 32;
-
-/// `none`, `identity`, `hadamard[:SEED]`, `block-hadamard[:SEED]` (blocks of 32), `orthogonal[:SEED]`, or a file.
-#[derive(Clone, Debug)]
-pub enum RotationChoice {
-    None,
-    Identity,
-    Hadamard(u64),
-    BlockHadamard(u64),
-    Orthogonal(u64),
-    File(PathBuf),
-}
-
-impl std::str::FromStr for RotationChoice {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let seed = |t: &str| {
-            t.parse().map_err(|_| Error::argument("--rotations", format!("expected a number after the colon, got {t:?}")))
-        };
-        Ok(match s.split_once(':') {
-            Some(("hadamard", t)) => Self::Hadamard(seed(t)?),
-            Some(("block-hadamard", t)) => Self::BlockHadamard(seed(t)?),
-            Some(("orthogonal", t)) => Self::Orthogonal(seed(t)?),
-            _ if s == "none" => Self::None,
-            _ if s == "identity" => Self::Identity,
-            _ if s == "hadamard" => Self::Hadamard(0),
-            _ if s == "block-hadamard" => Self::BlockHadamard(0),
-            _ if s == "orthogonal" => Self::Orthogonal(0),
-            _ => Self::File(s.into()),
-        })
-    }
-}
-
-impl std::fmt::Display for RotationChoice {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::None => write!(f, "none"),
-            Self::Identity => write!(f, "identity"),
-            Self::Hadamard(seed) => write!(f, "hadamard:{seed}"),
-            Self::BlockHadamard(seed) => write!(f, "block-hadamard:{seed}"),
-            Self::Orthogonal(seed) => write!(f, "orthogonal:{seed}"),
-            Self::File(path) => write!(f, "{}", path.display()),
-        }
-    }
-}
-
-impl RotationChoice {
-    /// The seed, where there is one.
-    pub fn seed(&self) -> Option<u64> {
-        match self {
-            Self::Hadamard(seed) | Self::BlockHadamard(seed) | Self::Orthogonal(seed) => Some(*seed),
-            Self::None | Self::Identity | Self::File(_) => None,
-        }
-    }
-
-    pub fn load(&self, config: &LlamaConfig) -> Result<Option<Rotations>> {
-        let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
-        let rotations = match self {
-            Self::None => return Ok(None),
-            Self::Identity => Rotations::identity(c, d, l)?,
-            Self::Hadamard(seed) => Rotations::random_hadamard(c, d, l, *seed)?,
-            Self::BlockHadamard(seed) => Rotations::random_block_hadamard(c, d, l, BLOCK_WIDTH, *seed)?,
-            Self::Orthogonal(seed) => Rotations::random_orthogonal(c, d, l, *seed)?,
-            Self::File(path) => {
-                let rotations = Rotations::load(path)?;
-                rotations.check(c, d, l, 1e-4).map_err(|e| Error::format(path, e))?;
-                rotations
-            }
-        };
-        Ok(Some(rotations))
-    }
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -377,6 +351,50 @@ impl Progress {
             bar
         });
         Task { bar, what: what.to_string(), total, start: Instant::now(), said: Instant::now() }
+    }
+}
+
+/// Tells of library work: a bar for every stretch of it; stops it once the user has asked to.
+pub struct Told<'a> {
+    progress: &'a Progress,
+    task: Option<Task>,
+    held_out: String,
+}
+
+impl Progress {
+    /// Tells of library work.
+    pub fn watch(&self) -> Told<'_> {
+        Told { progress: self, task: None, held_out: String::new() }
+    }
+}
+
+impl Told<'_> {
+    fn done(&mut self, done: usize, message: &str) -> ControlFlow<()> {
+        if let Some(task) = &mut self.task {
+            task.at(done, message);
+        }
+        interrupted()
+    }
+}
+
+impl Watch for Told<'_> {
+    fn begin(&mut self, what: &str, total: usize) {
+        self.task = None; // its bar goes first
+        self.held_out.clear();
+        self.task = Some(self.progress.start(what, total));
+    }
+    fn at(&mut self, done: usize) -> ControlFlow<()> {
+        self.done(done, "")
+    }
+    fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        if let Some(loss) = report.held_out {
+            self.held_out = format!(", held out {loss:.4}");
+        }
+        let message = format!("loss {:.4}{}, {:.2} s a step", report.loss, self.held_out, report.seconds);
+        self.done(report.step, &message)
+    }
+    fn note(&mut self, line: &str) {
+        self.progress.say(line);
     }
 }
 

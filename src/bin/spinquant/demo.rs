@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::json;
+use spinquant::compare::{Comparison, Unrotated};
 use spinquant::{Result, demo, inspect};
 
 use crate::common::{Progress, SchemeArgs};
-use crate::compare::{Comparison, Unrotated};
+use crate::compare::{json, print};
 use crate::inspect::activations;
 use crate::learn::Recipe;
 
@@ -43,37 +44,44 @@ pub fn run(args: &Args) -> Result<()> {
     let calibration = demo::windows(demo::CALIBRATION, demo::CONTEXT)?;
     let text = demo::windows(demo::TEST, demo::CONTEXT)?;
     let scheme = args.scheme.scheme();
+    let options = args.recipe.options(scheme, 0);
+    options.check(args.recipe.optimizer()?.as_ref())?;
+    options.check_text(&calibration)?;
+    config.check_scheme(&scheme)?;
+    let mut watch = progress.watch();
     let comparison = Comparison {
         model: &model,
         // All gains are 1: it is its own plain network.
-        unrotated: Unrotated::score(&model, &scheme, (&calibration, &text), None, &progress)?,
+        unrotated: Unrotated::score(&model, &scheme, &text, None, &mut watch)?,
         calibration: &calibration,
         text: &text,
         scheme,
         learn_scheme: scheme,
-        recipe: &args.recipe,
+        options: &options,
+        optimizer: &|| args.recipe.optimizer(),
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
         gptq: None,
         clip: None,
     };
-    let outcome = comparison.run(&progress)?;
+    let outcome = comparison.run(&mut watch)?;
+    drop(watch);
 
     let before = inspect::unquantized(&model, None, &scheme)?;
     let mut networks = vec![("before".to_string(), &before)];
-    let after = outcome.learned.as_ref().map(|l| inspect::unquantized(&model, Some(&l.rotations), &scheme)).transpose()?;
+    let after = outcome.runs.first().map(|r| inspect::unquantized(&model, Some(&r.learned.rotations), &scheme)).transpose()?;
     networks.extend(after.iter().map(|network| ("after".to_string(), network)));
     // The table does not depend on the picture.
     let drawn = activations(&args.picture, &networks, text.get(0), 0);
 
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
-        let mut json = outcome.json();
+        let mut json = json(&outcome, &text.first_token());
         json["seconds"] = json!(seconds);
         json["picture"] = json!(drawn.is_ok().then_some(&args.picture));
         out!("{json}");
     } else {
-        outcome.print();
+        print(&outcome, &text.first_token());
         if drawn.is_ok() {
             out!("{seconds:.0} s; activations before and after in {}", args.picture.display());
         }

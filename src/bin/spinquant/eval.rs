@@ -5,13 +5,15 @@ use std::time::Instant;
 
 use serde_json::json;
 use spinquant::Result;
+use spinquant::compare::quantized;
 use spinquant::data::Windows;
 use spinquant::eval::{Perplexity, perplexity};
-use spinquant::export::{is_native, load_native};
+use spinquant::export::{Record, is_native, load_native};
 use spinquant::llama::Merged;
 use spinquant::quant::Scheme;
+use spinquant::rotation::Start;
 
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, at_least_one, interrupted};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, check_length, contradicts, interrupted, rotations};
 use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
@@ -26,12 +28,11 @@ pub struct Args {
     /// Tokens of a window.
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
-    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
-    #[arg(long, value_name = "WHICH", default_value = "none")]
-    rotations: RotationChoice,
-    /// How weights are quantised.
-    #[arg(long, value_enum, default_value_t = Method::Rtn)]
-    weights: Method,
+    #[arg(long, value_name = "WHICH", help = format!("{} [default: none]", Start::usage(&[])))]
+    rotations: Option<Start>,
+    /// How weights are quantised [default: rtn].
+    #[arg(long, value_enum)]
+    weights: Option<Method>,
     /// Calibration text for GPTQ.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
@@ -48,28 +49,54 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     if is_native(&args.model.model) {
-        let native = load_native(&args.model.model, &args.model.device()?)?;
-        let windows = args.model.windows(&native.model.config, &args.text, args.seq_len)?;
-        let scheme = native.model.scheme;
-        return report(args, &native.model, &limited(windows, args.max_windows)?, &scheme, &progress, "as written");
+        return native(args, &progress);
     }
-    let model = match args.rotations {
-        RotationChoice::None => args.model.load_plain(&progress)?,
+    let start = args.rotations.clone().unwrap_or(Start::None);
+    let weights = args.weights.unwrap_or(Method::Rtn);
+    let config = args.model.checked(&args.scheme.scheme(), Some(args.seq_len))?;
+    let rotations = rotations(&start, &config)?;
+    let scheme = args.scheme.scheme_with(rotations.as_ref());
+    let rotations = rotations.map(|file| file.rotations);
+    let windows = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
+    let calibration = match weights {
+        Method::Rtn => None,
+        Method::Gptq => Some(args.gptq.text(&args.model, &config, args.calibration.as_ref(), args.seq_len)?),
+    };
+    let model = match start {
+        Start::None => args.model.load_plain(&progress)?,
         _ => args.model.load(&progress)?,
     };
-    let rotations = args.rotations.load(&model.config)?;
-    let windows = limited(args.model.windows(&model.config, &args.text, args.seq_len)?, args.max_windows)?;
-    let scheme = args.scheme.scheme_with(&args.rotations)?;
-    let merged = match args.weights {
-        Method::Rtn => model.merge(rotations.as_ref(), &scheme)?,
-        Method::Gptq => {
-            let text = args.gptq.text(&args.model, &model.config, args.calibration.as_ref(), args.seq_len)?;
-            args.gptq.quantize(&model, rotations.as_ref(), &scheme, &text, &progress)?
+    let merged = match &calibration {
+        None => model.merge(rotations.as_ref(), &scheme)?,
+        Some(text) => {
+            let (gptq, calibration) = (args.gptq.quantizer(), args.gptq.calibration(text)?);
+            quantized(&model, rotations.as_ref(), &scheme, (&gptq, &calibration), &mut progress.watch())?
         }
     };
     drop(model);
-    let how = format!("rotations {}, weights {}", args.rotations, args.weights.name());
+    let how = format!("rotations {start}, weights {}", weights.name());
     report(args, &merged, &windows, &scheme, &progress, &how)
+}
+
+/// Scores a quantised model as it was written; arguments may repeat what it was written with.
+fn native(args: &Args, progress: &Progress) -> Result<()> {
+    let dir = &args.model.model;
+    let written = Record::read(dir)?;
+    args.scheme.check_written(&written.scheme, dir)?;
+    let given = [
+        ("--rotations", args.rotations.as_ref().map(Start::to_string), written.rotations),
+        ("--weights", args.weights.map(|method| method.name().to_string()), written.weights),
+        ("--dtype", args.model.given_dtype().map(|dtype| dtype.to_string()), written.dtype.to_string()),
+    ];
+    for (name, given, written) in given {
+        if let Some(given) = given.filter(|given| *given != written) {
+            return Err(contradicts(name, dir, &written, &given));
+        }
+    }
+    check_length(&written.config, args.seq_len)?;
+    let windows = limited(args.model.windows(&written.config, &args.text, args.seq_len)?, args.max_windows)?;
+    let model = load_native(dir, &args.model.device()?)?.model;
+    report(args, &model, &windows, &written.scheme, progress, "as written")
 }
 
 fn report(args: &Args, merged: &Merged, windows: &Windows, scheme: &Scheme, progress: &Progress, how: &str) -> Result<()> {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::json;
 use spinquant::device::Card;
-use spinquant::learn::{LearnOptions, learn};
+use spinquant::learn::{ClipChoice, LearnOptions, learn};
 use spinquant::llama::{Plan, Recompute, synthetic};
 use spinquant::memory::{Needs, Planned, Work, predict};
 use spinquant::optim::{CayleySgd, Mode};
@@ -67,9 +67,10 @@ fn measure(point: &Point, scheme: Scheme, device: &Device, card: &Card) -> Resul
         scheme,
         steps: STEPS,
         batch: point.batch,
-        micro_batch: point.batch,
-        held_out: 0,
-        recompute: Recompute::Planned(PLAN),
+        micro_batch: Some(point.batch),
+        held_out: Some(0),
+        recompute: Some(Recompute::Planned(PLAN)),
+        clip: ClipChoice::Keep,
         ..LearnOptions::default()
     };
     let mut seconds = f64::INFINITY;

@@ -10,9 +10,10 @@ use spinquant::io::write_atomically;
 use spinquant::llama::Merged;
 use spinquant::plot::{self, Axes, Landscape, Panel, Series};
 use spinquant::quant::{Scheme, Site};
+use spinquant::rotation::Start;
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, at_least_one};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, rotations};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -23,10 +24,8 @@ pub struct Args {
     /// Text to run.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote; `none` is looked at in
-    /// any case.
-    #[arg(long, value_name = "WHICH", default_value = "hadamard")]
-    rotations: RotationChoice,
+    #[arg(long, value_name = "WHICH", default_value = "hadamard", help = format!("{}; `none` is looked at in any case", Start::usage(&[])))]
+    rotations: Start,
     /// Folder for sites.csv, channels.csv, kurtosis.png, sqnr.png and activations.png; made where it is not there.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -54,15 +53,15 @@ struct View {
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out))?;
-    let plain = args.model.load_plain(&progress)?;
-    let config = plain.config.clone();
+    let scheme = args.scheme.scheme();
+    let config = args.model.checked(&scheme, Some(args.seq_len))?;
     let layer = args.layer.unwrap_or(config.layers / 2);
     if layer >= config.layers {
         return Err(Error::argument("--layer", format!("expected one below {}, got {layer}", config.layers)));
     }
-    let rotations = args.rotations.load(&config)?;
+    let rotations = rotations(&args.rotations, &config)?.map(|file| file.rotations);
     let text = args.model.windows(&config, &args.text, args.seq_len)?;
-    let scheme = args.scheme.scheme();
+    let plain = args.model.load_plain(&progress)?;
     let view = |name: String, network: Merged| {
         progress.say(&format!("looking at {} windows, rotations {name}", args.windows.min(text.len())));
         let stats = inspect::sites(&network, &text, args.windows, &scheme)?;

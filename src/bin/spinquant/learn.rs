@@ -1,32 +1,27 @@
 //! `spinquant learn`.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
-#[cfg(feature = "cuda")]
-use spinquant::Device;
-use spinquant::calibrate::ClipGoal;
-use spinquant::data::Windows;
+use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
-use spinquant::learn::{LearnOptions, Learned, StepReport, learn};
-use spinquant::llama::{Llama, LlamaConfig, Recompute};
-use spinquant::memory::{self, Needs, Planned, Work};
-use spinquant::objective;
-use spinquant::optim::{self, Schedule};
+use spinquant::learn::{ClipChoice, LearnOptions, StepReport, Watch, learn_watched};
+use spinquant::llama::Recompute;
+use spinquant::memory::{Budget, Needs, Planned};
+use spinquant::objective::{self, Objective};
+use spinquant::optim::{self, Optimizer, Schedule};
 use spinquant::quant::{ClipRatios, Scheme};
-use spinquant::rotation::Rotations;
+use spinquant::rotation::{RotationFile, Start};
 use spinquant::{DType, Error, Result};
 
-use crate::clip::{self, ClipChoice};
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, at_least_one, interrupted, peak_bytes};
+use crate::clip;
+use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, peak_bytes, rotations};
 use crate::eval::file_name;
 use crate::outputs;
-
-/// The optimiser that does what the published code does, which clips nothing.
-const PARITY: &str = "cayley-parity";
 
 /// The recipe; the defaults are the published ones.
 #[derive(clap::Args, Clone)]
@@ -43,16 +38,13 @@ pub struct Recipe {
     /// Learning rate of the first step (default: by optimiser and objective; 1.5 for cayley and cross-entropy).
     #[arg(long)]
     lr: Option<f64>,
-    /// constant, linear or cosine.
-    #[arg(long, default_value = "cosine")]
-    schedule: Schedule,
-    /// cayley, cayley-parity (the published code's arithmetic, drift included), sgd-qr, sgd-polar, adam-qr, adam-polar,
-    /// adam-polar-elementwise, or qr-orth.
-    #[arg(long, value_name = "NAME", default_value = "cayley")]
+    /// constant, linear or cosine (default: by optimiser; cosine for all of these).
+    #[arg(long)]
+    schedule: Option<Schedule>,
+    #[arg(long, value_name = "NAME", default_value = "cayley", value_parser = optimizer_name, help = optimizers())]
     optimizer: String,
-    /// What to minimise: cross-entropy, kl (to the full-precision model), whip or kurtosis (of rotated activations).
-    #[arg(long, value_name = "NAME", default_value = "cross-entropy")]
-    objective: String,
+    #[arg(long, value_name = "NAME", default_value = "cross-entropy", value_parser = objective::by_name, help = objectives())]
+    objective: Arc<dyn Objective>,
     /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
     #[arg(long, value_name = "N")]
     held_out: Option<usize>,
@@ -65,83 +57,67 @@ pub struct Recipe {
     /// GPU memory to stay within, such as 24GiB: the fastest way of running a step that fits is planned, unless --micro-batch or
     /// --recompute say how to. auto: what is free.
     #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
-    memory: String,
+    memory: Budget,
+}
+
+/// An optimiser's name, known before anything is loaded.
+fn optimizer_name(name: &str) -> Result<String> {
+    optim::by_name(name).map(|optimizer| optimizer.name().to_string())
+}
+
+fn optimizers() -> String {
+    let names: Vec<String> = optim::all().iter().map(|o| o.name().to_string()).collect();
+    format!("{} (cayley-parity: the published code's arithmetic, drift included)", names.join(", "))
+}
+
+fn objectives() -> String {
+    let names: Vec<String> = objective::all().iter().map(|o| o.name()).collect();
+    let about = "kl: divergence from the full-precision model; whip, kurtosis: spread of rotated activations";
+    format!("What to minimise: {} ({about})", names.join(", "))
 }
 
 impl Recipe {
-    pub fn options(&self, scheme: Scheme, seed: u64, windows: &Windows, model: &Llama) -> Result<LearnOptions> {
-        let plan: Option<Planned> = match model.device() {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => {
-                let card = device.card()?;
-                let budget = self.budget(card.free + model.bytes())?;
-                self.plan(&model.config, scheme, windows.seq_len(), model.dtype(), budget, &card)?
-            }
-            _ => None,
-        };
-        Ok(LearnOptions {
+    /// The recipe for a scheme; clip ratios are those of the scheme.
+    pub fn options(&self, scheme: Scheme, seed: u64) -> LearnOptions {
+        LearnOptions {
             scheme,
             steps: self.steps,
             batch: self.batch,
-            micro_batch: self.micro_batch.or(plan.as_ref().map(|p: &Planned| p.micro_batch)).unwrap_or(self.batch),
-            learning_rate: self.learning_rate()?,
+            micro_batch: self.micro_batch,
+            learning_rate: self.lr,
             schedule: self.schedule,
             seed,
-            held_out: self.held_out.unwrap_or((windows.len() / 8).clamp(1, 64)),
+            held_out: self.held_out,
             held_out_every: self.held_out_every,
-            objective: objective::by_name(&self.objective)?,
-            recompute: match plan {
-                _ if self.recompute => Recompute::All,
-                Some(planned) => Recompute::Planned(planned.plan),
-                None => Recompute::None,
-            },
-            checkpoint: None,
-            resume: false,
-        })
-    }
-
-    /// Bytes that `--memory` allows, of those that are free.
-    fn budget(&self, free: usize) -> Result<usize> {
-        match self.memory.as_str() {
-            // A little is left to the driver and to what cannot be foreseen.
-            "auto" => Ok(free - free / 25),
-            size => memory::parse_bytes(size),
+            recompute: self.recompute.then_some(Recompute::All),
+            memory: self.memory,
+            clip: ClipChoice::Keep,
+            objective: self.objective.clone(),
+            ..LearnOptions::default()
         }
     }
 
-    /// How to run a step, unless the user said how.
-    fn plan(
-        &self,
-        config: &LlamaConfig,
-        scheme: Scheme,
-        seq: usize,
-        dtype: DType,
-        budget: usize,
-        card: &Card,
-    ) -> Result<Option<Planned>> {
-        if self.recompute || self.micro_batch.is_some() {
-            return Ok(None);
-        }
-        let needs = objective::by_name(&self.objective)?.needs();
-        memory::plan(config, &Work { needs, batch: self.batch, seq, scheme, dtype }, budget, card).map(Some)
+    /// A new optimiser.
+    pub fn optimizer(&self) -> Result<Box<dyn Optimizer>> {
+        optim::by_name(&self.optimizer)
     }
 
     /// Prints the plan; allocates nothing.
     fn dry_run(&self, args: &Args) -> Result<()> {
-        let config = args.model.config()?;
-        let (card, dtype) = match args.model.device()? {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => (device.card()?, args.model.dtype(DType::BF16)),
-            _ => {
-                say!("no GPU here: planned for an H100");
-                (Card::h100(), args.model.dtype(DType::BF16))
-            }
-        };
-        let (scheme, budget) = (args.scheme.scheme(), self.budget(card.free)?);
-        let Some(planned) = self.plan(&config, scheme, args.seq_len, dtype, budget, &card)? else {
+        let scheme = args.scheme.scheme();
+        let options = self.options(scheme, args.seed);
+        options.check(self.optimizer()?.as_ref())?;
+        let config = args.model.checked(&scheme, Some(args.seq_len))?;
+        let dtype = args.model.given_dtype().unwrap_or(DType::BF16);
+        let card = args.model.device()?.card()?.unwrap_or_else(|| {
+            say!("no GPU here: planned for an H100");
+            Card::h100()
+        });
+        let budget = self.memory.bytes(card.free);
+        let Some(planned) = options.plan(&config, args.seq_len, dtype, card.free, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
-        let needs = objective::by_name(&self.objective)?.needs();
+        let (needs, objective) = (self.objective.needs(), self.objective.name());
         if args.json {
             let items: serde_json::Map<String, Value> =
                 planned.items.iter().map(|(what, bytes)| (what.to_string(), (*bytes).into())).collect();
@@ -149,7 +125,7 @@ impl Recipe {
             out!(
                 "{}",
                 json!({
-                    "scheme": scheme.to_string(), "objective": self.objective, "batch": self.batch, "seq_len": args.seq_len,
+                    "scheme": scheme.to_string(), "objective": objective, "batch": self.batch, "seq_len": args.seq_len,
                     "dtype": dtype.to_string(), "device": card.name, "budget_bytes": budget,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch},
@@ -161,7 +137,7 @@ impl Recipe {
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
         out!(
             "{scheme}, {}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
-            self.objective,
+            objective,
             self.batch,
             args.seq_len,
             gib(budget),
@@ -174,48 +150,6 @@ impl Recipe {
         out!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
         out!("predicted: {:.2} s a step, {:.0} s for {} steps", planned.seconds, planned.seconds * self.steps as f64, self.steps);
         Ok(())
-    }
-
-    /// Optimiser steps.
-    pub fn steps(&self) -> usize {
-        self.steps
-    }
-
-    /// The optimiser by its name.
-    pub fn optimizer(&self) -> Result<Box<dyn optim::Optimizer>> {
-        optim::by_name(&self.optimizer)
-    }
-
-    /// Of the first step.
-    fn learning_rate(&self) -> Result<f64> {
-        let (optimizer, objective) = (optim::by_name(&self.optimizer)?, objective::by_name(&self.objective)?);
-        let factor = if optimizer.is_scale_free() { 1.0 } else { objective.rate() };
-        Ok(self.lr.unwrap_or(factor * optimizer.default_learning_rate()))
-    }
-
-    /// Learns with a progress bar.
-    #[allow(clippy::too_many_arguments)]
-    pub fn learn(
-        &self,
-        model: &Llama,
-        windows: &Windows,
-        start: Rotations,
-        options: &LearnOptions,
-        progress: &Progress,
-        what: &str,
-        mut on_step: impl FnMut(&StepReport),
-    ) -> Result<Learned> {
-        let mut optimizer = optim::by_name(&self.optimizer)?;
-        let mut task = progress.start(what, self.steps);
-        let mut held_out = String::new();
-        learn(model, windows, start, optimizer.as_mut(), options, |report| {
-            on_step(report);
-            if let Some(loss) = report.held_out {
-                held_out = format!(", held out {loss:.4}");
-            }
-            task.at(report.step, &format!("loss {:.4}{held_out}, {:.2} s a step", report.loss, report.seconds));
-            interrupted()
-        })
     }
 }
 
@@ -254,9 +188,9 @@ pub struct Args {
     /// Decides the start, the held-out windows and the order of the others.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to start: hadamard[:SEED] (default: --seed), orthogonal[:SEED], identity, or a file.
-    #[arg(long, value_name = "WHICH")]
-    start: Option<RotationChoice>,
+    #[arg(long, value_name = "WHICH",
+        help = format!("Where to start: {} [default: hadamard:SEED with --seed]", Start::usage(&["none"])))]
+    start: Option<Start>,
     /// Clip ratios of activations, K and V, searched on the start, learned with, and kept with the rotations: error (of every
     /// quantiser, by itself) or loss (of the whole network; needs room for a second copy of the weights); none: 1, as published.
     /// Default: what --activation-clip says or a --start file holds, else none with cayley-parity, else error.
@@ -287,16 +221,12 @@ pub struct Args {
 
 impl Args {
     /// The clip ratios to begin with, and whether to search others.
-    fn clip(&self, start: &RotationChoice) -> Result<(ClipRatios, ClipChoice)> {
-        if let Some(asked) = self.clip {
-            return Ok((ClipRatios::NONE, asked));
+    fn clip(&self, start: &RotationFile) -> (ClipRatios, ClipChoice) {
+        match (self.clip, self.scheme.given_clip(Some(start))) {
+            (Some(choice), _) => (ClipRatios::NONE, choice),
+            (None, Some(given)) => (given, ClipChoice::Keep),
+            (None, None) => (ClipRatios::NONE, ClipChoice::Auto),
         }
-        let given = self.scheme.given_clip(start)?;
-        let asked = match given {
-            None if self.recipe.optimizer != PARITY => ClipChoice::By(ClipGoal::Error),
-            _ => ClipChoice::None,
-        };
-        Ok((given.unwrap_or_default(), asked))
     }
 }
 
@@ -308,7 +238,7 @@ impl Args {
         outputs::check(&[("--out", &self.out), ("the state", &state)], model, &inputs)?;
         if let Some(log) = &self.log {
             inputs.extend([("--out", self.out.as_path()), ("the state", &state)]);
-            if let Some(RotationChoice::File(start)) = &self.start {
+            if let Some(Start::File(start)) = &self.start {
                 inputs.push(("--start", start));
             }
             outputs::check_log("--log", log, model, &inputs)?;
@@ -323,44 +253,29 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let progress = Progress::new();
     let state = args.check_outputs()?;
-    let mut log: Option<File> = None;
-    let model = args.model.load(&progress)?;
-    let choice = args.start.clone().unwrap_or(RotationChoice::Hadamard(args.seed));
-    let start = choice.load(&model.config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
-    let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
-    let mut scheme = args.scheme.scheme();
-    // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
-    let (given, asked) = args.clip(&choice)?;
-    scheme.activation_clip = given;
-    let mut clip = None;
-    if let Some(goal) = asked.goal(&scheme) {
-        let found = clip::search(&model, &start, &scheme, &windows, (goal, args.clip_windows), &progress)?;
-        scheme.activation_clip = found.ratios;
-        let (line, value) = clip::report(&found, goal);
-        progress.say(&line);
-        clip = Some(value);
+    let mut optimizer = args.recipe.optimizer()?;
+    let choice = args.start.clone().unwrap_or(Start::Hadamard(args.seed));
+    let mut options = args.recipe.options(args.scheme.scheme(), args.seed);
+    options.clip_windows = args.clip_windows;
+    options.check(optimizer.as_ref())?;
+    let config = args.model.checked(&options.scheme, Some(args.seq_len))?;
+    let start = rotations(&choice, &config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
+    (options.scheme.activation_clip, options.clip) = args.clip(&start);
+    options.check(optimizer.as_ref())?;
+    let keeps_clips = options.scheme.activation_clip != ClipRatios::NONE;
+    if keeps_clips || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
+        RotationFile::check_holds_clips(&args.out)?;
     }
-    let mut options = args.recipe.options(scheme, args.seed, &windows, &model)?;
+    let windows = args.model.windows(&config, &args.text, args.seq_len)?;
+    options.check_text(&windows)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
     options.resume = args.resume;
 
-    let mut log_failed = None;
-    let learned = args.recipe.learn(&model, &windows, start, &options, &progress, "learning", |r| {
-        if let Some(path) = &args.log {
-            let line = json!({
-                "step": r.step, "loss": r.loss, "learning_rate": r.learning_rate, "held_out": r.held_out,
-                "orthogonality_error": r.orthogonality_error, "seconds": r.seconds,
-            });
-            let file = match log.take() {
-                Some(file) => Ok(file),
-                None => open_log(path, if args.resume { r.step } else { 0 }),
-            };
-            let written = file.and_then(|file| writeln!(log.insert(file), "{line}").map_err(Error::io(path)));
-            if let Err(e) = written {
-                log_failed.get_or_insert(e);
-            }
-        }
-    });
+    let model = args.model.load(&progress)?;
+    let mut watch = Logged { told: progress.watch(), path: args.log.as_deref(), resume: args.resume, log: None, failed: None };
+    let learned = learn_watched(&model, &windows, start.rotations, optimizer.as_mut(), &options, &mut watch);
+    let log_failed = watch.failed.take();
+    drop(watch);
     let learned = learned.inspect_err(|e| {
         if matches!(e, Error::Interrupted { .. }) {
             progress.say(&format!("the state is in {}: continue with --resume", state.display()));
@@ -369,22 +284,19 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(e) = log_failed {
         say!("warning: the log is incomplete: {e}");
     }
-    let notes = [
-        ("scheme", scheme.to_string()),
-        ("online", scheme.online.to_string()),
-        ("start", choice.to_string()),
-        ("steps", args.recipe.steps.to_string()),
-        ("seed", args.seed.to_string()),
-        ("optimizer", args.recipe.optimizer.clone()),
-        ("objective", args.recipe.objective.clone()),
-        ("learning_rate", options.learning_rate.to_string()),
-        ("calibration", windows.checksum()),
-    ];
-    let mut notes: BTreeMap<String, String> = notes.map(|(k, v)| (k.to_string(), v)).into();
-    if scheme.activation_clip != ClipRatios::NONE {
-        notes.extend(clip::notes(scheme.activation_clip, &scheme));
-    }
-    learned.rotations.save_with(&args.out, &notes).inspect_err(|_| rescue(&learned.rotations, &args.out, &notes))?;
+    let scheme = learned.settings.scheme;
+    let file = learned
+        .file()
+        .with_note("scheme", scheme)
+        .with_note("online", scheme.online)
+        .with_note("start", &choice)
+        .with_note("steps", args.recipe.steps)
+        .with_note("seed", args.seed)
+        .with_note("optimizer", &args.recipe.optimizer)
+        .with_note("objective", args.recipe.objective.name())
+        .with_note("learning_rate", learned.settings.learning_rate)
+        .with_note("calibration", windows.checksum());
+    file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;
     if args.resume || args.checkpoint_every.is_some() {
         let _ = std::fs::remove_file(&state); // it has served its purpose
     }
@@ -395,7 +307,8 @@ pub fn run(args: &Args) -> Result<()> {
                 "loss_first": learned.loss_first, "loss_last": learned.loss_last,
                 "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
                 "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
-                "peak_bytes": peak_bytes(&model.device()), "clip": clip, "starts_with": windows.first_token(),
+                "peak_bytes": peak_bytes(&model.device()), "clip": learned.clip.as_ref().map(|(found, by)| clip::report(found, *by).1),
+                "starts_with": windows.first_token(),
             })
         );
     } else {
@@ -409,11 +322,49 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// Keeps rotations that could not be written where they should: beside that, or else among the system's temporary files.
-fn rescue(rotations: &Rotations, out: &Path, notes: &BTreeMap<String, String>) {
+fn rescue(file: &RotationFile, out: &Path) {
     let name = format!("{}.rescued", file_name(out));
     let places = [out.with_file_name(&name), std::env::temp_dir().join(format!("{name}-{}", std::process::id()))];
-    if let Some(place) = places.iter().find(|place| !place.exists() && rotations.save_with(place, notes).is_ok()) {
+    if let Some(place) = places.iter().find(|place| !place.exists() && file.write(place).is_ok()) {
         say!("the rotations could not be written to {}; they are in {}", out.display(), place.display());
+    }
+}
+
+/// Logs every step.
+struct Logged<'a> {
+    told: Told<'a>,
+    path: Option<&'a Path>,
+    resume: bool,
+    log: Option<File>,
+    failed: Option<Error>,
+}
+
+impl Watch for Logged<'_> {
+    fn begin(&mut self, what: &str, total: usize) {
+        self.told.begin(what, total);
+    }
+    fn at(&mut self, done: usize) -> ControlFlow<()> {
+        self.told.at(done)
+    }
+    fn step(&mut self, r: &StepReport) -> ControlFlow<()> {
+        if let Some(path) = self.path {
+            let line = json!({
+                "step": r.step, "loss": r.loss, "learning_rate": r.learning_rate, "held_out": r.held_out,
+                "orthogonality_error": r.orthogonality_error, "seconds": r.seconds,
+            });
+            let file = match self.log.take() {
+                Some(file) => Ok(file),
+                None => open_log(path, if self.resume { r.step } else { 0 }),
+            };
+            let written = file.and_then(|file| writeln!(self.log.insert(file), "{line}").map_err(Error::io(path)));
+            if let Err(e) = written {
+                self.failed.get_or_insert(e);
+            }
+        }
+        self.told.step(r)
+    }
+    fn clipped(&mut self, found: &ClipFound, by: ClipGoal) {
+        self.told.note(&clip::report(found, by).0);
     }
 }
 

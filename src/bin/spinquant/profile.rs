@@ -33,7 +33,7 @@ pub struct Args {
     /// Tokens of a sequence.
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
-    /// The folder of the golden tests [default: $SPINQUANT_GOLDENS, else tests/fixtures].
+    /// The folder of the golden tests [default: $SPINQUANT_GOLDENS, else those that are part of the program].
     #[arg(long, value_name = "DIR")]
     goldens: Option<PathBuf>,
     /// Instead: how time and memory grow with layers, batch, sequence length and width, as growth.csv and growth.png in this folder.
@@ -49,36 +49,45 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
-    if args.growth.is_none() && args.recipe.steps() < 3 {
+    let scheme = args.scheme.scheme();
+    let mut optimizer = args.recipe.optimizer()?;
+    let mut options = args.recipe.options(scheme, 0);
+    options.held_out = Some(0);
+    options.held_out_every = usize::MAX;
+    options.check(optimizer.as_ref())?;
+    if args.growth.is_none() && options.steps < 3 {
         let message = "expected at least 3: the first is not timed, and the last is watched";
-        return Err(Error::argument("--steps", format!("{message}, got {}", args.recipe.steps())));
+        return Err(Error::argument("--steps", format!("{message}, got {}", options.steps)));
     }
     let device = args.model.device()?;
-    let folder = args.goldens.clone().or_else(|| std::env::var_os("SPINQUANT_GOLDENS").map(PathBuf::from));
-    let worst = goldens(&folder.unwrap_or_else(|| "tests/fixtures".into()), &device)?;
+    let own = args.goldens.clone().or_else(|| std::env::var_os("SPINQUANT_GOLDENS").map(PathBuf::from));
+    let worst = match own {
+        Some(folder) => goldens(&folder, &device)?,
+        None => goldens(embedded_goldens()?.path(), &device)?,
+    };
     progress.say(&format!("goldens in f32 on {device}: loss within {:.1e}, cosine of dR1 at least {:.6}", worst.0, worst.1));
     if let Some(folder) = &args.growth {
-        return crate::growth::run(folder, args.scheme.scheme(), &device, &card(&device)?, args.json);
+        return crate::growth::run(folder, scheme, &device, &card(&device)?, args.json);
     }
+    let config = args.model.checked(&scheme, Some(args.seq_len))?;
+    let windows = args.model.windows(&config, &args.text, args.seq_len)?;
+    options.check_text(&windows)?;
     let ceilings = ceilings(&device)?;
 
     let start = Instant::now();
     let model = args.model.load(&progress)?;
     wait(&device)?;
     let loading = start.elapsed().as_secs_f64();
-    let windows = args.model.windows(&model.config, &args.text, args.seq_len)?;
-    let scheme = args.scheme.scheme();
-    let mut options = args.recipe.options(scheme, 0, &windows, &model)?;
-    options.held_out = 0;
-    options.held_out_every = usize::MAX;
-    let plan = options.recompute.plan();
+    let settings = options.settle(&model, &windows, optimizer.as_ref())?;
+    // The same again while learning: what is free then may be a little less.
+    (options.micro_batch, options.recompute) = (Some(settings.micro_batch), Some(settings.recompute));
+    let plan = settings.recompute.plan();
     progress.say(&format!(
         "{scheme}, {} x {} tokens a step, {plan:?}, micro-batch {}",
-        options.batch, args.seq_len, options.micro_batch
+        options.batch, args.seq_len, settings.micro_batch
     ));
     let config = &model.config;
     let rotations = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0)?;
-    let mut optimizer = args.recipe.optimizer()?;
     let mut seconds = vec![];
     let mut losses = vec![];
     let mut phases = vec![];
@@ -107,12 +116,12 @@ pub fn run(args: &Args) -> Result<()> {
     let tokens = (options.batch * args.seq_len) as f64;
     let needs = options.objective.needs();
     let work = Work { needs, batch: options.batch, seq: args.seq_len, scheme, dtype: model.dtype() };
-    let predicted = predict(config, &work, plan, options.micro_batch, &card(&device)?)?;
+    let predicted = predict(config, &work, plan, settings.micro_batch, &card(&device)?)?;
     let predicted = (predicted.seconds, predicted.bytes() as f64 / f64::from(1 << 30));
     let report = json!({
         "scheme": scheme.to_string(), "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,
         "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights, "sequences": plan.sequences,
-            "micro_batch": options.micro_batch},
+            "micro_batch": settings.micro_batch},
         "seconds": median, "predicted_seconds": predicted.0, "predicted_gib": predicted.1, "all_seconds": seconds, "losses": losses, "peak_gib": peak, "loading_seconds": loading,
         "orthogonality_error": learned.orthogonality_error, "tokens_per_second": tokens / median,
         "copy_gb_per_s": ceilings.0, "gemm_tflops": ceilings.1,
@@ -239,6 +248,36 @@ fn ceilings(device: &Device) -> Result<(f64, f64)> {
     Ok((2.0 * (8 * x.bytes()) as f64 / copy / 1e9, 2.0 * (n as f64).powi(3) / gemm / 1e12))
 }
 
+macro_rules! golden_files {
+    ($($model:literal),*) => {
+        [$(($model, [
+            ("config.json", include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/", $model, "/config.json")) as &[u8]),
+            ("model.safetensors", include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/", $model, "/model.safetensors"))),
+            ("golden.safetensors", include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/", $model, "/golden.safetensors"))),
+        ])),*]
+    };
+}
+
+/// A file's name and bytes.
+type File = (&'static str, &'static [u8]);
+
+/// The small models and what the published code makes of them: files that are part of the program.
+const GOLDENS: [(&str, [File; 3]); 3] = golden_files!("llama_gqa", "llama_had28", "llama_had40");
+
+/// [`GOLDENS`] in a temporary folder.
+fn embedded_goldens() -> Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
+    for (model, files) in GOLDENS {
+        let dir = folder.path().join(model);
+        std::fs::create_dir(&dir).map_err(Error::io(&dir))?;
+        for (name, bytes) in files {
+            let path = dir.join(name);
+            std::fs::write(&path, bytes).map_err(Error::io(&path))?;
+        }
+    }
+    Ok(folder)
+}
+
 /// The loss and dR1 of every mode of the small models against the published code's, in f32 on the device: the largest error of a loss
 /// and the smallest cosine.
 ///
@@ -246,11 +285,11 @@ fn ceilings(device: &Device) -> Result<(f64, f64)> {
 /// No goldens there, or a loss off by more than 1e-2 or a cosine below 0.999: then nothing here is worth timing.
 fn goldens(folder: &Path, device: &Device) -> Result<(f64, f64)> {
     let mut worst = (0f64, 1f64);
-    for name in ["llama_gqa", "llama_had28", "llama_had40"] {
+    for (name, _) in GOLDENS {
         let dir = folder.join(name);
         let path = dir.join("golden.safetensors");
         if !path.exists() {
-            let message = "expected the small models of the golden tests; run in the repository, or say where with --goldens DIR";
+            let message = "expected the small models of the golden tests";
             return Err(Error::format(&path, message));
         }
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;

@@ -2,12 +2,17 @@
 
 use std::path::PathBuf;
 
+use spinquant::calibrate::LayerReport;
+use spinquant::compare::gptq_layer;
+use spinquant::data::Windows;
 use spinquant::export::{Format, Output, Provenance, write_quantized};
+use spinquant::learn::Watch;
 use spinquant::llama::Rotated;
 use spinquant::quant::Rtn;
+use spinquant::rotation::Start;
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, RotationChoice, SchemeArgs, interrupted, note, open_model};
+use crate::common::{ModelArgs, Progress, SchemeArgs, interrupted, note, open_model, rotations};
 use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
@@ -18,9 +23,8 @@ pub struct Args {
     scheme: SchemeArgs,
     #[command(flatten)]
     gptq: GptqArgs,
-    /// none, identity, hadamard[:SEED], block-hadamard[:SEED], orthogonal[:SEED], or a file that `learn` wrote.
-    #[arg(long, value_name = "WHICH")]
-    rotations: RotationChoice,
+    #[arg(long, value_name = "WHICH", help = Start::usage(&[]))]
+    rotations: Start,
     /// How weights are quantised.
     #[arg(long, value_enum, default_value_t = Method::Rtn)]
     weights: Method,
@@ -52,19 +56,25 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn quantize(args: &Args, progress: &Progress) -> Result<()> {
-    let scheme = args.scheme.scheme_with(&args.rotations)?;
-    match args.format {
-        Format::Hf => {
-            let device = args.model.device_in_file_type("--format hf")?;
-            let source = open_model(&args.model.model)?;
-            let rotations = args.rotations.load(source.config())?;
-            write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, progress)?;
-        }
-        Format::Native => {
-            let model = args.model.load(progress)?;
-            let rotations = args.rotations.load(&model.config)?;
-            write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, progress)?;
-        }
+    let hf_device = match args.format {
+        Format::Hf => Some(args.model.device_in_file_type("--format hf")?),
+        Format::Native => None,
+    };
+    let reads_text = args.weights == Method::Gptq;
+    let config = args.model.checked(&args.scheme.scheme(), reads_text.then_some(args.seq_len))?;
+    let rotations = rotations(&args.rotations, &config)?;
+    let scheme = args.scheme.scheme_with(rotations.as_ref());
+    let rotations = rotations.map(|file| file.rotations);
+    let text = match args.weights {
+        Method::Rtn => None,
+        Method::Gptq => Some(args.gptq.text(&args.model, &config, args.calibration.as_ref(), args.seq_len)?),
+    };
+    if let Some(device) = hf_device {
+        let source = open_model(&args.model.model)?;
+        write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, text.as_ref(), progress)?;
+    } else {
+        let model = args.model.load(progress)?;
+        write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, text.as_ref(), progress)?;
     }
     let written = args.format.holds(&scheme);
     if written.to_string() != scheme.to_string() {
@@ -76,7 +86,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-fn write(args: &Args, rotated: &Rotated<'_>, progress: &Progress) -> Result<()> {
+fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &Progress) -> Result<()> {
     let layers = rotated.config().layers;
     let mut output = Output::new(&args.out, args.format);
     output.overwrite = args.overwrite;
@@ -90,23 +100,25 @@ fn write(args: &Args, rotated: &Rotated<'_>, progress: &Progress) -> Result<()> 
         notes: [("device".to_string(), rotated.device().to_string().into())].into(),
         ..Provenance::default()
     };
-    match args.weights {
-        Method::Rtn => {
+    match text {
+        None => {
             let mut task = progress.start("writing, layers", layers);
             write_quantized(rotated, &Rtn, None, output, |report| {
                 task.at(report.done, "");
                 interrupted()
             })
         }
-        Method::Gptq => {
-            let text = args.gptq.text(&args.model, rotated.config(), args.calibration.as_ref(), args.seq_len)?;
-            let calibration = args.gptq.calibration(&text)?;
+        Some(text) => {
+            let calibration = args.gptq.calibration(text)?;
             output.provenance.notes.extend(args.gptq.notes());
             output.provenance.notes.insert("seq_len".into(), args.seq_len.into());
             output.provenance.notes.insert("bos".into(), args.model.bos().to_string().into());
             let file = args.calibration.as_ref().expect("just read");
-            output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, &text)?);
-            write_quantized(rotated, &args.gptq.quantizer(), Some(&calibration), output, args.gptq.watch(progress, layers))
+            output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, text)?);
+            let (gptq, mut watch) = (args.gptq.quantizer(), progress.watch());
+            watch.begin("gptq, layers", layers);
+            let told = |report: &LayerReport| gptq_layer(&gptq, report, &mut watch);
+            write_quantized(rotated, &gptq, Some(&calibration), output, told)
         }
     }
 }

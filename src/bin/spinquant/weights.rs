@@ -1,18 +1,16 @@
 //! How weights are quantised: the arguments, and the model they make.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use serde_json::Value;
-use spinquant::calibrate::{Calibration, LayerReport, quantize_weights};
+use spinquant::calibrate::Calibration;
 use spinquant::data::Windows;
-use spinquant::llama::{Llama, LlamaConfig, Merged};
-use spinquant::quant::{Gptq, Scheme};
-use spinquant::rotation::Rotations;
+use spinquant::llama::LlamaConfig;
+use spinquant::quant::Gptq;
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, at_least_one, interrupted};
+use crate::common::{ModelArgs, at_least_one};
 
 /// How weights are quantised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -70,35 +68,17 @@ impl GptqArgs {
         ])
     }
 
-    /// A progress bar that says where the damping was raised, and stops when interrupted.
-    pub fn watch<'a>(&self, progress: &'a Progress, layers: usize) -> impl FnMut(&LayerReport) -> ControlFlow<()> + 'a {
-        let (mut task, asked) = (progress.start("gptq, layers", layers), self.damping);
-        move |report| {
-            if let Some(damping) = report.damping.filter(|d| *d > asked) {
-                let layer = report.done - 1;
-                progress.say(&format!("layer {layer}: a Hessian is not positive definite; damping raised to {damping}"));
-            }
-            task.at(report.done, "");
-            interrupted()
-        }
+    /// Checks the numbers.
+    pub fn check(&self) -> Result<()> {
+        self.quantizer().check()
     }
 
-    /// Rotates and quantises a model, with a progress bar.
-    pub fn quantize(
-        &self,
-        model: &Llama,
-        rotations: Option<&Rotations>,
-        scheme: &Scheme,
-        text: &Windows,
-        progress: &Progress,
-    ) -> Result<Merged> {
-        let (calibration, watch) = (self.calibration(text)?, self.watch(progress, model.config.layers));
-        quantize_weights(model, rotations, scheme, &self.quantizer(), Some(&calibration), &mut (), watch)
-    }
-
-    /// Calibration text, which GPTQ cannot do without.
+    /// Calibration text, which GPTQ cannot do without, long enough for it.
     pub fn text(&self, model: &ModelArgs, config: &LlamaConfig, file: Option<&PathBuf>, seq_len: usize) -> Result<Windows> {
+        self.check()?;
         let file = file.ok_or_else(|| Error::argument("--weights gptq", "needs --calibration FILE"))?;
-        model.windows(config, file, seq_len)
+        let text = model.windows(config, file, seq_len)?;
+        self.calibration(&text)?;
+        Ok(text)
     }
 }

@@ -7,14 +7,13 @@ use std::path::PathBuf;
 
 use serde_json::json;
 use spinquant::data::{Bos, Windows};
-use spinquant::learn::{LearnOptions, Learned, learn};
+use spinquant::learn::{ClipChoice, LearnOptions, Learned, learn, search_clips_watched};
 use spinquant::llama::{Llama, Recompute};
 use spinquant::optim::{self, Schedule};
 use spinquant::quant::{ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result, demo, objective};
 
-use crate::clip;
 use crate::common::{ModelArgs, Progress, at_least_one, interrupted};
 use crate::eval::{file_name, limited, score};
 use entry::{Entry, default_entries};
@@ -87,6 +86,22 @@ pub struct Args {
 }
 
 impl Args {
+    /// How an entry learns at a rate.
+    fn options(&self, entry: &Entry, rate: f64) -> Result<LearnOptions> {
+        Ok(LearnOptions {
+            batch: self.batch,
+            micro_batch: Some(self.batch),
+            learning_rate: Some(rate),
+            schedule: Some(self.schedule),
+            held_out: Some(self.held_out),
+            held_out_every: self.held_out_every,
+            recompute: Some(Recompute::None),
+            clip: ClipChoice::Keep,
+            objective: objective::by_name(&entry.objective)?,
+            ..LearnOptions::default()
+        })
+    }
+
     fn seeds(&self) -> std::ops::Range<u64> {
         self.first_seed..self.first_seed.saturating_add(self.seeds)
     }
@@ -230,7 +245,14 @@ fn one(
     let began = std::time::Instant::now();
     let mut scheme = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };
     if let Some(goal) = entry.clip {
-        let found = clip::search(&track.model, &start, &scheme, &track.calibration, (goal, args.clip_windows), progress)?;
+        let found = search_clips_watched(
+            &track.model,
+            &start,
+            &scheme,
+            &track.calibration,
+            (goal, args.clip_windows),
+            &mut progress.watch(),
+        )?;
         scheme.activation_clip = found.ratios;
     }
     let searching = began.elapsed().as_secs_f64();
@@ -253,21 +275,7 @@ fn one(
         run.perplexity = track.perplexity(&start, &scheme, &what, progress)?;
         return Ok(run);
     }
-    let options = LearnOptions {
-        scheme,
-        steps,
-        batch: args.batch,
-        micro_batch: args.batch,
-        learning_rate: rate,
-        schedule: args.schedule,
-        seed,
-        held_out: args.held_out,
-        held_out_every: args.held_out_every,
-        recompute: Recompute::None,
-        objective: objective::by_name(&entry.objective)?,
-        checkpoint: None,
-        resume: false,
-    };
+    let options = LearnOptions { scheme, steps, seed, ..args.options(entry, rate)? };
     let mut optimizer = optim::by_name(&entry.optimizer)?;
     let mut task = progress.start(&what, steps);
     let learned: Result<Learned> = learn(&track.model, &track.calibration, start, optimizer.as_mut(), &options, |report| {

@@ -1,72 +1,28 @@
 //! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser and any objective.
 
+mod options;
+mod watch;
+
+pub use options::{ClipChoice, LearnOptions, Settings};
+use watch::Steps;
+pub use watch::Watch;
+
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::calibrate::{ClipFound, ClipGoal, search_clips};
 use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::llama::{Linear, Llama, Recompute, RotationVars};
-use crate::objective::{Batch, CrossEntropy, Objective};
-use crate::optim::{Optimizer, Schedule, State};
+use crate::objective::Batch;
+use crate::optim::{Optimizer, State};
 use crate::profile::{enter, enter_pass};
-use crate::quant::Scheme;
-use crate::rotation::Rotations;
+use crate::quant::{ClipRatios, Scheme};
+use crate::rotation::{RotationFile, Rotations};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
-
-/// The recipe. The defaults are the published ones.
-#[derive(Clone, Debug)]
-pub struct LearnOptions {
-    /// What the network is quantised to while learning: weights too for RTN, not for GPTQ.
-    pub scheme: Scheme,
-    /// Optimiser steps.
-    pub steps: usize,
-    /// Sequences a step.
-    pub batch: usize,
-    /// Sequences that go through the network at once; gradients are averaged. At most `batch`.
-    pub micro_batch: usize,
-    /// Learning rate of the first step.
-    pub learning_rate: f64,
-    /// How it falls.
-    pub schedule: Schedule,
-    /// Decides which windows are held out and the order of the others.
-    pub seed: u64,
-    /// Windows held out of training to score progress on.
-    pub held_out: usize,
-    /// Steps between scores (the start and the end are always scored).
-    pub held_out_every: usize,
-    /// Memory against time.
-    pub recompute: Recompute,
-    /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
-    pub objective: Arc<dyn Objective>,
-    /// Where to keep a resumable state, and every how many steps. A stopped run leaves one too; the last step does not, whose result is
-    /// returned.
-    pub checkpoint: Option<(PathBuf, usize)>,
-    /// Continue from that state if it exists.
-    pub resume: bool,
-}
-
-impl Default for LearnOptions {
-    fn default() -> Self {
-        Self {
-            scheme: Scheme::new(16, 4, 4),
-            steps: 100,
-            batch: 8,
-            micro_batch: 8,
-            learning_rate: 1.5,
-            schedule: Schedule::Cosine,
-            seed: 0,
-            held_out: 8,
-            held_out_every: 10,
-            recompute: Recompute::None,
-            objective: Arc::new(CrossEntropy),
-            checkpoint: None,
-            resume: false,
-        }
-    }
-}
 
 /// What happened in one step, as told to the callback.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -90,6 +46,10 @@ pub struct StepReport {
 pub struct Learned {
     /// What was learned.
     pub rotations: Rotations,
+    /// What the options came to: the scheme with the clip ratios that belong to the rotations, the rate, how a step ran.
+    pub settings: Settings,
+    /// The search for clip ratios and what it was by, where there was one.
+    pub clip: Option<(ClipFound, ClipGoal)>,
     /// The objective on the first step's batch at the start.
     pub loss_first: f64,
     /// The objective on the last step's batch.
@@ -102,6 +62,36 @@ pub struct Learned {
     pub orthogonality_error: f64,
     /// Mean wall-clock time of a step, scoring not included.
     pub seconds_per_step: f64,
+}
+
+/// Searches clip ratios on `count` windows spread over a text ([`search_clips`]).
+///
+/// # Errors
+/// Those of [`search_clips`].
+pub fn search_clips_watched(
+    model: &Llama,
+    rotations: &Rotations,
+    scheme: &Scheme,
+    windows: &Windows,
+    (goal, count): (ClipGoal, usize),
+    watch: &mut dyn Watch,
+) -> Result<ClipFound> {
+    let mut begun = false;
+    search_clips(model, Some(rotations), scheme, windows, &windows.spread(count), goal, |done, total| {
+        if !std::mem::replace(&mut begun, true) {
+            watch.begin("searching clip ratios", total);
+        }
+        watch.at(done)
+    })
+}
+
+impl Learned {
+    /// The rotations with their clip ratios, to be written.
+    pub fn file(&self) -> RotationFile {
+        let file = RotationFile::new(self.rotations.clone());
+        let scheme = &self.settings.scheme;
+        if scheme.activation_clip == ClipRatios::NONE { file } else { file.with_clips_of(scheme) }
+    }
 }
 
 /// A loss above so many times the first one, and so much more, is not coming back.
@@ -117,35 +107,57 @@ struct Progress {
     seconds: f64,
 }
 
-/// Learns rotations for `model` from `rotations` on windows of calibration text. `callback` hears of every step and may stop the run,
-/// which then leaves a checkpoint (if one was asked for) and returns [`Error::Interrupted`].
+/// Learns rotations for `model` from `rotations` on windows of calibration text, with clip ratios that are searched on the start where
+/// [`LearnOptions::clip`] says so. `callback` hears of every step and may stop the run, which then leaves a checkpoint (if one was
+/// asked for) and returns [`Error::Interrupted`]. [`learn_watched`] hears of the search too.
 ///
 /// # Errors
-/// Rotations that do not fit the model; too few windows; a loss, gradient or rotation that is not finite (names the step, and of a
-/// loss the layer), or a loss that diverges (names the step): the checkpoint stays as it was; a state of another run; and whatever
-/// the optimiser reports.
+/// Those of [`LearnOptions::check`], [`LearnOptions::check_text`] and [`LearnOptions::settle`], before any work; rotations that do not
+/// fit the model; a loss, gradient or rotation that is not finite (names the step, and of a loss the layer), or a loss that diverges
+/// (names the step): the checkpoint stays as it was; a state of another run; and whatever the optimiser reports.
 pub fn learn(
     model: &Llama,
     windows: &Windows,
     rotations: Rotations,
     optimizer: &mut dyn Optimizer,
     options: &LearnOptions,
-    mut callback: impl FnMut(&StepReport) -> ControlFlow<()>,
+    callback: impl FnMut(&StepReport) -> ControlFlow<()>,
 ) -> Result<Learned> {
-    let LearnOptions { scheme, steps, batch, .. } = *options;
-    if options.steps == 0 || batch == 0 || options.micro_batch == 0 {
-        return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
-    }
-    if windows.seq_len() < 2 {
-        return Err(Error::argument("sequence length", "expected at least 2 tokens"));
-    }
+    learn_watched(model, windows, rotations, optimizer, options, &mut Steps(callback))
+}
+
+/// [`learn`], told to a [`Watch`].
+///
+/// # Errors
+/// Those of [`learn`].
+pub fn learn_watched(
+    model: &Llama,
+    windows: &Windows,
+    rotations: Rotations,
+    optimizer: &mut dyn Optimizer,
+    options: &LearnOptions,
+    watch: &mut dyn Watch,
+) -> Result<Learned> {
+    options.check(optimizer)?;
+    options.check_text(windows)?;
+    let LearnOptions { steps, batch, .. } = *options;
     let config = &model.config;
     let on_device = rotations.to_device(&model.device())?;
     on_device.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let (train, held_out) = split_held_out(windows, options.held_out, options.seed)?;
+    let mut scheme = options.scheme;
+    let mut clip = None;
+    // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
+    if let Some(goal) = options.clip.goal(&scheme, optimizer) {
+        let found = search_clips_watched(model, &rotations, &scheme, windows, (goal, options.clip_windows), watch)?;
+        watch.clipped(&found, goal);
+        scheme.activation_clip = found.ratios;
+        clip = Some((found, goal));
+    }
+    let settings = Settings { scheme, ..options.settle(model, windows, optimizer)? };
+    let (train, held_out) = split_held_out(windows, settings.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
-    let fingerprint = fingerprint(model, windows, &rotations, optimizer.name(), options)?;
+    let fingerprint = fingerprint(model, windows, &rotations, optimizer.name(), options, &settings)?;
 
     let saved = match &options.checkpoint {
         Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
@@ -164,20 +176,22 @@ pub fn learn(
     };
     drop(on_device);
     now.rotations = now.rotations.to_device(&model.device())?;
-    let score = |r: &Rotations| held_out_loss(model, windows, &held_out, r, &scheme, options.micro_batch);
+    let score = |r: &Rotations| held_out_loss(model, windows, &held_out, r, &scheme, settings.micro_batch);
     if now.step == 0 {
         now.held_out.0 = score(&now.rotations)?;
         now.held_out.1 = now.held_out.0;
     }
+    watch.begin("learning", steps);
     while now.step < steps {
         let start = Instant::now();
         let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
-        let (loss, grads) = gradients(model, windows, &sampler.step(now.step), &now.rotations, options).map_err(failed)?;
+        let (loss, grads) =
+            gradients(model, windows, &sampler.step(now.step), &now.rotations, (options, &settings)).map_err(failed)?;
         if loss > DIVERGED * now.losses.0.abs() + DIVERGED {
             let message = format!("diverges: {loss:.3}, after {:.3} in the first step; try a lower learning rate", now.losses.0);
             return Err(failed(Error::numeric("loss", message)));
         }
-        let learning_rate = options.schedule.at(now.step, steps, options.learning_rate);
+        let learning_rate = settings.schedule.at(now.step, steps, settings.learning_rate);
         let (update, part) = (enter_pass("update"), enter("optimiser"));
         let mut params = now.rotations.as_params()?;
         optimizer.step(&mut params, grads, learning_rate).map_err(failed)?;
@@ -198,7 +212,7 @@ pub fn learn(
         let held_out = if scored { Some(score(&now.rotations)?) } else { None };
         now.held_out.1 = held_out.unwrap_or(now.held_out.1);
         let report = StepReport { step: now.step, loss, learning_rate, held_out, orthogonality_error, seconds };
-        let stop = callback(&report).is_break();
+        let stop = watch.step(&report).is_break();
         if let Some((path, every)) = &options.checkpoint
             && now.step < steps
             && (stop || now.step.is_multiple_of((*every).max(1)))
@@ -211,6 +225,8 @@ pub fn learn(
     }
     Ok(Learned {
         rotations: now.rotations.to_device(&Device::Cpu)?,
+        settings,
+        clip,
         loss_first: now.losses.0,
         loss_last: now.losses.1,
         held_out_first: now.held_out.0,
@@ -237,15 +253,15 @@ fn gradients(
     windows: &Windows,
     batch: &[usize],
     rotations: &Rotations,
-    options: &LearnOptions,
+    (options, settings): (&LearnOptions, &Settings),
 ) -> Result<(f64, Vec<Tensor>)> {
     let mut total: Option<(f64, Vec<Tensor>)> = None;
-    for part in batch.chunks(options.micro_batch) {
+    for part in batch.chunks(settings.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
         let tape = Tape::new();
         let vars = RotationVars::variables(&tape, rotations)?;
         let tokens = windows.batch(part);
-        let LearnOptions { scheme, recompute, objective, .. } = options;
+        let (Settings { scheme, recompute, .. }, objective) = (settings, &options.objective);
         let batch = Batch { model, tokens: &tokens, seq: windows.seq_len(), scheme, recompute: *recompute };
         let loss = objective.loss(&vars, &batch)?;
         let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
@@ -315,20 +331,27 @@ pub fn held_out_loss(
 }
 
 /// What must agree between a saved state and the run that continues it.
-fn fingerprint(model: &Llama, windows: &Windows, start: &Rotations, optimizer: &str, o: &LearnOptions) -> Result<Value> {
+fn fingerprint(
+    model: &Llama,
+    windows: &Windows,
+    start: &Rotations,
+    optimizer: &str,
+    o: &LearnOptions,
+    settings: &Settings,
+) -> Result<Value> {
     let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
     // A row of every layer tells models apart without reading them whole.
     let rows = model.blocks.iter().map(|b| &b.weights[Linear::Down].weight).chain([&model.head]).map(|w| w.slice(0, 1));
     let rows = rows.map(|row| values(&row?)).collect::<Result<Vec<_>>>()?;
     Ok(json!({
-        "scheme": format!("{:?}", o.scheme),
+        "scheme": format!("{:?}", settings.scheme),
         "steps": o.steps,
         "batch": o.batch,
-        "micro_batch": o.micro_batch,
-        "learning_rate": o.learning_rate,
-        "schedule": format!("{:?}", o.schedule),
+        "micro_batch": settings.micro_batch,
+        "learning_rate": settings.learning_rate,
+        "schedule": format!("{:?}", settings.schedule),
         "seed": o.seed,
-        "held_out": o.held_out,
+        "held_out": settings.held_out,
         "seq_len": windows.seq_len(),
         "windows": windows.len(),
         "text": windows.checksum(),

@@ -1,0 +1,370 @@
+//! The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations; with GPTQ weights and searched
+//! clip ratios where they are wanted.
+//!
+//! ```
+//! use spinquant::compare::{Comparison, Unrotated};
+//! use spinquant::learn::LearnOptions;
+//! use spinquant::{demo, optim, quant::Scheme};
+//!
+//! let (model, scheme) = (demo::model()?, Scheme::new(4, 4, 4));
+//! let (calibration, text) = (demo::windows(demo::CALIBRATION, 64)?, demo::windows(&demo::TEST[..8_000], 64)?);
+//! let outcome = Comparison {
+//!     model: &model,
+//!     unrotated: Unrotated::score(&model, &scheme, &text, None, &mut ())?,
+//!     calibration: &calibration,
+//!     text: &text,
+//!     scheme,
+//!     learn_scheme: scheme,
+//!     options: &LearnOptions { steps: 3, ..LearnOptions::default() },
+//!     optimizer: &|| optim::by_name("cayley"),
+//!     seeds: 2,
+//!     learn_seeds: 1,
+//!     gptq: None,
+//!     clip: None,
+//! }
+//! .run(&mut ())?;
+//! let names: Vec<&str> = outcome.rows.iter().map(|row| row.name).collect();
+//! assert_eq!(names[..4], ["full precision", "full precision, rotated", "rtn", "hadamard mean"]);
+//! assert!(outcome.rows[0].perplexity < outcome.rows[2].perplexity);
+//! assert_eq!(outcome.runs[0].start_perplexity, Some(outcome.random[0]));
+//! # Ok::<(), spinquant::Error>(())
+//! ```
+
+use std::ops::ControlFlow;
+
+use crate::Result;
+use crate::calibrate::{Calibration, ClipFound, ClipGoal, LayerReport, quantize_weights};
+use crate::data::Windows;
+use crate::eval::perplexity;
+use crate::learn::{ClipChoice, LearnOptions, Learned, StepReport, Watch, learn_watched, search_clips_watched};
+use crate::llama::{Llama, Merged};
+use crate::optim::Optimizer;
+use crate::quant::{Gptq, Scheme};
+use crate::rotation::Rotations;
+
+/// One line of the table.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// What it is called.
+    pub name: &'static str,
+    /// What the network is quantised to.
+    pub scheme: Scheme,
+    /// Which rotations, in words.
+    pub rotations: String,
+    /// How weights are quantised: `full`, `rtn` or `gptq`.
+    pub weights: &'static str,
+    /// Perplexity on the text that is scored.
+    pub perplexity: f64,
+}
+
+/// GPTQ, and the text that it is calibrated on.
+pub type GptqRun<'a> = (&'a Gptq, &'a Calibration<'a>);
+
+/// Perplexities of a network without rotations.
+#[derive(Clone, Copy, Debug)]
+pub struct Unrotated {
+    /// In full precision.
+    pub full: f64,
+    /// Quantised by the scheme, weights rounded to nearest.
+    pub rtn: f64,
+    /// The same with GPTQ weights.
+    pub gptq: Option<f64>,
+}
+
+impl Unrotated {
+    /// Scores `plain`, the model as its files have it: RMSNorm gains not folded ([`Llama::load_plain`]).
+    ///
+    /// # Errors
+    /// Those of merging, quantising and scoring; [`Error::Interrupted`].
+    pub fn score(
+        plain: &Llama,
+        scheme: &Scheme,
+        text: &Windows,
+        gptq: Option<GptqRun<'_>>,
+        watch: &mut dyn Watch,
+    ) -> Result<Self> {
+        let full = score(&plain.merge(None, &Scheme::FULL_PRECISION)?, text, watch, "full precision")?;
+        let rtn = score(&plain.merge(None, scheme)?, text, watch, "rtn")?;
+        let gptq = match gptq {
+            Some(run) => Some(score(&quantized(plain, None, scheme, run, watch)?, text, watch, "gptq")?),
+            None => None,
+        };
+        Ok(Self { full, rtn, gptq })
+    }
+}
+
+/// What a table is made from.
+pub struct Comparison<'a> {
+    /// With RMSNorm gains folded, to be rotated.
+    pub model: &'a Llama,
+    /// The rows without rotations.
+    pub unrotated: Unrotated,
+    /// Text to learn and to search clip ratios on.
+    pub calibration: &'a Windows,
+    /// Text to score.
+    pub text: &'a Windows,
+    /// What is scored.
+    pub scheme: Scheme,
+    /// Quantisation and online Hadamards while learning.
+    pub learn_scheme: Scheme,
+    /// How rotations are learned. Scheme, seed and clip ratios are the table's.
+    pub options: &'a LearnOptions,
+    /// Makes an optimiser for every run.
+    pub optimizer: &'a dyn Fn() -> Result<Box<dyn Optimizer>>,
+    /// Random Hadamards to score.
+    pub seeds: u64,
+    /// Of those, how many to learn from.
+    pub learn_seeds: u64,
+    /// Adds rows with GPTQ weights, learned rotations for them learned at W16.
+    pub gptq: Option<GptqRun<'a>>,
+    /// Adds rows with clip ratios searched on every start: by what, and on how many windows of the calibration text.
+    pub clip: Option<(ClipGoal, usize)>,
+}
+
+/// A start that was scored with clip ratios.
+#[derive(Clone, Debug)]
+pub struct Clipped {
+    /// Its perplexity with them.
+    pub perplexity: f64,
+    /// The search.
+    pub found: ClipFound,
+}
+
+/// A start that was learned from.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// Of the Hadamard, the held-out windows and the order of the others.
+    pub seed: u64,
+    /// What the network was quantised to while learning.
+    pub learned_at: Scheme,
+    /// Perplexity of the start, where it was scored.
+    pub start_perplexity: Option<f64>,
+    /// Perplexity of what was learned.
+    pub perplexity: f64,
+    /// Held-out cross entropy after so many steps, the start first.
+    pub held_out: Vec<(usize, f64)>,
+    /// The clip ratios that it was learned and scored with, where some were searched.
+    pub clip: Option<ClipFound>,
+    /// The rest.
+    pub learned: Learned,
+}
+
+/// The table, and what is behind its means.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// The table.
+    pub rows: Vec<Row>,
+    /// Perplexity of every random Hadamard, by seed.
+    pub random: Vec<f64>,
+    /// The same with GPTQ weights.
+    pub random_gptq: Vec<f64>,
+    /// The same with clip ratios.
+    pub random_clip: Vec<Clipped>,
+    /// What was learned, by seed.
+    pub runs: Vec<Run>,
+    /// The same with clip ratios.
+    pub runs_clip: Vec<Run>,
+    /// Perplexity with GPTQ weights and rotations learned at W16, by seed.
+    pub learned_gptq: Vec<f64>,
+    /// What clip ratios were searched by.
+    pub clip: Option<ClipGoal>,
+}
+
+/// Perplexity, told to a watch.
+///
+/// # Errors
+/// Those of [`perplexity`].
+pub fn score(network: &Merged, text: &Windows, watch: &mut dyn Watch, what: &str) -> Result<f64> {
+    watch.begin(what, text.len());
+    Ok(perplexity(network, text, |done| watch.at(done))?.perplexity)
+}
+
+/// Rotates a model and quantises its weights by GPTQ, told to a watch: layers, and where a Hessian asked for more damping.
+///
+/// # Errors
+/// Those of [`quantize_weights`].
+pub fn quantized(
+    model: &Llama,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    (gptq, calibration): GptqRun<'_>,
+    watch: &mut dyn Watch,
+) -> Result<Merged> {
+    watch.begin("gptq, layers", model.config.layers);
+    let told = |report: &LayerReport| gptq_layer(gptq, report, watch);
+    quantize_weights(model, rotations, scheme, gptq, Some(calibration), &mut (), told)
+}
+
+/// Tells a watch of a layer that GPTQ quantised.
+pub fn gptq_layer(gptq: &Gptq, report: &LayerReport, watch: &mut dyn Watch) -> ControlFlow<()> {
+    if let Some(damping) = report.damping.filter(|d| *d > gptq.damping) {
+        let layer = report.done - 1;
+        watch.note(&format!("layer {layer}: a Hessian is not positive definite; damping raised to {damping}"));
+    }
+    watch.at(report.done)
+}
+
+/// Calls learning by another name, and keeps its held-out losses.
+struct Named<'a> {
+    watch: &'a mut dyn Watch,
+    what: String,
+    held_out: Vec<(usize, f64)>,
+}
+
+impl Watch for Named<'_> {
+    fn begin(&mut self, what: &str, total: usize) {
+        self.watch.begin(if what == "learning" { &self.what } else { what }, total);
+    }
+    fn at(&mut self, done: usize) -> ControlFlow<()> {
+        self.watch.at(done)
+    }
+    fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        self.held_out.extend(report.held_out.map(|loss| (report.step, loss)));
+        self.watch.step(report)
+    }
+    fn clipped(&mut self, found: &ClipFound, by: ClipGoal) {
+        self.watch.clipped(found, by);
+    }
+    fn note(&mut self, line: &str) {
+        self.watch.note(line);
+    }
+}
+
+impl Comparison<'_> {
+    fn hadamard(&self, seed: u64) -> Result<Rotations> {
+        let c = &self.model.config;
+        Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed)
+    }
+
+    fn evaluate(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<f64> {
+        score(&self.model.merge(Some(rotations), scheme)?, self.text, watch, what)
+    }
+
+    fn with_gptq(&self, run: GptqRun<'_>, rotations: &Rotations, watch: &mut dyn Watch, what: &str) -> Result<f64> {
+        score(&quantized(self.model, Some(rotations), &self.scheme, run, watch)?, self.text, watch, what)
+    }
+
+    fn learn(&self, seed: u64, scheme: Scheme, watch: &mut dyn Watch, what: String) -> Result<(Learned, Vec<(usize, f64)>)> {
+        let options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, ..self.options.clone() };
+        let mut named = Named { watch, what, held_out: vec![] };
+        let start = self.hadamard(seed)?;
+        let learned = learn_watched(self.model, self.calibration, start, (self.optimizer)()?.as_mut(), &options, &mut named)?;
+        Ok((learned, named.held_out))
+    }
+
+    /// Makes the table.
+    ///
+    /// # Errors
+    /// Those of merging, scoring, searching and learning; [`Error::Interrupted`].
+    pub fn run(&self, watch: &mut dyn Watch) -> Result<Outcome> {
+        let Self { scheme, learn_scheme, .. } = *self;
+        let full = Scheme::FULL_PRECISION;
+        let mut made = Outcome { clip: self.clip.map(|(goal, _)| goal), ..Outcome::default() };
+        let row = |made: &mut Outcome, name, scheme, rotations: String, weights, perplexity| {
+            made.rows.push(Row { name, scheme, rotations, weights, perplexity });
+        };
+
+        row(&mut made, "full precision", full, "none".into(), "full", self.unrotated.full);
+        let rotated = self.evaluate(&self.hadamard(0)?, &full.online(scheme.online), watch, "full precision, rotated")?;
+        row(&mut made, "full precision, rotated", full, "hadamard:0".into(), "full", rotated);
+        row(&mut made, "rtn", scheme, "none".into(), "rtn", self.unrotated.rtn);
+        for seed in 0..self.seeds {
+            made.random.push(self.evaluate(&self.hadamard(seed)?, &scheme, watch, &format!("hadamard:{seed}"))?);
+        }
+        let random = made.random.clone();
+        if !random.is_empty() {
+            let by = |better: fn(&f64, &f64) -> bool| {
+                (0..random.len()).reduce(|a, b| if better(&random[b], &random[a]) { b } else { a })
+            };
+            let (best, worst) = (by(|a, b| a < b).unwrap_or(0), by(|a, b| a > b).unwrap_or(0));
+            let rotations = format!("hadamard, {}", seeds(random.len()));
+            row(&mut made, "hadamard mean", scheme, rotations, "rtn", mean(&random));
+            row(&mut made, "hadamard best", scheme, format!("hadamard:{best}"), "rtn", random[best]);
+            row(&mut made, "hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", random[worst]);
+        }
+        if let Some(perplexity) = self.unrotated.gptq {
+            row(&mut made, "gptq", scheme, "none".into(), "gptq", perplexity);
+        }
+        if let Some(run) = self.gptq {
+            for seed in 0..self.seeds {
+                let perplexity = self.with_gptq(run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + gptq"))?;
+                made.random_gptq.push(perplexity);
+            }
+            if !made.random_gptq.is_empty() {
+                let rotations = format!("hadamard, {}", seeds(made.random_gptq.len()));
+                let perplexity = mean(&made.random_gptq);
+                row(&mut made, "hadamard + gptq mean", scheme, rotations, "gptq", perplexity);
+            }
+        }
+        // Ratios belong to the scheme that is scored; rotations are learned with them.
+        let mut clipped: Vec<(Scheme, ClipFound)> = vec![];
+        if let Some(how) = self.clip {
+            for seed in 0..self.seeds.max(self.learn_seeds) {
+                let start = self.hadamard(seed)?;
+                let found = search_clips_watched(self.model, &start, &scheme, self.calibration, how, watch)?;
+                clipped.push((Scheme { activation_clip: found.ratios, ..scheme }, found));
+            }
+        }
+        for (seed, (scored, found)) in (0..self.seeds).zip(&clipped) {
+            let perplexity = self.evaluate(&self.hadamard(seed)?, scored, watch, &format!("hadamard:{seed} + clip"))?;
+            made.random_clip.push(Clipped { perplexity, found: found.clone() });
+        }
+        if !made.random_clip.is_empty() {
+            let all: Vec<f64> = made.random_clip.iter().map(|c| c.perplexity).collect();
+            row(&mut made, "hadamard + clip mean", scheme, format!("hadamard, {}", seeds(all.len())), "rtn", mean(&all));
+        }
+        let w16_scheme = scheme.unquantized_weights().online(learn_scheme.online);
+        for seed in 0..self.learn_seeds {
+            if let Some(run) = self.gptq {
+                let (learned, _) = self.learn(seed, w16_scheme, watch, format!("learning at W16 from hadamard:{seed}"))?;
+                made.learned_gptq.push(self.with_gptq(run, &learned.rotations, watch, &format!("learned:{seed} + gptq"))?);
+            }
+            let start = made.random.get(seed as usize).copied();
+            made.runs.push(self.learned(seed, learn_scheme, (&scheme, None), start, watch)?);
+            if let Some((scored, found)) = clipped.get(seed as usize) {
+                let learn_scheme = Scheme { activation_clip: scored.activation_clip, ..learn_scheme };
+                let start = made.random_clip.get(seed as usize).map(|c| c.perplexity);
+                made.runs_clip.push(self.learned(seed, learn_scheme, (scored, Some(found)), start, watch)?);
+            }
+        }
+        let with = if w16_scheme.online == scheme.online { String::new() } else { format!(" with {}", w16_scheme.online) };
+        for (name, clip) in [("learned", false), ("learned + clip", true)] {
+            let runs = if clip { &made.runs_clip } else { &made.runs };
+            let all: Vec<f64> = runs.iter().map(|run| run.perplexity).collect();
+            if !all.is_empty() {
+                let rotations = format!("learned at {learn_scheme}{with}, {}", seeds(all.len()));
+                row(&mut made, name, scheme, rotations, "rtn", mean(&all));
+            }
+        }
+        if !made.learned_gptq.is_empty() {
+            let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(made.learned_gptq.len()));
+            let perplexity = mean(&made.learned_gptq);
+            row(&mut made, "learned + gptq", scheme, rotations, "gptq", perplexity);
+        }
+        Ok(made)
+    }
+
+    /// Learns from the Hadamard of a seed under one scheme and scores under another; `start_perplexity` is the perplexity before.
+    fn learned(
+        &self,
+        seed: u64,
+        learned_at: Scheme,
+        (scored, clip): (&Scheme, Option<&ClipFound>),
+        start_perplexity: Option<f64>,
+        watch: &mut dyn Watch,
+    ) -> Result<Run> {
+        let with = if clip.is_some() && learned_at.activation_clip != self.scheme.activation_clip { " + clip" } else { "" };
+        let (learned, mut held_out) = self.learn(seed, learned_at, watch, format!("learning from hadamard:{seed}{with}"))?;
+        held_out.insert(0, (0, learned.held_out_first));
+        let perplexity = self.evaluate(&learned.rotations, scored, watch, &format!("learned:{seed}{with}"))?;
+        Ok(Run { seed, learned_at, start_perplexity, perplexity, held_out, clip: clip.cloned(), learned })
+    }
+}
+
+fn mean(x: &[f64]) -> f64 {
+    x.iter().sum::<f64>() / x.len() as f64
+}
+
+fn seeds(n: usize) -> String {
+    if n == 1 { "1 seed".into() } else { format!("{n} seeds") }
+}

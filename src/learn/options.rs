@@ -1,0 +1,225 @@
+//! What a run of [`learn`](super::learn()) is told, and what that comes to for a model.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::calibrate::ClipGoal;
+use crate::data::{Sampler, Windows, split_held_out};
+use crate::device::Card;
+use crate::llama::{Llama, LlamaConfig, Recompute};
+use crate::memory::{self, Budget, Planned, Work};
+use crate::objective::{CrossEntropy, Objective};
+use crate::optim::{Optimizer, Schedule};
+use crate::quant::{ClipRatios, Scheme};
+use crate::{DType, Error, Result};
+
+/// The recipe. The defaults are those of `spinquant learn`: the published ones, and clip ratios searched by error.
+#[derive(Clone, Debug)]
+pub struct LearnOptions {
+    /// What the network is quantised to while learning: weights too for RTN, not for GPTQ.
+    pub scheme: Scheme,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Sequences a step.
+    pub batch: usize,
+    /// Sequences that go through the network at once, at most `batch`; gradients are averaged. `None`: as planned on a GPU
+    /// ([`LearnOptions::memory`]), the batch on the CPU.
+    pub micro_batch: Option<usize>,
+    /// Learning rate of the first step. `None`: the optimiser's ([`Optimizer::default_learning_rate`]), times the objective's factor
+    /// ([`Objective::rate`]) unless the optimiser is scale-free.
+    pub learning_rate: Option<f64>,
+    /// How it falls. `None`: the optimiser's ([`Optimizer::default_schedule`]).
+    pub schedule: Option<Schedule>,
+    /// Decides which windows are held out and the order of the others.
+    pub seed: u64,
+    /// Windows held out of training to score progress on. `None`: an eighth of them, at least 1 and at most 64.
+    pub held_out: Option<usize>,
+    /// Steps between scores (the start and the end are always scored).
+    pub held_out_every: usize,
+    /// What is computed again to save memory. `None`: as planned on a GPU, nothing on the CPU.
+    pub recompute: Option<Recompute>,
+    /// GPU memory that a plan stays within. A step is planned where neither `micro_batch` nor `recompute` is given.
+    pub memory: Budget,
+    /// Where the clip ratios of activations, K and V come from.
+    pub clip: ClipChoice,
+    /// Windows to search them on, spread evenly over the text; all where there are fewer.
+    pub clip_windows: usize,
+    /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
+    pub objective: Arc<dyn Objective>,
+    /// Where to keep a resumable state, and every how many steps.
+    pub checkpoint: Option<(PathBuf, usize)>,
+    /// Continue from that state if it exists.
+    pub resume: bool,
+}
+
+impl Default for LearnOptions {
+    fn default() -> Self {
+        Self {
+            scheme: Scheme::new(4, 4, 4),
+            steps: 100,
+            batch: 8,
+            micro_batch: None,
+            learning_rate: None,
+            schedule: None,
+            seed: 0,
+            held_out: None,
+            held_out_every: 25,
+            recompute: None,
+            memory: Budget::Free,
+            clip: ClipChoice::Auto,
+            clip_windows: 8,
+            objective: Arc::new(CrossEntropy),
+            checkpoint: None,
+            resume: false,
+        }
+    }
+}
+
+/// Where the clip ratios that rotations are learned with come from.
+///
+/// ```
+/// use spinquant::calibrate::ClipGoal;
+/// use spinquant::learn::ClipChoice;
+/// assert_eq!("loss".parse::<ClipChoice>()?, ClipChoice::Search(ClipGoal::Loss));
+/// assert_eq!("none".parse::<ClipChoice>()?, ClipChoice::Keep);
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClipChoice {
+    /// Searched by error on the start, unless the scheme has ratios or the optimiser clips nothing by default
+    /// ([`Optimizer::clips_by_default`]).
+    #[default]
+    Auto,
+    /// Those of the scheme, 1 unless set otherwise: what the paper does.
+    Keep,
+    /// Searched on the start.
+    Search(ClipGoal),
+}
+
+impl ClipChoice {
+    /// What is searched by; `None` where nothing is searched, as where neither activations nor K nor V are quantised.
+    pub fn goal(self, scheme: &Scheme, optimizer: &dyn Optimizer) -> Option<ClipGoal> {
+        let goal = match self {
+            Self::Keep => None,
+            Self::Search(goal) => Some(goal),
+            Self::Auto => (scheme.activation_clip == ClipRatios::NONE && optimizer.clips_by_default()).then_some(ClipGoal::Error),
+        };
+        goal.filter(|_| scheme.quantizes_activations())
+    }
+}
+
+impl FromStr for ClipChoice {
+    type Err = Error;
+    /// `none`, or a [`ClipGoal`]; `auto` is what it is without being given.
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "none" => Ok(Self::Keep),
+            "auto" => Ok(Self::Auto),
+            _ => s
+                .parse()
+                .map(Self::Search)
+                .map_err(|_| Error::argument("clip", format!("expected error, loss or none, got {s:?}"))),
+        }
+    }
+}
+
+impl fmt::Display for ClipChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.pad("auto"),
+            Self::Keep => f.pad("none"),
+            Self::Search(goal) => goal.fmt(f),
+        }
+    }
+}
+
+/// What [`LearnOptions`] come to for one model, text and optimiser.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What the network is quantised to, clip ratios that were searched included.
+    pub scheme: Scheme,
+    /// Sequences through the network at once.
+    pub micro_batch: usize,
+    /// Learning rate of the first step.
+    pub learning_rate: f64,
+    /// How it falls.
+    pub schedule: Schedule,
+    /// Windows held out.
+    pub held_out: usize,
+    /// What is computed again.
+    pub recompute: Recompute,
+}
+
+impl LearnOptions {
+    /// The learning rate of the first step with an optimiser.
+    pub fn rate(&self, optimizer: &dyn Optimizer) -> f64 {
+        let factor = if optimizer.is_scale_free() { 1.0 } else { self.objective.rate() };
+        self.learning_rate.unwrap_or_else(|| factor * optimizer.default_learning_rate())
+    }
+
+    /// How many of so many windows are held out.
+    pub fn held_out_of(&self, windows: usize) -> usize {
+        self.held_out.unwrap_or((windows / 8).clamp(1, 64))
+    }
+
+    /// Checks what needs neither text nor model: [`learn`](super::learn()) does it first, a program may do it before it loads anything.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: no steps, sequences or windows to search on; a learning rate that is not finite and above 0.
+    pub fn check(&self, optimizer: &dyn Optimizer) -> Result<()> {
+        if self.steps == 0 || self.batch == 0 || self.micro_batch == Some(0) {
+            return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
+        }
+        let rate = self.rate(optimizer);
+        if !(rate > 0.0 && rate.is_finite()) {
+            return Err(Error::argument("learning rate", format!("expected a finite number above 0, got {rate}")));
+        }
+        if self.clip_windows == 0 && self.clip.goal(&self.scheme, optimizer).is_some() {
+            return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));
+        }
+        Ok(())
+    }
+
+    /// Checks that a text is long enough.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: not fewer windows held out than there are, or a batch of more than the others.
+    pub fn check_text(&self, windows: &Windows) -> Result<()> {
+        let (train, _) = split_held_out(windows, self.held_out_of(windows.len()), self.seed)?;
+        Sampler::new(train, self.batch, self.seed).map(drop)
+    }
+
+    /// How a step runs within `self.memory` of `free` bytes on a card; `None` where `micro_batch` or `recompute` says how.
+    ///
+    /// # Errors
+    /// Those of [`memory::plan`].
+    pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, free: usize, card: &Card) -> Result<Option<Planned>> {
+        if self.recompute.is_some() || self.micro_batch.is_some() {
+            return Ok(None);
+        }
+        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype };
+        memory::plan(config, &work, self.memory.bytes(free), card).map(Some)
+    }
+
+    /// What the options come to, clip ratios aside: those are searched by [`learn`](super::learn()).
+    ///
+    /// # Errors
+    /// Those of [`LearnOptions::plan`], on a GPU.
+    pub fn settle(&self, model: &Llama, windows: &Windows, optimizer: &dyn Optimizer) -> Result<Settings> {
+        let planned = match model.device().card()? {
+            // The model is there already.
+            Some(card) => self.plan(&model.config, windows.seq_len(), model.dtype(), card.free + model.bytes(), &card)?,
+            None => None,
+        };
+        Ok(Settings {
+            scheme: self.scheme,
+            micro_batch: self.micro_batch.or(planned.as_ref().map(|p| p.micro_batch)).unwrap_or(self.batch),
+            learning_rate: self.rate(optimizer),
+            schedule: self.schedule.unwrap_or_else(|| optimizer.default_schedule()),
+            held_out: self.held_out_of(windows.len()),
+            recompute: self.recompute.or(planned.map(|p| Recompute::Planned(p.plan))).unwrap_or(Recompute::None),
+        })
+    }
+}
