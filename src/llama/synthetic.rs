@@ -104,8 +104,13 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
 /// `windows` windows of tokens that the synthetic models of this shape predict nine times in ten.
 ///
 /// # Errors
-/// Those of [`Windows::new`].
+/// Those of [`Windows::new`]; more than 2³¹ tokens.
 pub fn text(config: &LlamaConfig, windows: usize, seq_len: usize, seed: u64) -> Result<Windows> {
+    const MOST: usize = 1 << 31;
+    if windows.checked_mul(seq_len).is_none_or(|tokens| tokens > MOST) {
+        let message = format!("expected at most {MOST} tokens, got {windows} windows of {seq_len}");
+        return Err(Error::argument("synthetic text", message));
+    }
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let vocab = config.vocab_size as u32;
     let mut token = 0;

@@ -46,6 +46,9 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
         Command::Convert { from, to, tolerance } => {
+            if let Some(t) = tolerance.filter(|t| !(*t >= 0.0 && t.is_finite())) {
+                return Err(Error::argument("--tolerance", format!("expected a finite number of at least 0, got {t}")));
+            }
             check_writable(to)?;
             let mut file = RotationFile::read(from)?;
             let projected = file.rotations.projected(tolerance.unwrap_or(TOLERANCE));
