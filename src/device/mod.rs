@@ -46,10 +46,9 @@ impl Device {
     ///
     /// # Errors
     /// Whatever the driver reports.
-    pub fn card(&self) -> crate::Result<Option<Card>> {
+    pub fn card(&self) -> Result<Option<Card>> {
         match self {
             Self::Cpu => Ok(None),
-            #[cfg(feature = "cuda")]
             Self::Cuda(device) => device.card().map(Some),
         }
     }

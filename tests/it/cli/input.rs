@@ -30,8 +30,8 @@ fn bad_models() {
     both(&["config.json: architectures: expected [\"LlamaForCausalLM\"], got [\"MistralForCausalLM\"]"]);
     with(json!({"head_dim": 7}));
     both(&["config.json: head_dim: expected an even number", "got 7"]);
-    with(json!({"vocab_size": 31}));
-    both(&["model.safetensors: model.embed_tokens.weight: expected shape [31, 24], got [32, 24]"]);
+    with(json!({"vocab_size": 40}));
+    both(&["model.safetensors: model.embed_tokens.weight: expected shape [40, 24], got [32, 24]"]);
     std::fs::write(place.path("model/config.json"), "{").unwrap();
     both(&["config.json: expected a JSON object"]);
     place.config(config());

@@ -11,6 +11,7 @@ use spinquant::rotation::Rotations;
 use spinquant::{Tensor, ops};
 use tempfile::TempDir;
 
+mod arguments;
 mod console;
 mod input;
 mod kept;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde_json::json;
 use spinquant::data::{Bos, Windows};
 use spinquant::learn::{ClipChoice, LearnOptions, Learned, learn, search_clips_watched};
-use spinquant::llama::{Llama, Recompute};
+use spinquant::llama::{Llama, LlamaConfig, Recompute};
 use spinquant::optim::{self, Schedule};
 use spinquant::quant::{ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
@@ -117,19 +117,27 @@ struct Track {
 }
 
 impl Track {
-    fn open(args: &Args, progress: &Progress) -> Result<Self> {
+    /// Opens the model and its texts, which must be long enough to learn with these options.
+    fn open(args: &Args, options: Option<&LearnOptions>, progress: &Progress) -> Result<Self> {
+        let check = |config: &LlamaConfig, calibration: &Windows| {
+            args.schemes.iter().try_for_each(|scheme| config.check_scheme(scheme))?;
+            options.map_or(Ok(()), |options| options.check_text(calibration))
+        };
         let (Some(folder), Some(calibration), Some(text)) = (&args.model, &args.calibration, &args.text) else {
             let seq_len = args.seq_len.unwrap_or(128);
             let (calibration, text) = (demo::windows(demo::CALIBRATION, seq_len)?, demo::windows(demo::TEST, seq_len)?);
             let text = limited(text, args.max_windows)?;
             let model = demo::model()?;
+            check(&model.config, &calibration)?;
             let full = unquantized(&model, &text, progress)?;
             return Ok(Self { name: "the embedded model".into(), model, full, calibration, text });
         };
         let place = ModelArgs::new(folder.clone(), args.device.clone(), args.dtype, args.bos.unwrap_or_default());
-        let (config, seq_len) = (place.config()?, args.seq_len.unwrap_or(2048));
+        let seq_len = args.seq_len.unwrap_or(2048);
+        let config = place.checked(&Scheme::FULL_PRECISION, Some(seq_len))?;
         let calibration = place.windows(&config, calibration, seq_len)?;
         let text = limited(place.windows(&config, text, seq_len)?, args.max_windows)?;
+        check(&config, &calibration)?;
         // One model at a time: the plain one is gone before the one that is rotated comes.
         let full = unquantized(&place.load_plain(progress)?, &text, progress)?;
         Ok(Self { name: file_name(folder), model: place.load(progress)?, full, calibration, text })
@@ -156,9 +164,16 @@ pub fn run(args: &Args) -> Result<()> {
     if args.seeds == 0 || args.steps.contains(&0) {
         return Err(Error::argument("race", "expected at least one seed and one step"));
     }
+    // All that can be refused is, before results are touched and anything is loaded.
+    let learning = || entries.iter().filter(|entry| entry.learns());
+    for entry in learning() {
+        let optimizer = optim::by_name(&entry.optimizer)?;
+        entry.rates.iter().try_for_each(|&rate| args.options(entry, rate)?.check(optimizer.as_ref()))?;
+    }
     std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out))?;
     Outcome::check(&args.out)?;
-    let track = Track::open(args, &progress)?;
+    let first = learning().next().map(|entry| args.options(entry, 1.0)).transpose()?;
+    let track = Track::open(args, first.as_ref(), &progress)?;
     let mut outcome = Outcome::create(&args.out)?;
     let full = track.full;
     let say = |line: &str| {
