@@ -18,7 +18,7 @@
 
 namespace {
 
-using namespace sq_attention;
+using namespace sq;
 
 // delta = rowsum(dO * O) and lse2 = log2(e) lse, padded, 16 lanes a row -------------------------------------------
 
@@ -54,15 +54,6 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(Problem p, float *
   }
 }
 
-template <class T>
-cudaError_t launch_delta(const Problem &p, float *delta, float *lse2, const void *dout, const void *o, const float *lse,
-                         cudaStream_t stream) {
-  const int64_t blocks = (p.batch * p.padded_seq() * p.heads + kDeltaRows - 1) / kDeltaRows;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  delta_kernel<T><<<(unsigned)blocks, kDeltaThreads, 0, stream>>>(p, delta, lse2, (const T *)dout, (const T *)o, lse);
-  return cudaGetLastError();
-}
-
 // Launchers ------------------------------------------------------------------------------------------------------
 
 // The running maximum is taken before scaling, so scale must be positive.
@@ -82,10 +73,9 @@ extern "C" int sq_attention_forward(void *o, float *lse, const void *q, const vo
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
   const Forward f{o, lse, q, k, v};
-  if (!on_tensor_cores(p, dtype)) return plain_forward(p, f, dtype, (cudaStream_t)stream);
-  bool done = false;
-  const cudaError_t error = hopper_forward(p, f, dtype, (cudaStream_t)stream, done);
-  return error != cudaSuccess || done ? error : tensor_forward(p, f, dtype, (cudaStream_t)stream);
+  if (!on_tensor_cores(p, dtype)) return plain_forward(p, f, dtype, cuda_stream(stream));
+  if (current_gpu().warpgroups) return hopper_forward(p, f, dtype, cuda_stream(stream));
+  return tensor_forward(p, f, dtype, cuda_stream(stream));
 }
 
 extern "C" int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, sq_dtype) {
@@ -101,14 +91,15 @@ extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspa
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
   float *delta = (float *)workspace, *lse2 = delta + batch * heads * p.padded_seq();
-  const auto make_delta = dtype == SQ_F32   ? launch_delta<float>
-                          : dtype == SQ_F16 ? launch_delta<__half>
-                                            : launch_delta<__nv_bfloat16>;
-  cudaError_t error = make_delta(p, delta, lse2, dout, o, lse, (cudaStream_t)stream);
-  if (error != cudaSuccess) return error;
+  const int status = dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const int64_t blocks = ceil_div(batch * p.padded_seq() * heads, int64_t(kDeltaRows));
+    return launch(delta_kernel<T>, blocks, kDeltaThreads, 0, cuda_stream(stream), p, delta, lse2, static_cast<const T *>(dout),
+                  static_cast<const T *>(o), lse);
+  });
+  if (status != cudaSuccess) return status;
   const Backward g{dq, dk, dv, delta, lse2, dout, q, k, v, lse};
-  if (!on_tensor_cores(p, dtype)) return plain_backward(p, g, dtype, (cudaStream_t)stream);
-  bool done = false;
-  error = hopper_backward(p, g, dtype, (cudaStream_t)stream, done);
-  return error != cudaSuccess || done ? error : tensor_backward(p, g, dtype, (cudaStream_t)stream);
+  if (!on_tensor_cores(p, dtype)) return plain_backward(p, g, dtype, cuda_stream(stream));
+  if (current_gpu().warpgroups) return hopper_backward(p, g, dtype, cuda_stream(stream));
+  return tensor_backward(p, g, dtype, cuda_stream(stream));
 }

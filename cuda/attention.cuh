@@ -1,14 +1,9 @@
-// What the attention files share: the problem, the internal launchers, and the few tensor-core and asynchronous-copy
-// instructions that the 16-bit kernels are written in (all of them compute capability 8.0).
+// What the attention files share: the problem, the internal launchers, and the tiles and products of the 16-bit kernels.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "mma.cuh"
 
-#include "kernels.h"
-
-namespace sq_attention {
+namespace sq {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -52,60 +47,27 @@ struct Backward {
 };
 
 // Any dtype, any dim up to 256: float arithmetic in shared memory.
-cudaError_t plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
-cudaError_t plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+int plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
+int plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
 // f16 or bf16, any multiple of 8 up to 128 for dim: tensor cores.
-cudaError_t tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
-cudaError_t tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
-// The same with Hopper's own instructions; done = false where the build or the device has none, and nothing was launched then.
-cudaError_t hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream, bool &done);
-cudaError_t hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream, bool &done);
+int tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
+int tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+// The same with Hopper's own instructions, where sq_current_gpu has warpgroups.
+int hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
+int hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+
+// Calls f(Type<T>{}, D) for the 16-bit type and the dim, padded to 64 or 128 in shared memory.
+template <typename F>
+int dispatch_tensor(sq_dtype dtype, int32_t dim, F &&f) {
+  const auto with_dim = [&](auto t) {
+    return dim <= 64 ? f(t, std::integral_constant<int, 64>{}) : f(t, std::integral_constant<int, 128>{});
+  };
+  return dtype == SQ_F16 ? with_dim(Type<__half>{}) : with_dim(Type<__nv_bfloat16>{});
+}
 
 // Blocks of a one-dimensional grid of `tiles` tiles for each (batch, head); 0 if that is more than a grid holds.
-inline unsigned grid_size(int64_t tiles, int64_t batch, int64_t heads) {
-  const int64_t limit = 0x7fffffff;
-  return batch > limit / heads || tiles > limit / (batch * heads) ? 0u : (unsigned)(tiles * batch * heads);
-}
-
-// Bytes of shared memory that a block may have: 227 KB on compute capability 9.0, 163 on 8.0, 99 on 8.6 and 8.9.
-inline cudaError_t shared_limit(int &limit) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-#ifdef __CUDACC__
-
-// Raises a kernel's shared memory limit and launches it.
-template <class Kernel, class Data>
-cudaError_t launch(Kernel kernel, unsigned blocks, int threads, size_t shared, cudaStream_t stream, const Problem &p,
-                   const Data &data) {
-  if (blocks == 0) return cudaErrorInvalidValue;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-  if (error != cudaSuccess) return error;
-  kernel<<<blocks, threads, shared, stream>>>(p, data);
-  return cudaGetLastError();
-}
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-// Two floats rounded into one register, `low` in the low half.
-template <class T> __device__ __forceinline__ uint32_t pack(float low, float high);
-template <> __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
-template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
+inline int64_t grid_size(int64_t tiles, int64_t batch, int64_t heads) {
+  return batch > kMaxGridX / heads || tiles > kMaxGridX / (batch * heads) ? 0 : tiles * batch * heads;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -114,60 +76,18 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-  return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-// 16 or 4 bytes from global to shared memory, in the background; zeros where !valid (src is not read then).
-__device__ __forceinline__ void copy16(uint32_t dst, const void *src, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy4(uint32_t dst, const void *src) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-// c[16, 8] += a[16, 16] b[16, 8]. A lane holds c of rows lane/4 (c[0], c[1]) and lane/4 + 8 (c[2], c[3]), columns
-// 2 (lane % 4) + {0, 1}; so two neighbouring c tiles, packed to 16 bits, are an `a` of the next product.
+// c[16, 8] += a[16, 16] b[16, 8], in place.
 template <class T>
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-__device__ __forceinline__ void multiply<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  multiply_add<T>(c, a, b, c);
 }
 
 template <class T> __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
-  a[0] = pack<T>(left[0], left[1]);
-  a[1] = pack<T>(left[2], left[3]);
-  a[2] = pack<T>(right[0], right[1]);
-  a[3] = pack<T>(right[2], right[3]);
+  a[0] = pack_pair<T>(left[0], left[1]);
+  a[1] = pack_pair<T>(left[2], left[3]);
+  a[2] = pack_pair<T>(right[0], right[1]);
+  a[3] = pack_pair<T>(right[2], right[3]);
 }
 
 // A tile in shared memory is [rows, D] of 16-bit values in 16-byte chunks, chunk c of row r at place c ^ (r % 8): the eight
@@ -188,7 +108,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const T *src, int64_t s
   if (chunk * 8 >= dim) rows = 0;
 #pragma unroll
   for (int i = 0; i < ROWS / kRowStep; ++i)
-    copy16(dst + i * kRowStep * D * 2, src + i * kRowStep * stride, row + i * kRowStep < rows);
+    copy_async_16(dst + i * kRowStep * D * 2, src + i * kRowStep * stride, row + i * kRowStep < rows);
 }
 
 // Where this lane points a matrix load, for the three kinds of operand; `row` (a multiple of 8) is the operand's first row.
@@ -262,7 +182,7 @@ __device__ __forceinline__ void store_rows(T *dst, int64_t stride, int rows, int
       for (int half = 0; half < 2; ++half) {
         const uint32_t at = tile + chunk_offset<D>(row + m * 16 + half * 8 + lane / 4, n) + lane % 4 * 4;
         const uint32_t value =
-            pack<T>(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
+            pack_pair<T>(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
       }
     }
@@ -282,6 +202,4 @@ __device__ __forceinline__ void store_rows(T *dst, int64_t stride, int rows, int
   }
 }
 
-#endif  // __CUDACC__
-
-}  // namespace sq_attention
+}  // namespace sq

@@ -13,7 +13,7 @@
 
 namespace {
 
-using namespace sq_attention;
+using namespace sq;
 
 // dK and dV ------------------------------------------------------------------------------------------------------
 
@@ -44,9 +44,9 @@ __device__ __forceinline__ void copy_queries(uint32_t base, int stage, const Pro
   copy_tile<kQueryStep, D, WARPS * 32>(base + S::kDout + stage * S::kStep, (const T *)g.dout + query, stride, rows, p.dim);
   if (threadIdx.x < 2 * kQueryStep) {
     const float *src = threadIdx.x < kQueryStep ? g.lse2 : g.delta;
-    copy4(base + S::kRows + stage * S::kRowStep + threadIdx.x * 4, src + row + threadIdx.x % kQueryStep);
+    copy_async_4(base + S::kRows + stage * S::kRowStep + threadIdx.x * 4, src + row + threadIdx.x % kQueryStep);
   }
-  copy_commit();
+  copy_async_commit();
 }
 
 template <class T, int D, int WARPS>
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
   int stage = 0;
   int32_t h = kv * p.group();
   for (int q0 = k0;;) {
-    copy_wait<0>();
+    copy_async_wait<0>();
     __syncthreads();  // this step is here; nobody reads the last one any more
     int next_q0 = q0 + kQueryStep;
     int32_t next_h = h;
@@ -163,7 +163,7 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
   copy_tile<kQueries, D, kQueryThreads>(base + S::kDout, (const T *)g.dout + query, p.query_stride(), seq - q0, p.dim);
   copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey, k, stride, seq, p.dim);
   copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue, v, stride, seq, p.dim);
-  copy_commit();
+  copy_async_commit();
 
   float offset[kOperands][2], delta[kOperands][2];
 #pragma unroll
@@ -181,7 +181,7 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
   const int end = min(seq, q0 + kQueries);
   int stage = 0;
   for (int k0 = 0; k0 < end; k0 += kKeyStep, stage ^= 1) {
-    copy_wait<0>();
+    copy_async_wait<0>();
     __syncthreads();  // this step is here; nobody reads the last one any more
     const int next = k0 + kKeyStep;
     if (next < end) {
@@ -189,7 +189,7 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
       copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey + at, k + next * stride, stride, rows, p.dim);
       copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + at, v + next * stride, stride, rows, p.dim);
     }
-    copy_commit();
+    copy_async_commit();
 
     if (k0 > q0 + row + kOperands * 16 - 1) continue;  // no query of this warp sees these keys
     const uint32_t keys = base + S::kKey + stage * S::kStep, values = base + S::kValue + stage * S::kStep;
@@ -231,30 +231,21 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
 // Launchers ------------------------------------------------------------------------------------------------------
 
 template <class T, int D, int WARPS>
-cudaError_t launch_keys(const Problem &p, const Backward &g, cudaStream_t stream) {
+int launch_keys(const Problem &p, const Backward &g, cudaStream_t stream) {
   using S = KeyShared<D, WARPS>;
-  return launch(keys_kernel<T, D, WARPS>, grid_size((p.seq + S::kKeys - 1) / S::kKeys, p.batch, p.kv_heads), WARPS * 32,
-                S::kBytes, stream, p, g);
-}
-
-template <class T, int D> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
-  int limit = 0;
-  cudaError_t error = shared_limit(limit);
-  if (error == cudaSuccess)
-    error = limit >= KeyShared<D, 8>::kBytes ? launch_keys<T, D, 8>(p, g, stream) : launch_keys<T, D, 4>(p, g, stream);
-  if (error != cudaSuccess) return error;
-  return launch(queries_kernel<T, D>, grid_size((p.seq + kQueries - 1) / kQueries, p.batch, p.heads), kQueryThreads,
-                QueryShared<D>::kBytes, stream, p, g);
+  const int64_t tiles = ceil_div(p.seq, int64_t(S::kKeys));
+  return launch(keys_kernel<T, D, WARPS>, grid_size(tiles, p.batch, p.kv_heads), WARPS * 32, S::kBytes, stream, p, g);
 }
 
 }  // namespace
 
-namespace sq_attention {
-
-cudaError_t tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
-  if (dtype == SQ_F16)
-    return p.dim <= 64 ? launch_backward<__half, 64>(p, g, stream) : launch_backward<__half, 128>(p, g, stream);
-  return p.dim <= 64 ? launch_backward<__nv_bfloat16, 64>(p, g, stream) : launch_backward<__nv_bfloat16, 128>(p, g, stream);
+int sq::tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) {
+    using T = typename decltype(t)::type;
+    constexpr int D = decltype(dim)::value;
+    const bool eight = current_gpu().shared_bytes >= KeyShared<D, 8>::kBytes;
+    if (const int status = eight ? launch_keys<T, D, 8>(p, g, stream) : launch_keys<T, D, 4>(p, g, stream)) return status;
+    const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
+    return launch(queries_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kQueryThreads, QueryShared<D>::kBytes, stream, p, g);
+  });
 }
-
-}  // namespace sq_attention

@@ -12,7 +12,7 @@
 
 namespace {
 
-using namespace sq_attention;
+using namespace sq;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
@@ -37,7 +37,7 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
   const T *k = (const T *)f.k + p.key_offset(b, 0, kv), *v = (const T *)f.v + p.key_offset(b, 0, kv);
   copy_tile<kQueries, D, kThreads>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), seq - q0, p.dim);
   copy_tile<kKeys, D, kThreads>(keys, k, stride, seq, p.dim);
-  copy_commit();
+  copy_async_commit();
 
   const uint32_t query_operand = address_a<D>(queries, row), key_operand = address_b<D>(keys, 0),
                  value_operand = address_a<D>(values, 0);
@@ -48,10 +48,10 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
 
   const int end = min(seq, q0 + kQueries);
   for (int k0 = 0; k0 < end; k0 += kKeys) {
-    copy_wait<0>();
+    copy_async_wait<0>();
     __syncthreads();  // K is here; nobody reads the last V any more
     copy_tile<kKeys, D, kThreads>(values, v + k0 * stride, stride, seq - k0, p.dim);
-    copy_commit();
+    copy_async_commit();
 
     const bool visible = k0 <= q0 + row + kOperands * 16 - 1;  // to any row of this warp
     float s[kOperands][kKeys / 8][4] = {};
@@ -98,11 +98,11 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
       }
     }
 
-    copy_wait<0>();
+    copy_async_wait<0>();
     __syncthreads();  // V is here; nobody reads this K any more
     const int next = k0 + kKeys;
     if (next < end) copy_tile<kKeys, D, kThreads>(keys, k + next * stride, stride, seq - next, p.dim);
-    copy_commit();
+    copy_async_commit();
     if (visible) multiply_registers<T, D>(o, s, value_operand);
   }
 
@@ -123,19 +123,13 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
                    factor);
 }
 
-template <class T, int D> cudaError_t launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
-  const int64_t tiles = (p.seq + kQueries - 1) / kQueries;
-  return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, kSharedBytes<D>, stream, p, f);
-}
-
 }  // namespace
 
-namespace sq_attention {
-
-cudaError_t tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
-  if (dtype == SQ_F16)
-    return p.dim <= 64 ? launch_forward<__half, 64>(p, f, stream) : launch_forward<__half, 128>(p, f, stream);
-  return p.dim <= 64 ? launch_forward<__nv_bfloat16, 64>(p, f, stream) : launch_forward<__nv_bfloat16, 128>(p, f, stream);
+int sq::tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) {
+    using T = typename decltype(t)::type;
+    constexpr int D = decltype(dim)::value;
+    const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
+    return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, kSharedBytes<D>, stream, p, f);
+  });
 }
-
-}  // namespace sq_attention

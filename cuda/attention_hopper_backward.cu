@@ -13,7 +13,7 @@
 
 namespace {
 
-using namespace sq_attention;
+using namespace sq;
 
 constexpr int kGroups = 2;  // computing warpgroups
 constexpr int kThreads = (1 + kGroups) * 128;
@@ -325,44 +325,30 @@ static_assert(kKeyStages == 2, "the last stage is found by ^ 1");
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-template <class T, int D>
-cudaError_t launch_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream, bool &done) {
-  done = has_body(keys_kernel<T, D>);
-  if (!done) return cudaSuccess;
-  const int64_t tiles = (p.seq + kOwn - 1) / kOwn;
-  Maps maps;
-  Schedule schedule;
-  unsigned blocks = 0;
-  cudaError_t error = make_schedule(schedule, blocks, tiles, p.batch, p.kv_heads);
-  if (error == cudaSuccess) error = make_map(maps.q, g.q, dtype, p, p.heads, kQueryStep);
-  if (error == cudaSuccess) error = make_map(maps.dout, g.dout, dtype, p, p.heads, kQueryStep);
-  if (error == cudaSuccess) error = make_map(maps.k, g.k, dtype, p, p.kv_heads, kOwn);
-  if (error == cudaSuccess) error = make_map(maps.v, g.v, dtype, p, p.kv_heads, kOwn);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(keys_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, KeyShared<D>::kBytes);
-  if (error != cudaSuccess) return error;
-  keys_kernel<T, D><<<blocks, kThreads, KeyShared<D>::kBytes, stream>>>(maps, p, schedule, g);
-
-  error = make_schedule(schedule, blocks, tiles, p.batch, p.heads);
-  if (error == cudaSuccess) error = make_map(maps.q, g.q, dtype, p, p.heads, kOwn);
-  if (error == cudaSuccess) error = make_map(maps.dout, g.dout, dtype, p, p.heads, kOwn);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(queries_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, QueryShared<D>::kBytes);
-  if (error != cudaSuccess) return error;
-  queries_kernel<T, D><<<blocks, kThreads, QueryShared<D>::kBytes, stream>>>(maps, p, schedule, g);
-  return cudaGetLastError();
+// What a launch needs whose blocks own tiles of `heads` heads, and copy so many queries and keys at a time.
+int prepare(Maps &maps, Schedule &schedule, unsigned &blocks, const Problem &p, const Backward &g, sq_dtype dtype,
+            int32_t heads, int queries, int keys) {
+  int status = make_schedule(schedule, blocks, ceil_div(p.seq, int64_t(kOwn)), p.batch, heads);
+  if (status == 0) status = make_map(maps.q, g.q, dtype, p, p.heads, queries);
+  if (status == 0) status = make_map(maps.dout, g.dout, dtype, p, p.heads, queries);
+  if (status == 0) status = make_map(maps.k, g.k, dtype, p, p.kv_heads, keys);
+  if (status == 0) status = make_map(maps.v, g.v, dtype, p, p.kv_heads, keys);
+  return status;
 }
 
 }  // namespace
 
-namespace sq_attention {
-
-cudaError_t hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream, bool &done) {
-  if (dtype == SQ_F16)
-    return p.dim <= 64 ? launch_backward<__half, 64>(p, g, dtype, stream, done)
-                       : launch_backward<__half, 128>(p, g, dtype, stream, done);
-  return p.dim <= 64 ? launch_backward<__nv_bfloat16, 64>(p, g, dtype, stream, done)
-                     : launch_backward<__nv_bfloat16, 128>(p, g, dtype, stream, done);
+int sq::hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+    using T = typename decltype(t)::type;
+    constexpr int D = decltype(dim)::value;
+    Maps maps;
+    Schedule schedule;
+    unsigned blocks = 0;
+    int status = prepare(maps, schedule, blocks, p, g, dtype, p.kv_heads, kQueryStep, kOwn);
+    if (status == 0) status = launch(keys_kernel<T, D>, blocks, kThreads, KeyShared<D>::kBytes, stream, maps, p, schedule, g);
+    if (status == 0) status = prepare(maps, schedule, blocks, p, g, dtype, p.heads, kOwn, kKeyStep);
+    if (status == 0) status = launch(queries_kernel<T, D>, blocks, kThreads, QueryShared<D>::kBytes, stream, maps, p, schedule, g);
+    return status;
+  });
 }
-
-}  // namespace sq_attention

@@ -10,7 +10,7 @@
 
 namespace {
 
-using namespace sq_attention;
+using namespace sq;
 
 constexpr int kGroups = 2;  // computing warpgroups
 constexpr int kThreads = (1 + kGroups) * 128;
@@ -208,35 +208,20 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
 #endif
 }
 
-template <class T, int D>
-cudaError_t launch_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream, bool &done) {
-  const auto kernel = forward_kernel<T, D>;
-  done = has_body(kernel);
-  if (!done) return cudaSuccess;
-  Maps maps;
-  Schedule schedule;
-  unsigned blocks = 0;
-  cudaError_t error = make_schedule(schedule, blocks, (p.seq + kQueries - 1) / kQueries, p.batch, p.heads);
-  if (error == cudaSuccess) error = make_map(maps.q, f.q, dtype, p, p.heads, kQueries);
-  if (error == cudaSuccess) error = make_map(maps.k, f.k, dtype, p, p.kv_heads, kKeys);
-  if (error == cudaSuccess) error = make_map(maps.v, f.v, dtype, p, p.kv_heads, kKeys);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared<D>::kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<blocks, kThreads, Shared<D>::kBytes, stream>>>(maps, p, schedule, (T *)f.o, f.lse);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
-namespace sq_attention {
-
-cudaError_t hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream, bool &done) {
-  if (dtype == SQ_F16)
-    return p.dim <= 64 ? launch_forward<__half, 64>(p, f, dtype, stream, done)
-                       : launch_forward<__half, 128>(p, f, dtype, stream, done);
-  return p.dim <= 64 ? launch_forward<__nv_bfloat16, 64>(p, f, dtype, stream, done)
-                     : launch_forward<__nv_bfloat16, 128>(p, f, dtype, stream, done);
+int sq::hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+    using T = typename decltype(t)::type;
+    constexpr int D = decltype(dim)::value;
+    Maps maps;
+    Schedule schedule;
+    unsigned blocks = 0;
+    int status = make_schedule(schedule, blocks, ceil_div(p.seq, int64_t(kQueries)), p.batch, p.heads);
+    if (status == 0) status = make_map(maps.q, f.q, dtype, p, p.heads, kQueries);
+    if (status == 0) status = make_map(maps.k, f.k, dtype, p, p.kv_heads, kKeys);
+    if (status == 0) status = make_map(maps.v, f.v, dtype, p, p.kv_heads, kKeys);
+    if (status != 0) return status;
+    return launch(forward_kernel<T, D>, blocks, kThreads, Shared<D>::kBytes, stream, maps, p, schedule, (T *)f.o, f.lse);
+  });
 }
-
-}  // namespace sq_attention

@@ -13,7 +13,7 @@
 
 namespace {
 
-using namespace sq_attention;
+using namespace sq;
 
 constexpr int kThreads = 256;
 
@@ -321,32 +321,27 @@ template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) 
 // Launchers ------------------------------------------------------------------------------------------------------
 
 template <class T, int D, int TILE = D <= 128 ? 64 : 32>
-cudaError_t launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
-  using G = Geometry<D, TILE>;
-  const unsigned blocks = grid_size((p.seq + TILE - 1) / TILE, p.batch, p.heads);
-  return launch(forward_kernel<T, D, TILE>, blocks, kThreads, G::bytes(kForwardTiles), stream, p, f);
+int launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
+  const int64_t blocks = grid_size(ceil_div(p.seq, int64_t(TILE)), p.batch, p.heads);
+  return launch(forward_kernel<T, D, TILE>, blocks, kThreads, Geometry<D, TILE>::bytes(kForwardTiles), stream, p, f);
 }
 
-template <class T, int D, int TILE> cudaError_t launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+template <class T, int D, int TILE> int launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
   constexpr int kBytes = Geometry<D, TILE>::bytes(kBackwardTiles);
-  const int64_t tiles = (p.seq + TILE - 1) / TILE;
-  const cudaError_t error = launch(backward_keys_kernel<T, D, TILE>, grid_size(tiles, p.batch, p.kv_heads), kThreads, kBytes,
-                                   stream, p, g);
-  if (error != cudaSuccess) return error;
-  return launch(backward_queries_kernel<T, D, TILE>, grid_size(tiles, p.batch, p.heads), kThreads, kBytes, stream, p, g);
+  const int64_t tiles = ceil_div(p.seq, int64_t(TILE));
+  const int64_t keys = grid_size(tiles, p.batch, p.kv_heads), queries = grid_size(tiles, p.batch, p.heads);
+  if (const int status = launch(backward_keys_kernel<T, D, TILE>, keys, kThreads, kBytes, stream, p, g)) return status;
+  return launch(backward_queries_kernel<T, D, TILE>, queries, kThreads, kBytes, stream, p, g);
 }
 
 // The larger tile where the device has shared memory for it.
-template <class T, int D, int TILE> cudaError_t choose_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
-  int limit = 0;
-  const cudaError_t error = shared_limit(limit);
-  if (error != cudaSuccess) return error;
-  return limit >= Geometry<D, TILE>::bytes(kBackwardTiles) ? launch_backward<T, D, TILE>(p, g, stream)
-                                                           : launch_backward<T, D, TILE / 2>(p, g, stream);
+template <class T, int D, int TILE> int choose_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+  const bool large = current_gpu().shared_bytes >= Geometry<D, TILE>::bytes(kBackwardTiles);
+  return large ? launch_backward<T, D, TILE>(p, g, stream) : launch_backward<T, D, TILE / 2>(p, g, stream);
 }
 
 // In 16 bits a short row comes here only if its dim is no multiple of 8: not worth kernels of its own.
-template <class T> cudaError_t forward_any(const Problem &p, const Forward &f, cudaStream_t stream) {
+template <class T> int forward_any(const Problem &p, const Forward &f, cudaStream_t stream) {
   if constexpr (sizeof(T) == 4) {
     if (p.dim <= 32) return launch_forward<T, 32>(p, f, stream);
     if (p.dim <= 64) return launch_forward<T, 64>(p, f, stream);
@@ -355,7 +350,7 @@ template <class T> cudaError_t forward_any(const Problem &p, const Forward &f, c
   return launch_forward<T, 256>(p, f, stream);
 }
 
-template <class T> cudaError_t backward_any(const Problem &p, const Backward &g, cudaStream_t stream) {
+template <class T> int backward_any(const Problem &p, const Backward &g, cudaStream_t stream) {
   if constexpr (sizeof(T) == 4) {
     if (p.dim <= 32) return launch_backward<T, 32, 64>(p, g, stream);
     if (p.dim <= 64) return launch_backward<T, 64, 64>(p, g, stream);
@@ -366,18 +361,10 @@ template <class T> cudaError_t backward_any(const Problem &p, const Backward &g,
 
 }  // namespace
 
-namespace sq_attention {
-
-cudaError_t plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
-  if (dtype == SQ_F32) return forward_any<float>(p, f, stream);
-  if (dtype == SQ_F16) return forward_any<__half>(p, f, stream);
-  return forward_any<__nv_bfloat16>(p, f, stream);
+int sq::plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch(dtype, [&](auto t) { return forward_any<typename decltype(t)::type>(p, f, stream); });
 }
 
-cudaError_t plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
-  if (dtype == SQ_F32) return backward_any<float>(p, g, stream);
-  if (dtype == SQ_F16) return backward_any<__half>(p, g, stream);
-  return backward_any<__nv_bfloat16>(p, g, stream);
+int sq::plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch(dtype, [&](auto t) { return backward_any<typename decltype(t)::type>(p, g, stream); });
 }
-
-}  // namespace sq_attention

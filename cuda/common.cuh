@@ -220,19 +220,11 @@ inline int multiprocessors() {
   return count > 0 ? count : 1;
 }
 
-// Most dynamic shared memory a block of the current device may ask for.
-inline int max_shared_bytes() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
-
-// Lets a kernel use `bytes` of dynamic shared memory (needed above 48 KiB).
-template <typename Kernel>
-int allow_shared(Kernel *kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return int(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+// What sq_current_gpu finds; no warpgroups and no shared memory where it fails.
+inline sq_gpu current_gpu() {
+  sq_gpu gpu = {0, 0};
+  sq_current_gpu(&gpu);
+  return gpu;
 }
 
 // ceil(a / b) for non-negative a and positive b.
@@ -242,6 +234,23 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
 }
 
 constexpr int64_t kMaxGridX = 2147483647;
+
+// Lets a kernel use `bytes` of dynamic shared memory (needed above 48 KiB).
+template <typename Kernel>
+int allow_shared(Kernel *kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return int(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+// Launches a kernel on a one-dimensional grid, with as much dynamic shared memory as it asks for.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+           const Arguments &...arguments) {
+  if (blocks < 1 || blocks > kMaxGridX) return cudaErrorInvalidValue;
+  if (const int status = allow_shared(kernel, shared_bytes)) return status;
+  kernel<<<unsigned(blocks), threads, shared_bytes, stream>>>(arguments...);
+  return launched();
+}
 
 // ---- Runs of floats beside a 16-bit pack: twice its bytes, so moved 16 bytes at a time (p aligned to as much). ----
 

@@ -1,6 +1,6 @@
 // 16-bit Hadamard maps by tensor cores, a row in the registers of a few warps from the sums to the store.
 //
-// As in hadamard_tensor.cuh a row is X [P, M] with M = 2^kMLog2 of 64..256, and its map A X S_M with a matrix A [P, P]
+// As in hadamard_operands.cuh a row is X [P, M] with M = 2^kMLog2 of 64..256, and its map A X S_M with a matrix A [P, P]
 // of signs, padded to KT tiles of 16 inside the tiles. A block has one row at a time; warp (s, part) of its S x C warps has
 // strips SW s .. SW s + SW - 1, 16 rows of A X each, and of their columns the part-th of C parts:
 //   - A X: all warps read the row (their columns of it) from shared memory as B operands; sums are in float;
@@ -13,25 +13,107 @@
 // them, and widened to +-1 at every row. A power of two needs no table: its tiles are +-H_16, one register with its sign. The
 // next row is fetched while one is worked on.
 //
-// On sm_90a some sizes have products of warpgroups instead (warpgroup.cuh), and up to three rows side by side in a block; the
+// On sm_90a some sizes have products of warpgroups instead (mma.cuh), and up to three rows side by side in a block; the
 // strips of a warp are then S apart. They take A, widened once for all rows, and the row from shared memory: nothing is widened
 // or loaded to registers, and a row is read once for four strips, not for one to three. What comes out has the same layout.
 #pragma once
 
-#include "hadamard_share.cuh"
+#include "hadamard_operands.cuh"
 
 namespace sq {
+
+template <typename T_, int KT_, int kMLog2_, bool kTable_, bool kQuantised_, bool kWarpgroups_>
+struct FragmentKernel {
+  using T = T_;
+  static constexpr int KT = KT_, kMLog2 = kMLog2_, M = 1 << kMLog2, V = kPack<T>;
+  static constexpr bool kTable = kTable_, kQuantised = kQuantised_, kWarpgroups = kWarpgroups_;
+  static constexpr FragmentShape kShape = fragment_shape(KT, kMLog2, kTable, kQuantised, kWarpgroups);
+  static constexpr int SW = kShape.share.strips, C = kShape.share.parts, S = kShape.strips, kStripStep = kShape.strip_step;
+  static constexpr int NT = M / 8 / C;  // chunks of 8 columns of a warp
+  static constexpr int kRows = kShape.share.rows, kWarps = kShape.warps, kThreads = kShape.threads;
+  static constexpr int kBlocks = kShape.share.blocks;
+  static constexpr int kQuads = (KT + 3) / 4;
+
+  static constexpr int kPieces = kShape.share.pieces, kPieceRows = 16 / kPieces, kPiece = kShape.piece;
+  static constexpr int kPitch = kWarpgroups ? 128 : M * int(sizeof(T));  // of the rows of X
+  static constexpr bool kAlias = kShape.alias;
+  static constexpr int kSlot = kShape.slot, kStage = kShape.stage, kFirst = kShape.first;
+  static constexpr int kZeros = M * int(sizeof(T)), kBlock = KT * 16 * 128;
+  static constexpr int kChunksLog2 = kMLog2 - 3;  // chunks of 8 values to a row of X
+
+  // The warps of some strips fetch the rows of X by the same number: 32 chunks of 8 values at a time, kRowsAtOnce rows of X.
+  static constexpr int kRowsAtOnce = 32 * C >> kChunksLog2;
+  // A lane finds packs of all parts at once after the exchange: rows at once, packs of each part.
+  static constexpr int kFoundRows = 32 / NT, kFound = kPieceRows / C / kFoundRows;
+
+  using Sums = float[SW][NT][4];
+  using Values = float[SW][kPieces][kFound][C * V];  // the same pack of each part
+  using Packed = uint32_t[SW][kQuads];
+
+  static_assert(kPieceRows * NT >= 32 * C && NT >= 8, "a lane stores a pack of every part");
+  static_assert(kWarps * int(sizeof(SignedRange)) <= kFragmentScratch && S < 16 && kRows < 16, "room for ranges, barriers");
+  static_assert(!kWarpgroups || (kTable && (C == 1 || kRows == 1)), "barriers for rows or for strips");
+  static_assert(!kWarpgroups || kZeros + kRows * kFragmentScratch <= kLeftAt, "room before A");
+  static_assert(kWarpgroups || kRows == 1, "a row to a block");
+};
 
 // Where a chunk of 8 values of the row lies, in bytes.
 template <typename F>
 __device__ __forceinline__ int row_place(int chunk) {
   if constexpr (F::kWarpgroups) {
-    const int row = chunk >> (F::kMLog2 - 3), column = chunk & (F::M / 8 - 1);
+    const int row = chunk >> F::kChunksLog2, column = chunk & (F::M / 8 - 1);
     return column / 8 * F::kBlock + row * 128 + (column ^ row) % 8 * 16;
   } else {
     return place<typename F::T, F::kMLog2>(chunk) * 16;
   }
 }
+
+// Where a thread stands in the work on a row. Places in shared memory are byte offsets, multiples of 128 but for the part that
+// depends on the lane.
+template <typename F>
+struct FragmentThread {
+  int lane, s, part;  // of a warp: its strips, and its part of their columns
+  int group;          // of the rows side by side
+  int first;          // of its row's share of shared memory
+  int p;              // rows of X
+  int strip_first;    // the warp's first strip
+  // Fetching: chunk `mates` of the 32 C lanes that fetch some rows of X; the first row and value, and where that value goes.
+  int fetch_first, mates, first_row, first_value, fetched;
+  __device__ __forceinline__ explicit FragmentThread(int n) {
+    lane = threadIdx.x % 32;
+    const int warp = F::kRows > 1 ? threadIdx.x / 32 % F::kWarps : threadIdx.x / 32;
+    s = F::kWarpgroups ? warp % F::S : warp / F::C;
+    part = F::kWarpgroups ? warp / F::S : warp % F::C;
+    group = F::kRows > 1 ? threadIdx.x / (F::kWarps * 32) : 0;
+    first = F::kFirst + group * F::kStage;
+    p = n >> F::kMLog2;
+    strip_first = F::kWarpgroups ? s : s * F::SW;
+
+    fetch_first = s * F::SW, mates = part * 32 + lane;
+    first_row = fetch_first * 16 + (mates >> F::kChunksLog2);
+    first_value = first_row * F::M + (mates & ((1 << F::kChunksLog2) - 1)) * F::V;
+    fetched = row_place<F>(mates);
+  }
+};
+
+// Where a thread reads its operands of the row, and where its sums go.
+template <typename F>
+struct FragmentPlaces {
+  int b_at;  // this lane's row and chunk in tile kt = 0, chunk pair 0, of the row
+  // The exchange: floats [16 / kPieces, M] in chunks of 32 bytes, permuted by the row, as are their halves, so that neither
+  // side meets a bank twice. Packs of all parts are found at the same place in each.
+  int leave, find;
+  int out_rows, out_first;  // the row of X that the first value it stores belongs to, and that value, in the row
+
+  __device__ __forceinline__ explicit FragmentPlaces(const FragmentThread<F> &at) {
+    const int lane = at.lane, part = at.part;
+    b_at = place<typename F::T, F::kMLog2>((lane % 16 << F::kChunksLog2) + part * F::NT + lane / 16) * 16;
+    const int g = lane / 4, t = lane % 4, out_row = part * (F::kPieceRows / F::C) + lane / F::NT, out_chunk = lane % F::NT;
+    leave = g * F::M * 4 + part * F::NT / 4 * 128 + (g & 3) * 32 + (t >> 1) * 16 + (t & 1) * 8;
+    find = out_row * F::M * 4 + (out_chunk ^ (out_row & 3)) * 32 + ((out_chunk >> 2) & 1) * 16;
+    out_rows = at.strip_first * 16 + out_row, out_first = out_rows * F::M + out_chunk * F::V;
+  }
+};
 
 // A barrier for the warps of a row.
 template <typename F>
@@ -52,6 +134,8 @@ __device__ __forceinline__ void strip_sync(int s) {
     asm volatile("bar.sync %0, %1;" ::"r"(s + 1), "n"(F::C * 32) : "memory");
   }
 }
+
+// ---- A. ----
 
 // unpack_operand in two instructions a register; `ones` are TensorTraits<T>::kOnes.
 __device__ __forceinline__ void unpack_quickly(uint32_t (&a)[4], uint32_t packed, int tile, uint32_t ones) {
@@ -83,334 +167,409 @@ __device__ inline void store_operands(unsigned char *to, const uint32_t *table, 
   group_visible();
 }
 
+// Warpgroups: A to shared memory, and zeros to the rows of X past p in both slots, where they stay. The table of signs is put
+// where a second row will be.
+template <typename F>
+__device__ __forceinline__ void load_left_shared(unsigned char *shared, const FragmentThread<F> &at, const Map &map) {
+  uint32_t *const table = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);
+  load_table(table, map);
+  __syncthreads();
+  store_operands<F>(shared + kLeftAt, table, map);
+  __syncthreads();
+  constexpr int kChunks = F::M / F::V;
+  for (int i = at.p * kChunks + threadIdx.x % (F::kWarps * 32); i < F::KT * 16 * kChunks; i += F::kWarps * 32) {
+    unsigned char *const chunk = shared + at.first + row_place<F>(i);
+    *reinterpret_cast<uint4 *>(chunk) = *reinterpret_cast<uint4 *>(chunk + F::kSlot) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Warps: the packed operands of the warp's strips to registers, by way of shared memory: the table of signs, and then the operands
+// of all warps, are put where the second row will be.
+template <typename F>
+__device__ __forceinline__ void load_left_packed(typename F::Packed &packed, unsigned char *shared,
+                                                 const FragmentThread<F> &at, const Map &map) {
+  constexpr int kQuads = F::kQuads, kWords = F::S * F::SW * kQuads * 32;
+  uint32_t *const words = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);
+  uint32_t *const table = words + kWords;
+  load_table(table, map);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kWords; i += F::kThreads) {
+    const int word = i / 32;
+    words[i] = packed_operands(table, map.k, map.m_log2 - F::kMLog2, word / kQuads, word % kQuads, at.lane);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < F::SW; ++i) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) packed[i][quad] = words[((at.strip_first + i) * kQuads + quad) * 32 + at.lane];
+  }
+}
+
+// Hides from the compiler what `packed` is: it would unpack it once for all rows, for which registers are too few.
+template <int SW, int kQuads>
+__device__ __forceinline__ void keep_packed(uint32_t (&packed)[SW][kQuads]) {
+#pragma unroll
+  for (int i = 0; i < SW; ++i) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) asm volatile("" : "+r"(packed[i][quad]));
+  }
+}
+
+// ---- The row, as it comes. ----
+
+// Starts the copy of this thread's part of a row to a slot of shared memory, where there is such a row.
+template <typename F>
+__device__ __forceinline__ void fetch(const FragmentThread<F> &at, unsigned char *shared, int slot, const typename F::T *x,
+                                      int64_t row, int64_t rows, int n) {
+  if (row < rows) {
+    const typename F::T *const from = x + row * n + at.first_value;
+    const int fetched = at.first + slot * F::kSlot + at.fetch_first * 16 * F::kPitch + at.fetched;
+#pragma unroll
+    for (int r = 0; r < F::SW * 16; r += F::kRowsAtOnce) {
+      unsigned char *const to = shared + (fetched ^ (r % 8 * 16)) + r * F::kPitch;
+      if (!F::kTable || at.first_row + r < at.p) copy_async_16(shared_address(to), from + r * F::M);
+    }
+  }
+  copy_async_commit();
+}
+
+// Signs of the input, to the chunks that this thread fetched itself.
+template <typename F>
+__device__ __forceinline__ void flip_row(const FragmentThread<F> &at, unsigned char *slot, const int8_t *signs) {
+#pragma unroll 1
+  for (int r = 0; r < F::SW * 16; r += F::kRowsAtOnce) {
+    if (at.first_row + r >= at.p) break;
+    const int from = ((at.fetch_first * 16 + r) << F::kChunksLog2) + at.mates;
+    flip_chunk(reinterpret_cast<typename F::T *>(slot + row_place<F>(from)), signs + at.first_value + r * F::M);
+  }
+}
+
+// ---- A X. ----
+
+// The A operands of tile kt of the warp's strips.
+template <typename F>
+__device__ __forceinline__ void left_operands(uint32_t (&a)[F::SW][4], const typename F::Packed &packed, uint32_t h16,
+                                              uint32_t ones, int strip_first, int kt) {
+#pragma unroll
+  for (int i = 0; i < F::SW; ++i) {
+    if constexpr (F::kTable) {
+      unpack_quickly(a[i], packed[i][kt / 4], kt, ones);
+    } else {
+      const uint32_t sign = (__popc((strip_first + i) & kt) & 1) ? 0x80008000u : 0;
+      a[i][0] = a[i][1] = a[i][2] = h16 ^ sign;
+      a[i][3] = a[i][0] ^ 0x80008000u;
+    }
+  }
+}
+
+// By products of warps. b_first: this lane's row and chunk in tile kt = 0, chunk pair 0, of the row; b_zeros: a row of zeros.
+template <typename F>
+__device__ __forceinline__ void multiply(typename F::Sums &sums, const FragmentThread<F> &at, const typename F::Packed &packed,
+                                         uint32_t h16, uint32_t ones, uint32_t b_first, uint32_t b_zeros) {
+  using T = typename F::T;
+#pragma unroll
+  for (int kt = 0; kt < F::KT; ++kt) {
+    uint32_t a[F::SW][4];
+    left_operands<F>(a, packed, h16, ones, at.strip_first, kt);
+    // Rows past p, all in the last tile, are zero.
+    const bool past = F::kTable && kt == F::KT - 1 && kt * 16 + at.lane % 16 >= at.p;
+#pragma unroll
+    for (int nt = 0; nt < F::NT; nt += 2) {
+      const uint32_t from = (b_first ^ (nt % 8 * 16)) + (kt * 16 * F::M * int(sizeof(T)) + nt / 8 * 128);
+      uint32_t loaded[4];
+      load_matrices_transposed(loaded, past ? b_zeros : from);
+#pragma unroll
+      for (int i = 0; i < F::SW; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const uint32_t b[2] = {loaded[2 * c], loaded[2 * c + 1]};
+          const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          if (kt == 0) {
+            multiply_add<T>(sums[i][nt + c], a[i], b, none);
+          } else {
+            multiply_add<T>(sums[i][nt + c], a[i], b, sums[i][nt + c]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// By products of warpgroups, in the background: c[i] = A_i B, group_multiplied<N>(c[i], i) waits. A_i, 64 rows kStep * i bytes after
+// `a`, and B, [16 KT, 8 NT], are in blocks of 64 columns, kBlock bytes apart.
+template <typename T, int KT, int kBlock, int kStep, int N, int NT>
+__device__ __forceinline__ void group_multiply_blocks(float (&c)[N][NT][4], const void *a, const void *b) {
+#if SQ_HOPPER
+  // Opaque, or the compiler would keep every tile's description in registers from one call to the next.
+  uint32_t at[2] = {shared_address(a), shared_address(b)};
+  asm volatile("" : "+r"(at[0]), "+r"(at[1]));
+  const uint64_t left = describe<8>(at[0]), right = describe<8>(at[1]);  // blocks are not crossed
+  group_fence();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt += 8) {
+#pragma unroll
+      for (int kt = 0; kt < KT; ++kt) {
+        group_product<T, 64, true>(reinterpret_cast<float(&)[8][4]>(c[i][nt]),
+                                   left + (i * kStep + kt / 4 * kBlock + kt % 4 * 32) / 16,
+                                   right + (nt / 8 * kBlock + kt * 2048) / 16, kt > 0);
+      }
+    }
+    group_commit();
+  }
+#endif
+}
+template <int N, int NT>
+__device__ __forceinline__ void group_multiplied(float (&c)[NT][4], int i) {
+  static_assert(N <= 3, "as many groups are waited for");
+  if (i == N - 1) group_wait<0>();
+  if (i == N - 2) group_wait<1>();
+  if (i == N - 3) group_wait<2>();
+  pin(c);
+}
+
+// ---- S_M. ----
+
+// Bit 0, and the scale (quantisation has it elsewhere), then the bits of the chunks, of a strip's sums.
+template <typename F>
+__device__ __forceinline__ void butterfly_fragment(float (&sums)[F::NT][4], float map_scale) {
+#pragma unroll
+  for (int nt = 0; nt < F::NT; ++nt) {
+#pragma unroll
+    for (int c = 0; c < 4; c += 2) {
+      const float even = F::kQuantised ? sums[nt][c] : sums[nt][c] * map_scale, odd = sums[nt][c + 1];
+      const float scale = F::kQuantised ? 1.0f : map_scale;
+      sums[nt][c] = fmaf(odd, scale, even);
+      sums[nt][c + 1] = fmaf(-odd, scale, even);
+    }
+  }
+  chunk_butterflies(sums);
+}
+
+// Leaves a piece of a strip, sums of rows 8 half .. of 16, in shared memory (all 16 where there is one piece).
+template <typename F>
+__device__ __forceinline__ void leave_piece(unsigned char *shared, int left, const float (&sums)[F::NT][4], int half) {
+#pragma unroll
+  for (int nt = 0; nt < F::NT; ++nt) {
+    unsigned char *const to = shared + (left ^ (nt % 4 * 32) ^ (nt / 4 % 2 * 16)) + nt / 4 * 128;
+    *reinterpret_cast<float2 *>(to) = make_float2(sums[nt][2 * half], sums[nt][2 * half + 1]);
+    if constexpr (F::kPieces == 1) {
+      *reinterpret_cast<float2 *>(to + 8 * F::M * 4) = make_float2(sums[nt][2], sums[nt][3]);
+    }
+  }
+}
+
+// Finds whole packs of all parts of the piece, for the levels of bits 1 and 2 and those between the parts.
+template <typename F>
+__device__ __forceinline__ void find_piece(float (&v)[F::kFound][F::C * F::V], const unsigned char *shared, int found) {
+#pragma unroll
+  for (int u = 0; u < F::kFound; ++u) {
+    float(&packs)[F::C * F::V] = v[u];
+#pragma unroll
+    for (int h = 0; h < 2 * F::C; ++h) {
+      const float4 four = *reinterpret_cast<const float4 *>(
+          shared + (found ^ (u * F::kFoundRows % 4 * 32) ^ (h % 2 * 16)) + u * F::kFoundRows * F::M * 4 + h / 2 * F::NT * 32);
+      packs[h * 4 + 0] = four.x, packs[h * 4 + 1] = four.y, packs[h * 4 + 2] = four.z, packs[h * 4 + 3] = four.w;
+    }
+    butterflies<2, F::C * F::V>(packs);
+  }
+}
+
+// The sums to finished values, a strip after the other, through the piece of shared memory at `piece`.
+template <typename F>
+__device__ __forceinline__ void transform(typename F::Values &v, typename F::Sums &sums, unsigned char *shared, int piece,
+                                          int s, const FragmentPlaces<F> &to, float scale) {
+  const int left = piece + to.leave, found = piece + to.find;
+#pragma unroll
+  for (int i = 0; i < F::SW; ++i) {
+    if constexpr (F::kWarpgroups) group_multiplied<F::SW>(sums[i], i);
+    butterfly_fragment<F>(sums[i], scale);
+#pragma unroll
+    for (int half = 0; half < F::kPieces; ++half) {
+      if (i + half > 0) strip_sync<F>(s);  // the piece before has been read
+      leave_piece<F>(shared, left, sums[i], half);
+      strip_sync<F>(s);
+      find_piece<F>(v[i][half], shared, found);
+    }
+  }
+}
+
+// ---- What is done with finished values. ----
+
+// f(pack, live, place in the row from the thread's first value on) with every pack. Rows past p (not live) repeat rows before, or
+// are anything, where strips are past the last (and made all the same: skipping them takes more registers than it saves time).
+template <typename F, typename Do>
+__device__ __forceinline__ void for_packs(typename F::Values &v, const FragmentPlaces<F> &to, int p, Do f) {
+#pragma unroll
+  for (int i = 0; i < F::SW; ++i) {
+#pragma unroll
+    for (int half = 0; half < F::kPieces; ++half) {
+#pragma unroll
+      for (int u = 0; u < F::kFound; ++u) {
+        const int rows = i * F::kStripStep * 16 + half * F::kPieceRows + u * F::kFoundRows;
+#pragma unroll
+        for (int other = 0; other < F::C; ++other) {
+          float(&pack)[F::V] = reinterpret_cast<float(&)[F::V]>(v[i][half][u][other * F::V]);
+          f(pack, !F::kTable || to.out_rows + rows < p, rows * F::M + other * F::NT * F::V);
+        }
+      }
+    }
+  }
+}
+
+// The step of the whole row, whose values still lack the scale. `scratch` has a range for every warp of the row.
+template <typename F>
+__device__ __forceinline__ NearCoder row_coder(typename F::Values &v, const FragmentThread<F> &at, const FragmentPlaces<F> &to,
+                                               const Map &map, const Quantiser &q, SignedRange *scratch) {
+  SignedRange signed_range;
+  for_packs<F>(v, to, at.p, [&](const float(&pack)[F::V], bool live, int) {
+    // Rows past p have missed their signs, at least.
+    if (!F::kTable || live || (!F::kWarpgroups && !map.signs_out)) signed_range.add(pack);
+  });
+  signed_range = signed_range.over_warp();
+  if constexpr (F::kWarps > 1) {
+    if (at.lane == 0) scratch[at.s * F::C + at.part] = signed_range;
+    row_sync<F>(at.group);
+#pragma unroll
+    for (int i = 0; i < F::kWarps; ++i) signed_range.add(scratch[i]);
+  }
+  Range range = signed_range.range();
+  range.lo *= map.scale;
+  range.hi *= map.scale;
+  return NearCoder(q, find_step_quickly(q, range, q.clip), q.clip, map.scale);
+}
+
+// Quantises every pack and hands it to `store`.
+template <typename F, typename Store>
+__device__ __forceinline__ void quantise(typename F::Values &v, const FragmentPlaces<F> &to, int p, const NearCoder &coder,
+                                         Store store) {
+  constexpr int V = F::V;
+  if (coder.quick) {
+    for_packs<F>(v, to, p, [&](float(&pack)[V], bool live, int ahead) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) pack[e] = coder.quick_value(pack[e]);
+      store(pack, live, ahead);
+    });
+  } else {
+    for_packs<F>(v, to, p, [&](float(&pack)[V], bool live, int ahead) {
+#pragma unroll 1
+      for (int e = 0; e < V; ++e) {
+        const float value = coder.value(pack[0]);  // in turn: an index at run time would send them to memory
+#pragma unroll
+        for (int i = 0; i + 1 < V; ++i) pack[i] = pack[i + 1];
+        pack[V - 1] = value;
+      }
+      store(pack, live, ahead);
+    });
+  }
+}
+
+template <typename F>
+__device__ __forceinline__ void finish_row(typename F::T *y, int64_t row, typename F::Values &v, const FragmentThread<F> &at,
+                                           const FragmentPlaces<F> &to, const Map &map, const Quantiser &q, SignedRange *scratch) {
+  constexpr int V = F::V;
+  if (map.signs_out) {
+    for_packs<F>(v, to, at.p, [&](float(&pack)[V], bool live, int ahead) {
+      if (live) apply_signs<V>(pack, map.signs_out + to.out_first + ahead);
+    });
+  }
+  typename F::T *const out = y + row * map.n + to.out_first;
+  const auto store = [&](const float(&pack)[V], bool live, int ahead) {
+    const Pack<typename F::T> narrowed = narrow<typename F::T>(pack);
+    if (live) store_global(out + ahead, narrowed);
+  };
+  if constexpr (F::kQuantised) {
+    quantise<F>(v, to, at.p, row_coder<F>(v, at, to, map, q, scratch), store);
+  } else {
+    for_packs<F>(v, to, at.p, store);
+  }
+}
+
 template <typename F>
 __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     fragment_kernel(typename F::T *y, const typename F::T *x, int64_t rows, Map map, Quantiser q) {
   using T = typename F::T;
-  constexpr int KT = F::KT, M = F::M, NT = F::NT, S = F::S, SW = F::SW, C = F::C, kMLog2 = F::kMLog2, V = kPack<T>;
-  constexpr int kChunksLog2 = kMLog2 - 3;  // chunks of 8 values to a row of X
-  constexpr int kPieces = F::kPieces, kQuads = F::kQuads;
   if constexpr (F::kWarpgroups && !SQ_HOPPER) return;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int lane = threadIdx.x % 32, warp = F::kRows > 1 ? threadIdx.x / 32 % F::kWarps : threadIdx.x / 32;
-  const int s = F::kWarpgroups ? warp % S : warp / C, part = F::kWarpgroups ? warp / S : warp % C;
-  const int group = F::kRows > 1 ? threadIdx.x / (F::kWarps * 32) : 0;  // of the rows side by side
-  const int first = F::kFirst + group * F::kStage;
-  const int p = map.n >> kMLog2;
+  const FragmentThread<F> at(map.n);
   // An instruction takes one constant, and unpacking needs two: this one is in a register, since the compiler does not
   // know that the sign of n is 0.
   [[maybe_unused]] const uint32_t ones = TensorTraits<T>::kOnes | uint32_t(map.n) >> 31;
-  unsigned char *const zeros = shared;
-  SignedRange *const scratch = reinterpret_cast<SignedRange *>(zeros + F::kZeros + group * F::kScratch);
-  const int strip_first = F::kWarpgroups ? s : s * SW;
-  // Places in shared memory are offsets, all of them multiples of 128 but for the part that depends on the lane.
+  SignedRange *const scratch = reinterpret_cast<SignedRange *>(shared + F::kZeros + at.group * kFragmentScratch);
+  const int64_t begin = int64_t(blockIdx.x) * F::kRows + at.group, stride = int64_t(gridDim.x) * F::kRows;
+  fetch<F>(at, shared, 0, x, begin, rows, map.n);
 
-  // The warps of some strips fetch the rows of X by the same number: 32 chunks of 8 values at a time, kRowsAtOnce rows of X.
-  constexpr int kRowsAtOnce = 32 * C >> kChunksLog2;
-  const int fetch_first = s * SW, mates = part * 32 + lane;  // of 32 C lanes
-  const int first_row = fetch_first * 16 + (mates >> kChunksLog2);
-  const int first_value = first_row * M + (mates & ((1 << kChunksLog2) - 1)) * V;
-  const int fetched = row_place<F>(mates);  // in the first of them, in bytes
-  const auto fetch = [&](int64_t row, int slot) {
-    if (row < rows) {
-      const T *const from = x + row * map.n + first_value;
-      const int at = first + slot * F::kSlot + fetch_first * 16 * F::kPitch + fetched;
-#pragma unroll
-      for (int r = 0; r < SW * 16; r += kRowsAtOnce) {
-        unsigned char *const to = shared + (at ^ (r % 8 * 16)) + r * F::kPitch;
-        if (!F::kTable || first_row + r < p) copy_async_16(to, from + r * M);
-      }
-    }
-    copy_async_commit();
-  };
-  const int64_t begin = int64_t(blockIdx.x) * F::kRows + group, stride = int64_t(gridDim.x) * F::kRows;
-  fetch(begin, 0);
-
-  for (int i = threadIdx.x; i < F::kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(zeros)[i] = 0;
-  [[maybe_unused]] uint32_t h16 = 0, packed[SW][kQuads];  // the operands of A: K = 1, or packed
+  for (int i = threadIdx.x; i < F::kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(shared)[i] = 0;
+  [[maybe_unused]] uint32_t h16 = 0;
+  [[maybe_unused]] typename F::Packed packed;
   if constexpr (F::kWarpgroups) {
-    uint32_t *const table = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);  // where a second row will be
-    load_table(table, map);
-    __syncthreads();
-    store_operands<F>(shared + F::kLeft, table, map);
-    __syncthreads();
-    for (int i = p * (M / V) + threadIdx.x % (F::kWarps * 32); i < KT * 16 * (M / V); i += F::kWarps * 32) {
-      unsigned char *const at = shared + first + row_place<F>(i);  // rows past p are zero, and stay so
-      *reinterpret_cast<uint4 *>(at) = *reinterpret_cast<uint4 *>(at + F::kSlot) = make_uint4(0, 0, 0, 0);
-    }
+    load_left_shared<F>(shared, at, map);
   } else if constexpr (F::kTable) {
-    // The table of signs, and then the operands of all warps, are put where the second row will be.
-    uint32_t *const words = reinterpret_cast<uint32_t *>(shared + F::kFirst + F::kSlot);
-    uint32_t *const table = words + S * SW * kQuads * 32;
-    load_table(table, map);
-    __syncthreads();
-    for (int i = threadIdx.x; i < S * SW * kQuads * 32; i += F::kThreads) {
-      const int word = i / 32;
-      words[i] = packed_operands(table, map.k, map.m_log2 - kMLog2, word / kQuads, word % kQuads, lane);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < SW; ++i) {
-#pragma unroll
-      for (int quad = 0; quad < kQuads; ++quad) {
-        packed[i][quad] = words[((strip_first + i) * kQuads + quad) * 32 + lane];
-      }
-    }
+    load_left_packed<F>(packed, shared, at, map);
   } else {
-    h16 = h16_quarter<T>(lane);
+    h16 = h16_quarter<T>(at.lane);
   }
   __syncthreads();
 
-  // Operands of B: byte offset of this lane's row and chunk in tile kt = 0, chunk pair 0.
-  const int b_row = lane % 16, b_at = place<T, kMLog2>((b_row << kChunksLog2) + part * NT + lane / 16) * 16;
-  const uint32_t b_zeros = uint32_t(__cvta_generic_to_shared(zeros));
-  // The exchange: floats [16 / kPieces, M] in chunks of 32 bytes, permuted by the row, as are their halves, so that neither
-  // side meets a bank twice. A lane finds packs of all parts at once, at the same place in each.
-  constexpr int kFoundRows = 32 / NT, kFound = F::kPieceRows / C / kFoundRows;  // rows at once, packs of each part
-  const int g = lane / 4, t = lane % 4, out_row = part * (F::kPieceRows / C) + lane / NT, out_chunk = lane % NT;
-  const int leave = g * M * 4 + part * NT / 4 * 128 + (g & 3) * 32 + (t >> 1) * 16 + (t & 1) * 8;
-  const int find = out_row * M * 4 + (out_chunk ^ (out_row & 3)) * 32 + ((out_chunk >> 2) & 1) * 16;
-  const int out_rows = strip_first * 16 + out_row, out_first = out_rows * M + out_chunk * V;
-
+  const FragmentPlaces<F> to(at);
+  const uint32_t b_zeros = shared_address(shared);
   int slot = 0;
   for (int64_t row = begin; row < rows; row += stride) {
-    const int raw = first + slot * F::kSlot;
+    const int raw = at.first + slot * F::kSlot;
     copy_async_wait<0>();
-    if (map.signs_in) {
-#pragma unroll 1
-      for (int r = 0; r < SW * 16; r += kRowsAtOnce) {  // the chunks this thread fetched itself
-        if (first_row + r >= p) break;
-        const int from = ((fetch_first * 16 + r) << kChunksLog2) + mates;
-        T *const at = reinterpret_cast<T *>(shared + raw + row_place<F>(from));
-        flip_chunk(at, map.signs_in + first_value + r * M);
-      }
-    }
+    if (map.signs_in) flip_row<F>(at, shared + raw, map.signs_in);
     if constexpr (F::kWarpgroups) group_visible();
-    row_sync<F>(group);  // the row is there, and that of before has been read
+    row_sync<F>(at.group);  // the row is there, and that of before has been read
     slot ^= 1;
-    fetch(row + stride, slot);
+    fetch<F>(at, shared, slot, x, row + stride, rows, map.n);
 
-    if constexpr (F::kTable && !F::kWarpgroups) {
-      // Or the compiler would unpack them once for all rows, for which registers are too few.
-#pragma unroll
-      for (int i = 0; i < SW; ++i) {
-#pragma unroll
-        for (int quad = 0; quad < kQuads; ++quad) asm volatile("" : "+r"(packed[i][quad]));
-      }
-    }
-    const uint32_t b_first = uint32_t(__cvta_generic_to_shared(shared)) + raw + b_at;
-    float sums[SW][NT][4];
+    typename F::Sums sums;
     if constexpr (F::kWarpgroups) {
-      group_multiply_blocks<T, KT, F::kBlock, S * 16 * 128>(sums, shared + F::kLeft + s / 4 * 64 * 128,
-                                                            shared + raw + part * (NT / 8) * F::kBlock);
+      group_multiply_blocks<T, F::KT, F::kBlock, F::S * 16 * 128>(sums, shared + kLeftAt + at.s / 4 * 64 * 128,
+                                                                  shared + raw + at.part * (F::NT / 8) * F::kBlock);
     } else {
-#pragma unroll
-      for (int kt = 0; kt < KT; ++kt) {
-        uint32_t a[SW][4];
-#pragma unroll
-        for (int i = 0; i < SW; ++i) {
-          if constexpr (F::kTable) {
-            unpack_quickly(a[i], packed[i][kt / 4], kt, ones);
-          } else {
-            const uint32_t sign = (__popc((strip_first + i) & kt) & 1) ? 0x80008000u : 0;
-            a[i][0] = a[i][1] = a[i][2] = h16 ^ sign;
-            a[i][3] = a[i][0] ^ 0x80008000u;
-          }
-        }
-        // Rows past p, all in the last tile, are zero.
-        const bool past = F::kTable && kt == KT - 1 && kt * 16 + b_row >= p;
-#pragma unroll
-        for (int nt = 0; nt < NT; nt += 2) {
-          uint32_t b[2][2];
-          const uint32_t at = (b_first ^ (nt % 8 * 16)) + (kt * 16 * M * int(sizeof(T)) + nt / 8 * 128);
-          asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                       : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
-                       : "r"(past ? b_zeros : at));
-#pragma unroll
-          for (int i = 0; i < SW; ++i) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              if (kt == 0) {
-                const float none[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                multiply_add<T>(sums[i][nt + c], a[i], b[c], none);
-              } else {
-                multiply_add<T>(sums[i][nt + c], a[i], b[c], sums[i][nt + c]);
-              }
-            }
-          }
-        }
-      }
+      if constexpr (F::kTable) keep_packed(packed);
+      multiply<F>(sums, at, packed, h16, ones, shared_address(shared) + raw + to.b_at, b_zeros);
     }
     if constexpr (F::kAlias) __syncthreads();
-    const int piece = (F::kAlias ? raw : first + 2 * F::kSlot) + s * F::kPiece;
-    const int left = piece + leave, found = piece + find;
-
-    float v[SW][kPieces][kFound][C * V];  // the same pack of each part
-#pragma unroll
-    for (int i = 0; i < SW; ++i) {
-      if constexpr (F::kWarpgroups) group_multiplied<SW>(sums[i], i);
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-        for (int c = 0; c < 4; c += 2) {  // bit 0, and the scale (quantisation has it elsewhere)
-          const float even = F::kQuantised ? sums[i][nt][c] : sums[i][nt][c] * map.scale, odd = sums[i][nt][c + 1];
-          const float scale = F::kQuantised ? 1.0f : map.scale;
-          sums[i][nt][c] = fmaf(odd, scale, even);
-          sums[i][nt][c + 1] = fmaf(-odd, scale, even);
-        }
-      }
-      chunk_butterflies(sums[i]);
-#pragma unroll
-      for (int half = 0; half < kPieces; ++half) {
-        if (i + half > 0) strip_sync<F>(s);  // the piece before has been read
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          unsigned char *const at = shared + (left ^ (nt % 4 * 32) ^ (nt / 4 % 2 * 16)) + nt / 4 * 128;
-          *reinterpret_cast<float2 *>(at) = make_float2(sums[i][nt][2 * half], sums[i][nt][2 * half + 1]);
-          if constexpr (kPieces == 1) {
-            *reinterpret_cast<float2 *>(at + 8 * M * 4) = make_float2(sums[i][nt][2], sums[i][nt][3]);
-          }
-        }
-        strip_sync<F>(s);
-#pragma unroll
-        for (int u = 0; u < kFound; ++u) {
-          float(&packs)[C * V] = v[i][half][u];
-#pragma unroll
-          for (int h = 0; h < 2 * C; ++h) {
-            const float4 four = *reinterpret_cast<const float4 *>(
-                shared + (found ^ (u * kFoundRows % 4 * 32) ^ (h % 2 * 16)) + u * kFoundRows * M * 4 + h / 2 * NT * 32);
-            packs[h * 4 + 0] = four.x, packs[h * 4 + 1] = four.y, packs[h * 4 + 2] = four.z, packs[h * 4 + 3] = four.w;
-          }
-          butterflies<2, C * V>(packs);
-        }
-      }
-    }
-
-    // What f does with every pack, given its place in the row. Rows past p repeat rows before, or are anything, where
-    // strips are past the last (and made all the same: skipping them takes more registers than it saves time).
-    const auto for_packs = [&](auto f) {
-#pragma unroll
-      for (int i = 0; i < SW; ++i) {
-#pragma unroll
-        for (int half = 0; half < kPieces; ++half) {
-#pragma unroll
-          for (int u = 0; u < kFound; ++u) {
-            const int ahead = i * F::kStripStep * 16 + half * F::kPieceRows + u * kFoundRows;
-#pragma unroll
-            for (int other = 0; other < C; ++other) {
-              float(&pack)[V] = reinterpret_cast<float(&)[V]>(v[i][half][u][other * V]);
-              f(pack, !F::kTable || out_rows + ahead < p, ahead * M + other * NT * V);
-            }
-          }
-        }
-      }
-    };
-    if (map.signs_out) {
-      for_packs([&](float(&pack)[V], bool live, int at) {
-        if (live) apply_signs<V>(pack, map.signs_out + out_first + at);
-      });
-    }
-    T *const out = y + row * map.n + out_first;
-    const auto store = [&](const float(&pack)[V], bool live, int at) {
-      const Pack<T> narrowed = narrow<T>(pack);
-      if (live) store_global(out + at, narrowed);
-    };
-    if constexpr (!F::kQuantised) {
-      for_packs(store);
-    } else {
-      SignedRange signed_range;
-      for_packs([&](const float(&pack)[V], bool live, int) {
-        // Rows past p have missed their signs, at least.
-        if (!F::kTable || live || (!F::kWarpgroups && !map.signs_out)) signed_range.add(pack);
-      });
-      signed_range = signed_range.over_warp();
-      if constexpr (F::kWarps > 1) {
-        if (lane == 0) scratch[s * C + part] = signed_range;
-        row_sync<F>(group);
-#pragma unroll
-        for (int i = 0; i < F::kWarps; ++i) signed_range.add(scratch[i]);
-      }
-      Range range = signed_range.range();
-      range.lo *= map.scale;
-      range.hi *= map.scale;
-      const NearCoder coder(q, find_step_quickly(q, range, q.clip), q.clip, map.scale);
-      if (coder.quick) {
-        for_packs([&](float(&pack)[V], bool live, int at) {
-#pragma unroll
-          for (int e = 0; e < V; ++e) pack[e] = coder.quick_value(pack[e]);
-          store(pack, live, at);
-        });
-      } else {
-        for_packs([&](float(&pack)[V], bool live, int at) {
-#pragma unroll 1
-          for (int e = 0; e < V; ++e) {
-            const float value = coder.value(pack[0]);  // in turn: an index at run time would send them to memory
-#pragma unroll
-            for (int i = 0; i + 1 < V; ++i) pack[i] = pack[i + 1];
-            pack[V - 1] = value;
-          }
-          store(pack, live, at);
-        });
-      }
-    }
+    typename F::Values v;
+    transform<F>(v, sums, shared, (F::kAlias ? raw : at.first + 2 * F::kSlot) + at.s * F::kPiece, at.s, to, map.scale);
+    finish_row<F>(y, row, v, at, to, map, q, scratch);
   }
 }
 
 // ---- Launching. ----
 
 template <typename F>
-int launch_fragment(typename F::T *y, const typename F::T *x, int64_t rows, const Map &map, const Quantiser &q,
-                    cudaStream_t stream) {
-  const auto kernel = fragment_kernel<F>;
-  if (F::kBytes > size_t(max_shared_bytes()) || (F::kWarpgroups && !has_body(kernel))) return kNoSuchKernel;
-  if (const int status = allow_shared(kernel, F::kBytes)) return status;
-  int resident = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, F::kThreads, F::kBytes);
-  const int64_t most = int64_t(multiprocessors()) * (resident > 0 ? resident : 1) * F::kShare.turns;
-  const int64_t blocks = ceil_div(rows, int64_t(F::kRows));
-  kernel<<<unsigned(blocks < most ? blocks : most), F::kThreads, F::kBytes, stream>>>(y, x, rows, map, q);
-  return launched();
+int run(const Job &job) {
+  return launch_staying(fragment_kernel<F>, F::kShape.share.turns, job);
 }
 
-template <bool kQuantised, int kMLog2, int KT = 12, typename T>
-int fragment_tiles(int kt, T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
-  if constexpr (KT == 0) {
-    return kNoSuchKernel;
-  } else {
-    if (kt != KT) return fragment_tiles<kQuantised, kMLog2, KT - 1>(kt, y, x, rows, map, q, stream);
-    int status = kNoSuchKernel;
-    if constexpr (has_warpgroup_kernel(KT, kMLog2, kQuantised)) {
-      status = launch_fragment<FragmentKernel<T, KT, kMLog2, true, kQuantised, true>>(y, x, rows, map, q, stream);
-    }
-    if constexpr (has_warp_kernel(KT, kMLog2, kQuantised)) {
-      if (status == kNoSuchKernel) {
-        status = launch_fragment<FragmentKernel<T, KT, kMLog2, true, kQuantised, false>>(y, x, rows, map, q, stream);
-      }
-    }
-    return status;
-  }
-}
-
-// kNoSuchKernel where the size has none here.
-template <bool kQuantised, typename T>
-int fragment_rows(T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
-  if (kQuantised && !q.symmetric && !q.with_zero) return kNoSuchKernel;  // see SignedRange
-  if (map.k == 1) {
-    if (map.n != 32768) return kNoSuchKernel;
-    return launch_fragment<FragmentKernel<T, 8, 8, false, kQuantised, false>>(y, x, rows, map, q, stream);
-  }
-  // The least M that leaves P at most 192, or twice that where it was measured to be faster.
-  int m_log2 = 6;
-  while ((map.n >> m_log2) > 192) ++m_log2;
-  const auto tiles = [&] { return ceil_div(map.n >> m_log2, 16); };
-  if (map.m_log2 > m_log2 && ((m_log2 == 6 && (tiles() == 5 || tiles() == 6)) || (m_log2 == 7 && kQuantised))) ++m_log2;
-  if (m_log2 > map.m_log2 || (map.n >> m_log2) < 8) return kNoSuchKernel;
-  switch (m_log2) {
-    case 6: return fragment_tiles<kQuantised, 6>(tiles(), y, x, rows, map, q, stream);
-    case 7: return fragment_tiles<kQuantised, 7>(tiles(), y, x, rows, map, q, stream);
-    case 8: return fragment_tiles<kQuantised, 8>(tiles(), y, x, rows, map, q, stream);
-  }
-  return kNoSuchKernel;
+template <typename T>
+int launch_fragment(const Job &job) {
+  const sq_hadamard_choice &c = job.choice;
+  return with_bool(job.quantised, [&](auto quantised) {
+    return with_constant<6, 8>(c.m_log2, [&](auto m_log2) {
+      return with_constant<1, kMaxTiles>(c.tiles, [&](auto tiles) {
+        constexpr bool kQuantised = decltype(quantised)::value;
+        constexpr int kMLog2 = decltype(m_log2)::value, KT = decltype(tiles)::value;
+        constexpr auto &kAt = kReached<2>.at;
+        if constexpr (kAt[SQ_HADAMARD_WARPGROUP][kQuantised][kMLog2][KT]) {
+          if (c.family == SQ_HADAMARD_WARPGROUP) return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, true>>(job);
+        }
+        if constexpr (kAt[SQ_HADAMARD_FRAGMENT][kQuantised][kMLog2][KT]) {
+          if constexpr (KT == 8 && kMLog2 == 8) {
+            if (job.map.k == 1) return run<FragmentKernel<T, KT, kMLog2, false, kQuantised, false>>(job);
+          }
+          if constexpr (has_warp_kernel(KT, kMLog2, kQuantised)) {
+            if (c.family == SQ_HADAMARD_FRAGMENT) return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, false>>(job);
+          }
+        }
+        return int(cudaErrorInvalidValue);
+      });
+    });
+  });
 }
 
 }  // namespace sq

@@ -61,6 +61,55 @@ int sq_hadamard(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_dt
 int sq_hadamard_fake_quant(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_quant quant, sq_dtype dtype,
                            sq_stream stream);
 
+/* What the choice of a kernel depends on, of a device and of the code loaded for it.
+ *   shared_bytes  that a block may have: 232448 on compute capability 9.0, 166912 on 8.0, 101376 on 8.6 and 8.9
+ *   warpgroups    1: the code is that of sm_90a, where kernels may use the matrix products of warpgroups */
+typedef struct {
+  int32_t shared_bytes;
+  int32_t warpgroups;
+} sq_gpu;
+
+/* That of the current device. */
+int sq_current_gpu(sq_gpu *gpu);
+
+/* The families of kernels; cuda/README.md says what each is for. */
+typedef enum {
+  SQ_HADAMARD_NONE = 0,
+  SQ_HADAMARD_TINY = 1,
+  SQ_HADAMARD_BUTTERFLY = 2,
+  SQ_HADAMARD_DIRECT = 3,
+  SQ_HADAMARD_FRAGMENT = 4,
+  SQ_HADAMARD_WARPGROUP = 5,
+  SQ_HADAMARD_TENSOR = 6,
+  SQ_HADAMARD_TENSOR_HELD = 7,
+  SQ_HADAMARD_TENSOR_TWICE = 8,
+  SQ_HADAMARD_ANY = 9,
+  SQ_HADAMARD_TWO_PASSES = 10
+} sq_hadamard_family;
+
+/* The kernel of a size.
+ *   family        a sq_hadamard_family
+ *   m_log2        the row is [n >> m_log2, 2^m_log2] to the kernel
+ *   tiles         of 16 along each side of the matrix of n >> m_log2 rows that tensor cores multiply by; else 0
+ *   threads       of a block
+ *   block_rows    rows of a block at a time
+ *   shared_bytes  of dynamic shared memory */
+typedef struct {
+  int32_t family;
+  int32_t m_log2;
+  int32_t tiles;
+  int32_t threads;
+  int32_t block_rows;
+  int32_t shared_bytes;
+} sq_hadamard_choice;
+
+/* The kernel that sq_hadamard (quant NULL) or sq_hadamard_fake_quant launches for rows of n = k * 2^m values on such a device. Needs
+ * no device. cudaErrorInvalidValue where there is none. */
+int sq_hadamard_choose(sq_hadamard_choice *choice, int32_t n, int32_t k, sq_dtype dtype, const sq_quant *quant, sq_gpu gpu);
+
+/* The name of a family, e.g. "butterfly"; "none" for other numbers. */
+const char *sq_hadamard_family_name(int32_t family);
+
 /* fake_quant.cu ----------------------------------------------------------------------------------------------- */
 
 /* y[rows, cols] = dequantise(quantise(x)); in place allowed. y may be NULL.

@@ -9,23 +9,18 @@
 // A block has one row, or a few short ones, and is done. Blocks that stay and fetch rows ahead are slower, even where only
 // one fits on a multiprocessor: multiprocessors differ in how fast they reach memory, and an equal number of rows for each
 // leaves most of them waiting for the last.
-#pragma once
-
-#include "hadamard_map.cuh"
-#include "quantise.cuh"
+#include "hadamard.cuh"
 
 namespace sq {
+namespace {
 
-template <typename T_, int kLogN, int kLogPacks>
+template <typename T_, int kLogN>
 struct Butterfly {
   using T = T_;
-  static constexpr int V = kPack<T>, C = 1 << kLogPacks, E = V * C, N = 1 << kLogN;
-  static constexpr int kRowThreads = N / E;
-  static constexpr int kLanes = kRowThreads < 32 ? kRowThreads : 32;
-  static constexpr int W = kRowThreads / kLanes;
-  static constexpr int kThreads = W > 1 ? kRowThreads : 256;
-  static constexpr int kRowsPerBlock = kThreads / kRowThreads;
-  static constexpr size_t kExchangeBytes = W > 1 ? sizeof(float) * N : 0;
+  static constexpr ButterflyShape kShape = butterfly_shape(kLogN, sizeof(T));
+  static constexpr int V = kPack<T>, E = kShape.per_thread, C = E / V, N = 1 << kLogN;
+  static constexpr int kRowThreads = kShape.row_threads, kLanes = kShape.lanes, W = kShape.warps;
+  static constexpr int kThreads = kShape.threads, kRowsPerBlock = kShape.rows;
   static constexpr int kBlocks = kThreads * (E <= 16 ? 40 : E <= 32 ? 64 : 128) <= 65536
                                      ? 65536 / (kThreads * (E <= 16 ? 40 : E <= 32 ? 64 : 128))
                                      : 1;  // wanted on one multiprocessor
@@ -108,52 +103,20 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
   }
 }
 
-template <typename B, bool kQuantised>
-int launch_butterfly(typename B::T *y, const typename B::T *x, int64_t rows, const Map &map, const Quantiser &q,
-                     cudaStream_t stream) {
-  const auto kernel = butterfly_kernel<B, kQuantised>;
-  if (B::kExchangeBytes + sizeof(Range) * 32 > size_t(max_shared_bytes())) return kNoSuchKernel;
-  if (const int status = allow_shared(kernel, B::kExchangeBytes)) return status;
-  const int64_t blocks = ceil_div(rows, int64_t(B::kRowsPerBlock));
-  if (blocks > kMaxGridX) return cudaErrorInvalidValue;
-  kernel<<<unsigned(blocks), B::kThreads, B::kExchangeBytes, stream>>>(y, x, rows, map, q);
-  return launched();
+}  // namespace
+
+template <typename T>
+int launch_butterfly(const Job &job) {
+  return with_constant<3, sizeof(T) == 4 ? 15 : 9>(job.choice.m_log2, [&](auto n_log2) {
+    return with_bool(job.quantised, [&](auto quantised) {
+      using B = Butterfly<T, decltype(n_log2)::value>;
+      return launch_job(butterfly_kernel<B, decltype(quantised)::value>, ceil_div(job.rows, int64_t(B::kRowsPerBlock)), job);
+    });
+  });
 }
 
-// kNoSuchKernel where the length has no kernel here, or the device no room for its exchange.
-template <bool kQuantised>
-int butterfly_rows(float *y, const float *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
-  switch (map.n) {
-    case 4: return launch_butterfly<Butterfly<float, 2, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 8: return launch_butterfly<Butterfly<float, 3, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 16: return launch_butterfly<Butterfly<float, 4, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 32: return launch_butterfly<Butterfly<float, 5, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 64: return launch_butterfly<Butterfly<float, 6, 1>, kQuantised>(y, x, rows, map, q, stream);
-    case 128: return launch_butterfly<Butterfly<float, 7, 2>, kQuantised>(y, x, rows, map, q, stream);
-    case 256: return launch_butterfly<Butterfly<float, 8, 2>, kQuantised>(y, x, rows, map, q, stream);
-    case 512: return launch_butterfly<Butterfly<float, 9, 2>, kQuantised>(y, x, rows, map, q, stream);
-    case 1024: return launch_butterfly<Butterfly<float, 10, 3>, kQuantised>(y, x, rows, map, q, stream);
-    case 2048: return launch_butterfly<Butterfly<float, 11, 3>, kQuantised>(y, x, rows, map, q, stream);
-    case 4096: return launch_butterfly<Butterfly<float, 12, 3>, kQuantised>(y, x, rows, map, q, stream);
-    case 8192: return launch_butterfly<Butterfly<float, 13, 3>, kQuantised>(y, x, rows, map, q, stream);
-    case 16384: return launch_butterfly<Butterfly<float, 14, 4>, kQuantised>(y, x, rows, map, q, stream);
-    case 32768: return launch_butterfly<Butterfly<float, 15, 4>, kQuantised>(y, x, rows, map, q, stream);
-  }
-  return kNoSuchKernel;
-}
-
-template <bool kQuantised, typename T>
-int butterfly_rows(T *y, const T *x, int64_t rows, const Map &map, const Quantiser &q, cudaStream_t stream) {
-  switch (map.n) {
-    case 8: return launch_butterfly<Butterfly<T, 3, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 16: return launch_butterfly<Butterfly<T, 4, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 32: return launch_butterfly<Butterfly<T, 5, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 64: return launch_butterfly<Butterfly<T, 6, 0>, kQuantised>(y, x, rows, map, q, stream);
-    case 128: return launch_butterfly<Butterfly<T, 7, 1>, kQuantised>(y, x, rows, map, q, stream);
-    case 256: return launch_butterfly<Butterfly<T, 8, 2>, kQuantised>(y, x, rows, map, q, stream);
-    case 512: return launch_butterfly<Butterfly<T, 9, 2>, kQuantised>(y, x, rows, map, q, stream);
-  }
-  return kNoSuchKernel;
-}
+template int launch_butterfly<float>(const Job &);
+template int launch_butterfly<__half>(const Job &);
+template int launch_butterfly<__nv_bfloat16>(const Job &);
 
 }  // namespace sq

@@ -1,0 +1,236 @@
+// Hadamard kernels for sizes that have none of their own:
+//
+//   any_kernel        every size whose row fits in shared memory as floats; simple
+//   sylvester_kernel, left_kernel   float rows longer than that, in two passes through y
+//   tiny_kernel       powers of two below a 16-byte pack
+#include "hadamard.cuh"
+
+namespace sq {
+namespace {
+
+// ---- Every size: a block per row, the row in shared memory as floats. ----
+
+
+// True where H_K (or its transpose) is -1 at (i, j).
+__device__ __forceinline__ bool negative(const Map &map, int i, int j) {
+  const int r = map.transpose ? j : i, c = map.transpose ? i : j;
+  return (map.table[r * map.words + c / 32] >> (c % 32)) & 1u;
+}
+
+// H_K from the left, in place, a warp to a column: lane l holds rows l, l + 32, ..
+__device__ void left_in_shared(float *row, const Map &map) {
+  constexpr int kPer = kMaxOrder / 32;
+  const int m = 1 << map.m_log2, lane = threadIdx.x % 32, warps = int(blockDim.x / 32);
+  for (int col = threadIdx.x / 32; col < m; col += warps) {
+    float in[kPer], sum[kPer];
+#pragma unroll
+    for (int r = 0; r < kPer; ++r) {
+      const int j = r * 32 + lane;
+      in[r] = j < map.k ? row[(j << map.m_log2) + col] : 0.0f;
+      sum[r] = 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < kPer; ++r) {
+      for (int l = 0; l < 32 && r * 32 + l < map.k; ++l) {
+        const float v = __shfl_sync(0xffffffffu, in[r], l);
+#pragma unroll
+        for (int o = 0; o < kPer; ++o) {
+          const int i = o * 32 + lane;
+          if (i < map.k) sum[o] += negative(map, i, r * 32 + l) ? -v : v;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kPer; ++r) {
+      const int i = r * 32 + lane;
+      if (i < map.k) row[(i << map.m_log2) + col] = sum[r];
+    }
+  }
+}
+
+// Sylvester transforms of length 2^m_log2 along a row of n, in place. Begins and ends with a barrier.
+__device__ void sylvester_in_shared(float *row, int n, int m_log2) {
+  for (int s = 0; s < m_log2; ++s) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < n / 2; i += blockDim.x) {
+      const int at = ((i >> s) << (s + 1)) | (i & ((1 << s) - 1));
+      const float a = row[at], b = row[at + (1 << s)];
+      row[at] = a + b;
+      row[at + (1 << s)] = a - b;
+    }
+  }
+  __syncthreads();
+}
+
+template <typename T, bool kQuantised>
+__global__ void __launch_bounds__(1024)
+    any_kernel(T *y, const T *x, int64_t rows, Map map, Quantiser q, int group) {
+  extern __shared__ float row[];
+  __shared__ Range scratch[32];
+  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+    const T *in = x + r * map.n;
+    T *out = y + r * map.n;
+    for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
+      const float v = to_float(in[i]);
+      row[i] = map.signs_in && map.signs_in[i] < 0 ? -v : v;
+    }
+    if (map.k > 1) {
+      __syncthreads();
+      left_in_shared(row, map);
+    }
+    sylvester_in_shared(row, map.n, map.m_log2);
+    for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
+      const float v = row[i] * map.scale;
+      const float signed_v = map.signs_out && map.signs_out[i] < 0 ? -v : v;
+      if (kQuantised) {
+        row[i] = signed_v;
+      } else {
+        out[i] = from_float<T>(signed_v);
+      }
+    }
+    if (kQuantised) {
+      if (group == map.n) {  // the whole row, by the whole block
+        Range range = Range::empty();
+        for (int i = threadIdx.x; i < map.n; i += blockDim.x) range.add(row[i]);
+        const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+        for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
+          float v[1] = {row[i]};
+          coder.fake_quant(v);
+          out[i] = from_float<T>(v[0]);
+        }
+      } else {  // a group to a warp
+        __syncthreads();
+        const int lane = threadIdx.x % 32;
+        for (int g = threadIdx.x / 32; g < map.n / group; g += blockDim.x / 32) {
+          Range range = Range::empty();
+          for (int i = lane; i < group; i += 32) range.add(row[g * group + i]);
+          const NearCoder coder(q, find_step(q, warp_range(range), q.clip), q.clip);
+          for (int i = lane; i < group; i += 32) {
+            float v[1] = {row[g * group + i]};
+            coder.fake_quant(v);
+            out[g * group + i] = from_float<T>(v[0]);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// ---- Long float rows, in two passes through y: nothing is lost, since y is float. ----
+
+// First pass: chunks of 2^chunk_log2 of each row, unscaled. In place or not.
+__global__ void __launch_bounds__(1024)
+    sylvester_kernel(float *y, const float *x, int64_t chunks, int chunk_log2, Map map) {
+  extern __shared__ float row[];
+  const int length = 1 << chunk_log2, per_row = map.n >> chunk_log2;
+  for (int64_t c = blockIdx.x; c < chunks; c += gridDim.x) {
+    const int8_t *signs = map.signs_in ? map.signs_in + int(c % per_row) * length : nullptr;
+    for (int i = threadIdx.x; i < length; i += blockDim.x) {
+      const float v = x[c * length + i];
+      row[i] = signs && signs[i] < 0 ? -v : v;
+    }
+    sylvester_in_shared(row, length, chunk_log2);
+    for (int i = threadIdx.x; i < length; i += blockDim.x) y[c * length + i] = row[i];
+    __syncthreads();
+  }
+}
+
+// Second pass: the matrix from the left, [left, left] with left = n / chunk, H_K or (K = 1) Sylvester; scale and signs.
+// A column of one row to a thread.
+__global__ void left_kernel(float *y, int64_t rows, int chunk_log2, Map map) {
+  const int length = 1 << chunk_log2, left = map.n >> chunk_log2;
+  const int64_t columns = rows * length, stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; c < columns; c += stride) {
+    const int col = int(c % length);
+    float *at = y + c / length * map.n + col;
+    float in[kMaxOrder];
+    for (int j = 0; j < left; ++j) in[j] = at[int64_t(j) * length];
+    for (int i = 0; i < left; ++i) {
+      float sum = 0.0f;
+      for (int j = 0; j < left; ++j) {
+        const bool minus = map.k > 1 ? negative(map, i, j) : (__popc(i & j) & 1) != 0;
+        sum += minus ? -in[j] : in[j];
+      }
+      sum *= map.scale;
+      if (map.signs_out && map.signs_out[i * length + col] < 0) sum = -sum;
+      at[int64_t(i) * length] = sum;
+    }
+  }
+}
+
+// ---- Rows of 1, 2 or 4: a thread to a row. ----
+
+template <typename T, int N, bool kQuantised>
+__global__ void tiny_kernel(T *y, const T *x, int64_t rows, Map map, Quantiser q) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  float v[N];
+  widen(v, load_pack<T, N>(x + row * N));
+  if (map.signs_in) apply_signs<N>(v, map.signs_in);
+  butterflies<1, N>(v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] *= map.scale;
+  if (map.signs_out) apply_signs<N>(v, map.signs_out);
+  if (kQuantised) {
+    Range range = Range::empty();
+#pragma unroll
+    for (int i = 0; i < N; ++i) range.add(v[i]);
+    NearCoder(q, find_step(q, range, q.clip), q.clip).fake_quant(v);
+  }
+  store_global(y + row * N, narrow<T>(v));
+}
+
+// ---- Launching. ----
+
+template <typename T, int N, bool kQuantised>
+int tiny(const Job &job) {
+  return launch_job(tiny_kernel<T, N, kQuantised>, ceil_div(job.rows, int64_t(job.choice.block_rows)), job);
+}
+
+unsigned grid(int64_t blocks) { return unsigned(blocks < kMaxGridX ? blocks : kMaxGridX); }
+
+}  // namespace
+
+template <typename T>
+int launch_tiny(const Job &job) {
+  return with_bool(job.quantised, [&](auto quantised) -> int {
+    constexpr bool kQuantised = decltype(quantised)::value;
+    switch (job.map.n) {
+      case 1: return tiny<T, 1, kQuantised>(job);
+      case 2: return tiny<T, 2, kQuantised>(job);
+      case 4: return tiny<T, 4, kQuantised>(job);
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+template <typename T>
+int launch_any(const Job &job) {
+  return with_bool(job.quantised, [&](auto quantised) {
+    const sq_hadamard_choice &c = job.choice;
+    return launch(any_kernel<T, decltype(quantised)::value>, grid(job.rows), c.threads, size_t(c.shared_bytes), job.stream,
+                  static_cast<T *>(job.y), static_cast<const T *>(job.x), job.rows, job.map, job.q, job.group);
+  });
+}
+
+int launch_two_passes(const Job &job) {
+  const sq_hadamard_choice &c = job.choice;
+  float *const y = static_cast<float *>(job.y);
+  const int64_t chunks = job.rows * (job.map.n >> c.m_log2);
+  if (const int status = launch(sylvester_kernel, grid(chunks), c.threads, size_t(c.shared_bytes), job.stream, y,
+                                static_cast<const float *>(job.x), chunks, c.m_log2, job.map)) {
+    return status;
+  }
+  const int64_t blocks = ceil_div(job.rows << c.m_log2, int64_t(128));
+  return launch(left_kernel, grid(blocks), 128, 0, job.stream, y, job.rows, c.m_log2, job.map);
+}
+
+template int launch_tiny<float>(const Job &);
+template int launch_tiny<__half>(const Job &);
+template int launch_tiny<__nv_bfloat16>(const Job &);
+template int launch_any<float>(const Job &);
+template int launch_any<__half>(const Job &);
+template int launch_any<__nv_bfloat16>(const Job &);
+
+}  // namespace sq
