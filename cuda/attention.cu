@@ -74,7 +74,7 @@ extern "C" int sq_attention_forward(void *o, float *lse, const void *q, const vo
   if (batch == 0 || seq == 0) return cudaSuccess;
   const Forward f{o, lse, q, k, v};
   if (!on_tensor_cores(p, dtype)) return plain_forward(p, f, dtype, cuda_stream(stream));
-  if (current_gpu().warpgroups) return hopper_forward(p, f, dtype, cuda_stream(stream));
+  if (kOnlyHopper || current_gpu().warpgroups) return hopper_forward(p, f, dtype, cuda_stream(stream));
   return tensor_forward(p, f, dtype, cuda_stream(stream));
 }
 
@@ -100,6 +100,6 @@ extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspa
   if (status != cudaSuccess) return status;
   const Backward g{dq, dk, dv, delta, lse2, dout, q, k, v, lse};
   if (!on_tensor_cores(p, dtype)) return plain_backward(p, g, dtype, cuda_stream(stream));
-  if (current_gpu().warpgroups) return hopper_backward(p, g, dtype, cuda_stream(stream));
+  if (kOnlyHopper || current_gpu().warpgroups) return hopper_backward(p, g, dtype, cuda_stream(stream));
   return tensor_backward(p, g, dtype, cuda_stream(stream));
 }

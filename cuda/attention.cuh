@@ -56,6 +56,13 @@ int tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStr
 int hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
 int hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
 
+// Where the build is for sm_90a alone, tensor_* are never called, and the largest tiles always fit: the rest is not compiled.
+#ifdef SQ_ONLY_SM_90A
+constexpr bool kOnlyHopper = true;
+#else
+constexpr bool kOnlyHopper = false;
+#endif
+
 // Calls f(Type<T>{}, D) for the 16-bit type and the dim, padded to 64 or 128 in shared memory.
 template <typename F>
 int dispatch_tensor(sq_dtype dtype, int32_t dim, F &&f) {

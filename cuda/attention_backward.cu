@@ -240,12 +240,16 @@ int launch_keys(const Problem &p, const Backward &g, cudaStream_t stream) {
 }  // namespace
 
 int sq::tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) {
-    using T = typename decltype(t)::type;
-    constexpr int D = decltype(dim)::value;
-    const bool eight = current_gpu().shared_bytes >= KeyShared<D, 8>::kBytes;
-    if (const int status = eight ? launch_keys<T, D, 8>(p, g, stream) : launch_keys<T, D, 4>(p, g, stream)) return status;
-    const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
-    return launch(queries_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kQueryThreads, QueryShared<D>::kBytes, stream, p, g);
+  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+    if constexpr (kOnlyHopper) {
+      return cudaErrorInvalidValue;
+    } else {
+      using T = typename decltype(t)::type;
+      constexpr int D = decltype(dim)::value;
+      const bool eight = current_gpu().shared_bytes >= KeyShared<D, 8>::kBytes;
+      if (const int status = eight ? launch_keys<T, D, 8>(p, g, stream) : launch_keys<T, D, 4>(p, g, stream)) return status;
+      const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
+      return launch(queries_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kQueryThreads, QueryShared<D>::kBytes, stream, p, g);
+    }
   });
 }

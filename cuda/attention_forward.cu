@@ -126,10 +126,14 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
 }  // namespace
 
 int sq::tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) {
-    using T = typename decltype(t)::type;
-    constexpr int D = decltype(dim)::value;
-    const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
-    return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, kSharedBytes<D>, stream, p, f);
+  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+    if constexpr (kOnlyHopper) {
+      return cudaErrorInvalidValue;
+    } else {
+      using T = typename decltype(t)::type;
+      constexpr int D = decltype(dim)::value;
+      const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
+      return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, kSharedBytes<D>, stream, p, f);
+    }
   });
 }

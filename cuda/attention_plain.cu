@@ -336,8 +336,10 @@ template <class T, int D, int TILE> int launch_backward(const Problem &p, const 
 
 // The larger tile where the device has shared memory for it.
 template <class T, int D, int TILE> int choose_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
-  const bool large = current_gpu().shared_bytes >= Geometry<D, TILE>::bytes(kBackwardTiles);
-  return large ? launch_backward<T, D, TILE>(p, g, stream) : launch_backward<T, D, TILE / 2>(p, g, stream);
+  if constexpr (!kOnlyHopper) {
+    if (current_gpu().shared_bytes < Geometry<D, TILE>::bytes(kBackwardTiles)) return launch_backward<T, D, TILE / 2>(p, g, stream);
+  }
+  return launch_backward<T, D, TILE>(p, g, stream);
 }
 
 // In 16 bits a short row comes here only if its dim is no multiple of 8: not worth kernels of its own.

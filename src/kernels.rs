@@ -23,6 +23,7 @@
 //! ```
 
 pub mod cayley;
+mod hadamard_choice;
 
 use std::sync::Arc;
 
@@ -38,6 +39,7 @@ use crate::ops::fake_quant::Outputs;
 use crate::ops::hadamard::Tables;
 use crate::ops::{attention as attend, cross_entropy as loss_of, fake_quant as quant, hadamard as transform};
 use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
+pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 use crate::{DType, Element, Error, Result};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.

@@ -13,6 +13,8 @@ mod export;
 mod gptq;
 mod gradients;
 mod hadamard;
+#[cfg(feature = "cuda")]
+mod hadamard_choice;
 mod limits;
 mod loading;
 mod misuse;

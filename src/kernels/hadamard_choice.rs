@@ -1,0 +1,100 @@
+//! Which kernel maps the rows of a Hadamard map: the launchers' own choice, asked without a device.
+
+use std::ffi::CStr;
+use std::fmt;
+
+use crate::device::cuda::ffi;
+use crate::device::cuda::ops::{code, quant};
+use crate::grid::QuantSpec;
+use crate::hadamard::Hadamard;
+use crate::{DType, Error, Result};
+
+/// What the choice of a kernel depends on, of a card and of the code loaded for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// Bytes of shared memory that a block may have.
+    pub shared_bytes: i32,
+    /// Whether the code is that of `sm_90a`, where kernels may use the matrix products of warpgroups.
+    pub warpgroups: bool,
+}
+
+impl Gpu {
+    /// An H100 or H200, by code for `sm_90a`.
+    pub const SM_90A: Self = Self { shared_bytes: 232_448, warpgroups: true };
+    /// An A100.
+    pub const SM_80: Self = Self { shared_bytes: 166_912, warpgroups: false };
+
+    /// The current device.
+    ///
+    /// # Errors
+    /// CUDA's, with its code: no device, or a driver that is too old.
+    pub fn current() -> Result<Self> {
+        let mut gpu = ffi::sq_gpu { shared_bytes: 0, warpgroups: 0 };
+        // SAFETY: gpu is valid for writes.
+        match unsafe { ffi::sq_current_gpu(&raw mut gpu) } {
+            0 => Ok(Self { shared_bytes: gpu.shared_bytes, warpgroups: gpu.warpgroups != 0 }),
+            status => Err(Error::Cuda(format!("the current device cannot be asked: CUDA error {status}"))),
+        }
+    }
+}
+
+/// A kernel for rows of some length. Displayed as `warpgroup 172x64, 2 rows in 256 threads, 211.3 KiB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HadamardChoice {
+    /// The kernel's family; `cuda/README.md` says what each is for.
+    pub family: &'static str,
+    /// The row as the kernel sees it: a matrix of so many rows and columns.
+    pub view: [usize; 2],
+    /// Tiles of 16 along each side of the matrix that tensor cores multiply by; 0 in families without one.
+    pub tiles: usize,
+    /// Threads of a block.
+    pub threads: usize,
+    /// Rows that a block works on at a time.
+    pub block_rows: usize,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl fmt::Display for HadamardChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ([p, m], rows) = (self.view, if self.block_rows == 1 { "row" } else { "rows" });
+        write!(f, "{} {p}x{m}, {} {rows} in {} threads", self.family, self.block_rows, self.threads)?;
+        if self.shared_bytes > 0 {
+            write!(f, ", {:.1} KiB", self.shared_bytes as f64 / 1024.0)?;
+        }
+        Ok(())
+    }
+}
+
+/// The kernel that [`hadamard`](super::hadamard), or with a spec [`hadamard_fake_quant`](super::hadamard_fake_quant), launches for
+/// the rows of `map` on such a card. Needs no card.
+///
+/// # Errors
+/// Where there is none: a type that kernels do not read, a specification that does not fit the rows, or groups in rows that
+/// shared memory cannot hold.
+pub fn hadamard_choice(map: &Hadamard, dtype: DType, spec: Option<&QuantSpec>, gpu: Gpu) -> Result<HadamardChoice> {
+    let size = map.n() / map.blocks();
+    if let Some(spec) = spec {
+        let _ = spec.group_size(size)?;
+    }
+    let quant = spec.map(quant);
+    let quant = quant.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let gpu = ffi::sq_gpu { shared_bytes: gpu.shared_bytes, warpgroups: gpu.warpgroups.into() };
+    let mut c = ffi::sq_hadamard_choice { family: 0, m_log2: 0, tiles: 0, threads: 0, block_rows: 0, shared_bytes: 0 };
+    let none = || Error::argument("Hadamard kernel", format!("there is none for rows of {size} in {dtype} on such a device"));
+    let (n, k) = (i32::try_from(size).map_err(|_| none())?, i32::try_from(map.k()).map_err(|_| none())?);
+    // SAFETY: c is valid for writes, quant null or valid for reads.
+    if unsafe { ffi::sq_hadamard_choose(&raw mut c, n, k, code(dtype)?, quant, gpu) } != 0 {
+        return Err(none());
+    }
+    // SAFETY: the name is a constant.
+    let name = unsafe { CStr::from_ptr(ffi::sq_hadamard_family_name(c.family)) };
+    Ok(HadamardChoice {
+        family: name.to_str().unwrap_or("none"),
+        view: [size >> c.m_log2, 1 << c.m_log2],
+        tiles: c.tiles as usize,
+        threads: c.threads as usize,
+        block_rows: c.block_rows as usize,
+        shared_bytes: c.shared_bytes as usize,
+    })
+}

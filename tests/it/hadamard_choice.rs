@@ -1,0 +1,87 @@
+//! Which kernel runs for the row lengths of real models. Needs the kernels, but no GPU.
+
+use spinquant::DType;
+use spinquant::grid::QuantSpec;
+use spinquant::hadamard::Hadamard;
+use spinquant::kernels::{Gpu, hadamard_choice};
+
+/// `family PxM` of plain and of quantised rows: 16-bit and f32 on `sm_90a`, then the same on `sm_80`.
+#[rustfmt::skip]
+const CHOICES: [(usize, [[&str; 4]; 2]); 17] = [
+    // n       bf16                 bf16, quantised       f32                  f32, quantised
+    (64,    [["butterfly 1x64",     "butterfly 1x64",     "butterfly 1x64",    "butterfly 1x64"],
+             ["butterfly 1x64",     "butterfly 1x64",     "butterfly 1x64",    "butterfly 1x64"]]),
+    (128,   [["butterfly 1x128",    "butterfly 1x128",    "butterfly 1x128",   "butterfly 1x128"],
+             ["butterfly 1x128",    "butterfly 1x128",    "butterfly 1x128",   "butterfly 1x128"]]),
+    (4096,  [["direct 1x4096",      "direct 1x4096",      "butterfly 1x4096",  "butterfly 1x4096"],
+             ["direct 1x4096",      "direct 1x4096",      "butterfly 1x4096",  "butterfly 1x4096"]]),
+    (5120,  [["fragment 40x128",    "fragment 40x128",    "tensor 80x64",      "tensor-held 80x64"],
+             ["fragment 40x128",    "fragment 40x128",    "tensor 80x64",      "tensor-held 80x64"]]),
+    (5504,  [["tensor 172x32",      "tensor-held 172x32", "tensor 172x32",     "tensor-held 172x32"],
+             ["tensor 172x32",      "tensor-held 172x32", "tensor 172x32",     "tensor-held 172x32"]]),
+    (8192,  [["direct 1x8192",      "direct 1x8192",      "butterfly 1x8192",  "butterfly 1x8192"],
+             ["direct 1x8192",      "direct 1x8192",      "butterfly 1x8192",  "butterfly 1x8192"]]),
+    (8960,  [["fragment 140x64",    "warpgroup 140x64",   "tensor 140x64",     "tensor-held 140x64"],
+             ["fragment 140x64",    "fragment 140x64",    "tensor 140x64",     "tensor-held 140x64"]]),
+    (11008, [["fragment 172x64",    "warpgroup 172x64",   "tensor 172x64",     "tensor-held 172x64"],
+             ["fragment 172x64",    "fragment 172x64",    "tensor 172x64",     "tensor-held 172x64"]]),
+    (13824, [["fragment 108x128",   "warpgroup 108x128",  "tensor 108x128",    "tensor-held 108x128"],
+             ["fragment 108x128",   "fragment 108x128",   "tensor 108x128",    "tensor-held 108x128"]]),
+    (14336, [["fragment 112x128",   "fragment 56x256",    "tensor 112x128",    "tensor-held 112x128"],
+             ["fragment 112x128",   "fragment 56x256",    "tensor 112x128",    "tensor-held 112x128"]]),
+    (18944, [["warpgroup 148x128",  "warpgroup 148x128",  "tensor 148x128",    "tensor-held 148x128"],
+             ["fragment 148x128",   "fragment 148x128",   "tensor 148x128",    "tensor-held 148x128"]]),
+    (25600, [["fragment 100x256",   "warpgroup 100x256",  "tensor 100x256",    "tensor-held 100x256"],
+             ["tensor 100x256",     "tensor-twice 100x256", "tensor 100x256",  "tensor-twice 100x256"]]),
+    (27648, [["fragment 108x256",   "warpgroup 108x256",  "tensor 108x256",    "tensor-held 108x256"],
+             ["tensor 108x256",     "tensor-twice 108x256", "tensor 108x256",  "tensor-twice 108x256"]]),
+    (28672, [["fragment 112x256",   "warpgroup 112x256",  "tensor 112x256",    "tensor-held 112x256"],
+             ["tensor 112x256",     "tensor-twice 112x256", "tensor 112x256",  "tensor-twice 112x256"]]),
+    (32768, [["fragment 128x256",   "fragment 128x256",   "butterfly 1x32768", "butterfly 1x32768"],
+             ["tensor 128x256",     "tensor-twice 128x256", "butterfly 1x32768", "butterfly 1x32768"]]),
+    (53248, [["tensor 104x512",     "tensor-twice 104x512", "any 52x1024",     "any 52x1024"],
+             ["none",               "none",               "two-passes 52x1024", "two-passes 52x1024"]]),
+    (65536, [["tensor 128x512",     "tensor-twice 128x512", "two-passes 2x32768", "two-passes 2x32768"],
+             ["none",               "none",               "two-passes 2x32768", "two-passes 2x32768"]]),
+];
+
+#[test]
+fn the_kernels_of_the_row_lengths_of_models() {
+    let spec = QuantSpec::asymmetric(4);
+    for (n, expected) in CHOICES {
+        let map = Hadamard::new(n).unwrap();
+        for (gpu, expected) in [Gpu::SM_90A, Gpu::SM_80].into_iter().zip(expected) {
+            let cases = [DType::BF16, DType::F32].into_iter().flat_map(|t| [(t, None), (t, Some(&spec))]);
+            for ((dtype, spec), expected) in cases.zip(expected) {
+                let choice = hadamard_choice(&map, dtype, spec, gpu);
+                let (family, view) = choice.as_ref().map_or(("none", [0, 0]), |c| (c.family, c.view));
+                let got = if family == "none" { family.to_owned() } else { format!("{family} {}x{}", view[0], view[1]) };
+                assert_eq!(got, expected, "{n} {dtype} {} on {gpu:?}", if spec.is_some() { "quantised" } else { "plain" });
+                if let Ok(c) = choice {
+                    assert!(c.shared_bytes <= gpu.shared_bytes as usize && c.threads <= 1024, "{c}");
+                    if dtype == DType::BF16 {
+                        assert_eq!(hadamard_choice(&map, DType::F16, spec, gpu).unwrap(), c);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_kernel_of_their_own() {
+    let choose = |n: usize, dtype, spec: Option<QuantSpec>| {
+        hadamard_choice(&Hadamard::new(n).unwrap(), dtype, spec.as_ref(), Gpu::SM_90A).map(|c| c.family)
+    };
+    let asymmetric = QuantSpec::asymmetric(4);
+    assert_eq!(choose(2, DType::F32, None).unwrap(), "tiny");
+    assert_eq!(choose(12, DType::BF16, None).unwrap(), "any");
+    // Groups, and a group as long as the row, whose asymmetric range does not include 0.
+    assert_eq!(choose(4096, DType::BF16, Some(asymmetric.grouped(128))).unwrap(), "any");
+    assert_eq!(choose(4096, DType::BF16, Some(asymmetric.grouped(4096))).unwrap(), "any");
+    assert_eq!(choose(4096, DType::BF16, Some(QuantSpec::symmetric(4).grouped(4096))).unwrap(), "direct");
+    assert!(choose(65536, DType::BF16, Some(asymmetric.grouped(128))).is_err());
+    assert_eq!(choose(65536, DType::F32, Some(asymmetric.grouped(128))).unwrap(), "two-passes");
+    assert!(choose(4096, DType::F64, None).is_err());
+    assert!(choose(4096, DType::BF16, Some(asymmetric.grouped(100))).is_err());
+}
