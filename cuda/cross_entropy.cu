@@ -103,7 +103,7 @@ int cross_entropy(T *logits, float *loss, const int32_t *targets, int64_t rows, 
                   cudaStream_t stream) {
   const int64_t packs = vocab / N;
   // Packs that fit beside `scratch` and what the driver keeps, for so many blocks on a multiprocessor.
-  const int64_t shared = max_shared_bytes() + 1024;
+  const int64_t shared = current_gpu().shared_bytes + 1024;
   const auto room = [&](int blocks) { return (shared / blocks - 1024 - 256) / int64_t(sizeof(Pack<T, N>)); };
 
   const auto launch = [&](auto *kernel, int threads, int64_t fits) -> int {

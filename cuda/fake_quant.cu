@@ -343,7 +343,7 @@ int launch_search(T *y, const Outputs &out, int32_t *best, const T *x, int64_t r
   const int64_t blocks = ceil_div(rows, int64_t(teams));
   if (blocks > kMaxGridX) return cudaErrorInvalidValue;
   size_t bytes = size_t(cols) * sizeof(float) * teams;
-  const bool staged = bytes <= size_t(max_shared_bytes()) - 4096;
+  const bool staged = bytes <= size_t(current_gpu().shared_bytes) - 4096;
   if (!staged) bytes = 0;
   const auto kernel = search_kernel<T, kThreads>;
   if (const int status = allow_shared(kernel, bytes)) return status;

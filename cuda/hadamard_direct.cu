@@ -44,17 +44,18 @@ __host__ __device__ constexpr int direct_place(int element) {
   return (element >> 2 ^ flip) * 16;
 }
 
-// A lane's packs of a row, with the signs of the input; `at` is the thread's first value.
+// A lane's packs of a row, with the signs of the input; `first` is the thread's first value.
 template <typename D>
-__device__ __forceinline__ void load(uint32_t (&words)[D::C][4], const typename D::T *row, int at, const int8_t *signs) {
+__device__ __forceinline__ void load(uint32_t (&words)[D::C][4], const typename D::T *x, int64_t row, int first,
+                                     const int8_t *signs) {
   using T = typename D::T;
   Pack<T> packs[D::C];
 #pragma unroll
-  for (int c = 0; c < D::C; ++c) packs[c] = load_pack(row + at + c * 256);
+  for (int c = 0; c < D::C; ++c) packs[c] = load_pack(x + row * D::N + first + c * 256);
   if (signs) {
 #pragma unroll
     for (int c = 0; c < D::C; ++c) {
-      const Pack<int8_t, 8> flips = load_pack<int8_t, 8>(signs + at + c * 256);
+      const Pack<int8_t, 8> flips = load_pack<int8_t, 8>(signs + first + c * 256);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if (flips.v[i] < 0) packs[c].v[i] = -packs[c].v[i];
@@ -157,13 +158,13 @@ __device__ __forceinline__ void quantise(float (&v)[D::E], const Quantiser &q, f
 }
 
 template <typename D>
-__device__ __forceinline__ void store(typename D::T *y, const float (&v)[D::E]) {
+__device__ __forceinline__ void store(typename D::T *y, int64_t row, int out, const float (&v)[D::E]) {
 #pragma unroll
   for (int c = 0; c < D::C; ++c) {
     float part[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) part[i] = v[c * 8 + i];
-    store_global(y + D::ahead(c), narrow<typename D::T>(part));
+    store_global(y + row * D::N + out + D::ahead(c), narrow<typename D::T>(part));
   }
 }
 
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
   // This lane's part of pack 0, loading.
   const int lane_element = D::kExchange ? lane * 8 : ((lane & 3) | (lane >> 3) << 2 | (lane >> 2 & 1) << 4) * 8;
   uint32_t words[D::C][4];
-  load<D>(words, x + row * D::N, (warp << (8 + kPackBits)) + lane_element, map.signs_in);
+  load<D>(words, x, row, (warp << (8 + kPackBits)) + lane_element, map.signs_in);
   float v[D::E];
   multiply<D>(v, words, lane);
   butterfly_direct<D, kQuantised>(v, map.scale);
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
     for (int c = 0; c < D::C; ++c) apply_signs<8>(v + c * 8, map.signs_out + out + D::ahead(c));
   }
   if constexpr (kQuantised) quantise<D>(v, q, map.scale, scratch, warp, lane);
-  store<D>(y + row * D::N + out, v);
+  store<D>(y, row, out, v);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
  *     (0 = launched); unsupported arguments return cudaErrorInvalidValue (1);
  *   - 16-bit tensors are computed on in float and rounded once, at the store;
  *   - no float atomics: equal inputs give equal bits;
+ *   - sq_current_gpu and sq_hadamard_choose say beforehand what a launcher will run;
  *   - output may alias the input of the same shape where "in place" is said.
  */
 #ifndef SPINQUANT_KERNELS_H
@@ -52,14 +53,7 @@ typedef struct {
   const int8_t *signs;
 } sq_hadamard_map;
 
-/* hadamard.cu ------------------------------------------------------------------------------------------------- */
-
-/* y[rows, n] = map(x[rows, n]); in place allowed. n <= 65536. */
-int sq_hadamard(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_dtype dtype, sq_stream stream);
-
-/* y[rows, n] = fake_quant(map(x[rows, n])) in one pass; the transformed row is not rounded to 16 bits in between. In place allowed. */
-int sq_hadamard_fake_quant(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_quant quant, sq_dtype dtype,
-                           sq_stream stream);
+/* gpu.cu ------------------------------------------------------------------------------------------------------ */
 
 /* What the choice of a kernel depends on, of a device and of the code loaded for it.
  *   shared_bytes  that a block may have: 232448 on compute capability 9.0, 166912 on 8.0, 101376 on 8.6 and 8.9
@@ -71,6 +65,15 @@ typedef struct {
 
 /* That of the current device. */
 int sq_current_gpu(sq_gpu *gpu);
+
+/* hadamard.cu, hadamard_choice.h, hadamard_*.cu ---------------------------------------------------------------- */
+
+/* y[rows, n] = map(x[rows, n]); in place allowed. n <= 65536. */
+int sq_hadamard(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_dtype dtype, sq_stream stream);
+
+/* y[rows, n] = fake_quant(map(x[rows, n])) in one pass; the transformed row is not rounded to 16 bits in between. In place allowed. */
+int sq_hadamard_fake_quant(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_quant quant, sq_dtype dtype,
+                           sq_stream stream);
 
 /* The families of kernels; cuda/README.md says what each is for. */
 typedef enum {
@@ -140,7 +143,7 @@ int sq_rms_norm_backward(void *dx, const void *dy, const void *x, const void *ga
 int sq_rope(void *y, const void *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int32_t heads,
             int32_t dim, int32_t transpose, sq_dtype dtype, sq_stream stream);
 
-/* attention.cu ------------------------------------------------------------------------------------------------ */
+/* attention.cu, attention_*.cu -------------------------------------------------------------------------------- */
 
 /* Causal attention. q, o [batch*seq, heads, dim]; k, v [batch*seq, kv_heads, dim]; query head h reads kv head
  * h / (heads / kv_heads). lse [batch, heads, seq] receives the natural log-sum-exp of the scaled scores.

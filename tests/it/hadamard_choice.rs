@@ -47,7 +47,7 @@ const CHOICES: [(usize, [[&str; 4]; 2]); 17] = [
 
 #[test]
 fn the_kernels_of_the_row_lengths_of_models() {
-    let spec = QuantSpec::asymmetric(4);
+    let spec = QuantSpec::activation(4, false);
     for (n, expected) in CHOICES {
         let map = Hadamard::new(n).unwrap();
         for (gpu, expected) in [Gpu::SM_90A, Gpu::SM_80].into_iter().zip(expected) {
@@ -73,15 +73,43 @@ fn rows_without_a_kernel_of_their_own() {
     let choose = |n: usize, dtype, spec: Option<QuantSpec>| {
         hadamard_choice(&Hadamard::new(n).unwrap(), dtype, spec.as_ref(), Gpu::SM_90A).map(|c| c.family)
     };
-    let asymmetric = QuantSpec::asymmetric(4);
+    let asymmetric = QuantSpec::activation(4, false);
     assert_eq!(choose(2, DType::F32, None).unwrap(), "tiny");
     assert_eq!(choose(12, DType::BF16, None).unwrap(), "any");
     // Groups, and a group as long as the row, whose asymmetric range does not include 0.
     assert_eq!(choose(4096, DType::BF16, Some(asymmetric.grouped(128))).unwrap(), "any");
     assert_eq!(choose(4096, DType::BF16, Some(asymmetric.grouped(4096))).unwrap(), "any");
-    assert_eq!(choose(4096, DType::BF16, Some(QuantSpec::symmetric(4).grouped(4096))).unwrap(), "direct");
+    assert_eq!(choose(4096, DType::BF16, Some(QuantSpec::activation(4, true).grouped(4096))).unwrap(), "direct");
     assert!(choose(65536, DType::BF16, Some(asymmetric.grouped(128))).is_err());
     assert_eq!(choose(65536, DType::F32, Some(asymmetric.grouped(128))).unwrap(), "two-passes");
     assert!(choose(4096, DType::F64, None).is_err());
     assert!(choose(4096, DType::BF16, Some(asymmetric.grouped(100))).is_err());
+}
+
+/// The table of cuda/README.md, in the words that the choice itself gives.
+#[test]
+fn the_table_of_the_readme() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/README.md")).unwrap();
+    let spec = QuantSpec::activation(4, false);
+    let name = |n: usize, dtype, spec: Option<&QuantSpec>, gpu| {
+        let choice = hadamard_choice(&Hadamard::new(n).unwrap(), dtype, spec, gpu);
+        choice.map_or("none".into(), |c| match c.tiles {
+            0 => c.family.to_owned(),
+            _ => format!("{} {}x{}", c.family, c.view[0], c.view[1]),
+        })
+    };
+    let mut rows = 0;
+    for row in readme.lines().filter(|l| l.starts_with("| ") && l.as_bytes()[2].is_ascii_digit()) {
+        let cells: Vec<_> = row.trim_matches(['|', ' ']).split(" | ").collect();
+        let n = cells[0].parse().unwrap();
+        let kinds = [(DType::BF16, None), (DType::BF16, Some(&spec)), (DType::F32, None), (DType::F32, Some(&spec))];
+        assert_eq!(cells.len(), 1 + kinds.len(), "{row}");
+        for (cell, (dtype, spec)) in cells[1..].iter().zip(kinds) {
+            let [hopper, ampere] = [Gpu::SM_90A, Gpu::SM_80].map(|gpu| name(n, dtype, spec, gpu));
+            let expected = if hopper == ampere { hopper } else { format!("{hopper}, `sm_80`: {ampere}") };
+            assert_eq!(*cell, expected, "{n} {dtype}");
+        }
+        rows += 1;
+    }
+    assert!(rows > 15, "the table has {rows} rows");
 }
