@@ -39,8 +39,8 @@ use crate::ops::fake_quant::Outputs;
 use crate::ops::hadamard::Tables;
 use crate::ops::{attention as attend, cross_entropy as loss_of, fake_quant as quant, hadamard as transform};
 use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
-pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 use crate::{DType, Element, Error, Result};
+pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.
 #[allow(private_bounds)]

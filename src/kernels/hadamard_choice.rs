@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::fmt;
 
 use crate::device::cuda::ffi;
-use crate::device::cuda::ops::{code, quant};
+use crate::device::launch::code;
 use crate::grid::QuantSpec;
 use crate::hadamard::Hadamard;
 use crate::{DType, Error, Result};
@@ -74,17 +74,21 @@ impl fmt::Display for HadamardChoice {
 /// shared memory cannot hold.
 pub fn hadamard_choice(map: &Hadamard, dtype: DType, spec: Option<&QuantSpec>, gpu: Gpu) -> Result<HadamardChoice> {
     let size = map.n() / map.blocks();
+    let mut quant = None;
     if let Some(spec) = spec {
-        let _ = spec.group_size(size)?;
+        // At most the size, which is checked below.
+        let whole = spec.group_size(size)?;
+        let group = spec.group.map_or(0, |_| whole as i32);
+        // The target and the clip ratio do not matter here.
+        quant = Some(ffi::sq_quant { bits: spec.bits as i32, symmetric: spec.symmetric.into(), weight: 0, group, clip: 1.0 });
     }
-    let quant = spec.map(quant);
     let quant = quant.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     let gpu = ffi::sq_gpu { shared_bytes: gpu.shared_bytes, warpgroups: gpu.warpgroups.into() };
     let mut c = ffi::sq_hadamard_choice { family: 0, m_log2: 0, tiles: 0, threads: 0, block_rows: 0, shared_bytes: 0 };
     let none = || Error::argument("Hadamard kernel", format!("there is none for rows of {size} in {dtype} on such a device"));
     let (n, k) = (i32::try_from(size).map_err(|_| none())?, i32::try_from(map.k()).map_err(|_| none())?);
     // SAFETY: c is valid for writes, quant null or valid for reads.
-    if unsafe { ffi::sq_hadamard_choose(&raw mut c, n, k, code(dtype)?, quant, gpu) } != 0 {
+    if unsafe { ffi::sq_hadamard_choose(&raw mut c, n, k, code(dtype.into())?, quant, gpu) } != 0 {
         return Err(none());
     }
     // SAFETY: the name is a constant.
