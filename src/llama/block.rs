@@ -45,7 +45,7 @@ impl Block {
     /// Runs the layer: `x` [tokens, C] in R1's basis, and out again. The last operation is not computed on a tape
     /// [for gradients](crate::Tape::for_gradients).
     ///
-    /// The figure of the paper in eleven lines. Q quantises; every W and b holds its rotations ([`Block::rotate`]).
+    /// The figure of the paper, line by line. Q quantises; every W and b holds its rotations ([`Block::rotate`]).
     ///
     /// ```text
     /// h = Q(norm(x))
