@@ -205,6 +205,13 @@ int sq_gptq_sweep(void *y, int16_t *codes, float *errors, double *loss, const fl
                   const float *scale, const float *zero, const uint32_t *order, int64_t rows, int64_t n, int64_t start,
                   int64_t width, sq_quant quant, sq_dtype dtype, sq_stream stream);
 
+/* bias.cu ----------------------------------------------------------------------------------------------------- */
+
+/* y[i, j] = x[i, j] + b[j] for x, y [rows, cols] and b [cols]. In place allowed. */
+int sq_add_bias(void *y, const void *x, const void *b, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream);
+/* sums[j] = sum over i of x[i, j], for x [rows, cols], in float and in a fixed order, rounded once. */
+int sq_column_sums(void *sums, const void *x, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream);
+
 /* elementwise.cu ---------------------------------------------------------------------------------------------- */
 
 /* y = alpha * a + beta * b; b may be NULL when beta is 0. In place allowed. */

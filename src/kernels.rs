@@ -35,6 +35,7 @@ use crate::device::launch::{Kind, View};
 use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
 pub use crate::ops::attention::Sizes;
+use crate::ops::bias;
 use crate::ops::fake_quant::Outputs;
 use crate::ops::hadamard::Tables;
 use crate::ops::{attention as attend, cross_entropy as loss_of, fake_quant as quant, hadamard as transform};
@@ -280,6 +281,41 @@ pub fn rope<T: Float>(
 ) -> Result<()> {
     let (y, x, cosine, sine) = (write(stream, y), read(stream, x), read(stream, cosine), read(stream, sine));
     rotary::launch(Queue::of(stream), y.view, x.view, [cosine.view, sine.view], heads, transpose)
+}
+
+/// `y = x + b` for every row of x, of as many values as b.
+///
+/// ```no_run
+/// use spinquant::kernels;
+/// let stream = cudarc::driver::CudaContext::new(0)?.default_stream();
+/// let (x, b) = (stream.alloc_zeros::<f32>(3 * 64)?, stream.alloc_zeros::<f32>(64)?);
+/// let mut y = stream.alloc_zeros::<f32>(3 * 64)?;
+/// kernels::add_bias(&stream, &mut y, &x, &b)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn add_bias<T: Float>(
+    stream: &CudaStream,
+    y: &mut impl DevicePtrMut<T>,
+    x: &impl DevicePtr<T>,
+    b: &impl DevicePtr<T>,
+) -> Result<()> {
+    let (y, x, b) = (write(stream, y), read(stream, x), read(stream, b));
+    bias::launch(Queue::of(stream), y.view, x.view, b.view)
+}
+
+/// The sum of all rows of x, of as many values as there are sums: the gradient of b in [`add_bias`].
+///
+/// ```no_run
+/// use spinquant::kernels;
+/// let stream = cudarc::driver::CudaContext::new(0)?.default_stream();
+/// let x = stream.alloc_zeros::<f32>(3 * 64)?;
+/// let mut sums = stream.alloc_zeros::<f32>(64)?;
+/// kernels::column_sums(&stream, &mut sums, &x)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn column_sums<T: Float>(stream: &CudaStream, sums: &mut impl DevicePtrMut<T>, x: &impl DevicePtr<T>) -> Result<()> {
+    let (sums, x) = (write(stream, sums), read(stream, x));
+    bias::launch_sums(Queue::of(stream), sums.view, x.view)
 }
 
 /// `y = silu(gate) · up`.

@@ -2,7 +2,9 @@
 
 use rayon::prelude::*;
 
-use crate::device::cpu;
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, View, Work};
+use crate::device::{cpu, ffi};
 use crate::ops::{Case, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
@@ -34,6 +36,14 @@ impl Op for AddBias {
         fast(&mut y, b.as_slice()?);
         Tensor::from_vec(y, shape)
     }
+    /// In place of x when unshared.
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
+        let [x, b] = inputs.take()?;
+        let (mut x, b) = (x.aligned()?, b.aligned()?);
+        let y = x.or_new(device)?;
+        launch(device.queue(), y.view()?, x.view()?, b.view()?)?;
+        Ok(y)
+    }
     fn backward(&self, _: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
         let n = dy.cols();
         let db = match want[1] {
@@ -43,6 +53,37 @@ impl Op for AddBias {
         };
         Ok(vec![want[0].then_some(dy), db])
     }
+    fn gpu_backward(&self, device: &CudaDevice, _: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let sums = || {
+            let (dy, db) = (dy.clone().aligned()?, Tensor::on(device, &[dy.cols()], dy.dtype())?);
+            launch_sums(device.queue(), db.view()?, dy.view()?)?;
+            Ok(db)
+        };
+        let db = want[1].then(sums).transpose()?;
+        Ok(vec![want[0].then_some(dy), db])
+    }
+}
+
+/// `y = x + b` for every row of x, of as many values as b; y may be x.
+pub(crate) fn launch(queue: Queue<'_>, y: View<'_>, x: View<'_>, b: View<'_>) -> Result<()> {
+    let c = Check::new("add_bias", queue);
+    let (n, cols, kind, work) = (x.len(), b.len(), x.kind(), Work::moving("bias", 2 * x.bytes()));
+    let (rows, dtype) = (c.long(c.rows(n, cols)?)?, c.code(kind)?);
+    let (y, x, b) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?, c.operand("b", b, kind, cols)?);
+    let cols = c.long(cols)?;
+    // SAFETY: x and y are rows · cols values of one kind and may be the same, b is cols values.
+    c.launch(work, |s| unsafe { ffi!(sq_add_bias(y, x, b, rows, cols, dtype, s)) })
+}
+
+/// `db = Σ dy` over the rows of dy, of as many values as db.
+pub(crate) fn launch_sums(queue: Queue<'_>, db: View<'_>, dy: View<'_>) -> Result<()> {
+    let c = Check::new("add_bias backward", queue);
+    let (n, cols, kind, work) = (dy.len(), db.len(), dy.kind(), Work::moving("bias", dy.bytes()));
+    let (rows, dtype) = (c.long(c.rows(n, cols)?)?, c.code(kind)?);
+    let (db, dy) = (c.operand("db", db, kind, cols)?, c.operand("dy", dy, kind, n)?);
+    let cols = c.long(cols)?;
+    // SAFETY: dy is rows · cols values of one kind, db is cols values.
+    c.launch(work, |s| unsafe { ffi!(sq_column_sums(db, dy, rows, cols, dtype, s)) })
 }
 
 impl Var<'_> {

@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 use spinquant::device::cuda::CudaDevice;
 use spinquant::kernels::{self, HadamardMap, Sizes};
-use spinquant::ops::{attention, randn, rms_norm, swiglu};
+use spinquant::ops::{attention, bias, randn, rms_norm, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::{DType, Tape, Tensor};
 
@@ -76,6 +76,12 @@ fn kernels_are_the_operations() {
     close(&d, &gy, &rms_norm::reference_backward(&wide(&values(2, rows * n)), &wide(&x), &r, n), 1e-4);
     kernels::swiglu(s, &mut gy, &gx, &up).unwrap();
     close(&d, &gy, &swiglu::reference(&wide(&x), &wide(&values(2, rows * n))), 1e-5);
+    let b = values(6, n);
+    kernels::add_bias(s, &mut gy, &gx, &s.clone_htod(&b).unwrap()).unwrap();
+    close(&d, &gy, &bias::reference(&wide(&x), &wide(&b)), 1e-6);
+    let mut sums = s.alloc_zeros::<f32>(n).unwrap();
+    kernels::column_sums(s, &mut sums, &gx).unwrap();
+    close(&d, &sums, &bias::reference_backward(&wide(&x), n), 1e-5);
     // Every angle a quarter turn: (a, b) becomes (−b, a).
     let (cosine, sine) = (s.alloc_zeros::<f32>(2 * 4).unwrap(), s.clone_htod(&[1f32; 2 * 4]).unwrap());
     kernels::rope(s, &mut gy, &gx, &cosine, &sine, (n / 8, 8), false).unwrap();
@@ -112,6 +118,7 @@ fn kernels_are_the_operations() {
     // What does not fit is refused.
     let mut short = s.alloc_zeros::<f32>(n).unwrap();
     assert!(kernels::hadamard(s, &mut short, &gx, &map, false).is_err());
+    assert!(kernels::add_bias(s, &mut gy, &gx, &s.alloc_zeros::<f32>(n - 1).unwrap()).is_err());
     assert!(kernels::swiglu(s, &mut gy.slice_mut(1..), &gx.slice(1..), &up.slice(1..)).is_err());
     assert!(kernels::fake_quant(s, &mut gy, &gx, n - 1, &QuantSpec::activation(4, false)).is_err());
 }
