@@ -289,7 +289,7 @@ fn goldens(folder: &Path, device: &Device) -> Result<(f64, f64)> {
         let dir = folder.join(name);
         let path = dir.join("golden.safetensors");
         if !path.exists() {
-            let message = "expected the small models of the golden tests";
+            let message = "expected the small models of the golden tests; say where with --goldens DIR";
             return Err(Error::format(&path, message));
         }
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
