@@ -231,6 +231,11 @@ int sq_sum(float *sum, double *workspace, const void *x, int64_t count, sq_dtype
 /* *flag = 1 where any value is NaN or infinite; *flag is not cleared first. */
 int sq_not_finite(int32_t *flag, const void *x, int64_t count, sq_dtype dtype, sq_stream stream);
 
+/* axpby_bf16.cu ----------------------------------------------------------------------------------------------- */
+
+/* y = alpha * a + beta * b, rounded once to bf16. */
+int sq_axpby_bf16(void *y, float alpha, const float *a, float beta, const float *b, int64_t count, sq_stream stream);
+
 /* kl_divergence.cu -------------------------------------------------------------------------------------------- */
 
 /* Per row of logits and teacher [rows, vocab]: loss[row] = sum p (log p - log q), p = softmax(teacher), q = softmax(logits),

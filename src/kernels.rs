@@ -38,7 +38,9 @@ pub use crate::ops::attention::Sizes;
 use crate::ops::bias;
 use crate::ops::fake_quant::Outputs;
 use crate::ops::hadamard::Tables;
-use crate::ops::{attention as attend, cross_entropy as loss_of, fake_quant as quant, hadamard as transform};
+use crate::ops::{
+    attention as attend, axpby_bf16 as mixed, cross_entropy as loss_of, fake_quant as quant, hadamard as transform,
+};
 use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
 use crate::{DType, Element, Error, Result};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
@@ -427,4 +429,25 @@ pub fn cross_entropy<T: Float>(
 ) -> Result<()> {
     let (logits, loss, targets) = (write(stream, logits), write(stream, loss), read(stream, targets));
     loss_of::launch(Queue::of(stream), logits.view, loss.view, targets.view, vocab, scale)
+}
+
+/// `y = alpha a + beta b` of `f32` values, rounded once to bf16.
+///
+/// ```no_run
+/// use half::bf16;
+/// use spinquant::kernels;
+/// let stream = cudarc::driver::CudaContext::new(0)?.default_stream();
+/// let (a, b) = (stream.clone_htod(&[1f32, 2.0])?, stream.clone_htod(&[4f32, 8.0])?);
+/// let mut y = stream.alloc_zeros::<bf16>(2)?;
+/// kernels::axpby_bf16(&stream, &mut y, (0.5, &a), (0.25, &b))?; // 1.5, 3
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn axpby_bf16(
+    stream: &CudaStream,
+    y: &mut impl DevicePtrMut<bf16>,
+    (alpha, a): (f32, &impl DevicePtr<f32>),
+    (beta, b): (f32, &impl DevicePtr<f32>),
+) -> Result<()> {
+    let (y, a, b) = (write(stream, y), read(stream, a), read(stream, b));
+    mixed::launch(Queue::of(stream), y.view, (alpha, a.view), (beta, b.view))
 }

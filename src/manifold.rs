@@ -342,7 +342,7 @@ fn generator(seed: u64, index: u64) -> rand_chacha::ChaCha8Rng {
 /// A uniformly random orthogonal matrix.
 pub(crate) fn haar(n: usize, seed: u64, index: u64) -> Result<Vec<f64>> {
     let mut rng = generator(seed, index);
-    let gaussian: Vec<f64> = (0..n * n).map(|_| crate::ops::normal(&mut rng)).collect();
+    let gaussian: Vec<f64> = (0..n * n).map(|_| crate::random::normal(&mut rng)).collect();
     Ok(qr(&gaussian, n).0)
 }
 

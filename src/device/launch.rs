@@ -199,6 +199,11 @@ pub(crate) fn code(kind: Kind) -> Result<ffi::sq_dtype> {
     }
 }
 
+/// A number as the launchers take small extents.
+pub(crate) fn int(what: &str, n: usize) -> Result<i32> {
+    i32::try_from(n).map_err(|_| Error::argument(what, format!("{n} is too large")))
+}
+
 /// The checks of one launcher's operands.
 #[derive(Clone, Copy)]
 pub(crate) struct Check<'a> {
@@ -262,7 +267,7 @@ impl<'a> Check<'a> {
 
     /// A number as the launchers take small extents.
     pub(crate) fn int(&self, n: usize) -> Result<i32> {
-        i32::try_from(n).map_err(|_| Error::argument(self.what, format!("{n} is too large")))
+        int(self.what, n)
     }
 
     /// Runs the launcher.

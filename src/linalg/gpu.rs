@@ -73,7 +73,7 @@ pub(crate) fn launch_normalize_rows(queue: Queue<'_>, y: View<'_>, x: View<'_>, 
 }
 
 /// `w = a − aᵀ` for every n×n matrix; w may not be a. Both `f32`.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // for slices alone: tensors take transpose_axpby
+#[allow(dead_code)] // for slices alone, which only a build with GPU support has: tensors take transpose_axpby
 pub(crate) fn launch_skew(queue: Queue<'_>, w: View<'_>, a: View<'_>, n: usize) -> Result<()> {
     let c = Check::new("skew", queue);
     let Batch { len, batch, n, .. } = Batch::new(&c, a.len(), n)?;

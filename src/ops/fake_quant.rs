@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::device::cuda::ffi::sq_quant;
 use crate::device::cuda::{CudaDevice, Queue};
-use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::launch::{Check, Kind, View, Work, int};
 use crate::device::{Device, cpu, ffi};
 use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, Target, fast_grid, reference_grid};
 use crate::ops::{Case, randn};
@@ -146,7 +146,7 @@ pub(crate) fn launch(queue: Queue<'_>, out: Outputs<'_>, x: View<'_>, cols: usiz
     if !search && out.best.is_some() {
         return Err(Error::argument("fake_quant", "no search, and so no chosen candidates"));
     }
-    let (rows, cols, quant, dtype) = (c.long(rows)?, c.long(cols)?, launch_spec(&c, spec)?, c.code(kind)?);
+    let (rows, cols, quant, dtype) = (c.long(rows)?, c.long(cols)?, launch_spec(spec)?, c.code(kind)?);
     // SAFETY: x has rows · cols values, every output is null or as large as kernels.h asks; y may be x.
     c.launch(work, |s| unsafe {
         if search {
@@ -158,12 +158,12 @@ pub(crate) fn launch(queue: Queue<'_>, out: Outputs<'_>, x: View<'_>, cols: usiz
 }
 
 /// A specification as the launchers take it.
-pub(crate) fn launch_spec(c: &Check<'_>, spec: &QuantSpec) -> Result<sq_quant> {
+pub(crate) fn launch_spec(spec: &QuantSpec) -> Result<sq_quant> {
     Ok(sq_quant {
         bits: spec.bits as i32,
         symmetric: spec.symmetric.into(),
         weight: (spec.target == Target::Weight).into(),
-        group: c.int(spec.group.unwrap_or(0))?,
+        group: int("quantisation group", spec.group.unwrap_or(0))?,
         clip: match spec.clip {
             Clip::Ratio(r) => r as f32,
             Clip::Search => 1.0,

@@ -6,6 +6,7 @@
 
 pub mod add;
 pub mod attention;
+pub mod axpby_bf16;
 pub mod bias;
 pub mod cast;
 pub mod cross_entropy;
@@ -78,6 +79,7 @@ pub fn cases() -> Vec<Case> {
     [
         add::cases(),
         attention::cases(),
+        axpby_bf16::cases(),
         bias::cases(),
         cross_entropy::cases(),
         embedding::cases(),

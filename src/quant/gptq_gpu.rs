@@ -327,7 +327,7 @@ unsafe fn launch_sweep(queue: Queue<'_>, to: &Swept<'_>, from: &Sweeping<'_>, sp
     let zero = c.operand("zero", from.zero, Kind::F32, groups)?;
     let order = c.optional("order", from.order, Kind::U32, n)?;
     let (rows, n, start, width) = (c.long(rows)?, c.long(n)?, c.long(start)?, c.long(width)?);
-    let (quant, dtype) = (launch_spec(&c, spec)?, c.code(kind)?);
+    let (quant, dtype) = (launch_spec(spec)?, c.code(kind)?);
     // SAFETY: sizes as kernels.h asks; that the order names columns is the caller's word.
     c.launch(Work::of("gptq sweep"), |s| unsafe {
         ffi!(sq_gptq_sweep(y, codes, errors, loss, w, u, scale, zero, order, rows, n, start, width, quant, dtype, s))

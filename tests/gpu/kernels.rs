@@ -1,7 +1,9 @@
 //! Kernels without a tape give what the operations give, and refuse slices that do not fit.
 
-use cudarc::driver::CudaSlice;
-use spinquant::device::cuda::CudaDevice;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
+use half::bf16;
 use spinquant::kernels::{self, HadamardMap, Sizes};
 use spinquant::ops::{attention, bias, randn, rms_norm, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
@@ -16,24 +18,23 @@ fn wide(x: &[f32]) -> Vec<f64> {
 }
 
 #[track_caller]
-fn close(d: &CudaDevice, got: &CudaSlice<f32>, want: &[f64], tolerance: f64) {
-    let got = d.stream().clone_dtoh(got).unwrap();
-    d.synchronize().unwrap();
+fn close(s: &Arc<CudaStream>, got: &CudaSlice<f32>, want: &[f64], tolerance: f64) {
+    let got = s.clone_dtoh(got).unwrap();
+    s.synchronize().unwrap();
     assert_eq!(got.len(), want.len());
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
         assert!((f64::from(*g) - w).abs() <= tolerance, "value {i}: {g}, not {w}");
     }
 }
 
-fn device() -> CudaDevice {
-    CudaDevice::new(0).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"))
+fn stream() -> Arc<CudaStream> {
+    CudaContext::new(0).and_then(|c| c.new_stream()).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"))
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn kernels_are_the_operations() {
-    let d = device();
-    let s = d.stream();
+    let s = &stream();
     let (rows, n) = (6, 344);
     let x = values(1, rows * n);
     let (gx, mut gy) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows * n).unwrap());
@@ -42,22 +43,22 @@ fn kernels_are_the_operations() {
     let mut want = wide(&x);
     want.chunks_mut(n).for_each(|row| map.map().reference(row, false).unwrap());
     kernels::hadamard(s, &mut gy, &gx, &map, false).unwrap();
-    close(&d, &gy, &want, 1e-4);
+    close(s, &gy, &want, 1e-4);
     kernels::hadamard_in_place(s, &mut gy, &map, true).unwrap();
-    close(&d, &gy, &wide(&x), 1e-4);
+    close(s, &gy, &wide(&x), 1e-4);
     let signs: Vec<i8> = (0..n).map(|i| if i % 3 == 0 { -1 } else { 1 }).collect();
     let signed = HadamardMap::new(s, n).unwrap().with_signs(s, &signs).unwrap();
     kernels::hadamard(s, &mut gy, &gx, &signed, false).unwrap();
     let mut want: Vec<f64> = wide(&x).iter().enumerate().map(|(i, x)| x * f64::from(signs[i % n])).collect();
     want.chunks_mut(n).for_each(|row| map.map().reference(row, false).unwrap());
-    close(&d, &gy, &want, 1e-4);
+    close(s, &gy, &want, 1e-4);
 
     let tensor = Tensor::from_vec(x.clone(), [rows, n]).unwrap();
     for spec in [QuantSpec::activation(4, false), QuantSpec::weight(4, true).clipped(Clip::Search)] {
         let q = spinquant::ops::fake_quant::quantize(&tensor, &spec).unwrap();
         kernels::fake_quant(s, &mut gy, &gx, n, &spec).unwrap();
         let want = q.dequantize().unwrap().to_f64_vec().unwrap();
-        close(&d, &gy, &want, 1e-5);
+        close(s, &gy, &want, 1e-5);
         let mut codes = s.alloc_zeros::<i16>(rows * n).unwrap();
         let (mut scale, mut zero) = (s.alloc_zeros::<f32>(rows).unwrap(), s.alloc_zeros::<f32>(rows).unwrap());
         kernels::quantize(s, &mut codes, &mut scale, &mut zero, &gx, n, &spec).unwrap();
@@ -70,23 +71,23 @@ fn kernels_are_the_operations() {
     let mut inverse = s.alloc_zeros::<f32>(rows).unwrap();
     kernels::rms_norm(s, &mut gy, &mut inverse, &gx, n, 1e-5).unwrap();
     let (want, r) = rms_norm::reference(&wide(&x), n, 1e-5);
-    close(&d, &gy, &want, 1e-5);
+    close(s, &gy, &want, 1e-5);
     let up = s.clone_htod(&values(2, rows * n)).unwrap();
     kernels::rms_norm_backward(s, &mut gy, &up, &gx, &inverse, n).unwrap();
-    close(&d, &gy, &rms_norm::reference_backward(&wide(&values(2, rows * n)), &wide(&x), &r, n), 1e-4);
+    close(s, &gy, &rms_norm::reference_backward(&wide(&values(2, rows * n)), &wide(&x), &r, n), 1e-4);
     kernels::swiglu(s, &mut gy, &gx, &up).unwrap();
-    close(&d, &gy, &swiglu::reference(&wide(&x), &wide(&values(2, rows * n))), 1e-5);
+    close(s, &gy, &swiglu::reference(&wide(&x), &wide(&values(2, rows * n))), 1e-5);
     let b = values(6, n);
     kernels::add_bias(s, &mut gy, &gx, &s.clone_htod(&b).unwrap()).unwrap();
-    close(&d, &gy, &bias::reference(&wide(&x), &wide(&b)), 1e-6);
+    close(s, &gy, &bias::reference(&wide(&x), &wide(&b)), 1e-6);
     let mut sums = s.alloc_zeros::<f32>(n).unwrap();
     kernels::column_sums(s, &mut sums, &gx).unwrap();
-    close(&d, &sums, &bias::reference_backward(&wide(&x), n), 1e-5);
+    close(s, &sums, &bias::reference_backward(&wide(&x), n), 1e-5);
     // Every angle a quarter turn: (a, b) becomes (−b, a).
     let (cosine, sine) = (s.alloc_zeros::<f32>(2 * 4).unwrap(), s.clone_htod(&[1f32; 2 * 4]).unwrap());
     kernels::rope(s, &mut gy, &gx, &cosine, &sine, (n / 8, 8), false).unwrap();
     let want = wide(&x).chunks(8).flat_map(|h| (0..8).map(|i| if i < 4 { -h[i + 4] } else { h[i - 4] })).collect::<Vec<_>>();
-    close(&d, &gy, &want, 1e-6);
+    close(s, &gy, &want, 1e-6);
 
     let sizes = Sizes { batch: 2, seq: 9, heads: 4, kv_heads: 2, dim: 16 };
     let (q_len, k_len) = (2 * 9 * 4 * 16, 2 * 9 * 2 * 16);
@@ -95,16 +96,16 @@ fn kernels_are_the_operations() {
     let (mut o, mut lse) = (s.alloc_zeros::<f32>(q_len).unwrap(), s.alloc_zeros::<f32>(2 * 4 * 9).unwrap());
     kernels::attention(s, &mut o, &mut lse, &gq, &gk, &gv, &sizes).unwrap();
     let (want, want_lse) = attention::reference(&wide(&q), &wide(&k), &wide(&v), sizes);
-    close(&d, &o, &want, 1e-4);
-    close(&d, &lse, &want_lse, 1e-4);
+    close(s, &o, &want, 1e-4);
+    close(s, &lse, &want_lse, 1e-4);
     let [mut dq, mut dk, mut dv] = [q_len, k_len, k_len].map(|n| s.alloc_zeros::<f32>(n).unwrap());
     let bytes = kernels::attention_workspace(&sizes, DType::F32).unwrap().max(1);
     let mut workspace = s.alloc_zeros::<u8>(bytes).unwrap();
     kernels::attention_backward(s, [&mut dq, &mut dk, &mut dv], &mut workspace, &gq, [&gq, &gk, &gv], &o, &lse, &sizes).unwrap();
     let want = attention::reference_backward(&wide(&q), &wide(&q), &wide(&k), &wide(&v), sizes);
-    close(&d, &dq, &want.0, 1e-3);
-    close(&d, &dk, &want.1, 1e-3);
-    close(&d, &dv, &want.2, 1e-3);
+    close(s, &dq, &want.0, 1e-3);
+    close(s, &dk, &want.1, 1e-3);
+    close(s, &dv, &want.2, 1e-3);
 
     let (mut logits, mut loss) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows).unwrap());
     let targets = s.clone_htod(&[0i32, 1, 2, 3, -1, 343]).unwrap();
@@ -113,7 +114,7 @@ fn kernels_are_the_operations() {
     let l = tape.variable(Tensor::from_vec(wide(&x), [rows, n]).unwrap());
     let mean = l.clone().cross_entropy(vec![0, 1, 2, 3, -1, 343].into()).unwrap();
     let dl = tape.backward(mean).unwrap().take(&l).unwrap();
-    close(&d, &logits, &dl.to_f64_vec().unwrap(), 1e-5);
+    close(s, &logits, &dl.to_f64_vec().unwrap(), 1e-5);
 
     // What does not fit is refused.
     let mut short = s.alloc_zeros::<f32>(n).unwrap();
@@ -121,4 +122,62 @@ fn kernels_are_the_operations() {
     assert!(kernels::add_bias(s, &mut gy, &gx, &s.alloc_zeros::<f32>(n - 1).unwrap()).is_err());
     assert!(kernels::swiglu(s, &mut gy.slice_mut(1..), &gx.slice(1..), &up.slice(1..)).is_err());
     assert!(kernels::fake_quant(s, &mut gy, &gx, n - 1, &QuantSpec::activation(4, false)).is_err());
+}
+
+/// Gradients of the gated activation, the rounded sum, and what Cayley steps are made of.
+#[test]
+#[ignore = "needs a GPU"]
+fn the_other_kernels_are_the_operations() {
+    use kernels::cayley;
+    use spinquant::linalg;
+    let s = &stream();
+    let n = 1000;
+    let [gate, up, dy] = [1, 2, 3].map(|seed| values(seed, n));
+    let [g, u, d] = [&gate, &up, &dy].map(|x| s.clone_htod(x).unwrap());
+    let (mut dgate, mut dup) = (s.alloc_zeros::<f32>(n).unwrap(), s.alloc_zeros::<f32>(n).unwrap());
+    kernels::swiglu_backward(s, &mut dgate, &mut dup, &d, &g, &u).unwrap();
+    let want = swiglu::reference_backward(&wide(&dy), &wide(&gate), &wide(&up));
+    close(s, &dgate, &want.0, 1e-5);
+    close(s, &dup, &want.1, 1e-5);
+    assert!(kernels::swiglu_backward(s, &mut dgate, &mut dup, &d.slice(..8), &g, &u).is_err());
+
+    let mut y = s.alloc_zeros::<bf16>(n).unwrap();
+    kernels::axpby_bf16(s, &mut y, (0.5, &g), (-2.0, &u)).unwrap();
+    let got = s.clone_dtoh(&y).unwrap();
+    for ((y, a), b) in got.iter().zip(&gate).zip(&up) {
+        let exact = 0.5 * f64::from(*a) - 2.0 * f64::from(*b);
+        assert!((y.to_f64() - exact).abs() <= 2f64.powi(-8) * exact.abs(), "{y}, not {exact}");
+    }
+    assert!(kernels::axpby_bf16(s, &mut y, (0.5, &g.slice(4..)), (-2.0, &u)).is_err());
+
+    let (k, n) = (3, 36);
+    let [a, b] = [4, 5].map(|seed| randn([k, n, n], seed).to_dtype(DType::F32).unwrap());
+    let [x, z] = [&a, &b].map(|t| s.clone_htod(t.as_slice::<f32>().unwrap()).unwrap());
+    let (mut y, mut alpha) = (s.alloc_zeros::<f32>(k * n * n).unwrap(), s.alloc_zeros::<f32>(k).unwrap());
+    let f64s = |t: Tensor| t.to_f64_vec().unwrap();
+    cayley::normalize_rows(s, &mut y, &x, n).unwrap();
+    close(s, &y, &f64s(linalg::normalize_rows(a.clone()).unwrap()), 1e-6);
+    cayley::skew(s, &mut y, &x, n).unwrap();
+    close(s, &y, &f64s(linalg::skew(&a).unwrap()), 0.0);
+    cayley::transpose_axpby(s, &mut y, (0.5, &x), (2.0, &z), n).unwrap();
+    close(s, &y, &f64s(linalg::transpose_axpby(0.5, &a, 2.0, Some(&b)).unwrap()), 1e-5);
+    cayley::step_size(s, &mut alpha, &x, 0.01, n).unwrap();
+    let steps = linalg::step_size(&a, 0.01).unwrap();
+    close(s, &alpha, &f64s(steps.clone()), 1e-6);
+    cayley::add_scaled(s, &mut y, &z, (0.5, &alpha), &x, n).unwrap();
+    close(s, &y, &f64s(linalg::add_scaled(Some(b), &steps, 0.5, &a).unwrap()), 1e-5);
+    let mut wider = s.alloc_zeros::<f64>(k * n * n).unwrap();
+    cayley::widen(s, &mut wider, &x).unwrap();
+    assert_eq!(s.clone_dtoh(&wider).unwrap(), f64s(a.clone()));
+    // Any matrices will do as Gram matrices.
+    let mut error = s.alloc_zeros::<f64>(k).unwrap();
+    cayley::gram_residual(s, &mut y, &mut error, &wider, n).unwrap();
+    let residual: Vec<f64> =
+        f64s(a).iter().enumerate().map(|(i, g)| f64::from(u8::from(i % (n * n) % (n + 1) == 0)) - g).collect();
+    close(s, &y, &residual, 1e-6);
+    let largest = |r: &[f64]| r.iter().fold(0f64, |m, x| m.max(x.abs()));
+    let errors = s.clone_dtoh(&error).unwrap();
+    errors.iter().zip(residual.chunks(n * n)).for_each(|(e, r)| assert!((e - largest(r)).abs() < 1e-12));
+    assert!(cayley::skew(s, &mut y, &x, n + 1).is_err());
+    assert!(cayley::step_size(s, &mut y, &x, 0.01, n).is_err());
 }

@@ -434,7 +434,6 @@ impl Drop for Task {
 /// Peak memory in bytes: of the process on the CPU, of the tensors on a GPU.
 pub fn peak_bytes(device: &Device) -> Option<u64> {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => d.peak_bytes().ok(),
         _ => spinquant::device::cpu::peak_bytes(),
     }

@@ -84,7 +84,6 @@ fn measure(point: &Point, scheme: Scheme, device: &Device, card: &Card) -> Resul
 
 fn reset_peak(device: &Device) -> Result<()> {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => d.reset_peak(),
         _ => Err(Error::device("growth", "expected a GPU, got the CPU")),
     }

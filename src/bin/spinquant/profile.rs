@@ -179,7 +179,6 @@ impl Row {
 
 fn card(device: &Device) -> Result<Card> {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => d.card(),
         _ => Ok(Card::h100()),
     }
@@ -187,7 +186,6 @@ fn card(device: &Device) -> Result<Card> {
 
 fn start_profile(device: &Device) {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => d.start_profile(),
         _ => {}
     }
@@ -195,7 +193,6 @@ fn start_profile(device: &Device) {
 
 fn stop_profile(device: &Device) -> Vec<Row> {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => {
             let phases = d.stop_profile().unwrap_or_default().into_iter();
             phases
@@ -216,7 +213,6 @@ fn stop_profile(device: &Device) -> Vec<Row> {
 
 fn wait(device: &Device) -> Result<()> {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => d.synchronize(),
         _ => Ok(()),
     }

@@ -134,8 +134,12 @@ impl CudaDevice {
         self.0.context.name().map_err(driver_error("device name"))
     }
 
-    /// The stream all work runs on.
-    pub fn stream(&self) -> &Arc<CudaStream> {
+    /// The stream all work runs on. Its context records no events, so that other streams do not wait for it: for slices of your own take
+    /// a stream of another `CudaContext` of the same GPU, whose memory every launcher takes too.
+    ///
+    /// # Safety
+    /// What is allocated on this stream, or written on it, is used on no other.
+    pub unsafe fn stream(&self) -> &Arc<CudaStream> {
         &self.0.stream
     }
 

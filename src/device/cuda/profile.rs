@@ -68,7 +68,7 @@ impl CudaDevice {
 
     /// Runs a launch, between events where somebody watches.
     pub(super) fn profiled(&self, work: Work, launch: impl FnOnce() -> Result<()>) -> Result<()> {
-        let event = || self.stream().record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver_error("profile"));
+        let event = || self.0.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver_error("profile"));
         let watched = self.0.profile.lock().unwrap_or_else(|e| e.into_inner()).is_some();
         if !watched {
             return launch();

@@ -25,7 +25,8 @@ fn failed(what: &str) -> impl FnOnce(DriverError) -> Error + '_ {
 /// The median of many calls between events. Short calls are replayed from a graph where `graph` allows it: the calls may then
 /// allocate nothing.
 pub fn time(device: &CudaDevice, graph: bool, mut f: impl FnMut() -> Result<()>) -> Result<Timed> {
-    let stream = device.stream();
+    // SAFETY: nothing here has another stream.
+    let stream = unsafe { device.stream() };
     f()?;
     f()?;
     let first = median(stream, 3, &mut f)?;
@@ -80,7 +81,8 @@ pub fn run(job: &Job, device: &CudaDevice) -> Result<Measured> {
 }
 
 fn go<T: Float>(job: &Job, device: &CudaDevice) -> Result<Measured> {
-    let (stream, n, dtype) = (device.stream(), job.n, T::DTYPE);
+    // SAFETY: nothing here has another stream.
+    let (stream, n, dtype) = (unsafe { device.stream() }, job.n, T::DTYPE);
     let x = normal::<T>(stream, job.rows * n)?;
     let mut y = stream.clone_dtod(&x).map_err(failed("allocation"))?;
     let bytes = 2.0 * (x.len() * dtype.size()) as f64;

@@ -206,7 +206,6 @@ fn report(job: &Job, outcome: &Result<Measured, String>) -> (String, Value) {
 
 fn device_name(device: &Device) -> String {
     match device {
-        #[cfg(feature = "cuda")]
         Device::Cuda(d) => d.name().unwrap_or_else(|_| "a GPU".into()),
         _ => format!("the CPU, {} threads", std::thread::available_parallelism().map_or(1, usize::from)),
     }
