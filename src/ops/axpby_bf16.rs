@@ -8,7 +8,7 @@ use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::ops::{Case, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
-use crate::{DType, Element, Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// The operation on two tensors of one shape; keeps nothing.
 #[derive(Clone, Copy, Debug)]
