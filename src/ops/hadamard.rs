@@ -150,7 +150,7 @@ pub(crate) fn launch(
         table: c.optional("table", table, Kind::U32, k * k.div_ceil(32))?.cast(),
         signs: c.optional("signs", signs, Kind::I8, map.n())?.cast(),
     };
-    let quant = spec.map(|spec| launch_spec(spec)).transpose()?;
+    let quant = spec.map(launch_spec).transpose()?;
     // SAFETY: x and y have rows · size values and may be the same; the table has K rows of ceil(K/32) words, the signs n values.
     c.launch(work, |s| unsafe {
         match quant {

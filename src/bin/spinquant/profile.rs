@@ -185,9 +185,8 @@ fn card(device: &Device) -> Result<Card> {
 }
 
 fn start_profile(device: &Device) {
-    match device {
-        Device::Cuda(d) => d.start_profile(),
-        _ => {}
+    if let Device::Cuda(d) = device {
+        d.start_profile();
     }
 }
 
