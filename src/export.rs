@@ -5,8 +5,10 @@
 //!   their grid. A tied head is written out.
 //! - [`Format::Native`]: everything the quantised network needs and what was done, in `spinquant.json` and `model.safetensors`.
 //!
-//! A [`Writer`] takes one layer at a time, in any order, into a temporary folder beside the output (`.NAME.partial`) and renames
-//! it when all are there. A run that was killed continues from the layers already written, and ends in the same bytes.
+//! A [`Writer`] takes one layer at a time, in any order, into a temporary folder beside the output (`.NAME.partial`) and moves it into
+//! place when all are there. Where the output folder cannot be renamed, a mount point say, the temporary folder is in it
+//! (`.spinquant.partial`) and its files are moved, `spinquant.json` last. A run that was killed at any point continues from the layers
+//! already written, and ends in the same bytes.
 //!
 //! # The native layout
 //! `spinquant.json`: `format` "spinquant-native", `format_version` 1, `config` (a LLaMA `config.json`), `scheme` (the fields of
@@ -35,13 +37,14 @@
 
 mod native;
 mod parts;
+mod place;
 mod write;
 
 pub use native::{Native, Record, is_native, load_native};
 pub use write::{write_hf, write_quantized, write_rtn};
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -55,6 +58,7 @@ use crate::quant::{ClipRatios, Online, QuantSpec, Scheme};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor, io};
 use parts::{Part, Raw};
+use place::{Place, RUN, copy};
 
 /// The file that says what an output folder is.
 pub const RECORD: &str = "spinquant.json";
@@ -141,12 +145,15 @@ pub struct Provenance {
 /// What is written, and where.
 #[derive(Clone, Debug)]
 pub struct Output<'a> {
-    /// The folder; must be absent or empty.
+    /// The folder; must be absent or empty. Links are followed.
     pub dir: &'a Path,
     /// Its layout.
     pub format: Format,
-    /// Replace what is in the folder, and any unfinished output beside it that belongs to another run.
+    /// Replace the output that is in the folder, and any unfinished output beside it that belongs to another run. A folder that is or
+    /// holds the source or one of the inputs, or anything that was not written here, is refused all the same.
     pub overwrite: bool,
+    /// Files and folders that the run reads, besides the source.
+    pub inputs: Vec<PathBuf>,
     /// The most bytes of tensors in one Hugging Face file.
     pub shard_bytes: u64,
     /// The folder whose tokenizer is copied, and whose `config.json` a Hugging Face output keeps where it can.
@@ -158,7 +165,15 @@ pub struct Output<'a> {
 impl<'a> Output<'a> {
     /// Into an absent or empty folder, with the usual shards.
     pub fn new(dir: &'a Path, format: Format) -> Self {
-        Self { dir, format, overwrite: false, shard_bytes: SHARD_BYTES, source: None, provenance: Provenance::default() }
+        Self {
+            dir,
+            format,
+            overwrite: false,
+            inputs: vec![],
+            shard_bytes: SHARD_BYTES,
+            source: None,
+            provenance: Provenance::default(),
+        }
     }
 }
 
@@ -223,10 +238,9 @@ pub struct Writer<'a> {
     scheme: Scheme,
     dtype: DType,
     rotations: Option<&'a Rotations>,
-    partial: PathBuf,
+    place: Place,
     /// The record but for the command line: what must agree for a run to continue.
     record: Map<String, Value>,
-    _lock: File,
 }
 
 impl<'a> Writer<'a> {
@@ -278,47 +292,32 @@ impl<'a> Writer<'a> {
             record.insert("made_for".into(), serde_json::to_value(scheme).expect("JSON"));
         }
 
-        let dir = output.dir;
-        check_free(dir, output.overwrite)?;
-        let name = dir.file_name().ok_or_else(|| Error::argument("output folder", format!("{} has no name", dir.display())))?;
-        let partial = dir.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-        fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
-        let lock = partial.join("lock");
-        let file = File::create(&lock).map_err(Error::io(&lock))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::format(&partial, "another process is writing this output")),
-            Err(TryLockError::Error(e)) => return Err(Error::io(&lock)(e)),
-        }
-        let writer = Self { output, config: config.clone(), scheme, dtype, rotations, partial, record, _lock: file };
+        let place = Place::open(&output)?;
+        let writer = Self { output, config: config.clone(), scheme, dtype, rotations, place, record };
         writer.start()?;
         Ok(writer)
     }
 
     /// Begins afresh, or checks that what is there belongs to this run.
     fn start(&self) -> Result<()> {
-        let run = self.partial.join("run.json");
+        let run = self.place.partial.join(RUN);
         let ours = Value::from(self.record.clone());
-        if run.exists() {
-            let bytes = fs::read(&run).map_err(Error::io(&run))?;
-            let saved: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
-            if saved == ours {
-                return Ok(());
-            }
-            if !self.output.overwrite {
-                let different = self.record.iter().find(|(k, v)| saved.get(*k) != Some(v)).map_or("format", |(k, _)| k);
-                let message = format!("unfinished output of another run: {different} differs; delete the folder or overwrite");
-                return Err(Error::format(&self.partial, message));
-            }
-            for l in 0..self.config.layers.max(saved["config"]["num_hidden_layers"].as_u64().unwrap_or(0).min(1 << 12) as usize) {
-                remove_file(&self.part(l))?;
-            }
+        // A run that cannot be read owns nothing.
+        let saved: Value = fs::read(&run).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or(Value::Null);
+        if saved == ours {
+            return Ok(());
         }
-        io::write_atomically(&run, |out| out.write_all(format!("{ours:#}\n").as_bytes()))
+        if !saved.is_null() && !self.output.overwrite {
+            let different = self.record.iter().find(|(k, v)| saved.get(*k) != Some(v)).map_or("format", |(k, _)| k);
+            let message = format!("unfinished output of another run: {different} differs; delete the folder or overwrite");
+            return Err(Error::format(&self.place.partial, message));
+        }
+        self.place.clear()?;
+        write_text(&run, &format!("{ours:#}\n"))
     }
 
     fn part(&self, layer: usize) -> PathBuf {
-        self.partial.join(format!("layer-{layer:05}.safetensors"))
+        self.place.partial.join(format!("layer-{layer:05}.safetensors"))
     }
 
     /// True when a layer was written before, by this run or by one it continues.
@@ -399,7 +398,7 @@ impl<'a> Writer<'a> {
         let mut metadata: BTreeMap<&str, String> = BTreeMap::new();
         let mut record = self.record.clone();
         record["provenance"]["command"] = self.output.provenance.command.clone().into();
-        let done = self.partial.join("done");
+        let done = self.place.partial.join("done");
         if done.exists() {
             fs::remove_dir_all(&done).map_err(Error::io(&done))?; // joined, but not moved
         }
@@ -417,7 +416,7 @@ impl<'a> Writer<'a> {
                 u64::MAX
             }
         };
-        let rest = self.partial.join("rest.safetensors");
+        let rest = self.place.partial.join("rest.safetensors");
         parts::write(&rest, &raws, &BTreeMap::new())?;
         let files = std::iter::once(rest.clone()).chain((0..config.layers).map(|l| self.part(l)));
         let files = files.map(|path| Part::open(&path)).collect::<Result<Vec<_>>>()?;
@@ -426,27 +425,9 @@ impl<'a> Writer<'a> {
         write_text(&done.join(RECORD), &format!("{:#}\n", Value::from(record)))?;
         for name in COPIED {
             let Some(from) = self.output.source.map(|s| s.join(name)).filter(|p| p.is_file()) else { continue };
-            fs::copy(&from, done.join(name)).map_err(Error::io(&from))?;
+            copy(&from, &done.join(name))?;
         }
-        self.publish(&done)
-    }
-
-    /// Moves the finished folder into place.
-    fn publish(&self, done: &Path) -> Result<()> {
-        let dir = self.output.dir;
-        check_free(dir, self.output.overwrite)?;
-        let old = self.partial.join("old");
-        if dir.exists() {
-            if old.exists() {
-                fs::remove_dir_all(&old).map_err(Error::io(&old))?;
-            }
-            fs::rename(dir, &old).map_err(Error::io(dir))?;
-        }
-        if let Err(e) = fs::rename(done, dir) {
-            let _ = fs::rename(&old, dir); // what was there, if anything, back to its place
-            return Err(Error::io(dir)(e));
-        }
-        fs::remove_dir_all(&self.partial).map_err(Error::io(&self.partial))
+        self.place.publish(&done, &self.output)
     }
 
     /// The source's `config.json` with what has changed, or one of our own.
@@ -483,24 +464,4 @@ fn ones(n: usize, dtype: DType) -> Result<Tensor> {
 
 fn write_text(path: &Path, text: &str) -> Result<()> {
     io::write_atomically(path, |out| out.write_all(text.as_bytes()))
-}
-
-fn remove_file(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
-        _ => Ok(()),
-    }
-}
-
-/// An absent or empty folder, or one that may be replaced.
-fn check_free(dir: &Path, overwrite: bool) -> Result<()> {
-    let mut entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(Error::io(dir)(e)),
-    };
-    match entries.next() {
-        Some(_) if !overwrite => Err(Error::format(dir, "the output folder is not empty; choose another or overwrite it")),
-        _ => Ok(()),
-    }
 }

@@ -3,6 +3,7 @@
 mod files;
 
 pub use files::{check_writable, follow, write_atomically};
+pub(crate) use files::{exchange, folder_of, is_mount_point, sync_folder};
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -68,7 +68,7 @@ pub fn follow(path: &Path) -> IoResult<PathBuf> {
 }
 
 /// The folder that a file is in.
-fn folder_of(path: &Path) -> &Path {
+pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -109,7 +109,7 @@ fn remove_abandoned(folder: &Path) {
 }
 
 /// Makes renames in a folder last through a loss of power, where the system knows how.
-fn sync_folder(folder: &Path) -> IoResult<()> {
+pub(crate) fn sync_folder(folder: &Path) -> IoResult<()> {
     if cfg!(not(unix)) {
         return Ok(());
     }
@@ -161,8 +161,22 @@ fn try_folder(target: &Path) -> IoResult<()> {
     name.close()
 }
 
+/// Gives two files or folders one another's name in one step, where the system knows how.
+pub(crate) fn exchange(one: &Path, other: &Path) -> IoResult<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(IoError::from)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (one, other);
+        Err(ErrorKind::Unsupported.into())
+    }
+}
+
 /// True where something is mounted on `path`: it can be written into, but not renamed.
-fn is_mount_point(path: &Path) -> bool {
+pub(crate) fn is_mount_point(path: &Path) -> bool {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};

@@ -7,8 +7,10 @@ pub use options::{ClipChoice, LearnOptions, Settings};
 use watch::Steps;
 pub use watch::Watch;
 
+use std::cell::OnceCell;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -16,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::calibrate::{ClipFound, ClipGoal, search_clips};
 use crate::data::{self, Sampler, Windows, split_held_out};
-use crate::llama::{Linear, Llama, Recompute, RotationVars};
+use crate::llama::{Llama, Recompute, RotationVars};
 use crate::objective::Batch;
 use crate::optim::{Optimizer, State};
 use crate::profile::{enter, enter_pass};
@@ -157,14 +159,22 @@ pub fn learn_watched(
     let settings = Settings { scheme, ..options.settle(model, windows, optimizer)? };
     let (train, held_out) = split_held_out(windows, settings.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
-    let fingerprint = fingerprint(model, windows, &rotations, optimizer.name(), options, &settings)?;
+    // Reads the whole model, so only where there is a state to read or to write.
+    let name = optimizer.name().to_string();
+    let known = OnceCell::new();
+    let fingerprint = || -> Result<&Value> {
+        if known.get().is_none() {
+            let _ = known.set(fingerprint(model, windows, &rotations, &name, options, &settings)?);
+        }
+        Ok(known.get().expect("just set"))
+    };
 
     let saved = match &options.checkpoint {
         Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
         _ => None,
     };
     let mut now = match saved {
-        Some((path, state)) => resume(state, &fingerprint, path, optimizer)?,
+        Some((path, state)) => resume(state, fingerprint()?, path, optimizer)?,
         None => Progress {
             rotations: on_device.to_dtype(dtype)?,
             step: 0,
@@ -176,9 +186,10 @@ pub fn learn_watched(
     };
     drop(on_device);
     now.rotations = now.rotations.to_device(&model.device())?;
-    let score = |r: &Rotations| held_out_loss(model, windows, &held_out, r, &scheme, settings.micro_batch);
+    let stopped = || options.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
+    let score = |r: &Rotations| held_out_until(model, windows, &held_out, r, &scheme, settings.micro_batch, &stopped);
     if now.step == 0 {
-        now.held_out.0 = score(&now.rotations)?;
+        now.held_out.0 = score(&now.rotations)?.ok_or(Error::Interrupted { step: 0 })?;
         now.held_out.1 = now.held_out.0;
     }
     watch.begin("learning", steps);
@@ -209,15 +220,15 @@ pub fn learn_watched(
         now.seconds += seconds;
         now.orthogonality_error = now.orthogonality_error.max(orthogonality_error);
         let scored = now.step == steps || now.step.is_multiple_of(options.held_out_every.max(1));
-        let held_out = if scored { Some(score(&now.rotations)?) } else { None };
+        let held_out = if scored { score(&now.rotations)? } else { None };
         now.held_out.1 = held_out.unwrap_or(now.held_out.1);
         let report = StepReport { step: now.step, loss, learning_rate, held_out, orthogonality_error, seconds };
-        let stop = watch.step(&report).is_break();
+        let stop = watch.step(&report).is_break() || stopped();
         if let Some((path, every)) = &options.checkpoint
             && now.step < steps
             && (stop || now.step.is_multiple_of((*every).max(1)))
         {
-            save(&now, &fingerprint, path, optimizer)?;
+            save(&now, fingerprint()?, path, optimizer)?;
         }
         if stop && now.step < steps {
             return Err(Error::Interrupted { step: now.step });
@@ -317,17 +328,33 @@ pub fn held_out_loss(
     scheme: &Scheme,
     at_once: usize,
 ) -> Result<f64> {
+    Ok(held_out_until(model, windows, held_out, rotations, scheme, at_once, &|| false)?.unwrap_or(f64::NAN))
+}
+
+/// The same, or none where it was stopped.
+fn held_out_until(
+    model: &Llama,
+    windows: &Windows,
+    held_out: &[usize],
+    rotations: &Rotations,
+    scheme: &Scheme,
+    at_once: usize,
+    stopped: &dyn Fn() -> bool,
+) -> Result<Option<f64>> {
     if held_out.is_empty() {
-        return Ok(f64::NAN);
+        return Ok(Some(f64::NAN));
     }
     let mut sum = 0.0;
     for part in held_out.chunks(at_once) {
+        if stopped() {
+            return Ok(None);
+        }
         let tape = Tape::new();
         let vars = RotationVars::constants(&tape, rotations)?;
         let loss = model.loss(&vars, &windows.batch(part), windows.seq_len(), scheme, Recompute::None)?;
         sum += loss.value().item()? * part.len() as f64;
     }
-    Ok(sum / held_out.len() as f64)
+    Ok(Some(sum / held_out.len() as f64))
 }
 
 /// What must agree between a saved state and the run that continues it.
@@ -340,9 +367,6 @@ fn fingerprint(
     settings: &Settings,
 ) -> Result<Value> {
     let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
-    // A row of every layer tells models apart without reading them whole.
-    let rows = model.blocks.iter().map(|b| &b.weights[Linear::Down].weight).chain([&model.head]).map(|w| w.slice(0, 1));
-    let rows = rows.map(|row| values(&row?)).collect::<Result<Vec<_>>>()?;
     Ok(json!({
         "scheme": format!("{:?}", settings.scheme),
         "steps": o.steps,
@@ -356,7 +380,7 @@ fn fingerprint(
         "windows": windows.len(),
         "text": windows.checksum(),
         "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?)),
-        "weights": data::checksum(rows.into_iter().flatten()),
+        "weights": model.sha256()?,
         "optimizer": optimizer,
         "objective": o.objective.name(),
         "dtype": model.dtype().to_string(),

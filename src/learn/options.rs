@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::calibrate::ClipGoal;
 use crate::data::{Sampler, Windows, split_held_out};
@@ -52,6 +53,9 @@ pub struct LearnOptions {
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Continue from that state if it exists.
     pub resume: bool,
+    /// Another thread sets this to end the run like a callback that breaks, while held-out windows are scored too. Those of the step in
+    /// hand then stay without a score.
+    pub stop: Option<Arc<AtomicBool>>,
 }
 
 impl Default for LearnOptions {
@@ -73,6 +77,7 @@ impl Default for LearnOptions {
             objective: Arc::new(CrossEntropy),
             checkpoint: None,
             resume: false,
+            stop: None,
         }
     }
 }

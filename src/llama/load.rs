@@ -84,7 +84,7 @@ impl Source {
         Ok(self.table(EMBEDDING)?.dtype)
     }
 
-    /// SHA-256 of every tensor's name, type, shape and first 4 KiB: tells models of one shape apart without reading them whole.
+    /// SHA-256 of every tensor's name, type, shape and bytes: what the model is.
     pub fn sha256(&self) -> String {
         self.checkpoint.sha256()
     }

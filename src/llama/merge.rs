@@ -93,13 +93,13 @@ impl<'a> Rotated<'a> {
         !matches!(self.from, From::Memory(model) if model.blocks.iter().any(|b| b.gains().is_some()))
     }
 
-    /// Tells models of one shape apart: a SHA-256 of some of the weights.
+    /// What the model is: a SHA-256 of all its weights, as files or as loaded.
     ///
     /// # Errors
-    /// A failing copy from a GPU.
+    /// Weights that cannot be copied from their device.
     pub fn sha256(&self) -> Result<String> {
         match self.from {
-            From::Memory(model) => model.sample_sha256(),
+            From::Memory(model) => model.sha256(),
             From::Files(source) => Ok(source.sha256()),
         }
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::data;
@@ -289,17 +290,21 @@ impl Llama {
         Merged::new(&rotated, (0..self.blocks.len()).map(|i| block(&rotated, i)).collect::<Result<_>>()?)
     }
 
-    /// SHA-256 of every weight's first row and every bias: tells models of one shape apart.
+    /// SHA-256 of every value of every weight, and of their types and shapes: what the model is.
     ///
     /// # Errors
-    /// A failing copy from a GPU.
-    pub fn sample_sha256(&self) -> Result<String> {
-        let mut hash = Sha256::new();
-        for t in self.tensors() {
-            let sample = if t.shape().len() == 1 { t.clone() } else { t.slice(0, 1)? };
-            hash.update(io::bytes(&sample.to_device(&Device::Cpu)?)?);
-        }
-        Ok(io::hex(&hash.finalize()))
+    /// Weights that cannot be copied from their device.
+    pub fn sha256(&self) -> Result<String> {
+        let gains = self.blocks.iter().filter_map(|b| b.gains()).flatten();
+        let all: Vec<&Tensor> = self.tensors().chain(gains).collect();
+        // Tensors in parallel; the digest of their digests.
+        let digest = |t: &&Tensor| -> Result<[u8; 32]> {
+            let t = t.to_device(&Device::Cpu)?;
+            let head = format!("{} {:?}\n", t.dtype(), t.shape());
+            Ok(Sha256::new().chain_update(head).chain_update(io::bytes(&t)?).finalize().into())
+        };
+        let digests = all.par_iter().map(digest).collect::<Result<Vec<_>>>()?;
+        Ok(io::hex(&Sha256::digest(digests.concat())))
     }
 }
 

@@ -66,13 +66,13 @@ fn every_bias_is_read_and_counts() {
         let without = changed(&m, |w| w[linear].bias = None);
         // A bias of k adds one number to all scores of a query, but for the rotary embedding: little, and not nothing.
         assert!(distance(&tiny::logits(&without), &logits) > 1e-4, "{linear}");
-        assert_ne!(without.sample_sha256().unwrap(), m.sample_sha256().unwrap(), "{linear}");
+        assert_ne!(without.sha256().unwrap(), m.sha256().unwrap(), "{linear}");
         let last = changed(&m, |w| {
             let mut values = bias.to_f64_vec().unwrap();
             *values.last_mut().unwrap() += 1e-3;
             w[linear].bias = Some(Tensor::from_vec(values, bias.shape()).unwrap());
         });
-        assert_ne!(last.sample_sha256().unwrap(), m.sample_sha256().unwrap(), "{linear}");
+        assert_ne!(last.sha256().unwrap(), m.sha256().unwrap(), "{linear}");
     }
 }
 

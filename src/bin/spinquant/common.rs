@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::stop;
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export;
@@ -183,6 +183,7 @@ impl ModelArgs {
     }
 
     pub fn device(&self) -> Result<Device> {
+        stop::reads(&self.model);
         device(&self.device)
     }
 
@@ -309,26 +310,6 @@ fn synthetic_text(config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<W
     synthetic::text(config, count, seq_len, count as u64)
 }
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// Ctrl-C once: end after the step in hand. Twice: end now.
-pub fn stop_on_interrupt() {
-    let handler = || {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        say!("\nstopping after this step (again: at once)");
-    };
-    if let Err(e) = ctrlc::set_handler(handler) {
-        say!("warning: Ctrl-C will end the program at once: {e}");
-    }
-}
-
-/// Break once the user has asked to stop.
-pub fn interrupted() -> ControlFlow<()> {
-    if INTERRUPTED.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-}
-
 /// A bar with the time left on a terminal, plain lines otherwise; all on standard error.
 pub struct Progress {
     terminal: bool,
@@ -373,7 +354,7 @@ impl Told<'_> {
         if let Some(task) = &mut self.task {
             task.at(done, message);
         }
-        interrupted()
+        stop::asked()
     }
 }
 

@@ -13,7 +13,8 @@ use spinquant::llama::Merged;
 use spinquant::quant::Scheme;
 use spinquant::rotation::Start;
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, check_length, contradicts, interrupted, rotations};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, check_length, contradicts, rotations};
+use crate::stop;
 use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
@@ -126,7 +127,7 @@ pub fn score(model: &Merged, windows: &Windows, progress: &Progress, what: &str)
     let mut task = progress.start(what, windows.len());
     perplexity(model, windows, |done| {
         task.at(done, "");
-        interrupted()
+        stop::asked()
     })
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use spinquant::inspect::{self, SiteStats};
-use spinquant::io::write_atomically;
+use spinquant::io::{check_writable, follow, write_atomically};
 use spinquant::llama::Merged;
 use spinquant::plot::{self, Axes, Landscape, Panel, Series};
 use spinquant::quant::{Scheme, Site};
@@ -50,9 +50,19 @@ struct View {
     stats: Vec<SiteStats>,
 }
 
+/// What is written.
+const FILES: [&str; 5] = ["sites.csv", "channels.csv", "activations.png", "kurtosis.png", "sqnr.png"];
+/// Where it is made.
+const STAGE: &str = ".spinquant.partial";
+
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out))?;
+    match std::fs::remove_dir_all(args.out.join(STAGE)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&args.out.join(STAGE))(e)),
+        _ => {} // of a run that was killed
+    }
+    FILES.iter().try_for_each(|name| check_writable(&args.out.join(name)))?;
     let scheme = args.scheme.scheme();
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
     let layer = args.layer.unwrap_or(config.layers / 2);
@@ -74,16 +84,17 @@ pub fn run(args: &Args) -> Result<()> {
         views.push(view(args.rotations.to_string(), network)?);
     }
 
-    let write = |name: &str, text: &str| write_atomically(&args.out.join(name), |out| out.write_all(text.as_bytes()));
-    write("sites.csv", &sites_csv(&views))?;
-    write("channels.csv", &channels_csv(&views))?;
-    let tokens = text.get(0);
-    let networks: Vec<_> = views.iter().map(|v| (titled(&v.name), &v.network)).collect();
-    activations(&args.out.join("activations.png"), &networks, tokens, layer)?;
-    let kurtosis = Axes { x: "layer", y: "kurtosis (normal: 3)", log_y: true };
-    lines(&args.out.join("kurtosis.png"), &views, kurtosis, |s| s.kurtosis)?;
-    let sqnr = Axes { x: "layer", y: "SQNR (dB)", log_y: false };
-    lines(&args.out.join("sqnr.png"), &views, sqnr, |s| s.sqnr_db)?;
+    // All are made before the first takes its place.
+    let stage = args.out.join(STAGE);
+    let made = draw(&stage, &views, text.get(0), layer);
+    let moved = made.and_then(|()| {
+        let there = FILES.map(|name| (stage.join(name), args.out.join(name))).into_iter().filter(|(from, _)| from.exists());
+        there
+            .into_iter()
+            .try_for_each(|(from, to)| follow(&to).and_then(|real| std::fs::rename(&from, real)).map_err(Error::io(&to)))
+    });
+    let _ = std::fs::remove_dir_all(&stage);
+    moved?;
 
     if args.json {
         let site = |v: &View, s: &SiteStats| {
@@ -98,6 +109,20 @@ pub fn run(args: &Args) -> Result<()> {
         out!("tables and pictures written to {}", args.out.display());
     }
     Ok(())
+}
+
+/// Writes the tables and the pictures into a new folder.
+fn draw(folder: &Path, views: &[View], tokens: &[u32], layer: usize) -> Result<()> {
+    std::fs::create_dir(folder).map_err(Error::io(folder))?;
+    let write = |name: &str, text: &str| write_atomically(&folder.join(name), |out| out.write_all(text.as_bytes()));
+    write("sites.csv", &sites_csv(views))?;
+    write("channels.csv", &channels_csv(views))?;
+    let networks: Vec<_> = views.iter().map(|v| (titled(&v.name), &v.network)).collect();
+    activations(&folder.join("activations.png"), &networks, tokens, layer)?;
+    let kurtosis = Axes { x: "layer", y: "kurtosis (normal: 3)", log_y: true };
+    lines(&folder.join("kurtosis.png"), views, kurtosis, |s| s.kurtosis)?;
+    let sqnr = Axes { x: "layer", y: "SQNR (dB)", log_y: false };
+    lines(&folder.join("sqnr.png"), views, sqnr, |s| s.sqnr_db)
 }
 
 fn titled(rotations: &str) -> String {

@@ -22,6 +22,7 @@ use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, peak_bytes, rotations};
 use crate::eval::file_name;
 use crate::outputs;
+use crate::stop;
 
 /// The recipe; the defaults are the published ones.
 #[derive(clap::Args, Clone)]
@@ -270,14 +271,17 @@ pub fn run(args: &Args) -> Result<()> {
     options.check_text(&windows)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
     options.resume = args.resume;
+    options.stop = Some(stop::flag());
 
     let model = args.model.load(&progress)?;
+    // From here on there is something to keep, until it is written.
+    let _careful = stop::AfterStep::new();
     let mut watch = Logged { told: progress.watch(), path: args.log.as_deref(), resume: args.resume, log: None, failed: None };
     let learned = learn_watched(&model, &windows, start.rotations, optimizer.as_mut(), &options, &mut watch);
     let log_failed = watch.failed.take();
     drop(watch);
     let learned = learned.inspect_err(|e| {
-        if matches!(e, Error::Interrupted { .. }) {
+        if matches!(e, Error::Interrupted { step } if *step > 0) {
             progress.say(&format!("the state is in {}: continue with --resume", state.display()));
         }
     })?;

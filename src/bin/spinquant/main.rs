@@ -20,6 +20,7 @@ mod profile;
 mod quantize;
 mod race;
 mod rotations;
+mod stop;
 mod weights;
 
 use std::path::Path;
@@ -63,7 +64,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    common::stop_on_interrupt();
+    stop::listen();
     let outcome = match Cli::parse().command {
         Command::Learn(args) => learn::run(&args),
         Command::Clip(args) => clip::run(&args),
@@ -82,7 +83,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             say!("error: {e}");
-            ExitCode::FAILURE
+            if matches!(e, Error::Interrupted { .. }) { stop::status() } else { ExitCode::FAILURE }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use spinquant::Result;
 use spinquant::calibrate::LayerReport;
 use spinquant::compare::gptq_layer;
 use spinquant::data::Windows;
@@ -10,9 +11,9 @@ use spinquant::learn::Watch;
 use spinquant::llama::Rotated;
 use spinquant::quant::Rtn;
 use spinquant::rotation::Start;
-use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, interrupted, note, open_model, rotations};
+use crate::common::{ModelArgs, Progress, SchemeArgs, note, open_model, rotations};
+use crate::stop;
 use crate::weights::{GptqArgs, Method};
 
 #[derive(clap::Args)]
@@ -41,18 +42,13 @@ pub struct Args {
     /// The folder to write; absent or empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Replace what is in the folder.
+    /// Replace the quantised model that is in the folder, if spinquant wrote it.
     #[arg(long)]
     overwrite: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let progress = Progress::new();
-    quantize(args, &progress).inspect_err(|e| {
-        if matches!(e, Error::Interrupted { .. }) {
-            progress.say("the layers done are kept: the same command goes on from there");
-        }
-    })
+    quantize(args, &Progress::new())
 }
 
 fn quantize(args: &Args, progress: &Progress) -> Result<()> {
@@ -91,6 +87,10 @@ fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &
     let mut output = Output::new(&args.out, args.format);
     output.overwrite = args.overwrite;
     output.source = Some(&args.model.model);
+    output.inputs.extend(args.calibration.clone());
+    if let Start::File(path) = &args.rotations {
+        output.inputs.push(path.clone());
+    }
     output.provenance = Provenance {
         model: args.model.model.display().to_string(),
         rotations: args.rotations.to_string(),
@@ -100,12 +100,13 @@ fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &
         notes: [("device".to_string(), rotated.device().to_string().into())].into(),
         ..Provenance::default()
     };
+    stop::kept("the layers done are kept: the same command goes on from there");
     match text {
         None => {
             let mut task = progress.start("writing, layers", layers);
             write_quantized(rotated, &Rtn, None, output, |report| {
                 task.at(report.done, "");
-                interrupted()
+                stop::asked()
             })
         }
         Some(text) => {

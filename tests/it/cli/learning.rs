@@ -215,7 +215,7 @@ fn an_interrupted_run_says_how_to_go_on() {
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let out = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.code() == Some(1) && stderr.contains("continue with --resume"), "{stderr}");
+    assert!(out.status.code() == Some(130) && stderr.contains("continue with --resume"), "{stderr}");
     assert!(steps_of(&place).len() < 150 && !place.path("R.safetensors").exists());
     place.json(&args);
     assert!(place.read("R.safetensors") == want);

@@ -125,8 +125,13 @@ fn folders_that_are_not_free() {
     std::fs::write(out.join("mine.txt"), "precious").unwrap();
     fails(write(&scheme, plain()), &["not empty"]);
     assert!(out.join("mine.txt").exists());
+    fails(write(&scheme, forced()), &["holds mine.txt, which spinquant did not write"]);
+    assert_eq!(std::fs::read_to_string(out.join("mine.txt")).unwrap(), "precious");
+    std::fs::remove_file(out.join("mine.txt")).unwrap();
+    write(&Scheme::new(8, 4, 4), forced()).unwrap();
     write(&scheme, forced()).unwrap();
-    assert!(!out.join("mine.txt").exists());
+    std::fs::remove_file(out.join(RECORD)).unwrap();
+    fails(write(&scheme, forced()), &["holds no spinquant.json"]);
     std::fs::remove_dir_all(&out).unwrap();
     std::fs::write(&out, "a file").unwrap();
     fails(write(&scheme, forced()), &["out"]);
@@ -142,6 +147,135 @@ fn folders_that_are_not_free() {
     let writer = Writer::create(forced(), &config, &Scheme::new(8, 4, 4), DType::F32, None, "").unwrap();
     assert!(!writer.has_layer(0));
     fails(load_native(&out, &Device::Cpu), &[RECORD]);
+}
+
+/// Layers without the record of whose they are belong to nobody.
+#[test]
+fn layers_of_another_run_are_never_taken() {
+    let config = tiny::config(4, 2, false);
+    let (dir, out, model) = beside_a_model(&config);
+    let scheme = Scheme::new(4, 4, 4);
+    let hadamard = |seed| Rotations::random_hadamard(16, 8, 2, seed).unwrap();
+    let write = |dir: &Path, seed| write_rtn(&model, Some(&hadamard(seed)), &scheme, Output::new(dir, Format::Native), |_| {});
+    write(&dir.path().join("one"), 1).unwrap();
+    for damage in [None, Some("not JSON")] {
+        let partial = dir.path().join(".out.partial");
+        let run =
+            || write_rtn(&model, Some(&hadamard(0)), &scheme, Output::new(&out, Format::Native), |n| assert!(n != 2, "killed"));
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
+        assert!(partial.join("layer-00000.safetensors").exists());
+        std::fs::remove_file(partial.join("run.json")).unwrap();
+        if let Some(text) = damage {
+            std::fs::write(partial.join("run.json"), text).unwrap();
+        }
+        write(&out, 1).unwrap();
+        assert!(contents(&out) == contents(&dir.path().join("one")), "mixed layers");
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+#[test]
+fn what_the_run_reads_is_not_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, config) = (dir.path().join("source"), tiny::config(4, 2, false));
+    tiny::write(&source, &config, DType::F32, 9, true);
+    std::fs::write(source.join(RECORD), "{}").unwrap(); // looks like an output of ours
+    let before = contents(&source);
+    let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+    let write = |out: &Path, inputs: &[&Path]| {
+        let inputs = inputs.iter().map(|p| p.to_path_buf()).collect();
+        let output = Output { overwrite: true, source: Some(&source), inputs, ..Output::new(out, Format::Native) };
+        write_rtn(&model, None, &Scheme::new(4, 4, 4), output, |_| {})
+    };
+    fails(write(&source, &[]), &["the output would replace", "source"]);
+    fails(write(dir.path(), &[]), &["the output would replace", "source"]);
+    let out = dir.path().join("out");
+    write(&out, &[]).unwrap();
+    fails(write(&out, &[&out.join("model.safetensors")]), &["the output would replace", "out/model.safetensors"]);
+    write(&out, &[&source]).unwrap();
+    assert!(contents(&source) == before);
+}
+
+/// A folder that cannot be renamed is filled, and a run that was killed while filling it is continued.
+#[test]
+fn a_folder_is_filled_where_it_cannot_be_renamed() {
+    let config = tiny::config(4, 2, false);
+    let (dir, out, model) = beside_a_model(&config);
+    let write = |out: &Path, bits, overwrite| {
+        let output = Output { overwrite, ..Output::new(out, Format::Native) };
+        write_rtn(&model, None, &Scheme::new(bits, 4, 4), output, |_| {})
+    };
+    let (four, eight) = (dir.path().join("four"), dir.path().join("eight"));
+    write(&four, 4, false).unwrap();
+    write(&eight, 8, false).unwrap();
+    let inside = || std::fs::create_dir_all(out.join(".spinquant.partial")).unwrap();
+    inside();
+    write(&out, 4, false).unwrap();
+    assert_eq!(contents(&out), contents(&four));
+    inside();
+    fails(write(&out, 8, false), &["not empty"]);
+    inside();
+    write(&out, 8, true).unwrap();
+    assert_eq!(contents(&out), contents(&eight));
+    // Half filled: without the mark of that, the folder is somebody's.
+    std::fs::remove_dir_all(&out).unwrap();
+    inside();
+    let run = || write_rtn(&model, None, &Scheme::new(4, 4, 4), Output::new(&out, Format::Native), |n| assert!(n != 2, "killed"));
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
+    std::fs::write(out.join("model.safetensors"), "of whom?").unwrap();
+    fails(write(&out, 4, false), &["not empty"]);
+    std::fs::write(out.join(".spinquant.partial/publishing"), "").unwrap();
+    write(&out, 4, false).unwrap();
+    assert_eq!(contents(&out), contents(&four));
+    assert!(!dir.path().join(".out.partial").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn links_to_folders_are_followed() {
+    let config = tiny::config(4, 2, false);
+    let (dir, out, model) = beside_a_model(&config);
+    let real = dir.path().join("real");
+    std::os::unix::fs::symlink("real", &out).unwrap();
+    for (there, overwrite) in [(false, false), (true, true)] {
+        let output = Output { overwrite, ..Output::new(&out, Format::Native) };
+        write_rtn(&model, None, &Scheme::new(4, 4, 4), output, |_| {}).unwrap();
+        assert!(std::fs::symlink_metadata(&out).unwrap().is_symlink() && real.join(RECORD).is_file(), "{there}");
+    }
+}
+
+/// A byte in the middle of one tensor tells two models apart.
+#[test]
+fn a_run_is_not_continued_with_another_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    let config = tiny::config(4, 2, false);
+    tiny::write(&source, &config, DType::F32, 9, true);
+    let file = source.join("model.safetensors");
+    let whole = std::fs::read(&file).unwrap();
+    let scheme = Scheme::new(4, 16, 16).online(Online::NONE);
+    let write = |format, stop| {
+        let files = Source::open(&source, &config).unwrap();
+        let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
+        let rotated = match format {
+            Format::Native => Rotated::new(&model, None, &scheme),
+            Format::Hf => Rotated::open(&files, None, &scheme, &Device::Cpu),
+        };
+        write_quantized(&rotated.unwrap(), &spinquant::quant::Rtn, None, Output::new(&out, format), |report| {
+            if report.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+    };
+    for format in [Format::Native, Format::Hf] {
+        assert!(matches!(write(format, 1), Err(Error::Interrupted { .. })));
+        let mut changed = whole.clone();
+        let middle = whole.len() * 2 / 3;
+        changed[middle - middle % 4] ^= 1; // the lowest bit of one value
+        std::fs::write(&file, &changed).unwrap();
+        fails(write(format, 0), &["unfinished output of another run", "weights_sha256 differs"]);
+        std::fs::write(&file, &whole).unwrap();
+        write(format, 0).unwrap();
+        std::fs::remove_dir_all(&out).unwrap();
+    }
 }
 
 #[test]

@@ -14,8 +14,9 @@ use spinquant::quant::{ClipRatios, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Error, Result, demo, objective};
 
-use crate::common::{ModelArgs, Progress, at_least_one, interrupted};
+use crate::common::{ModelArgs, Progress, at_least_one};
 use crate::eval::{file_name, limited, score};
+use crate::stop;
 use entry::{Entry, default_entries};
 use outcome::{Baseline, Outcome, Point, Run};
 
@@ -174,6 +175,7 @@ pub fn run(args: &Args) -> Result<()> {
     Outcome::check(&args.out)?;
     let first = learning().next().map(|entry| args.options(entry, 1.0)).transpose()?;
     let track = Track::open(args, first.as_ref(), &progress)?;
+    let _careful = stop::AfterStep::new();
     let mut outcome = Outcome::create(&args.out)?;
     let full = track.full;
     let say = |line: &str| {
@@ -290,7 +292,8 @@ fn one(
         run.perplexity = track.perplexity(&start, &scheme, &what, progress)?;
         return Ok(run);
     }
-    let options = LearnOptions { scheme, steps, seed, ..args.options(entry, rate)? };
+    let stop = Some(stop::flag());
+    let options = LearnOptions { scheme, steps, seed, stop, ..args.options(entry, rate)? };
     let mut optimizer = optim::by_name(&entry.optimizer)?;
     let mut task = progress.start(&what, steps);
     let learned: Result<Learned> = learn(&track.model, &track.calibration, start, optimizer.as_mut(), &options, |report| {
@@ -299,12 +302,12 @@ fn one(
             run.curve.push(Point { step: report.step, seconds: run.seconds, held_out });
         }
         task.at(report.step, "");
-        interrupted()
+        stop::asked()
     });
     let learned = match learned {
         Ok(learned) => learned,
         // A rate that is too high is a result, not the end of the race.
-        Err(Error::Numeric { what, message }) if interrupted().is_continue() => {
+        Err(Error::Numeric { what, message }) if stop::asked().is_continue() => {
             progress.say(&format!("{entry} at {rate}: {what}: {message}"));
             return Ok(run);
         }
