@@ -1,12 +1,16 @@
 //! The embedded model, what `spinquant demo` and `spinquant inspect` make of it, and the README's copy of the table.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
 use spinquant::data::{Bos, Tokenizer};
+use spinquant::eval::perplexity;
 use spinquant::llama::{Llama, LlamaConfig};
+use spinquant::quant::Scheme;
+use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, demo};
 
 #[allow(dead_code)]
@@ -14,10 +18,8 @@ use spinquant::{DType, Device, demo};
 mod text;
 
 const ASSETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/demo");
-/// Where the README's table was made: there its digits must come out. Elsewhere sums are ordered by other vector units and caches, and
-/// learning amplifies that.
-const MADE_ON: &str = "GenuineIntel family 6 model 167";
-/// Relative, on other CPUs: without learning, and with.
+/// How far a row of the demo's table, in f32, may be from the README's copy, relative. CPUs add in different orders, and a value near
+/// a tie then takes another code. Rows of given rotations moved by at most 0.2 % on the CPUs tried; learning amplifies it.
 const TOLERANCES: (f64, f64) = (0.01, 0.05);
 
 fn run(folder: &Path, args: &str) -> Output {
@@ -31,16 +33,6 @@ fn json(folder: &Path, args: &str) -> Value {
     assert!(out.status.success(), "{args}: {stderr}");
     assert_eq!(stdout.lines().count(), 1, "{stdout}");
     serde_json::from_str(&stdout).unwrap()
-}
-
-/// Vendor, family and model of this CPU, where the system tells.
-fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = info.lines().find(|l| l.split(':').next().is_some_and(|key| key.trim() == name));
-        line.and_then(|l| Some(l.split_once(':')?.1.trim().to_string())).unwrap_or_default()
-    };
-    format!("{} family {} model {}", field("vendor_id"), field("cpu family"), field("model"))
 }
 
 /// Name and perplexity of the rows in the README's copy of what `spinquant demo` prints.
@@ -92,16 +84,33 @@ fn the_demo_shows_what_it_should_repeats_and_agrees_with_the_readme() {
     assert_eq!(readme.keys().collect::<Vec<_>>(), rows.keys().collect::<Vec<_>>(), "the README's rows");
     for (name, perplexity) in rows {
         let printed: f64 = readme[name].parse().unwrap();
-        let message = format!(
-            "{name}: {perplexity:.3}, in the README {printed}; if that is meant, paste the output of `spinquant demo` into it ({})",
-            cpu()
-        );
-        if cpu() == MADE_ON {
-            assert_eq!(format!("{perplexity:.3}"), readme[name], "{message}");
-        } else {
-            let tolerance = if name == "learned" { TOLERANCES.1 } else { TOLERANCES.0 };
-            assert!((perplexity / printed - 1.0).abs() <= tolerance, "{message}");
-        }
+        let tolerance = if name == "learned" { TOLERANCES.1 } else { TOLERANCES.0 };
+        let message = "if that is meant, paste the output of `spinquant demo` into the README";
+        assert!((perplexity / printed - 1.0).abs() <= tolerance, "{name}: {perplexity:.3}, in the README {printed}; {message}");
+    }
+}
+
+/// In f64 sums of another order change no code, so that every CPU must give these digits.
+#[test]
+fn the_same_scores_in_f64_on_every_cpu() {
+    let model = Llama::load(ASSETS, DType::F64, &Device::Cpu).unwrap();
+    let c = &model.config;
+    let text = demo::windows(&demo::TEST[..6000], 128).unwrap();
+    let score = |rotations: Option<&Rotations>, bits: u32| {
+        let merged = model.merge(rotations, &Scheme::new(bits, bits, bits)).unwrap();
+        perplexity(&merged, &text, |_| ControlFlow::Continue(())).unwrap().perplexity
+    };
+    let hadamard = |seed| Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed).unwrap();
+    let got = [
+        score(None, 16),
+        score(Some(&hadamard(0)), 16),
+        score(None, 4),
+        score(Some(&hadamard(0)), 4),
+        score(Some(&hadamard(5)), 4),
+    ];
+    let want = [3.325259159936582, 3.325259159936582, 10.609478511348005, 4.622831750075447, 4.589043238902481];
+    for (got, want) in got.into_iter().zip(want) {
+        assert!((got / want - 1.0f64).abs() <= 1e-9, "{got}, should be {want}");
     }
 }
 

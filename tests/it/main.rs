@@ -24,6 +24,7 @@ mod objectives;
 mod odd_models;
 mod parity;
 mod properties;
+mod readme;
 mod required;
 mod robustness;
 mod scale;
