@@ -99,13 +99,13 @@ pub fn evaluate(case: &Case, dtype: DType, device: &Device) -> Result<Evaluation
 
 /// The operands of a case rounded to `dtype`, as `f64`: what every precision is compared on.
 fn rounded(case: &Case, dtype: DType) -> Result<Vec<Tensor>> {
-    case.inputs.iter().map(|x| x.to_dtype(dtype)?.to_dtype(DType::F64)).collect()
+    case.operands(DType::F64, &Device::Cpu)?.iter().map(|x| x.to_dtype(dtype)?.to_dtype(DType::F64)).collect()
 }
 
 fn evaluate_from(case: &Case, inputs: &[Tensor], dtype: DType, device: &Device) -> Result<Evaluation> {
     let tape = Tape::new();
     let vars = inputs.iter().map(|x| Ok(tape.variable(x.to_dtype(dtype)?.to_device(device)?))).collect::<Result<Vec<_>>>()?;
-    let y = (case.build)(vars.clone())?;
+    let y = case.build(vars.clone())?;
     let value = y.value().to_device(&Device::Cpu)?;
     // Rounded to 16 bits once, so that every precision sees the same output gradient.
     let u =

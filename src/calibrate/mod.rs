@@ -1,7 +1,9 @@
 //! What is found by running a model over calibration text: clip ratios, and weights quantised layer by layer.
 
+mod cases;
 mod clip_search;
 mod pipeline;
 
+pub use cases::cases;
 pub use clip_search::{ClipFound, ClipGoal, search_clips};
 pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers, quantize_weights};

@@ -5,8 +5,8 @@
 use std::convert::Infallible;
 use std::marker::PhantomData;
 
-use super::Card;
 use super::launch::{Factors, Kind, Shape, View, Work};
+use super::{Card, Replay, Stamp};
 use crate::{DType, Result};
 
 /// A GPU. There is none without the feature `cuda`.
@@ -33,6 +33,12 @@ pub struct Phase {
     pub flops: f64,
 }
 
+/// A moment in a GPU's stream.
+pub struct Event(Infallible);
+
+/// Calls recorded on a GPU.
+pub struct Graph(Infallible);
+
 macro_rules! never {
     ($(impl $t:ty { $($vis:vis fn $name:ident(&self $(, $arg:ident: $of:ty)* $(,)?) -> $ret:ty;)* })*) => {
         $(impl $t {
@@ -54,6 +60,10 @@ never! {
         pub fn start_profile(&self) -> ();
         pub fn stop_profile(&self) -> Result<Vec<Phase>>;
         pub(crate) fn queue(&self) -> Queue<'_>;
+        pub(crate) fn stamp(&self) -> Result<Stamp>;
+        pub(crate) fn record(&self, calls: &mut dyn FnMut() -> Result<()>) -> Result<Replay>;
+        pub(crate) fn cache_bytes(&self) -> Option<u64>;
+        pub(crate) fn clock_mhz(&self) -> Option<u32>;
         pub(crate) fn buffer(&self, len: usize, kind: Kind, what: &str) -> Result<CudaBuffer>;
         pub(crate) fn zeros(&self, len: usize, kind: Kind) -> Result<CudaBuffer>;
         pub(crate) fn upload(&self, bytes: &[u8], kind: Kind) -> Result<CudaBuffer>;
@@ -71,6 +81,12 @@ never! {
     impl Queue<'_> {
         pub(crate) fn context(&self) -> usize;
         pub(crate) fn launch(&self, what: &'static str, work: Work, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()>;
+    }
+    impl Event {
+        pub(crate) fn ms_until(&self, later: &Event) -> Result<f64>;
+    }
+    impl Graph {
+        pub(crate) fn launch(&self) -> Result<()>;
     }
     impl CudaBuffer {
         pub(crate) fn dtype(&self) -> DType;

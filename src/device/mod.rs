@@ -1,6 +1,7 @@
 //! Where tensors live: memory, streams and launches. A device has heard of no operation; what runs on it is written beside its
 //! formula, in [`ops`](crate::ops), [`linalg`](crate::linalg) and [`quant`](crate::quant).
 
+mod clock;
 #[cfg(not(feature = "cuda"))]
 #[path = "absent.rs"]
 pub mod cuda;
@@ -28,6 +29,8 @@ macro_rules! ffi {
 pub(crate) use ffi;
 
 use std::fmt;
+
+pub use clock::{Replay, Stamp};
 
 use crate::Result;
 

@@ -1,8 +1,8 @@
 //! `y = a + b` and `y = c x`.
 
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Place, Run, exact, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
-use crate::{Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// Elementwise sum of two tensors of one shape; `dA = dB = dY`.
 pub struct Add;
@@ -63,10 +63,27 @@ impl<'t> Var<'t> {
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize]| {
-        Case::new("add", name, vec![randn(shape, 1), randn(shape, 2)], |v| {
+        Case::new("add", name, normals(&[(shape, 1), (shape, 2)]), |v| {
             let [a, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
             a.add(b)?.scale(0.7)
         })
     };
-    vec![case("one value", &[1]), case("odd", &[3, 7, 5]), case("large", &[512, 1024]).large()]
+    let mut all = vec![case("one value", &[1]), case("odd", &[3, 7, 5]), case("large", &[512, 1024]).large()];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let graph = Run::graph(|v| {
+        let [a, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        a.add(b)
+    });
+    Case::timed(("add", "add", "Sum of two tensors of rows of n"), (n, rows), vec![vec![rows, n]; 2], graph, move |x, y| {
+        exact::rows(n, x, &y[0], |_, got, x| {
+            let want: Vec<f64> = x[0].iter().zip(&x[1]).map(|(a, b)| a + b).collect();
+            exact::close("add", got, &want, y[0].dtype(), 1.0)
+        })
+    })
 }

@@ -6,7 +6,7 @@ use half::bf16;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Place, Run, exact, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -92,17 +92,42 @@ pub fn reference(alpha: f64, a: &[f64], beta: f64, b: &[f64]) -> Vec<f64> {
 /// Worked cases, of values whose results bf16 holds exactly, so that every precision has the same.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize]| {
-        let whole = |seed: u64| {
-            let mut x = randn(shape, seed).into_vec::<f64>().expect("f64");
+        let shape = shape.to_vec();
+        let whole = move |seed: u64| {
+            let mut x = randn(shape.clone(), seed).into_vec::<f64>().expect("f64");
             x.iter_mut().for_each(|x| *x = bf16::from_f64(x.round()).to_f64().clamp(-8.0, 8.0));
-            Tensor::from_vec(x, shape).expect("the same size")
+            Tensor::from_vec(x, shape.clone()).expect("the same size")
         };
-        Case::new("axpby_bf16", name, vec![whole(91), whole(92)], |v| {
-            let [a, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
-            a.axpby_bf16(2.0, -0.5, b)
-        })
+        Case::new(
+            "axpby_bf16",
+            name,
+            move || vec![whole(91), whole(92)],
+            |v| {
+                let [a, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+                a.axpby_bf16(2.0, -0.5, b)
+            },
+        )
     };
-    vec![case("one value", &[1]), case("odd", &[3, 7, 5]), case("1024x1376", &[1024, 1376]).large()]
+    let mut all = vec![case("one value", &[1]), case("odd", &[3, 7, 5]), case("1024x1376", &[1024, 1376]).large()];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::F32])];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let graph = Run::graph(|v| {
+        let [a, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        a.axpby_bf16(2.0, -0.5, b)
+    });
+    let what = ("axpby_bf16", "axpby-bf16", "Sum of two tensors of rows of n with factors, rounded to bf16");
+    Case::timed(what, (n, rows), vec![vec![rows, n]; 2], graph, move |x, y| {
+        exact::rows(n, x, &y[0], |_, got, x| {
+            exact::close("axpby_bf16", got, &reference(2.0, &x[0], -0.5, &x[1]), y[0].dtype(), 1.0)
+        })
+    })
+    // Of f32; the result has half the bytes.
+    .moves(2.5 * n as f64 * rows as f64)
 }
 
 #[cfg(test)]

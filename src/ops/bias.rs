@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Place, Run, exact, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -134,16 +134,32 @@ fn fast_backward(dy: &[f32], n: usize) -> Vec<f32> {
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize]| {
         let n = shape[shape.len() - 1];
-        Case::new("add_bias", name, vec![randn(shape, 41), randn([n], 42)], |v| {
+        Case::new("add_bias", name, normals(&[(shape, 41), (&[n], 42)]), |v| {
             let [x, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
             x.add_bias(b)
         })
     };
-    vec![
+    let mut all = vec![
         case("one value", &[1, 1]),
         case("one row", &[1, 24]),
         case("odd", &[3, 7, 5]),
         case("many rows", &[257, 3]),
         case("2048x4096", &[2048, 4096]).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let graph = Run::graph(|v| {
+        let [x, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        x.add_bias(b)
+    });
+    let what = ("add_bias", "add-bias", "A row of n added to every row");
+    Case::timed(what, (n, rows), vec![vec![rows, n], vec![n]], graph, move |x, y| {
+        let bias = x[1].to_f64_vec()?;
+        exact::rows(n, &x[..1], &y[0], |_, got, x| exact::close("add_bias", got, &reference(&x[0], &bias), y[0].dtype(), 1.0))
+    })
 }

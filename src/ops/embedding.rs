@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Once, Place, Run, exact, normals, scattered};
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var, operands};
 use crate::{DType, Element, Error, Result, Tensor};
 
@@ -194,19 +194,45 @@ fn fast_backward(dy: &[f32], ids: &[u32], [vocab, cols]: [usize; 2]) -> Vec<f32>
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, vocab: usize, cols: usize, tokens: usize| {
         let ids: Arc<[u32]> = (0..tokens).map(|t| ((t * t + 3 * t) % vocab) as u32).collect();
-        Case::new("embedding", name, vec![randn([vocab, cols], 51)], move |mut v| v.remove(0).embedding(ids.clone()))
+        let operands = normals(&[(&[vocab, cols], 51)]);
+        Case::new("embedding", name, operands, move |mut v| v.remove(0).embedding(ids.clone()))
     };
-    vec![
+    let mut all = vec![
         case("one token", 3, 5, 1),
         case("odd", 7, 5, 11),
         case("repeated", 2, 24, 9),
         case("4096x384, 1024 tokens", 4096, 384, 1024).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+/// Rows of the table of the timed cases.
+const TIMED_VOCAB: usize = 32000;
+
+fn timed(n: usize, rows: usize) -> Case {
+    let what = ("embedding", "embedding", "Rows of n of a table of 32000, for so many tokens");
+    let ids = Once::new();
+    let graph = Run::graph(move |mut v| {
+        let make = || Ok(scattered(rows, TIMED_VOCAB).map(|id| id as u32).collect::<Arc<[u32]>>());
+        let ids = ids.get(v[0].value(), make)?;
+        v.remove(0).embedding(ids)
+    });
+    Case::timed(what, (n, rows), vec![vec![TIMED_VOCAB, n]], graph, move |x, y| {
+        exact::rows(n, &[], &y[0], |r, got, _| {
+            let id = (scattered(rows, TIMED_VOCAB).nth(r)).expect("one for each row");
+            exact::close("embedding", got, &exact::row(&x[0], id, n)?, y[0].dtype(), 1.0)
+        })
+    })
+    // It reads of its table what it returns.
+    .moves(2.0 * n as f64 * rows as f64)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::randn;
 
     #[test]
     fn an_unknown_id_is_an_error() {

@@ -10,8 +10,8 @@ use crate::device::cuda::ffi::sq_quant;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work, int};
 use crate::device::{Device, cpu, ffi};
-use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, Target, fast_grid, reference_grid};
-use crate::ops::{Case, randn};
+use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, SEARCH_NORM, Target, fast_grid, reference_grid};
+use crate::ops::{At, Case, Place, Run, exact, few_rows, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -199,11 +199,14 @@ pub fn cases() -> Vec<Case> {
         }
         Tensor::from_vec(v, [rows, cols]).expect("rows x cols")
     };
-    let case = |name: &str, x: Tensor, spec: QuantSpec| {
-        Case::new("fake_quant", name, vec![x], move |mut v| v.remove(0).fake_quant(&spec)).rounds()
+    type Make = Box<dyn Fn() -> Tensor + Send + Sync>;
+    let case = |name: &str, x: Make, spec: QuantSpec| {
+        Case::new("fake_quant", name, move || vec![x()], move |mut v| v.remove(0).fake_quant(&spec)).rounds()
     };
+    let awkward = |rows, cols| -> Make { Box::new(move || awkward(rows, cols)) };
+    let normal = |shape: [usize; 2], seed| -> Make { Box::new(move || randn(shape, seed)) };
     let (act, weight) = (QuantSpec::activation, QuantSpec::weight);
-    let mut all = vec![case("one value", randn([1, 1], 1), act(4, false))];
+    let mut all = vec![case("one value", normal([1, 1], 1), act(4, false))];
     for (bits, symmetric) in [(2, true), (2, false), (4, true), (4, false), (8, true), (8, false)] {
         let name = format!("{bits} bits {}", if symmetric { "symmetric" } else { "asymmetric" });
         all.push(case(&name, awkward(5, 24), act(bits, symmetric)));
@@ -216,9 +219,49 @@ pub fn cases() -> Vec<Case> {
             weight(bits, symmetric).grouped(8).clipped(Clip::Search),
         ));
     }
-    all.push(case("4 bits, 256x1376", randn([256, 1376], 3), act(4, false)).large());
-    all.push(case("4 bits searched, 384x384", randn([384, 384], 4), weight(4, true).clipped(Clip::Search)).large());
+    all.push(case("4 bits, 256x1376", normal([256, 1376], 3), act(4, false)).large());
+    all.push(case("4 bits searched, 384x384", normal([384, 384], 4), weight(4, true).clipped(Clip::Search)).large());
+    let mut sizes: Vec<At> = vec![(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Cpu, 11008, 1524, &[DType::F32])];
+    sizes.extend([4096, 8192, 11008, 14336, 28672].map(|n| (Place::Gpu, n, (1 << 28) / n, &[DType::BF16][..])));
+    sizes.push((Place::Gpu, 4096, 1 << 16, &[DType::F16, DType::F32]));
+    sizes.extend(few_rows());
+    all.extend(Case::table(timed, &sizes));
+    all.extend(Case::table(timed_search, &[(Place::Cpu, 4096, 64, &[DType::F32]), (Place::Gpu, 4096, 4096, &[DType::BF16])]));
     all
+}
+
+fn timed(n: usize, rows: usize) -> Case {
+    let spec = QuantSpec::activation(4, false);
+    let graph = Run::graph(move |mut v| v.remove(0).fake_quant(&spec));
+    let what = ("fake_quant", "fake-quant", "Asymmetric 4-bit quantisation of rows of n");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph, move |x, y| {
+        exact::rows(n, x, &y[0], |_, got, x| exact::quantised("fake_quant", got, &x[0], &spec, y[0].dtype()))
+    })
+    .rounds()
+}
+
+fn timed_search(n: usize, rows: usize) -> Case {
+    let spec = QuantSpec::weight(4, true).clipped(Clip::Search);
+    let graph = Run::graph(move |mut v| v.remove(0).fake_quant(&spec));
+    let what = ("fake_quant", "clip-search", "Symmetric 4-bit weights with the clip ratio searched, rows of n");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph, move |x, y| {
+        exact::rows(n, x, &y[0], |r, got, x| {
+            let x = &x[0];
+            // Any candidate that is as good will do, so the errors are compared; the result was rounded to its type.
+            let error = |y: &dyn Fn(usize) -> f64| (0..x.len()).map(|i| (x[i] - y(i)).abs().powf(SEARCH_NORM)).sum::<f64>();
+            let grid = reference_grid(&spec, x);
+            let (ours, best) = (error(&|i| got[i]), error(&|i| grid.nearest(x[i])));
+            let slack = 1e-4 + 4.0 * y[0].dtype().epsilon();
+            if !(ours <= best * (1.0 + slack)) {
+                return Err(Error::numeric(
+                    "wrong answer",
+                    format!("clip search: row {r}: error {ours:e}, the best is {best:e}"),
+                ));
+            }
+            Ok(())
+        })
+    })
+    .rounds()
 }
 
 /// Elements whose codes differ between two tensors on one grid of this spec, with both tensors' codes on the first one's grid.

@@ -9,7 +9,7 @@ use crate::device::{cpu, ffi};
 use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
 use crate::ops::fake_quant::launch_spec;
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Once, Place, Run, exact, few_rows, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::{DType, Error, Result, Tensor};
 
@@ -325,7 +325,7 @@ fn signed_sums([a, b, c, d]: [[f32; LANES]; 4]) -> [[f32; LANES]; 16] {
 pub fn cases() -> Vec<Case> {
     let case = |rows: usize, n: usize, transpose: bool| {
         let name = format!("{rows}x{n}{}", if transpose { " transposed" } else { "" });
-        Case::new("hadamard", name, vec![randn([rows, n], n as u64)], move |mut v| {
+        Case::new("hadamard", name, normals(&[(&[rows, n], n as u64)]), move |mut v| {
             let op = Transform { map: Hadamard::new(n)?, transpose };
             v[0].tape().record(op, vec![v.remove(0)])
         })
@@ -338,12 +338,37 @@ pub fn cases() -> Vec<Case> {
     for n in [256, 1024, 1376, 2048, 4096, 5120, 11008, 13824, 14336, 17920, 18944, 20480, 22016, 24576, 28672] {
         all.push(case(9, n, false).large());
     }
+    all.extend(Case::table(timed, &sizes()));
     all
+}
+
+/// Powers of two and the widths of models, and the few rows of a network that generates.
+fn sizes() -> Vec<At> {
+    const ALL: &[DType] = &[DType::F16, DType::BF16, DType::F32];
+    let mut sizes: Vec<At> = vec![(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Cpu, 11008, 1524, &[DType::F32])];
+    sizes.extend((6..16).map(|m| (Place::Gpu, 1 << m, 1 << (28 - m), ALL)));
+    sizes.extend([5120, 6144, 8960, 11008, 13824, 14336, 18944, 28672].map(|n| (Place::Gpu, n, 16384, ALL)));
+    sizes.extend(few_rows());
+    sizes
+}
+
+fn timed(n: usize, rows: usize) -> Case {
+    let maps = Once::new();
+    let graph = Run::graph(move |mut v| {
+        let map = maps.get(v[0].value(), || Hadamard::new(n))?;
+        v[0].tape().record(Transform { map, transpose: false }, vec![v.remove(0)])
+    });
+    let what = ("hadamard", "hadamard", "Hadamard transform of rows of n");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph, move |x, y| {
+        let map = Hadamard::new(n)?;
+        exact::rows(n, x, &y[0], |_, got, x| exact::close("hadamard", got, &exact::hadamard(&x[0], &map), y[0].dtype(), 1.0))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::randn;
 
     #[test]
     fn products_make_the_same_map() {

@@ -6,9 +6,9 @@ use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
 use crate::ops::fake_quant::FakeQuant;
 use crate::ops::hadamard::{self, Transform};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Place, Run, exact, few_rows, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
-use crate::{Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor};
 
 /// The operation.
 #[derive(Clone, Debug)]
@@ -81,7 +81,7 @@ impl Var<'_> {
 pub fn cases() -> Vec<Case> {
     let case = |rows: usize, n: usize, spec: QuantSpec, name: &str| {
         let name = format!("{rows}x{n} {name}");
-        Case::new("hadamard_fake_quant", name, vec![randn([rows, n], n as u64)], move |mut v| {
+        Case::new("hadamard_fake_quant", name, normals(&[(&[rows, n], n as u64)]), move |mut v| {
             v.remove(0).hadamard_fake_quant(&spec)
         })
         .rounds()
@@ -99,5 +99,22 @@ pub fn cases() -> Vec<Case> {
         all.push(case(11, n, act(4, false), "asymmetric").large());
     }
     all.push(case(4, 11008, act(8, true), "symmetric").large());
+    let mut sizes: Vec<At> = vec![(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Cpu, 11008, 1524, &[DType::F32])];
+    sizes.extend([4096, 8192, 11008, 14336, 28672].map(|n| (Place::Gpu, n, (1 << 28) / n, &[DType::BF16][..])));
+    sizes.extend(few_rows());
+    all.extend(Case::table(timed, &sizes));
     all
+}
+
+fn timed(n: usize, rows: usize) -> Case {
+    let spec = QuantSpec::activation(4, false);
+    let graph = Run::graph(move |mut v| v.remove(0).hadamard_fake_quant(&spec));
+    let about = "Hadamard transform and asymmetric 4-bit quantisation of rows of n (one pass on a GPU)";
+    Case::timed(("hadamard_fake_quant", "hadamard-fake-quant", about), (n, rows), vec![vec![rows, n]], graph, move |x, y| {
+        let map = Hadamard::new(n)?;
+        exact::rows(n, x, &y[0], |_, got, x| {
+            exact::quantised("hadamard_fake_quant", got, &exact::hadamard(&x[0], &map), &spec, y[0].dtype())
+        })
+    })
+    .rounds()
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{Case, kept_gradient, randn, sum};
+use crate::ops::{At, Case, Once, Pass, Place, Run, exact, kept_gradient, randn, repeated, sum};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -146,27 +146,58 @@ fn fast(x: &mut [f32], teacher: &[f32], cols: usize, scale: f32) -> Vec<f64> {
 /// Worked cases: one row, one column, a teacher near and far.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, rows: usize, vocab: usize, size: f64, apart: f64| {
-        let scaled = |seed: u64, size: f64| -> Vec<f64> {
+        let scaled = move |seed: u64, size: f64| -> Vec<f64> {
             randn([rows, vocab], seed).into_vec::<f64>().expect("f64").into_iter().map(|x| x * size).collect()
         };
-        let x = scaled(71, size);
-        // Exact in every type, so that every precision has the same teacher.
-        let teacher = x.iter().zip(scaled(72, apart)).map(|(x, d)| ((x + d) * 8.0).round() / 8.0).collect();
-        let teacher: Tensor = Tensor::from_vec(teacher, [rows, vocab]).expect("the same size");
-        let x = Tensor::from_vec(x, [rows, vocab]).expect("the same size");
-        Case::new("kl_divergence", name, vec![x], move |mut v| {
-            let x = v.remove(0);
-            let teacher = teacher.to_dtype(x.value().dtype())?.to_device(&x.value().device())?;
-            x.kl_divergence(teacher)
-        })
+        let tensor = move |v: Vec<f64>| Tensor::from_vec(v, [rows, vocab]).expect("the same size");
+        let teachers = Once::new();
+        Case::new(
+            "kl_divergence",
+            name,
+            move || vec![tensor(scaled(71, size))],
+            move |mut v| {
+                let x = v.remove(0);
+                let like = x.value();
+                let teacher = teachers.get(like, || {
+                    // Exact in every type, so that every precision has the same teacher.
+                    let teacher =
+                        scaled(71, size).iter().zip(scaled(72, apart)).map(|(x, d)| ((x + d) * 8.0).round() / 8.0).collect();
+                    tensor(teacher).to_dtype(like.dtype())?.to_device(&like.device())
+                })?;
+                x.kl_divergence(teacher)
+            },
+        )
     };
-    vec![
+    let mut all = vec![
         case("one row", 1, 5, 1.0, 1.0),
         case("one column", 4, 1, 1.0, 1.0),
         case("odd", 5, 37, 1.0, 0.5),
         case("large logits", 7, 24, 8.0, 8.0),
         case("256x4096", 256, 4096, 3.0, 0.5).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 32000, 524, &[DType::F32]), (Place::Gpu, 32000, 8192, &[DType::BF16, DType::F32])];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let what = ("kl_divergence", "kl-divergence", "Mean divergence of rows of n logits from a teacher's, the gradient included");
+    let teacher = |like: &Tensor, rows, n| repeated([rows, n], 2, like.dtype(), &like.device());
+    let teachers = Once::new();
+    let graph = Run::graph(move |mut v| {
+        let teacher = teachers.get(v[0].value(), || teacher(v[0].value(), rows, n))?;
+        v.remove(0).kl_divergence(teacher)
+    });
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph, move |x, dx| {
+        let both = [x[0].clone(), teacher(&x[0], rows, n)?];
+        exact::rows(n, &both, &dx[0], |_, got, x| {
+            let got: Vec<f64> = got.iter().map(|g| g * rows as f64).collect();
+            exact::close("kl_divergence: dx", &got, &reference(&x[0], &x[1], n).1, dx[0].dtype(), 1.0)
+        })
+    })
+    .pass(Pass::Recorded)
+    .moves(3.0 * n as f64 * rows as f64)
 }
 
 #[cfg(test)]

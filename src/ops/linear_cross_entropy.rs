@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::linalg::matmul;
 use crate::ops::cross_entropy::{CrossEntropy, token_losses};
-use crate::ops::{Case, randn};
+use crate::ops::{Case, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var, run};
 use crate::{Error, Result, Tensor};
 
@@ -129,8 +129,8 @@ pub fn linear_token_losses(x: &Tensor, w: &Tensor, targets: &[i32]) -> Result<Ve
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, tokens: usize, width: usize, vocab: usize, rows: usize| {
         let targets: Arc<[i32]> = (0..tokens).map(|r| if r / 2 == 1 { -1 } else { (r * 7 % vocab) as i32 }).collect();
-        let inputs = vec![randn([tokens, width], 71), randn([vocab, width], 72)];
-        Case::new("linear_cross_entropy", name, inputs, move |v| {
+        let operands = normals(&[(&[tokens, width], 71), (&[vocab, width], 72)]);
+        Case::new("linear_cross_entropy", name, operands, move |v| {
             v[0].tape().record(LinearCrossEntropy { targets: targets.clone(), rows }, v)
         })
     };
@@ -146,6 +146,7 @@ pub fn cases() -> Vec<Case> {
 mod tests {
     use super::*;
     use crate::DType;
+    use crate::ops::randn;
 
     #[test]
     fn losses_of_tokens() {

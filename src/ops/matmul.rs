@@ -6,7 +6,7 @@
 
 use crate::device::Device;
 use crate::linalg::matmul::{linear_add, product};
-use crate::ops::{Case, narrowest, randn};
+use crate::ops::{At, Case, Place, Run, exact, narrowest, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -206,11 +206,9 @@ impl<'t> Var<'t> {
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, a: &[usize], ta, b: &[usize], tb| {
-        Case::new("matmul", name, vec![randn(a, 11), randn(b, 12)], move |v| {
-            v[0].tape().record(Matmul { ta, tb, dtype: None }, v)
-        })
+        Case::new("matmul", name, normals(&[(a, 11), (b, 12)]), move |v| v[0].tape().record(Matmul { ta, tb, dtype: None }, v))
     };
-    vec![
+    let mut all = vec![
         case("one row", &[1, 5], false, &[5, 3], false),
         case("odd", &[3, 7], false, &[7, 5], false),
         case("linear", &[5, 7], false, &[3, 7], true),
@@ -220,11 +218,42 @@ pub fn cases() -> Vec<Case> {
         case("batch", &[2, 3, 7], false, &[2, 7, 5], false),
         case("batch, shared left", &[7, 3], true, &[4, 7, 5], false),
         case("batch, shared right", &[4, 7, 3], true, &[7, 5], false),
-        Case::new("matmul", "linear added", vec![randn([5, 3], 13), randn([5, 7], 11), randn([3, 7], 12)], |v| {
+        Case::new("matmul", "linear added", normals(&[(&[5, 3], 13), (&[5, 7], 11), (&[3, 7], 12)]), |v| {
             let [c, x, w]: [Var; 3] = v.try_into().map_err(|_| Error::Tape("three operands".into()))?;
             c.add_linear(x, w)
         }),
         case("square 256", &[256, 256], false, &[256, 256], false).large(),
         case("linear 1024x384x1376", &[1024, 384], false, &[1376, 384], true).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[
+    (Place::Cpu, 1024, 1024, &[DType::F32]),
+    (Place::Gpu, 8192, 8192, &[DType::BF16]),
+    (Place::Gpu, 4096, 16384, &[DType::BF16]),
+    (Place::Gpu, 4096, 4096, &[DType::F32]),
+];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let graph = Run::graph(|v| {
+        let [x, w]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        x.linear(w)
+    });
+    let what = ("matmul", "gemm", "[rows, n] times [n, n]");
+    Case::timed(what, (n, rows), vec![vec![rows, n], vec![n, n]], graph, move |x, y| {
+        let columns = exact::some(n);
+        let weights = columns.iter().map(|&c| exact::row(&x[1], c, n)).collect::<Result<Vec<_>>>()?;
+        // The size of a sum of n products keeps a sum that cancels from being held to more than its terms allow.
+        let size = (n as f64).sqrt();
+        exact::rows(n, &x[..1], &y[0], |_, got, x| {
+            for (&c, w) in columns.iter().zip(&weights) {
+                let want: f64 = x[0].iter().zip(w).map(|(a, b)| a * b).sum();
+                exact::close("gemm", &[got[c], size], &[want, size], y[0].dtype(), 2.0)?;
+            }
+            Ok(())
+        })
+    })
+    .computes(2.0 * rows as f64 * (n as f64).powi(2))
 }

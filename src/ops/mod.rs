@@ -8,9 +8,11 @@ pub mod add;
 pub mod attention;
 pub mod axpby_bf16;
 pub mod bias;
+mod case;
 pub mod cast;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod exact;
 pub mod fake_quant;
 pub mod hadamard;
 pub mod hadamard_fake_quant;
@@ -23,56 +25,12 @@ pub mod spread;
 mod sum;
 pub mod swiglu;
 
-use std::sync::Arc;
-
-pub use crate::random::{normal, randn};
-use crate::tape::{Grads, Saved, Var};
+pub use crate::random::{normal, randn, repeated};
+use crate::tape::{Grads, Saved};
 use crate::{DType, Error, Result, Tensor};
 
-type Build = Arc<dyn for<'t> Fn(Vec<Var<'t>>) -> Result<Var<'t>> + Send + Sync>;
-
-/// A worked case of an operation: feeds the gradient check, CPU and GPU parity, and the benches.
-#[derive(Clone)]
-pub struct Case {
-    /// The operation.
-    pub op: &'static str,
-    /// What is particular about this case.
-    pub name: String,
-    /// `f64` operands.
-    pub inputs: Vec<Tensor>,
-    /// Builds the graph.
-    pub build: Build,
-    /// Too large for finite differences: benches and parity only.
-    pub large: bool,
-    /// Rounds its result to a grid, so that parity is a matter of codes and not of small differences.
-    pub rounds: bool,
-}
-
-impl Case {
-    /// A small case of `op`.
-    pub fn new(
-        op: &'static str,
-        name: impl Into<String>,
-        inputs: Vec<Tensor>,
-        build: impl for<'t> Fn(Vec<Var<'t>>) -> Result<Var<'t>> + Send + Sync + 'static,
-    ) -> Self {
-        Self { op, name: name.into(), inputs, build: Arc::new(build), large: false, rounds: false }
-    }
-    /// Marks the case as one for parity and benches only.
-    pub fn large(self) -> Self {
-        Self { large: true, ..self }
-    }
-    /// Marks the result as rounded to a grid.
-    pub fn rounds(self) -> Self {
-        Self { rounds: true, ..self }
-    }
-}
-
-impl std::fmt::Debug for Case {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.op, self.name)
-    }
-}
+pub use case::{At, Build, Call, Case, Check, Pass, Place, Prepare, Run, Size, Timing};
+pub(crate) use case::{Once, few_rows, normals, scattered};
 
 /// Every operation's cases.
 pub fn cases() -> Vec<Case> {

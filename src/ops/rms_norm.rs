@@ -5,7 +5,7 @@
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Pass, Place, Run, exact, normals, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -218,18 +218,18 @@ fn fast_backward(dy: &mut [f32], x: &[f32], inverse: &[f32], cols: usize) {
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], eps: f64| {
-        Case::new("rms_norm", name, vec![randn(shape, 21)], move |mut v| v.remove(0).rms_norm(eps))
+        Case::new("rms_norm", name, normals(&[(shape, 21)]), move |mut v| v.remove(0).rms_norm(eps))
     };
     let gain = |name: &str, shape: &[usize]| {
         let g = randn([shape[shape.len() - 1]], 22).to_dtype(DType::BF16).expect("a float type");
-        Case::new("rms_norm", name, vec![randn(shape, 23)], move |mut v| {
+        Case::new("rms_norm", name, normals(&[(shape, 23)]), move |mut v| {
             let x = v.remove(0);
             // The gain of the precision and device under test, rounded alike for all of them.
             let g = g.to_dtype(x.value().dtype())?.to_device(&x.value().device())?;
             x.rms_norm_gain(1e-5, Some(&g))
         })
     };
-    vec![
+    let mut all = vec![
         gain("gain", &[5, 24]),
         gain("gain, one odd row", &[1, 37]),
         case("one value", &[1], 0.5),
@@ -237,5 +237,37 @@ pub fn cases() -> Vec<Case> {
         case("odd", &[3, 37], 1e-6),
         case("three axes", &[2, 3, 16], 1e-5),
         case("1024x384", &[1024, 384], 1e-5).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all.extend(Case::table(timed_backward, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[
+    (Place::Cpu, 4096, 4096, &[DType::F32]),
+    (Place::Cpu, 11008, 1524, &[DType::F32]),
+    (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32]),
+];
+const TIMED_EPS: f64 = 1e-5;
+
+fn graph() -> Run {
+    Run::graph(|mut v| v.remove(0).rms_norm(TIMED_EPS))
+}
+
+fn timed(n: usize, rows: usize) -> Case {
+    Case::timed(("rms_norm", "rms-norm", "RMSNorm of rows of n"), (n, rows), vec![vec![rows, n]], graph(), move |x, y| {
+        exact::rows(n, x, &y[0], |_, got, x| exact::close("rms_norm", got, &reference(&x[0], n, TIMED_EPS).0, y[0].dtype(), 1.0))
+    })
+}
+
+fn timed_backward(n: usize, rows: usize) -> Case {
+    let what = ("rms_norm", "rms-norm-backward", "Its gradient");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph(), move |x, dx| {
+        exact::rows(n, x, &dx[0], |_, got, x| {
+            let inverse = reference(&x[0], n, TIMED_EPS).1;
+            exact::close("rms_norm: dx", got, &reference_backward(&x[1], &x[0], &inverse, n), dx[0].dtype(), 1.0)
+        })
+    })
+    .pass(Pass::Backward)
+    .moves(3.0 * n as f64 * rows as f64)
 }

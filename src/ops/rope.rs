@@ -4,7 +4,7 @@
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{Device, cpu, ffi};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Once, Pass, Place, Run, exact, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor};
@@ -189,19 +189,70 @@ fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], (seq, heads, dim): (usize, usiz
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, (batch, seq): (usize, usize), heads: usize, dim: usize| {
-        let x = randn([batch * seq, heads * dim], 41);
-        Case::new("rope", name, vec![x], move |mut v| {
-            let frequencies: Vec<_> = (0..dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / dim as f64)).collect();
+        Case::new("rope", name, normals(&[(&[batch * seq, heads * dim], 41)]), move |mut v| {
             let x = v.remove(0);
-            let rope = Rope::new(&frequencies, seq, x.value().dtype(), &x.value().device())?;
+            let rope = Rope::new(&frequencies(dim), seq, x.value().dtype(), &x.value().device())?;
             x.heads(dim)?.rope(&rope)
         })
     };
-    vec![
+    let mut all = vec![
         case("one token", (1, 1), 2, 8),
         case("odd", (3, 5), 3, 8),
         case("one pair a head", (2, 7), 1, 2),
         case("head of 80", (2, 3), 2, 80),
         case("8x128 tokens, 6 heads of 64", (8, 128), 6, 64).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all.extend(Case::table(timed_backward, SIZES));
+    all
+}
+
+fn frequencies(dim: usize) -> Vec<f64> {
+    (0..dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / dim as f64)).collect()
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+/// Values of a head of the timed cases.
+const DIM: usize = 128;
+
+/// Tokens of a sequence of the timed cases: 2048, or all rows where they are no multiple of that.
+fn timed_seq(rows: usize) -> usize {
+    if rows.is_multiple_of(2048) { 2048 } else { rows }
+}
+
+fn graph(rows: usize) -> Run {
+    let tables = Once::new();
+    Run::graph(move |mut v| {
+        let x = v.remove(0);
+        let like = x.value();
+        let rope = tables.get(like, || Rope::new(&frequencies(DIM), timed_seq(rows), like.dtype(), &like.device()))?;
+        x.heads(DIM)?.rope(&rope)
+    })
+}
+
+/// Row r rotated by the definition.
+fn rotated(x: &[f64], r: usize, rows: usize, transpose: bool) -> Vec<f64> {
+    let position = (r % timed_seq(rows)) as f64;
+    let angles = |f: fn(f64) -> f64| frequencies(DIM).iter().map(|w| f(position * w)).collect::<Vec<_>>();
+    let mut want = x.to_vec();
+    reference(&mut want, &angles(f64::cos), &angles(f64::sin), (1, x.len() / DIM, DIM), transpose);
+    want
+}
+
+fn timed(n: usize, rows: usize) -> Case {
+    let what = ("rope", "rope", "Rotary embedding of rows of n / 128 heads");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph(rows), move |x, y| {
+        exact::rows(n, x, &y[0], |r, got, x| exact::close("rope", got, &rotated(&x[0], r, rows, false), y[0].dtype(), 1.0))
+    })
+}
+
+fn timed_backward(n: usize, rows: usize) -> Case {
+    let what = ("rope", "rope-backward", "Its gradient: the rotation back");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph(rows), move |x, dx| {
+        // The gradient of the result has the shape of the heads.
+        exact::rows(n, &x[1..], &dx[0], |r, got, x| {
+            exact::close("rope: dx", got, &rotated(&x[0], r, rows, true), dx[0].dtype(), 1.0)
+        })
+    })
+    .pass(Pass::Backward)
 }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{Case, kept_gradient, randn, sum};
+use crate::ops::{At, Case, Pass, Place, Run, exact, kept_gradient, randn, sum};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Result, Tensor};
 
@@ -164,17 +164,45 @@ fn launch(queue: Queue<'_>, values: View<'_>, parts: View<'_>, measure: Measure,
 /// Worked cases: zeros, outliers, odd sizes.
 pub fn cases() -> Vec<Case> {
     let case = |measure: Measure, name: &str, shape: &[usize]| {
-        let mut x = randn(shape, 81).into_vec::<f64>().expect("f64");
-        if let Some(first) = x.first_mut() {
-            *first *= 8.0; // an outlier
-        }
-        let x = Tensor::from_vec(x, shape).expect("the same size");
-        Case::new("spread", format!("{name} {measure:?}"), vec![x], move |mut v| v.remove(0).spread(measure))
+        let shape = shape.to_vec();
+        let operands = move || {
+            let mut x = randn(shape.clone(), 81).into_vec::<f64>().expect("f64");
+            if let Some(first) = x.first_mut() {
+                *first *= 8.0; // an outlier
+            }
+            vec![Tensor::from_vec(x, shape.clone()).expect("the same size")]
+        };
+        Case::new("spread", format!("{name} {measure:?}"), operands, move |mut v| v.remove(0).spread(measure))
     };
     let both = |measure| {
         [case(measure, "one value", &[1, 1]), case(measure, "odd", &[5, 37]), case(measure, "1024x384", &[1024, 384]).large()]
     };
-    [both(Measure::Whip), both(Measure::Kurtosis)].concat()
+    let mut all = [both(Measure::Whip), both(Measure::Kurtosis)].concat();
+    all.extend(Case::table(timed_whip, SIZES));
+    all.extend(Case::table(timed_kurtosis, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+
+fn timed_whip(n: usize, rows: usize) -> Case {
+    timed(("spread", "whip", "Whip of rows of n, the gradient included"), Measure::Whip, n, rows)
+}
+
+fn timed_kurtosis(n: usize, rows: usize) -> Case {
+    timed(("spread", "kurtosis", "Fourth power of rows of n, the gradient included"), Measure::Kurtosis, n, rows)
+}
+
+fn timed(what: (&'static str, &'static str, &'static str), measure: Measure, n: usize, rows: usize) -> Case {
+    let graph = Run::graph(move |mut v| v.remove(0).spread(measure));
+    Case::timed(what, (n, rows), vec![vec![rows, n]], graph, move |x, dx| {
+        exact::rows(n, x, &dx[0], |_, got, x| {
+            let got: Vec<f64> = got.iter().map(|g| g * (n * rows) as f64).collect();
+            let want: Vec<f64> = x[0].iter().map(|x| measure.at(*x).1).collect();
+            exact::close("spread: dx", &got, &want, dx[0].dtype(), 1.0)
+        })
+    })
+    .pass(Pass::Recorded)
 }
 
 #[cfg(test)]

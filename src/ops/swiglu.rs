@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{Case, randn};
+use crate::ops::{At, Case, Pass, Place, Run, exact, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -158,18 +158,58 @@ fn gradients(dy: f32, g: f32, u: f32) -> (f32, f32) {
 /// Worked cases: the wide one reaches where e^−g over- and underflows.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], size: f64| {
-        let mut gate = randn(shape, 31).into_vec::<f64>().expect("f64");
-        gate.iter_mut().for_each(|g| *g *= size);
-        let gate = Tensor::from_vec(gate, shape).expect("the same size");
-        Case::new("swiglu", name, vec![gate, randn(shape, 32)], |v| {
+        let shape = shape.to_vec();
+        let operands = move || {
+            let mut gate = randn(shape.clone(), 31).into_vec::<f64>().expect("f64");
+            gate.iter_mut().for_each(|g| *g *= size);
+            vec![Tensor::from_vec(gate, shape.clone()).expect("the same size"), randn(shape.clone(), 32)]
+        };
+        Case::new("swiglu", name, operands, |v| {
             let [gate, up]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
             gate.swiglu(up)
         })
     };
-    vec![
+    let mut all = vec![
         case("one value", &[1], 1.0),
         case("odd", &[3, 7, 5], 1.0),
         case("wide", &[3, 37], 60.0),
         case("1024x1376", &[1024, 1376], 1.0).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all.extend(Case::table(timed_backward, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[
+    (Place::Cpu, 4096, 4096, &[DType::F32]),
+    (Place::Cpu, 11008, 1524, &[DType::F32]),
+    (Place::Gpu, 11008, 16384, &[DType::BF16, DType::F32]),
+];
+
+fn graph() -> Run {
+    Run::graph(|v| {
+        let [gate, up]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        gate.swiglu(up)
+    })
+}
+
+fn timed(n: usize, rows: usize) -> Case {
+    Case::timed(("swiglu", "swiglu", "SwiGLU of rows of n"), (n, rows), vec![vec![rows, n]; 2], graph(), move |x, y| {
+        exact::rows(n, x, &y[0], |_, got, x| exact::close("swiglu", got, &reference(&x[0], &x[1]), y[0].dtype(), 1.0))
+    })
+}
+
+fn timed_backward(n: usize, rows: usize) -> Case {
+    let what = ("swiglu", "swiglu-backward", "Its gradients");
+    Case::timed(what, (n, rows), vec![vec![rows, n]; 2], graph(), move |x, dx| {
+        for (i, name) in ["swiglu: dgate", "swiglu: dup"].into_iter().enumerate() {
+            exact::rows(n, x, &dx[i], |_, got, x| {
+                let (dgate, dup) = reference_backward(&x[2], &x[0], &x[1]);
+                exact::close(name, got, &[dgate, dup][i], dx[i].dtype(), 1.0)
+            })?;
+        }
+        Ok(())
+    })
+    .pass(Pass::Backward)
+    .moves(5.0 * n as f64 * rows as f64)
 }

@@ -16,12 +16,14 @@
 //! `tests/it/properties.rs`.
 
 mod adam;
+mod cases;
 mod cayley;
 mod qr_orth;
 mod riemannian;
 mod schedule;
 
 pub use adam::Adam;
+pub use cases::cases;
 pub use cayley::{CayleySgd, Mode};
 pub use qr_orth::{QrOrth, gradient_through_qr};
 pub use riemannian::{RiemannianAdam, RiemannianSgd};

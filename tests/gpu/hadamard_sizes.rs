@@ -49,7 +49,8 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
 fn powers_of_two_forward_and_backward() {
     let device = gpu();
     for n in (0..16).map(|i| 1usize << i) {
-        let case = Case::new("hadamard", format!("15 x {n}"), vec![randn([15, n], 21)], |v| v[0].clone().hadamard());
+        let operand = randn([15, n], 21);
+        let case = Case::new("hadamard", format!("15 x {n}"), move || vec![randn([15, n], 21)], |v| v[0].clone().hadamard());
         for (dtype, beside) in TYPES {
             let ours = check::evaluate(&case, dtype, &device).unwrap();
             // The same operand and output gradient, rounded, through f64.
@@ -59,7 +60,7 @@ fn powers_of_two_forward_and_backward() {
                 (of(DType::F64), of(dtype))
             };
             let gradient = randn([15, n], 0x5eed).to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
-            for (what, got, from) in [("forward", &ours.value, &case.inputs[0]), ("backward", &ours.gradients[0], &gradient)] {
+            for (what, got, from) in [("forward", &ours.value, &operand), ("backward", &ours.gradients[0], &gradient)] {
                 let (exact, rounded) = exact_of(from);
                 let got = got.to_f64_vec().unwrap();
                 let (error, bound) = (largest_difference(&got, &exact), 2.0 * largest_difference(&rounded, &exact) + beside);

@@ -1,5 +1,6 @@
 //! The GPU: one context, one stream and one stream-ordered memory pool per device.
 
+mod clock;
 mod gemm;
 mod profile;
 mod solver;
@@ -21,6 +22,7 @@ use super::launch::{Kind, View, Work};
 use crate::dtype::DType;
 use crate::{Error, Result};
 
+pub use clock::{Event, Graph};
 pub use profile::Phase;
 
 /// The oldest driver that runs a statically linked CUDA 13 runtime, as the driver numbers itself.

@@ -1,9 +1,49 @@
-//! What the answers should be, in f64, and how far from it they may be.
+//! Comparisons of results with the `f64` reference: how far they may be from it.
+//!
+//! A result of a model's size is compared in some rows: the first, one in the middle, the last.
 
-use spinquant::grid::reference_grid;
-use spinquant::hadamard::Hadamard;
-use spinquant::quant::{Grid, QuantSpec};
-use spinquant::{DType, Error, Result};
+use crate::grid::{Grid, QuantSpec, reference_grid};
+use crate::hadamard::Hadamard;
+use crate::{DType, Error, Result, Tensor};
+
+/// The rows that are compared, of so many.
+pub fn some(rows: usize) -> Vec<usize> {
+    let mut some = vec![0, (rows / 2) | 1, rows.saturating_sub(1)];
+    some.retain(|&r| r < rows);
+    some.dedup();
+    some
+}
+
+/// Row r of a tensor of rows of n, in `f64`.
+///
+/// # Errors
+/// If there is no such row.
+pub fn row(x: &Tensor, r: usize, n: usize) -> Result<Vec<f64>> {
+    if n == 0 || !x.len().is_multiple_of(n) {
+        return Err(Error::shape("row", format!("of whole rows of {n}"), x.shape()));
+    }
+    x.clone().reshape([x.len() / n, n])?.slice(r, 1)?.to_f64_vec()
+}
+
+/// Calls `compare` for some rows of n of a result, with the same rows of the operands.
+///
+/// # Errors
+/// Those of `compare`, and operands of another size.
+pub fn rows(
+    n: usize,
+    operands: &[Tensor],
+    result: &Tensor,
+    compare: impl Fn(usize, &[f64], &[Vec<f64>]) -> Result<()>,
+) -> Result<()> {
+    if let Some(x) = operands.iter().find(|x| x.len() != result.len()) {
+        return Err(Error::shape("rows compared", format!("of {} values", result.len()), x.shape()));
+    }
+    for r in some(result.len() / n.max(1)) {
+        let operands = operands.iter().map(|x| row(x, r, n)).collect::<Result<Vec<_>>>()?;
+        compare(r, &row(result, r, n)?, &operands)?;
+    }
+    Ok(())
+}
 
 /// `H x` of one row by f64 butterflies: the definition takes n² steps, too long at n = 32768.
 pub fn hadamard(x: &[f64], map: &Hadamard) -> Vec<f64> {
@@ -34,6 +74,9 @@ pub fn hadamard(x: &[f64], map: &Hadamard) -> Vec<f64> {
 
 /// Within one rounding of the stored type, plus a few of f32 (or a 64th of a 16-bit one) of the largest value; `factor` times that
 /// for sums of products.
+///
+/// # Errors
+/// [`Error::Numeric`] that names the first value beyond that, or says that there are too few or too many.
 pub fn close(what: &str, got: &[f64], want: &[f64], dtype: DType, factor: f64) -> Result<()> {
     let largest = want.iter().fold(0f64, |m, x| m.max(x.abs()));
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
@@ -46,6 +89,9 @@ pub fn close(what: &str, got: &[f64], want: &[f64], dtype: DType, factor: f64) -
 }
 
 /// Within `tolerance` times the largest value.
+///
+/// # Errors
+/// [`Error::Numeric`] that names the first value beyond that, or says that there are too few or too many.
 pub fn close_to_largest(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Result<()> {
     let largest = want.iter().fold(0f64, |m, x| m.max(x.abs()));
     // The largest difference; NaN if any is.
@@ -64,6 +110,9 @@ fn same_length(what: &str, got: &[f64], want: &[f64]) -> Result<()> {
 }
 
 /// `got` is x quantised to nearest: one value of a thousand (one at least) may be on a neighbouring step, where x is near a tie.
+///
+/// # Errors
+/// [`Error::Numeric`] that names the first value beyond that, or says that there are too few or too many.
 pub fn quantised(what: &str, got: &[f64], x: &[f64], spec: &QuantSpec, dtype: DType) -> Result<()> {
     let group = spec.group_size(x.len())?;
     for (got, x) in got.chunks(group).zip(x.chunks(group)) {
@@ -73,6 +122,9 @@ pub fn quantised(what: &str, got: &[f64], x: &[f64], spec: &QuantSpec, dtype: DT
 }
 
 /// The same with the grid given.
+///
+/// # Errors
+/// [`Error::Numeric`] that names the first value beyond that, or says that there are too few or too many.
 pub fn on_grid(what: &str, got: &[f64], x: &[f64], grid: &Grid<f64>, dtype: DType) -> Result<()> {
     let mut off = 0;
     for (i, (g, x)) in got.iter().zip(x).enumerate() {
@@ -98,7 +150,7 @@ mod tests {
     fn butterflies_are_the_definition() {
         for n in [1, 2, 64, 12, 344, 1376, 214] {
             let map = Hadamard::new(n).unwrap();
-            let x = spinquant::ops::randn([n], 5).into_vec::<f64>().unwrap();
+            let x = crate::ops::randn([n], 5).into_vec::<f64>().unwrap();
             let mut want = x.clone();
             map.reference(&mut want, false).unwrap();
             close("hadamard", &hadamard(&x, &map), &want, DType::F64, 1e-8).unwrap();

@@ -1,0 +1,56 @@
+//! The kernels that are timed into memory that is there already, so that a short call can be replayed: as
+//! `spinquant::kernels` calls them.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use crate::device::launch::{Kind, View};
+use crate::grid::QuantSpec;
+use crate::hadamard::Hadamard;
+use crate::ops::fake_quant::Outputs;
+use crate::ops::hadamard::Tables;
+use crate::ops::{Call, fake_quant, hadamard};
+use crate::{DType, Device, Result, Tensor};
+
+type Launch = Box<dyn Fn(View<'_>, View<'_>) -> Result<()>>;
+
+/// A call of the kernel on a GPU's tensor; `None` for others and elsewhere.
+pub fn call(kernel: &str, operands: &[Tensor]) -> Result<Option<Call>> {
+    let [x] = operands else { return Ok(None) };
+    let Device::Cuda(device) = x.device() else { return Ok(None) };
+    if x.dtype() != DType::F32 && !x.dtype().is_half() {
+        return Ok(None);
+    }
+    let n = x.cols();
+    // Asymmetric 4-bit per row, as activations are quantised.
+    let spec = QuantSpec::activation(4, false);
+    let launch: Launch = match kernel {
+        "copy" => Box::new(move |y, x| device.copy(y, x)),
+        "fake-quant" => {
+            Box::new(move |y, x| fake_quant::launch(device.queue(), Outputs { y: Some(y), ..Outputs::default() }, x, n, &spec))
+        }
+        "hadamard" | "hadamard-fake-quant" => {
+            let map = Hadamard::new(n)?;
+            let packed = || bytemuck::cast_slice(&map.packed()).to_vec();
+            let table = (map.k() > 1).then(|| device.constant("Hadamard matrices", map.k(), &packed)).transpose()?;
+            let spec = (kernel == "hadamard-fake-quant").then_some(spec);
+            Box::new(move |y, x| {
+                let tables = Tables { map: &map, table: table.as_ref().map(|t| t.view(Kind::U32)), signs: None };
+                hadamard::launch(device.queue(), y, x, &tables, false, spec.as_ref())
+            })
+        }
+        _ => return Ok(None),
+    };
+    let x = x.clone();
+    // No kernel's answer is zero, so one that writes nothing is noticed.
+    let y = Rc::new(RefCell::new(Tensor::zeros(x.shape(), x.dtype(), &x.device())?));
+    let results = y.clone();
+    Ok(Some(Call {
+        run: Box::new(move || launch(y.borrow().view()?, x.view()?)),
+        // A copy: the kernel writes into the same memory again.
+        results: Box::new(move || {
+            let y = results.borrow();
+            Ok(vec![Tensor::stack(std::slice::from_ref(&*y))?.reshape(y.shape())?])
+        }),
+    }))
+}

@@ -1,0 +1,235 @@
+//! Checks a case's answer, then times it.
+
+use std::time::Duration;
+
+use super::cases::{copied, fits};
+use super::time::{Samples, Watch, time, time_cold, time_replayed, total};
+use crate::ops::{Call, Case, Pass, Run, Timing, repeated};
+use crate::tape::{Tape, Var};
+use crate::{DType, Device, Error, Result, Tensor};
+
+/// What was measured of a case.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The call, repeated: what fits into a GPU's second-level cache stays there.
+    pub hot: Samples,
+    /// Milliseconds of a call that finds nothing in that cache; only where what it moves would fit.
+    pub cold_ms: Option<f64>,
+    /// Bytes that must be moved; 0 where arithmetic limits.
+    pub bytes: f64,
+    /// Additions and multiplications; 0 where memory limits.
+    pub flops: f64,
+    /// Bytes a millisecond of a copy of rows × n values, timed just before.
+    pub copy_rate: Option<f64>,
+    /// The kernel that ran, where there are several for one operation.
+    pub ran: Option<String>,
+}
+
+/// Wakes the card up: its clocks settle under load.
+///
+/// # Errors
+/// The driver's.
+pub fn warm_up(device: &Device) -> Result<()> {
+    if !device.is_cpu() {
+        let start = std::time::Instant::now();
+        let x = repeated([1 << 26], 0, DType::F32, device)?;
+        while start.elapsed().as_secs_f64() < 1.0 {
+            time(device, |watch| watch.time(|| Tensor::stack(std::slice::from_ref(&x)).map(drop)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs a case once: its operands (for [`Pass::Backward`] also the gradient of the result) and its results, as [`Case::check`] takes
+/// them.
+///
+/// # Errors
+/// Too little memory, sizes the case cannot have, and whatever it reports.
+pub fn answer(case: &Case, dtype: DType, device: &Device) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+    fits(case, dtype, device)?;
+    let mut operands = case.operands(dtype, device)?;
+    let results = match prepared(case, &operands)? {
+        Some((mut call, _)) => {
+            (call.run)()?;
+            (call.results)()?
+        }
+        None => gradients(case, timing(case)?.pass, &mut operands)?,
+    };
+    Ok((operands, results))
+}
+
+fn timing(case: &Case) -> Result<&Timing> {
+    case.timing.as_ref().ok_or_else(|| Error::argument("bench", format!("{case:?} is not a case for benches")))
+}
+
+/// The call made ready, and whether it allocates nothing; `None` for a graph on the tape.
+fn prepared(case: &Case, operands: &[Tensor]) -> Result<Option<(Call, bool)>> {
+    if let Some(call) = super::bare::call(timing(case)?.kernel, operands)? {
+        return Ok(Some((call, true)));
+    }
+    match &case.run {
+        Run::Graph(_) => Ok(None),
+        Run::Call(prepare) | Run::Whole(prepare, _) => Ok(Some((prepare(operands)?, false))),
+    }
+}
+
+/// The result of a graph, or its gradients; puts the gradient of the result behind the operands.
+fn gradients(case: &Case, pass: Pass, operands: &mut Vec<Tensor>) -> Result<Vec<Tensor>> {
+    let tape = Tape::new();
+    if pass == Pass::Forward {
+        let constants = operands.iter().map(|x| tape.constant(x.clone())).collect();
+        return Ok(vec![case.build(constants)?.into_value()]);
+    }
+    let variables: Vec<Var> = operands.iter().map(|x| tape.variable(x.clone())).collect();
+    let y = case.build(variables.clone())?;
+    let mut grads = match pass {
+        Pass::Recorded => tape.backward(y)?,
+        _ => {
+            let dy = gradient_like(y.value(), operands.len())?;
+            operands.push(dy.clone());
+            tape.backward_from(y, dy)?
+        }
+    };
+    variables.iter().map(|v| grads.take(v)).collect()
+}
+
+/// A gradient for a result, of a seed that no operand has.
+fn gradient_like(y: &Tensor, operands: usize) -> Result<Tensor> {
+    repeated(y.shape(), 1 + operands as u64, y.dtype(), &y.device())
+}
+
+/// One call of a graph; what counts of it is marked.
+fn call_graph(case: &Case, pass: Pass, operands: &[Tensor], dy: Option<&Tensor>, watch: &mut Watch) -> Result<()> {
+    let tape = Tape::new();
+    match (pass, dy) {
+        (Pass::Forward, _) => {
+            let constants = operands.iter().map(|x| tape.constant(x.clone())).collect();
+            watch.time(|| case.build(constants).map(drop))
+        }
+        (Pass::Recorded, _) => {
+            // Operands of its own, which the gradient takes the place of.
+            let copy = |x: &Tensor| Tensor::stack(std::slice::from_ref(x))?.reshape(x.shape());
+            let variables = operands.iter().map(|x| Ok(tape.variable(copy(x)?))).collect::<Result<_>>()?;
+            watch.time(|| case.build(variables).map(drop))
+        }
+        (Pass::Backward, Some(dy)) => {
+            let y = case.build(operands.iter().map(|x| tape.variable(x.clone())).collect())?;
+            watch.time(|| tape.backward_from(y, dy.clone()).map(drop))
+        }
+        (Pass::Backward, None) => Err(Error::argument("bench", "a gradient without one of the result")),
+    }
+}
+
+/// A case whose answer was checked, ready to be timed.
+pub struct Caller<'c> {
+    case: &'c Case,
+    pass: Pass,
+    dtype: DType,
+    device: Device,
+    operands: Vec<Tensor>,
+    /// The gradient of the result, for [`Pass::Backward`].
+    dy: Option<Tensor>,
+    /// The call and whether it allocates nothing; `None` for a graph on the tape.
+    prepared: Option<(Call, bool)>,
+}
+
+impl<'c> Caller<'c> {
+    /// Checks the case's answer.
+    ///
+    /// # Errors
+    /// A wrong answer; those of [`answer`].
+    pub fn checked(case: &'c Case, dtype: DType, device: &Device) -> Result<Self> {
+        let pass = timing(case)?.pass;
+        let (mut operands, results) = answer(case, dtype, device)?;
+        case.check(&operands, &results)?;
+        drop(results);
+        if let Run::Whole(..) = case.run {
+            operands.clear();
+            return Ok(Self { case, pass, dtype, device: device.clone(), operands, dy: None, prepared: None });
+        }
+        let prepared = prepared(case, &operands)?;
+        let backward = prepared.is_none() && pass == Pass::Backward;
+        let dy = if backward { operands.pop() } else { None };
+        Ok(Self { case, pass, dtype, device: device.clone(), operands, dy, prepared })
+    }
+
+    /// One call.
+    fn call(&mut self, watch: &mut Watch) -> Result<()> {
+        match &mut self.prepared {
+            Some((call, _)) => watch.time(&mut call.run),
+            None => call_graph(self.case, self.pass, &self.operands, self.dy.as_ref(), watch),
+        }
+    }
+
+    /// Times it, repeated.
+    ///
+    /// # Errors
+    /// What the case reports; the driver's.
+    pub fn time(&mut self) -> Result<Samples> {
+        if let Run::Whole(_, whole) = &self.case.run {
+            return Samples::new(vec![whole(self.dtype, &self.device)?], "once")
+                .ok_or_else(|| Error::numeric("bench", "no samples"));
+        }
+        let device = self.device.clone();
+        match &mut self.prepared {
+            Some((call, true)) => time_replayed(&device, &mut call.run),
+            _ => time(&device, |watch| self.call(watch)),
+        }
+    }
+
+    /// The time of so many calls in all, for harnesses that count calls themselves (criterion's `iter_custom`).
+    ///
+    /// # Errors
+    /// What the case reports; the driver's.
+    pub fn total(&mut self, calls: u64) -> Result<Duration> {
+        if let Run::Whole(_, whole) = &self.case.run {
+            let ms = (0..calls).map(|_| whole(self.dtype, &self.device)).sum::<Result<f64>>()?;
+            return Ok(Duration::from_secs_f64(ms / 1e3));
+        }
+        total(&self.device.clone(), calls, |watch| self.call(watch))
+    }
+
+    /// Milliseconds of a call that finds nothing in the second-level cache; `None` where what it moves would not fit.
+    fn cold(&mut self, bytes: f64) -> Result<Option<f64>> {
+        let device = self.device.clone();
+        let Some(mut flush) = flush(bytes, &device)? else { return Ok(None) };
+        if let Some((call, true)) = &mut self.prepared {
+            return time_cold(&device, &mut call.run, &mut flush).map(Some);
+        }
+        let cold = time(&device, |watch| {
+            flush()?;
+            self.call(watch)
+        })?;
+        Ok(Some(cold.median()))
+    }
+}
+
+/// Checks a case, then times it.
+///
+/// # Errors
+/// A wrong answer; those of [`answer`].
+pub fn measure(case: &Case, dtype: DType, device: &Device) -> Result<Measured> {
+    let timing = timing(case)?;
+    let mut caller = Caller::checked(case, dtype, device)?;
+    let copy_rate = copied(case).map(|copy| copy_rate(&copy, dtype, device)).transpose()?;
+    let (bytes, flops) = (timing.moved * dtype.size() as f64, timing.flops);
+    Ok(Measured { hot: caller.time()?, cold_ms: caller.cold(bytes)?, bytes, flops, copy_rate, ran: None })
+}
+
+/// Bytes a millisecond of a copy.
+fn copy_rate(copy: &Case, dtype: DType, device: &Device) -> Result<f64> {
+    let operands = copy.operands(dtype, device)?;
+    let prepared = prepared(copy, &operands)?;
+    let mut caller = Caller { case: copy, pass: Pass::Forward, dtype, device: device.clone(), operands, dy: None, prepared };
+    Ok(timing(copy)?.moved * dtype.size() as f64 / caller.time()?.median())
+}
+
+type Flush = Box<dyn FnMut() -> Result<()>>;
+
+/// Overwrites more than the second-level cache holds, where `bytes` would fit into it.
+fn flush(bytes: f64, device: &Device) -> Result<Option<Flush>> {
+    let Some(cache) = device.cache_bytes().filter(|&cache| bytes > 0.0 && bytes < cache as f64) else { return Ok(None) };
+    // Twice the cache is read, and as much written.
+    let x = Tensor::zeros([cache as usize / 2], DType::F32, device)?;
+    Ok(prepared(&super::cases::copy(x.len(), 1), &[x])?.map(|(call, _)| call.run))
+}
