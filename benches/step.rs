@@ -5,9 +5,9 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use rand::{RngExt, SeedableRng};
+use spinquant::bench::time::{Samples, once};
 use spinquant::data::Windows;
 use spinquant::eval::perplexity;
 use spinquant::learn::{ClipChoice, LearnOptions, learn};
@@ -49,15 +49,16 @@ fn main() -> Result<()> {
             seconds.push(step.seconds);
             ControlFlow::Continue(())
         })?;
-        let (least, most) = seconds[1..].iter().fold((f64::INFINITY, 0f64), |(a, b), &s| (a.min(s), b.max(s)));
-        println!("{name}: {least:.2} to {most:.2} s a step (first: {:.2}), peak memory {}", seconds[0], peak(&device));
+        let first = seconds.remove(0);
+        let steps = Samples::new(seconds.iter().map(|s| s * 1e3).collect(), "wall clock").expect("several steps");
+        let [least, most] = [0, 100].map(|p| steps.percentile(p) / 1e3);
+        println!("{name}: {least:.2} to {most:.2} s a step (first: {first:.2}), peak memory {}", peak(&device));
     }
     let plain = model.merge(None, &Scheme::new(16, 16, 16))?;
     let score = || -> Result<f64> {
-        let start = Instant::now();
-        let score = perplexity(&plain, &windows, |_| ControlFlow::Continue(()))?;
+        let (score, seconds) = once(&device, || perplexity(&plain, &windows, |_| ControlFlow::Continue(())))?;
         assert!(score.perplexity.is_finite());
-        Ok(score.tokens as f64 / start.elapsed().as_secs_f64())
+        Ok(score.tokens as f64 / seconds)
     };
     score()?;
     println!("full-precision evaluation: {:.0} tokens/s, peak memory {}", score()?, peak(&device));

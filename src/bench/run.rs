@@ -69,7 +69,7 @@ fn prepared(case: &Case, operands: &[Tensor]) -> Result<Option<(Call, bool)>> {
     }
     match &case.run {
         Run::Graph(_) => Ok(None),
-        Run::Call(prepare) | Run::Whole(prepare, _) => Ok(Some((prepare(operands)?, false))),
+        Run::Call(prepare) | Run::Whole(prepare, ..) => Ok(Some((prepare(operands)?, false))),
     }
 }
 
@@ -166,8 +166,8 @@ impl<'c> Caller<'c> {
     /// # Errors
     /// What the case reports; the driver's.
     pub fn time(&mut self) -> Result<Samples> {
-        if let Run::Whole(_, whole) = &self.case.run {
-            return Samples::new(vec![whole(self.dtype, &self.device)?], "once")
+        if let Run::Whole(_, whole, what) = &self.case.run {
+            return Samples::new(vec![whole(self.dtype, &self.device)?], what)
                 .ok_or_else(|| Error::numeric("bench", "no samples"));
         }
         let device = self.device.clone();
@@ -182,7 +182,7 @@ impl<'c> Caller<'c> {
     /// # Errors
     /// What the case reports; the driver's.
     pub fn total(&mut self, calls: u64) -> Result<Duration> {
-        if let Run::Whole(_, whole) = &self.case.run {
+        if let Run::Whole(_, whole, _) = &self.case.run {
             let ms = (0..calls).map(|_| whole(self.dtype, &self.device)).sum::<Result<f64>>()?;
             return Ok(Duration::from_secs_f64(ms / 1e3));
         }

@@ -37,7 +37,9 @@ fn model(n: usize, tokens: usize) -> Case {
 }
 
 fn case(what: (&'static str, &'static str, &'static str), n: usize, tokens: usize, layers: usize, timed: usize) -> Case {
-    let run = Run::Whole(Arc::new(sweep), Arc::new(move |dtype, device| milliseconds(n, tokens, layers, timed, dtype, device)));
+    let what_is_timed = if timed == 1 { "one layer of three" } else { "32 layers, once" };
+    let milliseconds = move |dtype, device: &Device| milliseconds(n, tokens, layers, timed, dtype, device);
+    let run = Run::Whole(Arc::new(sweep), Arc::new(milliseconds), what_is_timed);
     let (width, mlp, t) = (n as f64, n as f64 / 16.0 * 43.0, tokens as f64);
     let weights = 4.0 * width * width + 3.0 * width * mlp;
     // Hessians and the pass through the layer; the rest is small beside them.

@@ -22,7 +22,8 @@ pub struct Call {
 /// Compares results with the reference, given the operands (for [`Pass::Backward`] the gradient of the result is the last of them).
 pub type Check = Arc<dyn Fn(&[Tensor], &[Tensor]) -> Result<()> + Send + Sync>;
 type Draw = Arc<dyn Fn(DType, &Device) -> Result<Vec<Tensor>> + Send + Sync>;
-type Whole = Arc<dyn Fn(DType, &Device) -> Result<f64> + Send + Sync>;
+/// Milliseconds of work that times itself.
+pub type Whole = Arc<dyn Fn(DType, &Device) -> Result<f64> + Send + Sync>;
 
 /// What a case runs.
 #[derive(Clone)]
@@ -32,9 +33,9 @@ pub enum Run {
     Graph(Build),
     /// A function without gradients.
     Call(Prepare),
-    /// Work that draws its own operands, runs once, and says how many milliseconds it took; the case's operands are those of a small
-    /// piece of the same work, whose results are checked.
-    Whole(Prepare, Whole),
+    /// Work that draws its own operands, runs once, and says how many milliseconds it took, and of what in a few words; the case's
+    /// operands are those of a small piece of the same work, whose results are checked.
+    Whole(Prepare, Whole, &'static str),
 }
 
 /// What a case is for.

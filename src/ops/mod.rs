@@ -29,7 +29,7 @@ pub use crate::random::{normal, randn, repeated};
 use crate::tape::{Grads, Saved};
 use crate::{DType, Error, Result, Tensor};
 
-pub use case::{At, Build, Call, Case, Check, Pass, Place, Prepare, Run, Size, Timing};
+pub use case::{At, Build, Call, Case, Check, Pass, Place, Prepare, Run, Size, Timing, Whole};
 pub(crate) use case::{Once, few_rows, normals, scattered};
 
 /// Every operation's cases.

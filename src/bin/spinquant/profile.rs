@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
+use spinquant::bench::time::time;
 use spinquant::data::targets;
 use spinquant::device::Card;
 use spinquant::learn::learn;
@@ -76,7 +77,7 @@ pub fn run(args: &Args) -> Result<()> {
 
     let start = Instant::now();
     let model = args.model.load(&progress)?;
-    wait(&device)?;
+    device.synchronize()?;
     let loading = start.elapsed().as_secs_f64();
     let settings = options.settle(&model, &windows, optimizer.as_ref())?;
     // The same again while learning: what is free then may be a little less.
@@ -210,13 +211,6 @@ fn stop_profile(device: &Device) -> Vec<Row> {
     }
 }
 
-fn wait(device: &Device) -> Result<()> {
-    match device {
-        Device::Cuda(d) => d.synchronize(),
-        _ => Ok(()),
-    }
-}
-
 /// GB/s of a copy and TFLOP/s of a large product, in bf16 on a GPU; not measured elsewhere.
 fn ceilings(device: &Device) -> Result<(f64, f64)> {
     if device.is_cpu() {
@@ -227,16 +221,7 @@ fn ceilings(device: &Device) -> Result<(f64, f64)> {
     let x = Tensor::from_vec(values, [n, n])?.to_dtype(DType::BF16)?.to_device(device)?;
     let many = vec![x.clone(); 8];
     let best = |f: &dyn Fn() -> Result<Tensor>| -> Result<f64> {
-        f()?;
-        wait(device)?;
-        let mut best = f64::INFINITY;
-        for _ in 0..5 {
-            let start = Instant::now();
-            f()?;
-            wait(device)?;
-            best = best.min(start.elapsed().as_secs_f64());
-        }
-        Ok(best)
+        Ok(time(device, |watch| watch.time(|| f().map(drop)))?.percentile(0) / 1e3)
     };
     let copy = best(&|| Tensor::stack(&many))?;
     let gemm = best(&|| product(&x, false, &x, true, false, DType::BF16))?;

@@ -12,6 +12,7 @@ use spinquant::{Tensor, ops};
 use tempfile::TempDir;
 
 mod arguments;
+mod bench;
 mod console;
 mod input;
 mod kept;
