@@ -212,17 +212,18 @@ mod tests {
     #[test]
     fn only_what_is_marked_counts() {
         let pause = Duration::from_millis(4);
+        let sleep = |time| {
+            std::thread::sleep(time);
+            Ok(())
+        };
         let timed = time(&Device::Cpu, |watch| {
-            std::thread::sleep(5 * pause);
-            watch.time(|| {
-                std::thread::sleep(pause);
-                Ok(())
-            })
+            sleep(5 * pause)?;
+            watch.time(|| sleep(pause))
         });
         let ms = timed.unwrap().percentile(0);
         assert!((4.0..20.0).contains(&ms), "{ms}");
         assert!(time(&Device::Cpu, |_| Ok(())).is_err(), "nothing marked");
-        let all = total(&Device::Cpu, 3, |watch| watch.time(|| Ok(std::thread::sleep(pause)))).unwrap();
+        let all = total(&Device::Cpu, 3, |watch| watch.time(|| sleep(pause))).unwrap();
         assert!(all >= 3 * pause, "{all:?}");
     }
 }
