@@ -16,7 +16,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("what a layer is told", &["quant", "rotation"]),
     ("model", &["llama"]),
     ("around a model", &["check", "laws", "memory", "objective", "optim", "outliers", "plot"]),
-    ("over a model", &["calibrate", "compare", "demo", "eval", "export", "inspect", "learn"]),
+    ("over a model", &["bench", "calibrate", "compare", "demo", "eval", "export", "inspect", "learn"]),
 ];
 
 fn root() -> PathBuf {
