@@ -54,3 +54,24 @@ pub fn call(kernel: &str, operands: &[Tensor]) -> Result<Option<Call>> {
         }),
     }))
 }
+
+/// Which of its kernels a GPU runs for the rows of a case, where there are several.
+#[cfg(feature = "cuda")]
+pub fn ran(kernel: &str, n: usize, dtype: DType, device: &Device) -> Result<Option<String>> {
+    use crate::kernels::{Gpu, hadamard_choice};
+    let Device::Cuda(gpu) = device else { return Ok(None) };
+    let spec = match kernel {
+        "hadamard" => None,
+        "hadamard-fake-quant" => Some(QuantSpec::activation(4, false)),
+        _ => return Ok(None),
+    };
+    // Waiting makes this card the current one.
+    gpu.synchronize()?;
+    let choice = hadamard_choice(&Hadamard::new(n)?, dtype, spec.as_ref(), Gpu::current()?)?;
+    Ok(Some(choice.to_string()))
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn ran(_: &str, _: usize, _: DType, _: &Device) -> Result<Option<String>> {
+    Ok(None)
+}

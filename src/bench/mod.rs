@@ -10,11 +10,11 @@
 //! ```
 
 mod bare;
-mod cases;
+mod list;
 mod report;
 mod run;
 pub mod time;
 
-pub use cases::{cases, kernels, one, table};
+pub use list::{cases, kernels, one, table};
 pub use report::{Record, Row};
 pub use run::{Caller, Measured, answer, measure, warm_up};

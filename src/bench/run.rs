@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::cases::{copied, fits};
+use super::list::{copied, fits};
 use super::time::{Samples, Watch, time, time_cold, time_replayed, total};
 use crate::ops::{Call, Case, Pass, Run, Timing, repeated};
 use crate::tape::{Tape, Var};
@@ -213,7 +213,8 @@ pub fn measure(case: &Case, dtype: DType, device: &Device) -> Result<Measured> {
     let mut caller = Caller::checked(case, dtype, device)?;
     let copy_rate = copied(case).map(|copy| copy_rate(&copy, dtype, device)).transpose()?;
     let (bytes, flops) = (timing.moved * dtype.size() as f64, timing.flops);
-    Ok(Measured { hot: caller.time()?, cold_ms: caller.cold(bytes)?, bytes, flops, copy_rate, ran: None })
+    let ran = super::bare::ran(timing.kernel, timing.n, dtype, device)?;
+    Ok(Measured { hot: caller.time()?, cold_ms: caller.cold(bytes)?, bytes, flops, copy_rate, ran })
 }
 
 /// Bytes a millisecond of a copy.
@@ -231,5 +232,5 @@ fn flush(bytes: f64, device: &Device) -> Result<Option<Flush>> {
     let Some(cache) = device.cache_bytes().filter(|&cache| bytes > 0.0 && bytes < cache as f64) else { return Ok(None) };
     // Twice the cache is read, and as much written.
     let x = Tensor::zeros([cache as usize / 2], DType::F32, device)?;
-    Ok(prepared(&super::cases::copy(x.len(), 1), &[x])?.map(|(call, _)| call.run))
+    Ok(prepared(&super::list::copy(x.len(), 1), &[x])?.map(|(call, _)| call.run))
 }

@@ -1,9 +1,9 @@
 //! What is found by running a model over calibration text: clip ratios, and weights quantised layer by layer.
 
-mod cases;
 mod clip_search;
 mod pipeline;
+mod timed;
 
-pub use cases::cases;
 pub use clip_search::{ClipFound, ClipGoal, search_clips};
 pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers, quantize_weights};
+pub use timed::cases;

@@ -16,18 +16,18 @@
 //! `tests/it/properties.rs`.
 
 mod adam;
-mod cases;
 mod cayley;
 mod qr_orth;
 mod riemannian;
 mod schedule;
+mod timed;
 
 pub use adam::Adam;
-pub use cases::cases;
 pub use cayley::{CayleySgd, Mode};
 pub use qr_orth::{QrOrth, gradient_through_qr};
 pub use riemannian::{RiemannianAdam, RiemannianSgd};
 pub use schedule::Schedule;
+pub use timed::cases;
 
 use std::collections::BTreeMap;
 use std::path::Path;
