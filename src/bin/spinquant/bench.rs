@@ -8,7 +8,7 @@ use spinquant::bench::{self, Record, Row};
 use spinquant::ops::Case;
 use spinquant::{DType, Device, Error, Result};
 
-use crate::common::{device, interrupted, peak_bytes};
+use crate::common::{device, peak_bytes};
 use crate::console;
 
 /// The table of every kernel.
@@ -83,13 +83,8 @@ pub fn run(args: &Args) -> Result<()> {
         if console::is_closed() {
             return Ok(()); // what is measured is only printed
         }
-        let outcome = if interrupted().is_break() {
-            Err("left out: interrupted".to_string())
-        } else if Instant::now() > deadline {
-            Err("left out: out of time".to_string())
-        } else {
-            measure(case, *dtype, &device)
-        };
+        let outcome =
+            if Instant::now() > deadline { Err("left out: out of time".to_string()) } else { measure(case, *dtype, &device) };
         let mut row = Row::new(case, *dtype, outcome.as_ref().map_err(Clone::clone));
         row.of_baseline = baseline.as_ref().and_then(|b| b.ratio(&row));
         say(&row.text());
