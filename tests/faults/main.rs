@@ -102,7 +102,7 @@ impl Place {
         calls
     }
 
-    /// A file, or a folder's files, hidden ones too; `None` where there is nothing.
+    /// A file, or a folder's files, hidden ones too; `None` where there is nothing, as in an empty folder: outputs go there too.
     fn read(&self, name: &str) -> Option<Contents> {
         fn walk(path: &Path, name: String, found: &mut Contents) {
             if path.is_dir() {
@@ -117,7 +117,7 @@ impl Place {
         let path = self.path("out").join(name);
         let mut found = Contents::new();
         path.exists().then(|| walk(&path, String::new(), &mut found))?;
-        Some(found)
+        (!found.is_empty()).then_some(found)
     }
 
     /// What is in `out` besides these.
