@@ -87,7 +87,7 @@ pub(crate) fn launch_sums(queue: Queue<'_>, db: View<'_>, dy: View<'_>) -> Resul
 }
 
 impl Var<'_> {
-    /// `self + b` with self [.., n] and b [n].
+    /// `self + b` with self [.., n] and b `[n]`.
     ///
     /// # Errors
     /// Another length or another type of b.
