@@ -295,6 +295,10 @@ pub fn rope<T: Float>(
 /// kernels::add_bias(&stream, &mut y, &x, &b)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn add_bias<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,
@@ -315,6 +319,10 @@ pub fn add_bias<T: Float>(
 /// kernels::column_sums(&stream, &mut sums, &x)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
 pub fn column_sums<T: Float>(stream: &CudaStream, sums: &mut impl DevicePtrMut<T>, x: &impl DevicePtr<T>) -> Result<()> {
     let (sums, x) = (write(stream, sums), read(stream, x));
     bias::launch_sums(Queue::of(stream), sums.view, x.view)
@@ -442,6 +450,9 @@ pub fn cross_entropy<T: Float>(
 /// kernels::axpby_bf16(&stream, &mut y, (0.5, &a), (0.25, &b))?; // 1.5, 3
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; a failed launch.
 pub fn axpby_bf16(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<bf16>,

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -14,9 +15,19 @@ fn stopped(place: &Place, args: &str, signal: &str) -> (Option<i32>, String) {
     std::thread::sleep(Duration::from_millis(300));
     assert!(Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().unwrap().success());
     let start = Instant::now();
+    // A program that goes on is killed: the test fails rather than wait for it.
+    let (ended, watch) = mpsc::channel::<()>();
+    let id = child.id().to_string();
+    let watchdog = std::thread::spawn(move || {
+        if watch.recv_timeout(Duration::from_secs(60)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = Command::new("kill").args(["-KILL", &id]).status();
+        }
+    });
     let mut said = String::new();
     stderr.read_to_string(&mut said).unwrap();
     let status = child.wait().unwrap();
+    drop(ended);
+    watchdog.join().unwrap();
     assert!(start.elapsed() < Duration::from_secs(10), "{args}: went on for {:?}", start.elapsed());
     (status.code(), said)
 }
