@@ -7,7 +7,7 @@ use spinquant::kernels::{Gpu, hadamard_choice};
 
 /// `family PxM` of plain and of quantised rows: 16-bit and f32 on `sm_90a`, then the same on `sm_80`.
 #[rustfmt::skip]
-const CHOICES: [(usize, [[&str; 4]; 2]); 17] = [
+const CHOICES: [(usize, [[&str; 4]; 2]); 16] = [
     // n       bf16                 bf16, quantised       f32                  f32, quantised
     (64,    [["butterfly 1x64",     "butterfly 1x64",     "butterfly 1x64",    "butterfly 1x64"],
              ["butterfly 1x64",     "butterfly 1x64",     "butterfly 1x64",    "butterfly 1x64"]]),
@@ -31,8 +31,6 @@ const CHOICES: [(usize, [[&str; 4]; 2]); 17] = [
              ["fragment 112x128",   "fragment 56x256",    "tensor 112x128",    "tensor-held 112x128"]]),
     (18944, [["warpgroup 148x128",  "warpgroup 148x128",  "tensor 148x128",    "tensor-held 148x128"],
              ["fragment 148x128",   "fragment 148x128",   "tensor 148x128",    "tensor-held 148x128"]]),
-    (25600, [["fragment 100x256",   "warpgroup 100x256",  "tensor 100x256",    "tensor-held 100x256"],
-             ["tensor 100x256",     "tensor-twice 100x256", "tensor 100x256",  "tensor-twice 100x256"]]),
     (27648, [["fragment 108x256",   "warpgroup 108x256",  "tensor 108x256",    "tensor-held 108x256"],
              ["tensor 108x256",     "tensor-twice 108x256", "tensor 108x256",  "tensor-twice 108x256"]]),
     (28672, [["fragment 112x256",   "warpgroup 112x256",  "tensor 112x256",    "tensor-held 112x256"],
