@@ -243,10 +243,10 @@ fn bad_ratios_and_windows_are_named() {
     assert_eq!("best".parse::<ClipGoal>().unwrap_err().to_string(), "clip search: expected error or loss, got \"best\"");
     let (m, w) = (model(1), text(1));
     let search = |windows: &[usize]| search_clips(&m, None, &Scheme::new(4, 4, 4), &w, windows, ClipGoal::Loss, go);
-    assert!(search(&[]).unwrap_err().to_string().contains("expected windows below 12"));
+    assert!(search(&[]).unwrap_err().to_string().contains("expected at least one window to search on, got 0"));
     assert!(search(&[12]).unwrap_err().to_string().contains("got [12]"));
     for goal in [ClipGoal::Error, ClipGoal::Loss] {
         let stopped = search_clips(&m, None, &Scheme::new(4, 4, 4), &w, &[0], goal, |_, _| ControlFlow::Break(()));
-        assert!(matches!(stopped, Err(spinquant::Error::Interrupted { .. })), "{stopped:?}");
+        assert!(matches!(stopped, Err(spinquant::Error::Interrupted { step: 1 })));
     }
 }
