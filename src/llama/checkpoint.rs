@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -24,7 +25,8 @@ const PREFIX: &str = "model.";
 /// The tensors of a model directory: `model.safetensors`, or the shards that `model.safetensors.index.json` names. Names may lack
 /// their first part, `model.`, as in the files of a network without a head.
 ///
-/// Files are memory-mapped; a tensor is read when asked for. Nobody may shorten the files meanwhile.
+/// Files are memory-mapped; a tensor is read when asked for. A file that changed since it was opened is an error. One that is cut short in
+/// the middle of a read is a SIGBUS.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -60,11 +62,22 @@ struct Shard {
     metadata: Metadata,
     /// Where the data starts, after the header.
     start: usize,
+    /// What the file was when it was mapped; none for what is part of the program.
+    stamp: Option<Stamp>,
+}
+
+/// Length in bytes and time of the last change.
+type Stamp = (u64, SystemTime);
+
+fn stamp(path: &Path) -> Result<Stamp> {
+    let of = |m: std::fs::Metadata| Ok((m.len(), m.modified()?));
+    std::fs::metadata(path).and_then(of).map_err(Error::io(path))
 }
 
 /// One tensor's bytes, little-endian, still in the file.
 pub(super) struct Entry<'a> {
     path: &'a Path,
+    stamp: Option<Stamp>,
     name: &'a str,
     pub(super) dtype: DType,
     shape: &'a [usize],
@@ -77,9 +90,10 @@ impl Shard {
         if path.is_dir() {
             return Err(Error::format(&path, "expected a safetensors file, got a folder"));
         }
+        let stamp = stamp(&path)?;
         // SAFETY: read-only; a file that another process shortens while mapped would fault, which the type's documentation rules out.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
-        Self::new(path, Bytes::Mapped(map))
+        Ok(Self { stamp: Some(stamp), ..Self::new(path, Bytes::Mapped(map))? })
     }
 
     fn new(path: PathBuf, map: Bytes) -> Result<Self> {
@@ -90,7 +104,7 @@ impl Shard {
             let size = map.len();
             Error::format(&path, format!("expected a complete safetensors file: {e} (the file has {size} bytes)"))
         })?;
-        Ok(Self { path, map, metadata, start })
+        Ok(Self { path, map, metadata, start, stamp: None })
     }
 }
 
@@ -217,7 +231,7 @@ impl Checkpoint {
             }
             return Err(Error::format(&self.dir, format!("the tensor {name} is missing from the model's safetensors")));
         };
-        let Shard { path, map, metadata, start } = &self.shards[shard];
+        let Shard { path, map, metadata, start, stamp } = &self.shards[shard];
         let info = metadata.info(name).expect("checked when opened");
         let bad = |message: String| Error::format(path, format!("{name}: {message}"));
         let dtype = match info.dtype {
@@ -232,7 +246,7 @@ impl Checkpoint {
         }
         let (from, to) = info.data_offsets;
         // The header was checked against the file's length and every shape against its bytes.
-        Ok(Entry { path, name, dtype, shape: &info.shape, bytes: &map[start + from..start + to] })
+        Ok(Entry { path, stamp: *stamp, name, dtype, shape: &info.shape, bytes: &map[start + from..start + to] })
     }
 }
 
@@ -255,14 +269,34 @@ impl Entry<'_> {
     }
 
     /// The values in `dtype`, each row multiplied by `gain` (as long as a row) in `f64` and rounded once.
+    ///
+    /// The file is looked at before and behind: one that was written to since it was opened holds another model, and one that was cut
+    /// short has no bytes where the map says so.
     pub(super) fn read(&self, dtype: DType, gain: Option<&[f64]>) -> Result<Tensor> {
-        match dtype {
+        self.unchanged()?;
+        let values = match dtype {
             DType::F64 => self.read_as::<f64>(gain),
             DType::F32 => self.read_as::<f32>(gain),
             DType::F16 => self.read_as::<f16>(gain),
             DType::BF16 => self.read_as::<bf16>(gain),
             DType::U32 => Err(Error::dtype("weights", "f64, f32, f16 or bf16", dtype)),
+        };
+        self.unchanged()?;
+        values
+    }
+
+    fn unchanged(&self) -> Result<()> {
+        let Some(then) = self.stamp else { return Ok(()) };
+        let now = stamp(self.path)?;
+        if now == then {
+            return Ok(());
         }
+        let what = if now.0 < then.0 { "was cut short" } else { "was written to" };
+        let (before, after) = (then.0, now.0);
+        Err(Error::format(
+            self.path,
+            format!("{}: the file {what} after it was opened ({before} bytes then, {after} now)", self.name),
+        ))
     }
 
     fn read_as<T: Element>(&self, gain: Option<&[f64]>) -> Result<Tensor> {

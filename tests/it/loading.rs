@@ -187,6 +187,24 @@ fn a_tensor_keeps_its_type() {
     }
 }
 
+/// A map of a file that was cut short has no bytes behind it: reading them would be a SIGBUS.
+#[test]
+fn files_that_change_after_they_were_opened() {
+    let model = model();
+    for (change, says) in [(-64i64, "was cut short"), (0, "was written to"), (64, "was written to")] {
+        let dir = single(&model, Dtype::F32);
+        let path = dir.path().join("model.safetensors");
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let (c, name) = (config(), "model.embed_tokens.weight");
+        checkpoint.tensor(name, &[c.vocab_size, c.hidden_size]).unwrap();
+        let length = std::fs::metadata(&path).unwrap().len();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(length.checked_add_signed(change).unwrap()).unwrap();
+        file.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(5)).unwrap();
+        fails(checkpoint.tensor(name, &[c.vocab_size, c.hidden_size]), &["model.safetensors", name, says]);
+    }
+}
+
 #[test]
 fn bad_weights() {
     let (m, c) = (model(), config());
