@@ -1,7 +1,7 @@
 //! One learning step of 8 x 1024 tokens on a LLaMA of 15 million weights, and evaluation, with their peak memory.
 //!
-//! `cargo bench --bench step`. The model is that of SPINQUANT_MODEL (a Hugging Face folder), or ../shared/models/wiki-llama-15m
-//! where that exists, or random weights of its shape: time does not depend on the values. A GPU is used where there is one (bf16).
+//! `cargo bench --bench step`. The model is that of SPINQUANT_MODEL (a Hugging Face folder), or random weights of the same
+//! shape: time does not depend on the values. A GPU is used where there is one (bf16).
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -66,9 +66,7 @@ fn main() -> Result<()> {
 }
 
 fn model(dtype: DType, device: &Device) -> Result<Llama> {
-    let usual = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/models/wiki-llama-15m");
-    let folder = std::env::var_os("SPINQUANT_MODEL").map_or_else(|| PathBuf::from(usual), PathBuf::from);
-    if std::env::var_os("SPINQUANT_MODEL").is_some() || folder.is_dir() {
+    if let Some(folder) = std::env::var_os("SPINQUANT_MODEL").map(PathBuf::from) {
         println!("{}", folder.display());
         return Llama::load(&folder, dtype, device);
     }

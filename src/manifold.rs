@@ -218,7 +218,7 @@ impl Retraction for Cayley {
 /// For ‖Ω‖₂ below about 1; products only.
 #[derive(Clone, Copy, Debug)]
 pub struct CayleyFixedPoint {
-    /// How many.
+    /// Number of iterations.
     pub iterations: usize,
 }
 

@@ -104,7 +104,7 @@ pub struct Card {
 }
 
 impl Card {
-    /// NVIDIA H100 80GB HBM3, for planning without one: what its driver says, reckoned as `CudaDevice::card` does.
+    /// NVIDIA H100 80GB HBM3, for planning without one: what its driver reports, computed as `CudaDevice::card` does.
     pub fn h100() -> Self {
         Self { name: "NVIDIA H100 80GB HBM3".into(), free: 79 << 30, products: 685e12, bandwidth: 3.02e12 }
     }

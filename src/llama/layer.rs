@@ -1,6 +1,6 @@
-//! A layer that keeps only its input for the backward pass and runs again there: [`checkpoint`](crate::tape::checkpoint) made to
-//! measure. Its weights are rotated and quantised once a pass however few sequences go through it at a time, so that memory can be
-//! cut without paying for that again and again.
+//! A layer that keeps only its input for the backward pass and runs a second time there, as [`checkpoint`](crate::tape::checkpoint)
+//! does. Its weights are rotated and quantised once a pass, however few sequences go through it at a time: fewer sequences cost less
+//! memory and no more rotations.
 
 use std::sync::Arc;
 

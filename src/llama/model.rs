@@ -31,7 +31,7 @@ pub enum Recompute {
 }
 
 impl Recompute {
-    /// In full.
+    /// The plan of all layers that this stands for.
     pub fn plan(self) -> Plan {
         match self {
             Self::None => Plan::KEEP_ALL,

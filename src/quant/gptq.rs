@@ -59,8 +59,8 @@ pub enum GroupScales {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Gptq {
-    /// Part of H's mean diagonal that is added to its diagonal; ten times as much, again and again up to [`MAX_DAMPING`], while the
-    /// result is not positive definite. [`QuantizedLinear::damping`] tells what was used.
+    /// Part of H's mean diagonal that is added to its diagonal. It grows tenfold, up to [`MAX_DAMPING`], while the result is not positive
+    /// definite. [`QuantizedLinear::damping`] tells what was used.
     pub damping: f64,
     /// Sweep columns in descending order of H's diagonal.
     pub act_order: bool,

@@ -166,8 +166,8 @@ impl CudaDevice {
         Ok((free + kept as usize, total))
     }
 
-    /// What the card can do, from what the driver says about it. Of the peak of its tensor cores two thirds are reckoned with, and
-    /// nine tenths of its bandwidth, which is what large products and copies reach on an H100.
+    /// Free memory, product rate and bandwidth of the card, computed from what the driver reports. The product rate is two thirds of the
+    /// tensor cores' peak, the bandwidth nine tenths of the memory's: large products and copies reach that on an H100.
     ///
     /// # Errors
     /// A failing call of the driver.
