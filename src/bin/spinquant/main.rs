@@ -15,6 +15,7 @@ mod eval;
 mod growth;
 mod inspect;
 mod learn;
+mod network;
 mod outputs;
 mod profile;
 mod quantize;

@@ -1,0 +1,136 @@
+//! The network that a command asks a model for: rotated and quantised as the arguments say, or as `quantize` wrote it.
+
+use std::path::PathBuf;
+
+use spinquant::Result;
+use spinquant::compare::quantized;
+use spinquant::data::Windows;
+use spinquant::export::{Record, is_native, load_native};
+use spinquant::llama::{LlamaConfig, Merged};
+use spinquant::quant::Scheme;
+use spinquant::rotation::{Rotations, Start};
+
+use crate::common::{ModelArgs, Progress, SchemeArgs, check_length, contradicts, rotations};
+use crate::weights::{GptqArgs, Method};
+
+/// A model, its rotations and how its weights are quantised.
+#[derive(clap::Args)]
+pub struct NetworkArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    scheme: SchemeArgs,
+    #[arg(long, value_name = "WHICH", help = format!("{} [default: none]", Start::usage(&[])))]
+    rotations: Option<Start>,
+    /// How weights are quantised [default: rtn].
+    #[arg(long, value_enum)]
+    weights: Option<Method>,
+    /// Calibration text for GPTQ.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    #[command(flatten)]
+    gptq: GptqArgs,
+}
+
+/// A network whose arguments, rotations and calibration text were checked; its weights are still to be read.
+pub struct Network<'a> {
+    args: &'a NetworkArgs,
+    /// Sizes.
+    pub config: LlamaConfig,
+    /// How it is quantised.
+    pub scheme: Scheme,
+    /// Which rotations, in words.
+    pub rotations: String,
+    /// How its weights are quantised: `rtn` or `gptq`.
+    pub weights: String,
+    from: From,
+}
+
+/// Where the weights come from.
+enum From {
+    /// A folder that `quantize` wrote.
+    Written,
+    /// A model's own files.
+    Model { plain: bool, rotations: Option<Rotations>, calibration: Option<Windows> },
+}
+
+impl NetworkArgs {
+    /// Checks everything but the weights. `seq_len` is the length of calibration windows, and of those that are scored where
+    /// `scores_windows` says that there are some.
+    ///
+    /// # Errors
+    /// Arguments that contradict the model or each other; rotations of another model; a calibration text that cannot be used.
+    pub fn checked(&self, seq_len: usize, scores_windows: bool) -> Result<Network<'_>> {
+        if is_native(&self.model.model) {
+            return self.written(scores_windows.then_some(seq_len));
+        }
+        let start = self.rotations.clone().unwrap_or(Start::None);
+        let weights = self.weights.unwrap_or(Method::Rtn);
+        let reads = scores_windows || weights == Method::Gptq;
+        let config = self.model.checked(&self.scheme.scheme(), reads.then_some(seq_len))?;
+        let file = rotations(&start, &config)?;
+        let scheme = self.scheme.scheme_with(file.as_ref());
+        let calibration = match weights {
+            Method::Rtn => None,
+            Method::Gptq => Some(self.gptq.text(&self.model, &config, self.calibration.as_ref(), seq_len)?),
+        };
+        let (plain, rotations) = (matches!(start, Start::None), file.map(|file| file.rotations));
+        Ok(Network {
+            args: self,
+            config,
+            scheme,
+            rotations: start.to_string(),
+            weights: weights.name().to_string(),
+            from: From::Model { plain, rotations, calibration },
+        })
+    }
+
+    /// A quantised model as it was written; arguments may repeat what it was written with.
+    fn written(&self, seq_len: Option<usize>) -> Result<Network<'_>> {
+        let dir = &self.model.model;
+        let written = Record::read(dir)?;
+        self.scheme.check_written(&written.scheme, dir)?;
+        let given = [
+            ("--rotations", self.rotations.as_ref().map(Start::to_string), written.rotations.clone()),
+            ("--weights", self.weights.map(|method| method.name().to_string()), written.weights.clone()),
+            ("--dtype", self.model.given_dtype().map(|dtype| dtype.to_string()), written.dtype.to_string()),
+        ];
+        for (name, given, written) in given {
+            if let Some(given) = given.filter(|given| *given != written) {
+                return Err(contradicts(name, dir, &written, &given));
+            }
+        }
+        seq_len.map_or(Ok(()), |seq_len| check_length(&written.config, seq_len))?;
+        let Record { config, scheme, rotations, weights, .. } = written;
+        Ok(Network { args: self, config, scheme, rotations, weights, from: From::Written })
+    }
+}
+
+impl Network<'_> {
+    /// Rotations and weights in words.
+    pub fn how(&self) -> String {
+        match self.from {
+            From::Written => "as written".into(),
+            From::Model { .. } => format!("rotations {}, weights {}", self.rotations, self.weights),
+        }
+    }
+
+    /// Reads the weights, rotates and quantises them.
+    ///
+    /// # Errors
+    /// Weights that cannot be read, merged or quantised; [`Error::Interrupted`](spinquant::Error::Interrupted).
+    pub fn load(&self, progress: &Progress) -> Result<Merged> {
+        let NetworkArgs { model: files, gptq, .. } = self.args;
+        let From::Model { plain, rotations, calibration } = &self.from else {
+            return Ok(load_native(&files.model, &files.device()?)?.model);
+        };
+        let model = if *plain { files.load_plain(progress)? } else { files.load(progress)? };
+        match calibration {
+            None => model.merge(rotations.as_ref(), &self.scheme),
+            Some(text) => {
+                let run = (&gptq.quantizer(), &gptq.calibration(text)?);
+                quantized(&model, rotations.as_ref(), &self.scheme, run, &mut progress.watch())
+            }
+        }
+    }
+}
