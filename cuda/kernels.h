@@ -157,6 +157,15 @@ int sq_attention_backward(void *dq, void *dk, void *dv, void *workspace, const v
                           const void *v, const void *o, const float *lse, int64_t batch, int64_t seq, int32_t heads,
                           int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
 
+/* segment_attention.cu ---------------------------------------------------------------------------------------- */
+
+/* Attention of segments that may share a prefix, without gradients. q, o [tokens, heads, dim]; k, v [rows, kv_heads, dim], dim at
+ * most 256. chunks [count, 6]: up to 8 queries of one segment each: first query, queries, first row of the prefix in k and v, rows of
+ * the prefix, row of the segment's first own key, queries of the segment before the chunk. A query reads its segment's prefix, then
+ * the own keys up to its place. */
+int sq_segment_attention(void *o, const void *q, const void *k, const void *v, const uint32_t *chunks, int64_t count,
+                         int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
+
 /* swiglu.cu --------------------------------------------------------------------------------------------------- */
 
 /* y = silu(gate) * up, elementwise over count values; in place (y = gate or y = up) allowed. */

@@ -46,9 +46,17 @@ pub fn config() -> Result<LlamaConfig> {
 /// # Errors
 /// None that a caller could cause.
 pub fn model() -> Result<Llama> {
+    model_in(DType::F32)
+}
+
+/// The same in another type: in `f64` the order of sums changes no code of a quantiser.
+///
+/// # Errors
+/// None that a caller could cause.
+pub fn model_in(dtype: DType) -> Result<Llama> {
     let config = config()?;
     let checkpoint = Checkpoint::from_static("demo/model.safetensors", asset!(include_bytes, "model.safetensors"))?;
-    let weights = Weights::read(&Source::new(checkpoint, &config)?, DType::F32)?;
+    let weights = Weights::read(&Source::new(checkpoint, &config)?, dtype)?;
     Llama::new(config, weights)
 }
 

@@ -11,7 +11,7 @@ use crate::ops::attention::attention;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
 use crate::quant::{Site, Sites};
-use crate::{Result, Tensor, Var};
+use crate::{Error, Result, Tensor, Var};
 
 /// A layer's frozen weights, RMSNorm gains folded in, not rotated.
 #[derive(Clone, Debug)]
@@ -39,6 +39,8 @@ pub struct Run {
     pub observer: Option<Arc<Observer>>,
     /// Changes them (activation patching). Gradients pass as if it had not.
     pub patch: Option<Arc<Patch>>,
+    /// Computes attention in another way, without gradients; `None`: causal, over sequences of `seq` tokens.
+    pub attend: Option<Arc<Attend>>,
 }
 
 impl Block {
@@ -100,7 +102,11 @@ impl Block {
         let q = r3(q.of(h.clone())?.heads(d)?.rope(rope)?)?;
         let k = self.rotated(Site::Key, online.r3, k.of(h.clone())?.heads(d)?.rope(rope)?, run)?; // R3
         let v = self.quantized(Site::Value, v.of(h)?, run)?.heads(d)?; // in R2's basis
-        self.quantized(Site::AttentionOutput, attention(q, k, v, *seq)?, run)
+        let a = match &run.attend {
+            None => attention(q, k, v, *seq)?,
+            Some(attend) => without_gradient(self.index, [q, k, v], attend.as_ref())?,
+        };
+        self.quantized(Site::AttentionOutput, a, run)
     }
 
     /// The input of gate and up, `[tokens, C]`.
@@ -189,6 +195,17 @@ pub type Observer = dyn Fn(usize, Site, &Tensor) + Send + Sync;
 
 /// Is shown the input of every quantiser, and may put other values of the same shape in its place.
 pub type Patch = dyn Fn(usize, Site, &Tensor) -> Result<Option<Tensor>> + Send + Sync;
+
+/// Attention of a layer in another way: layer, and q `[tokens, H, D]`, k, v `[tokens, KV, D]` as attention reads them, to `[tokens, H·D]`.
+pub type Attend = dyn Fn(usize, [&Tensor; 3]) -> Result<Tensor> + Send + Sync;
+
+fn without_gradient<'t>(layer: usize, qkv: [Var<'t>; 3], attend: &Attend) -> Result<Var<'t>> {
+    if qkv.iter().any(Var::requires_grad) {
+        return Err(Error::Tape("attention over segments or a cache has no gradient, and one is wanted".into()));
+    }
+    let [q, k, v] = &qkv;
+    Ok(q.tape().constant(attend(layer, [q.value(), k.value(), v.value()])?))
+}
 
 impl<'t> LinearVars<'t> {
     /// `x Wᵀ + b` with x [.., in].

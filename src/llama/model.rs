@@ -10,7 +10,7 @@ use crate::data;
 use crate::linalg::matmul;
 use crate::llama::block::{Block, Run};
 use crate::llama::walk::observed;
-use crate::llama::{LlamaConfig, Plan, Rotated, RotatedWeights, Source, Weights};
+use crate::llama::{LlamaConfig, Packed, Plan, Rotated, RotatedWeights, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
@@ -326,7 +326,7 @@ impl Run {
     /// No position; rotary tables that cannot be made in `dtype` or on `device`.
     pub fn new(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
         let rope = Rope::new(&config.inverse_frequencies(), seq, dtype, device)?;
-        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None, patch: None })
+        Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None, patch: None, attend: None })
     }
 }
 
@@ -381,13 +381,13 @@ impl Merged {
         linear_token_losses(&self.hidden(tokens, &self.run(seq)?)?, &self.head, &data::targets(tokens, seq))
     }
 
-    /// The cross entropy of `targets` at `rows` of whole sequences of `seq` ids: row `r` is position `r % seq` of sequence `r / seq`,
-    /// and rows may repeat. Logits of other rows are not made.
+    /// The cross entropy of `targets` at `rows` of packed sequences; rows may repeat. Logits of other rows are not made.
     ///
     /// # Errors
-    /// As [`Merged::logits`]; a row outside the sequences; as many targets as rows are expected; a target outside the vocabulary.
-    pub fn losses_of(&self, tokens: &[u32], seq: usize, rows: &[u32], targets: &[u32]) -> Result<Vec<f64>> {
-        let hidden = self.hidden(tokens, &self.run(seq)?)?;
+    /// As [`Merged::logits`]; no tokens; a row outside the sequences; as many targets as rows are expected; a target outside the
+    /// vocabulary.
+    pub fn packed_losses(&self, packed: &Packed, rows: &[u32], targets: &[u32]) -> Result<Vec<f64>> {
+        let hidden = self.hidden(packed.tokens(), &packed.run(self)?)?;
         let hidden = Tape::new().constant(hidden).embedding(rows.into())?.into_value();
         let targets =
             targets.iter().map(|&t| i32::try_from(t).map_err(|_| Error::argument("target", format!("{t} is no token id"))));
@@ -399,7 +399,7 @@ impl Merged {
     }
 
     /// What the head reads, `[tokens, C]`.
-    fn hidden(&self, tokens: &[u32], run: &Run) -> Result<Tensor> {
+    pub(super) fn hidden(&self, tokens: &[u32], run: &Run) -> Result<Tensor> {
         check_tokens(&self.config, tokens, run.seq, self.config.layers)?;
         let tape = Tape::new();
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?;

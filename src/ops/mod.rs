@@ -21,6 +21,7 @@ pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
+pub mod segment_attention;
 pub mod spread;
 mod sum;
 pub mod swiglu;
@@ -49,6 +50,7 @@ pub fn cases() -> Vec<Case> {
         matmul::cases(),
         rms_norm::cases(),
         rope::cases(),
+        segment_attention::cases(),
         spread::cases(),
         swiglu::cases(),
     ]

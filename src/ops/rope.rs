@@ -1,9 +1,12 @@
 //! Rotary position embedding (Su et al. 2021), half-split: a head `(a, b)` of D values, cut in halves, at position p becomes
 //! `(a c − b s, b c + a s)` with `c, s = cos, sin(p f_i)` and f the D/2 inverse frequencies. Backward is the inverse rotation.
 
+use std::sync::Arc;
+
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{Device, cpu, ffi};
+use crate::ops::embedding::Embedding;
 use crate::ops::{At, Case, Once, Pass, Place, Run, exact, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::tensor::room;
@@ -33,6 +36,20 @@ impl Rope {
             Tensor::from_vec(values, [seq, inverse_frequencies.len()])?.to_dtype(dtype)?.to_device(device)
         };
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
+    }
+    /// The tables of some of the positions, one a token, in any order.
+    ///
+    /// # Errors
+    /// No positions, or one that is not in the tables.
+    pub fn at(&self, positions: Arc<[u32]>) -> Result<Self> {
+        if positions.is_empty() {
+            return Err(Error::argument("rope", "expected at least one position, got 0"));
+        }
+        let rows = |table: &Tensor| {
+            let gather = Embedding { ids: positions.clone(), vocab: table.rows() };
+            run(&gather, vec![table.clone()], &mut Saved::default())
+        };
+        Ok(Self { cos: rows(&self.cos)?, sin: rows(&self.sin)? })
     }
     /// Number of positions.
     pub fn seq(&self) -> usize {

@@ -15,6 +15,14 @@ fn every_operation() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn segment_attention() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        ops::segment_attention::check_problems(dtype, &gpu()).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn cayley() {
     // From 1024 on, multiples of 16 are multiplied by split operands.
     parity::cayley(&gpu(), &[&parity::SMALL[..], &[(1, 1040, 1.5), (2, 1024, 0.3)]].concat());
