@@ -1,7 +1,8 @@
 //! Multiple choice: how likely a model finds every candidate answer, and how often the likeliest one is right.
 //!
 //! The protocol is that of lm-evaluation-harness 0.4.13 (`lm_eval/api/model.py`, `lm_eval/api/task.py`), zero-shot. Three steps:
-//! [`requests`] encodes questions, [`log_likelihoods`] asks a model, [`score`] counts. Likelihoods of another model go into the third.
+//! [`requests`] encodes questions, [`log_likelihoods`] asks a model, [`Marks::of`](super::marks::Marks::of) counts. Likelihoods of another
+//! model go into the third.
 
 use std::ops::ControlFlow;
 
@@ -196,71 +197,6 @@ fn batches(requests: &[Request], mut asked: Vec<usize>, limit: usize) -> Vec<Vec
     batches
 }
 
-/// A mean over questions and its standard error.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Mean {
-    /// The mean.
-    pub mean: f64,
-    /// Sample standard deviation over √n; NaN for one question.
-    pub standard_error: f64,
-}
-
-impl Mean {
-    fn of(values: &[f64]) -> Self {
-        let n = values.len() as f64;
-        let mean = values.iter().sum::<f64>() / n;
-        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
-        Self { mean, standard_error: (variance / n).sqrt() }
-    }
-}
-
-/// How a model does on questions.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scores {
-    /// Number of questions.
-    pub questions: usize,
-    /// Part of the questions whose right candidate is the likeliest; the first of equal ones counts.
-    pub acc: Mean,
-    /// The same for log-likelihoods divided by the number of characters of the choice.
-    pub acc_norm: Mean,
-    /// Log-likelihood of the right candidate, in nats a question.
-    pub gold: Mean,
-}
-
-/// Scores log-likelihoods, one a candidate, in the order of [`requests`].
-///
-/// # Errors
-/// No question; another number of log-likelihoods than of candidates; one that is NaN; those of [`Question::check`].
-pub fn score(questions: &[Question], log_likelihoods: &[f64]) -> Result<Scores> {
-    let candidates: usize = questions.iter().map(Question::candidates).sum();
-    if questions.is_empty() || log_likelihoods.len() != candidates {
-        let message = format!("expected {candidates} of {} questions, got {}", questions.len(), log_likelihoods.len());
-        return Err(Error::argument("log-likelihoods", message));
-    }
-    if log_likelihoods.iter().any(|l| l.is_nan()) {
-        return Err(Error::numeric("log-likelihoods", "one of them is NaN"));
-    }
-    let (mut acc, mut acc_norm, mut gold) = (vec![], vec![], vec![]);
-    let mut rest = log_likelihoods;
-    for question in questions {
-        question.check()?;
-        let (now, later) = rest.split_at(question.candidates());
-        rest = later;
-        let characters = |i: usize| question.candidate(i).1.chars().count() as f64;
-        let normalised: Vec<f64> = now.iter().enumerate().map(|(i, l)| l / characters(i)).collect();
-        let right = |values: &[f64]| f64::from(u8::from(first_maximum(values) == question.gold));
-        acc.push(right(now));
-        acc_norm.push(right(&normalised));
-        gold.push(now[question.gold]);
-    }
-    let [acc, acc_norm, gold] = [acc, acc_norm, gold].map(|v| Mean::of(&v));
-    Ok(Scores { questions: questions.len(), acc, acc_norm, gold })
-}
-
-fn first_maximum(values: &[f64]) -> usize {
-    values.iter().enumerate().fold(0, |best, (i, v)| if *v > values[best] { i } else { best })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,6 +205,7 @@ mod tests {
     use crate::quant::Scheme;
 
     #[test]
+<<<<<<< HEAD
     fn counting() {
         let q = |gold| Question::new("c", ["ab", "abcd"], gold);
         // The second is likelier a character; equal candidates: the first.
@@ -320,6 +257,8 @@ mod tests {
     }
 
     #[test]
+=======
+>>>>>>> 4cdaf0f (Ask several tasks of a network, keep the answers in a file, and pair marks question by question)
     fn batches_are_as_single_requests() {
         // In f64 both ways give the same codes.
         let model = demo::model_in(DType::F64).unwrap();

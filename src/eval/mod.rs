@@ -1,10 +1,12 @@
 //! Perplexity as the field reports it: the text as one stream of tokens, cut into windows of the context length, the mean of the
 //! windows' mean negative log-likelihoods, exponentiated.
-
 //!
-//! [`choices`] scores multiple-choice questions, which [`tasks`] reads.
+//! Multiple choice: [`tasks`] reads questions, [`choices`] asks a model, [`marks`] counts, [`exam`] does all of that for several tasks.
 
+pub mod answers;
 pub mod choices;
+pub mod exam;
+pub mod marks;
 pub mod tasks;
 
 use std::ops::ControlFlow;
