@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 use super::answers::Answers;
 use super::choices::{Request, log_likelihoods, requests};
 use super::marks::{Marks, Mean, Scores};
-use super::tasks::{Questions, Task};
+use super::tasks::{Question, Questions, Task};
 use super::tokens_at_once;
 use crate::data::{self, Bos, Tokenizer};
 use crate::llama::{LlamaConfig, Merged};
@@ -99,7 +99,7 @@ impl Exam {
         let mut record = Map::from_iter([("bos".to_string(), self.bos.to_string().into())]);
         let mut rest = &self.requests[..];
         for task in &self.tasks {
-            let (now, later) = rest.split_at(task.questions.iter().map(|q| q.candidates()).sum());
+            let (now, later) = rest.split_at(task.questions.iter().map(Question::candidates).sum());
             rest = later;
             let numbers =
                 now.iter().flat_map(|r| [r.tokens.len() as u32, r.continuation as u32].into_iter().chain(r.tokens.clone()));
@@ -107,6 +107,18 @@ impl Exam {
             record.insert(format!("task {}", task.name), format!("{} questions, {checksum}", task.questions.len()).into());
         }
         record
+    }
+
+    /// Who is asked, for the same record: the quantised weights, how activations are quantised, type and device.
+    ///
+    /// # Errors
+    /// Weights that cannot be copied from their device.
+    pub fn record_of(model: &Merged) -> Result<Map<String, Value>> {
+        let scheme = serde_json::to_value(model.scheme).map_err(|e| Error::argument("scheme", e))?;
+        let scheme = scheme.as_object().into_iter().flatten().map(|(name, value)| (format!("scheme.{name}"), value.clone()));
+        let (device, dtype) = (model.embedding.device().to_string(), model.embedding.dtype().to_string());
+        let rest = [("device".to_string(), device), ("dtype".to_string(), dtype), ("weights".to_string(), model.sha256()?)];
+        Ok(scheme.chain(rest.map(|(name, value)| (name, value.into()))).collect())
     }
 
     /// Asks a network what `answers` does not hold yet. `progress` is told how many candidates are scored, and may stop.
@@ -220,20 +232,19 @@ pub fn check_names(tasks: &[Questions]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::demo;
-    use crate::eval::tasks::Question;
     use crate::quant::Scheme;
 
     /// Questions of many lengths, made of the demo's text.
     fn exam() -> Exam {
         let words: Vec<&str> = demo::TEST.split(' ').take(4000).collect();
         let question = |i: usize, n: usize| {
-            let context = words[i * 37..][..5 + i * 3 % 60].join(" ");
-            Question::new(context, (0..n).map(|c| words[i * 11 + c * 400..][..1 + (i + c) % 7].join(" ")), i % n)
+            let context = words[i * 37 % 3000..][..5 + i * 3 % 60].join(" ");
+            Question::new(context, (0..n).map(|c| words[(i * 11 + c * 400) % 3000..][..1 + (i + c) % 7].join(" ")), i % n)
         };
         let task = |name: &str, n: usize, task| Questions {
             name: name.into(),
             task,
-            questions: (0..60).map(|i| question(i, n)).collect(),
+            questions: (0..240).map(|i| question(i, n)).collect(),
         };
         let tasks = vec![task("boolq", 2, Some(Task::BoolQ)), task("mine", 4, None)];
         Exam::new(tasks, &demo::tokenizer().unwrap(), Bos::Auto, &demo::config().unwrap()).unwrap()
@@ -275,7 +286,7 @@ mod tests {
     #[test]
     fn means_of_tasks_weigh_the_same() {
         let exam = exam();
-        let marks = |x: f64| Marks { acc: vec![x; 60], acc_norm: vec![x + 0.5; 60], gold: vec![-x; 60] };
+        let marks = |x: f64| Marks { acc: vec![x; 240], acc_norm: vec![x + 0.5; 240], gold: vec![-x; 240] };
         let report = exam.report(&[marks(0.25), marks(0.5)]);
         // BoolQ has no accuracy by characters: the plain one stands for it.
         assert_eq!((report.acc.mean, report.acc_norm.mean, report.gold.mean), (0.375, (0.25 + 1.0) / 2.0, -0.375));

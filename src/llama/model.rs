@@ -296,16 +296,20 @@ impl Llama {
     /// Weights that cannot be copied from their device.
     pub fn sha256(&self) -> Result<String> {
         let gains = self.blocks.iter().filter_map(|b| b.gains()).flatten();
-        let all: Vec<&Tensor> = self.tensors().chain(gains).collect();
-        // Tensors in parallel; the digest of their digests.
-        let digest = |t: &&Tensor| -> Result<[u8; 32]> {
-            let t = t.to_device(&Device::Cpu)?;
-            let head = format!("{} {:?}\n", t.dtype(), t.shape());
-            Ok(Sha256::new().chain_update(head).chain_update(io::bytes(&t)?).finalize().into())
-        };
-        let digests = all.par_iter().map(digest).collect::<Result<Vec<_>>>()?;
-        Ok(io::hex(&Sha256::digest(digests.concat())))
+        sha256(&self.tensors().chain(gains).collect::<Vec<_>>())
     }
+}
+
+/// SHA-256 of the types, shapes and values of tensors.
+fn sha256(all: &[&Tensor]) -> Result<String> {
+    // Tensors in parallel; the digest of their digests.
+    let digest = |t: &&Tensor| -> Result<[u8; 32]> {
+        let t = t.to_device(&Device::Cpu)?;
+        let head = format!("{} {:?}\n", t.dtype(), t.shape());
+        Ok(Sha256::new().chain_update(head).chain_update(io::bytes(&t)?).finalize().into())
+    };
+    let digests = all.par_iter().map(digest).collect::<Result<Vec<_>>>()?;
+    Ok(io::hex(&Sha256::digest(digests.concat())))
 }
 
 /// Whole sequences, and R2 for every layer.
@@ -350,6 +354,15 @@ impl Merged {
     pub(crate) fn new(rotated: &Rotated<'_>, blocks: Vec<Block>) -> Result<Self> {
         let (config, scheme) = (rotated.config().clone(), *rotated.scheme());
         Ok(Self { config, scheme, embedding: rotated.embedding()?, head: rotated.head()?, blocks })
+    }
+
+    /// SHA-256 of every value of every weight, and of their types and shapes: what the network is, but for how it quantises activations.
+    ///
+    /// # Errors
+    /// Weights that cannot be copied from their device.
+    pub fn sha256(&self) -> Result<String> {
+        let layers = self.blocks.iter().flat_map(|b| b.weights.tensors().chain(b.gains().into_iter().flatten()));
+        sha256(&[&self.embedding, &self.head].into_iter().chain(layers).collect::<Vec<_>>())
     }
 
     /// Logits `[tokens, V]`; `tokens` are whole sequences of `seq` ids.

@@ -265,12 +265,24 @@ impl ModelArgs {
         Ok(export::sha256(&std::fs::read(text).map_err(Error::io(text))?))
     }
 
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// A synthetic model, which has none; those of [`Tokenizer::from_dir`].
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        if self.synthetic().is_some() {
+            let message = format!("expected a model with a tokenizer, got {}, which has none", self.model.display());
+            return Err(Error::argument("--model", message));
+        }
+        Tokenizer::from_dir(&self.model)
+    }
+
     /// Text as windows of this model's tokens.
     pub fn windows(&self, config: &LlamaConfig, text: &Path, seq_len: usize) -> Result<Windows> {
         if self.synthetic().is_some() {
             return synthetic_text(config, text, seq_len);
         }
-        let windows = Tokenizer::from_dir(&self.model)?.windows(&data::read_text(text)?, self.bos, seq_len);
+        let windows = self.tokenizer()?.windows(&data::read_text(text)?, self.bos, seq_len);
         let windows = windows.map_err(|e| if matches!(e, Error::Argument { .. }) { Error::format(text, e) } else { e })?;
         let largest = windows.largest_token();
         if largest as usize >= config.vocab_size {

@@ -1,4 +1,4 @@
-//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
+//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `zeroshot`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
 
 // Both panic when the stream is closed or full.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -23,6 +23,7 @@ mod race;
 mod rotations;
 mod stop;
 mod weights;
+mod zeroshot;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -46,6 +47,8 @@ enum Command {
     Clip(clip::Args),
     /// Perplexity of a model, rotated and quantised as asked.
     Eval(eval::Args),
+    /// Zero-shot accuracy of a model on multiple-choice tasks, rotated and quantised as asked.
+    Zeroshot(zeroshot::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
     Compare(compare::Args),
     /// That table on a small embedded model, with a picture: what all this is about, in a minute.
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Learn(args) => learn::run(&args),
         Command::Clip(args) => clip::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Zeroshot(args) => zeroshot::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Inspect(args) => inspect::run(&args),
