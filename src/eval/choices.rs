@@ -205,23 +205,6 @@ mod tests {
     use crate::quant::Scheme;
 
     #[test]
-<<<<<<< HEAD
-    fn counting() {
-        let q = |gold| Question::new("c", ["ab", "abcd"], gold);
-        // The second is likelier a character; equal candidates: the first.
-        let s = score(&[q(0), q(1), q(0), q(1)], &[-2.0, -3.0, -2.0, -3.0, -1.0, -1.0, -1.0, -1.0]).unwrap();
-        assert_eq!((s.questions, s.acc.mean, s.acc_norm.mean), (4, 0.5, 0.5));
-        assert!((s.acc.standard_error - (1.0f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
-        assert_eq!(s.gold.mean, -7.0 / 4.0);
-        // Characters, not bytes.
-        let s = score(&[Question::new("c", ["éééé", "abcde"], 1)], &[-4.0, -4.9]).unwrap();
-        assert_eq!((s.acc.mean, s.acc_norm.mean), (0.0, 1.0));
-        assert!(s.acc.standard_error.is_nan());
-        assert!(score(&[q(0)], &[1.0]).is_err() && score(&[], &[]).is_err() && score(&[q(0)], &[f64::NAN, 0.0]).is_err());
-        assert!(score(&[q(2)], &[0.0, 0.0]).is_err());
-    }
-
-    #[test]
     fn shared_beginnings_are_read_once() {
         let question = |context: &[u32], ends: &[&[u32]]| -> Vec<Request> {
             ends.iter().map(|end| Request { tokens: [context, end].concat(), continuation: end.len() }).collect()
@@ -257,8 +240,6 @@ mod tests {
     }
 
     #[test]
-=======
->>>>>>> 4cdaf0f (Ask several tasks of a network, keep the answers in a file, and pair marks question by question)
     fn batches_are_as_single_requests() {
         // In f64 both ways give the same codes.
         let model = demo::model_in(DType::F64).unwrap();
