@@ -66,6 +66,14 @@ pub enum Error {
         /// What was expected and what came.
         message: String,
     },
+    /// A model that was given by its name and cannot be had.
+    #[error("{model}: {message}")]
+    Hub {
+        /// `org/name`, or `org/name@revision`.
+        model: String,
+        /// What is wrong, and what helps.
+        message: String,
+    },
     /// Numbers that are not finite, or a loss that diverged.
     #[error("{what}: {message}")]
     Numeric {

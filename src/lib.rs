@@ -55,6 +55,7 @@
 //! | the paper's table on one model | [`compare`] |
 //! | what quantisers are given, before and after rotation | [`inspect`] |
 //! | the embedded model | [`demo`] |
+//! | a model by its name on the Hugging Face hub | [`hub`](mod@hub) |
 //! | how to add an operation, a rotation kind, an optimiser, a retraction, a kernel | [`extending`] |
 //! | cases, checked and timed | [`bench`](mod@bench) |
 //! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
@@ -75,6 +76,7 @@ pub mod export;
 pub mod extending {}
 pub mod grid;
 pub mod hadamard;
+pub mod hub;
 pub mod inspect;
 pub mod io;
 #[cfg(feature = "cuda")]

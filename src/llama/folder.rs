@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::hub::Name;
 use crate::{Error, Result};
 
 /// Names of a folder's entries, sorted; none where it cannot be read.
@@ -15,16 +16,6 @@ fn entries(dir: &Path) -> Vec<String> {
 /// The first entry whose name ends so.
 fn ending<'a>(entries: &'a [String], end: &str) -> Option<&'a String> {
     entries.iter().find(|name| name.to_ascii_lowercase().ends_with(end))
-}
-
-/// `OWNER/NAME`, as models are called on the hub; the path need not exist.
-fn hub_name(path: &Path) -> Option<(&str, &str)> {
-    let (owner, name) = path.to_str()?.split_once('/')?;
-    let plain = |s: &str| {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        !s.is_empty() && !s.starts_with('.') && s.chars().all(allowed)
-    };
-    (plain(owner) && plain(name) && !Path::new(owner).exists()).then_some((owner, name))
 }
 
 /// Says why `dir` cannot be the folder of a model, where its `config.json` is not there.
@@ -42,10 +33,9 @@ pub(super) fn check(dir: &Path) -> Result<()> {
     }
     let absent = |hint: String| Err(Error::format(&config, format!("No such file or directory: {hint}")));
     if !dir.exists() {
-        return absent(match hub_name(dir) {
-            Some((owner, name)) => format!(
-                "models are read from folders on this machine; `hf download {owner}/{name} --local-dir {name}` makes one, then give --model {name}"
-            ),
+        let name = dir.to_str().and_then(|text| text.parse::<Name>().ok());
+        return absent(match name {
+            Some(name) => format!("there is no such folder; spinquant::hub::folder finds {name} on the hub"),
             None => format!("there is no folder {}", dir.display()),
         });
     }

@@ -174,7 +174,7 @@ fn folders_that_are_no_models() {
         dir
     };
     let config = |dir: &Path| LlamaConfig::from_dir(dir);
-    fails(config(Path::new("meta-llama/Llama-2-7b-hf")), &["`hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf`"]);
+    fails(config(Path::new("meta-llama/Llama-2-7b-hf")), &["hub::folder finds meta-llama/Llama-2-7b-hf on the hub"]);
     fails(config(&place.path().join("absent")), &["absent/config.json: No such file or directory", "there is no folder"]);
     let file = make("a", &["model.safetensors"]).join("model.safetensors");
     fails(config(&file), &["expected the folder of a model, got a file"]);

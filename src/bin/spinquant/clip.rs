@@ -16,7 +16,7 @@ use crate::outputs;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     /// Calibration text.

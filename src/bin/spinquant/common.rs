@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::stop;
+use crate::{hub, stop};
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export;
@@ -20,11 +20,15 @@ use spinquant::{DType, Device, Error, Result};
 /// The model and where it runs.
 #[derive(clap::Args, Clone)]
 pub struct ModelArgs {
-    /// Hugging Face folder: config.json, *.safetensors, tokenizer.json. synthetic:NAME (llama-2-7b, llama-2-13b, llama-3-8b,
+    /// Hugging Face folder: config.json, *.safetensors, tokenizer.json. org/name or org/name@revision: a model of the Hugging Face
+    /// hub, from its cache or downloaded (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). synthetic:NAME (llama-2-7b, llama-2-13b, llama-3-8b,
     /// llama-3.2-1b, llama-3.2-3b, tiny; NAME:LAYERS for another depth): seeded weights of that shape, whose text is `synthetic` or
     /// `synthetic:WINDOWS`.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR|NAME")]
     pub model: PathBuf,
+    /// The name that the folder was found by.
+    #[arg(skip)]
+    named: Option<String>,
     /// auto takes a GPU where there is one.
     #[arg(long, value_name = "auto|cpu|cuda", default_value = "auto")]
     device: String,
@@ -174,7 +178,22 @@ pub fn at_least_one(s: &str) -> Result<usize, String> {
 impl ModelArgs {
     /// A model's folder and where to run it, for commands that do not need one.
     pub fn new(model: PathBuf, device: String, dtype: Option<DType>, bos: Bos) -> Self {
-        Self { model, device, dtype, bos }
+        Self { model, named: None, device, dtype, bos }
+    }
+
+    /// Finds the folder of a model that was given by its name, and downloads what is missing.
+    pub fn resolve(&mut self) -> Result<()> {
+        let folder = hub::folder(&self.model)?;
+        if folder != self.model {
+            self.named = Some(self.model.display().to_string());
+            self.model = folder;
+        }
+        Ok(())
+    }
+
+    /// What to call the model: its name on the hub, or its path.
+    pub fn name(&self) -> String {
+        self.named.clone().unwrap_or_else(|| self.model.display().to_string())
     }
 
     /// What a text starts with, as asked for.

@@ -1,6 +1,6 @@
 //! `spinquant compare`: the paper's table on one model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use spinquant::Result;
@@ -19,7 +19,7 @@ use crate::weights::GptqArgs;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]
@@ -112,7 +112,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.json {
         out!("{}", json(&outcome, &text.first_token()));
     } else {
-        out!("{} on {}, windows of {}", file_name(&args.model.model), file_name(&args.text), args.seq_len);
+        out!("{} on {}, windows of {}", file_name(Path::new(&args.model.name())), file_name(&args.text), args.seq_len);
         print(&outcome, &text.first_token());
     }
     Ok(())

@@ -16,7 +16,7 @@ use crate::stop;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    network: NetworkArgs,
+    pub network: NetworkArgs,
     /// Text to score.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,

@@ -18,7 +18,7 @@ use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, rotations};
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     /// Text to run.

@@ -175,7 +175,7 @@ fn describe(planned: &Planned, layers: usize, needs: Needs) -> String {
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]

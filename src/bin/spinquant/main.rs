@@ -13,6 +13,7 @@ mod compare;
 mod demo;
 mod eval;
 mod growth;
+mod hub;
 mod inspect;
 mod learn;
 mod network;
@@ -67,22 +68,50 @@ enum Command {
     Bench(bench::Args),
 }
 
+impl Command {
+    /// Finds the folder of a model that was given by its name.
+    fn resolve(&mut self) -> spinquant::Result<()> {
+        match self {
+            Self::Learn(args) => args.model.resolve(),
+            Self::Clip(args) => args.model.resolve(),
+            Self::Eval(args) => args.network.model.resolve(),
+            Self::Zeroshot(args) => args.network.model.resolve(),
+            Self::Compare(args) => args.model.resolve(),
+            Self::Inspect(args) => args.model.resolve(),
+            Self::Quantize(args) => args.model.resolve(),
+            Self::Profile(args) => args.model.resolve(),
+            Self::Race(args) => {
+                if let Some(model) = &mut args.model {
+                    *model = hub::folder(model)?;
+                }
+                Ok(())
+            }
+            Self::Demo(_) | Self::Rotations(_) | Self::Bench(_) => Ok(()),
+        }
+    }
+
+    fn run(self) -> spinquant::Result<()> {
+        match self {
+            Self::Learn(args) => learn::run(&args),
+            Self::Clip(args) => clip::run(&args),
+            Self::Eval(args) => eval::run(&args),
+            Self::Zeroshot(args) => zeroshot::run(&args),
+            Self::Compare(args) => compare::run(&args),
+            Self::Demo(args) => demo::run(&args),
+            Self::Inspect(args) => inspect::run(&args),
+            Self::Quantize(args) => quantize::run(&args),
+            Self::Rotations(args) => rotations::run(&args),
+            Self::Profile(args) => profile::run(&args),
+            Self::Race(args) => race::run(&args),
+            Self::Bench(args) => bench::run(&args),
+        }
+    }
+}
+
 fn main() -> ExitCode {
     stop::listen();
-    let outcome = match Cli::parse().command {
-        Command::Learn(args) => learn::run(&args),
-        Command::Clip(args) => clip::run(&args),
-        Command::Eval(args) => eval::run(&args),
-        Command::Zeroshot(args) => zeroshot::run(&args),
-        Command::Compare(args) => compare::run(&args),
-        Command::Demo(args) => demo::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
-        Command::Quantize(args) => quantize::run(&args),
-        Command::Rotations(args) => rotations::run(&args),
-        Command::Profile(args) => profile::run(&args),
-        Command::Race(args) => race::run(&args),
-        Command::Bench(args) => bench::run(&args),
-    };
+    let mut command = Cli::parse().command;
+    let outcome = command.resolve().and_then(|()| command.run());
     let printed = console::finish();
     match outcome.and_then(|()| printed.map_err(Error::io(Path::new("standard output")))) {
         Ok(()) => ExitCode::SUCCESS,

@@ -23,7 +23,7 @@ use crate::learn::Recipe;
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]

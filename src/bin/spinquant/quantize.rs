@@ -19,7 +19,7 @@ use crate::weights::{GptqArgs, Method};
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
+    pub model: ModelArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]
@@ -92,7 +92,7 @@ fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &
         output.inputs.push(path.clone());
     }
     output.provenance = Provenance {
-        model: args.model.model.display().to_string(),
+        model: args.model.name(),
         rotations: args.rotations.to_string(),
         weights: args.weights.name().to_string(),
         seeds: args.rotations.seed().map(|seed| ("rotations".to_string(), seed)).into_iter().collect(),

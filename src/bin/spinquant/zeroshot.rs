@@ -51,7 +51,7 @@ pub fn exam(tasks: Vec<Questions>, model: &ModelArgs, config: &LlamaConfig) -> R
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    network: NetworkArgs,
+    pub network: NetworkArgs,
     #[command(flatten)]
     tasks: TaskArgs,
     /// Tokens of a calibration window.

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 mod arguments;
 mod bench;
 mod console;
+mod hub;
 mod input;
 mod kept;
 mod learning;
@@ -117,6 +118,13 @@ impl Place {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         // Where there are GPUs, this hides them: the same tests run everywhere.
         command.env("CUDA_VISIBLE_DEVICES", "");
+        // No test depends on a network, or on what is in somebody's cache.
+        command.env("HF_HOME", self.path("huggingface")).env("HF_HUB_OFFLINE", "1");
+        for name in
+            ["HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"]
+        {
+            command.env_remove(name);
+        }
         command
     }
 

@@ -144,7 +144,7 @@ fn no_windows_are_refused() {
 fn what_people_type_by_mistake() {
     let place = Place::new();
     let eval = |model: &str, parts: &[&str]| place.fails(&EVAL.replace("--model model", &format!("--model {model}")), parts);
-    eval("meta-llama/Llama-2-7b-hf", &["`hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf`"]);
+    eval("meta-llama/Llama-2-7b-hf", &["meta-llama/Llama-2-7b-hf: there is no such folder", "HF_HUB_OFFLINE is set"]);
     eval("model/model.safetensors", &["expected the folder of a model, got a file"]);
     std::fs::rename(place.path("model/tokenizer.json"), place.path("model/tokenizer.model")).unwrap();
     eval("model", &["tokenizer.json", "only tokenizer.model is there"]);

@@ -24,7 +24,7 @@ use outcome::{Baseline, Outcome, Point, Run};
 pub struct Args {
     /// Hugging Face folder: config.json, *.safetensors, tokenizer.json (default: the embedded model, on the CPU).
     #[arg(long, value_name = "DIR", requires_all = ["calibration", "text"])]
-    model: Option<PathBuf>,
+    pub model: Option<PathBuf>,
     /// auto takes a GPU where there is one.
     #[arg(long, value_name = "auto|cpu|cuda", default_value = "auto")]
     device: String,
