@@ -62,7 +62,12 @@ bool supported(const Problem &p, sq_dtype dtype) {
          p.dim > 0 && p.dim <= 256 && p.scale > 0 && (dtype == SQ_F32 || dtype == SQ_F16 || dtype == SQ_BF16);
 }
 
-bool on_tensor_cores(const Problem &p, sq_dtype dtype) { return dtype != SQ_F32 && p.dim % 8 == 0 && p.dim <= 128; }
+// Forward or Backward, by the kernels for the problem, the dtype and the GPU.
+template <class Pass> int run(const Problem &p, const Pass &pass, sq_dtype dtype, cudaStream_t stream) {
+  if (dtype == SQ_F32 || p.dim % 8 != 0 || p.dim > 128) return plain_attention(p, pass, dtype, stream);
+  if (kOnlyHopper || current_gpu().warpgroups) return hopper_attention(p, pass, dtype, stream);
+  return tensor_attention(p, pass, dtype, stream);
+}
 
 }  // namespace
 
@@ -72,10 +77,7 @@ extern "C" int sq_attention_forward(void *o, float *lse, const void *q, const vo
   const Problem p{batch, seq, heads, kv_heads, dim, scale};
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
-  const Forward f{o, lse, q, k, v};
-  if (!on_tensor_cores(p, dtype)) return plain_forward(p, f, dtype, cuda_stream(stream));
-  if (kOnlyHopper || current_gpu().warpgroups) return hopper_forward(p, f, dtype, cuda_stream(stream));
-  return tensor_forward(p, f, dtype, cuda_stream(stream));
+  return run(p, Forward{o, lse, q, k, v}, dtype, cuda_stream(stream));
 }
 
 extern "C" int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, sq_dtype) {
@@ -98,8 +100,5 @@ extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspa
                   static_cast<const T *>(o), lse);
   });
   if (status != cudaSuccess) return status;
-  const Backward g{dq, dk, dv, delta, lse2, dout, q, k, v, lse};
-  if (!on_tensor_cores(p, dtype)) return plain_backward(p, g, dtype, cuda_stream(stream));
-  if (kOnlyHopper || current_gpu().warpgroups) return hopper_backward(p, g, dtype, cuda_stream(stream));
-  return tensor_backward(p, g, dtype, cuda_stream(stream));
+  return run(p, Backward{dq, dk, dv, delta, lse2, dout, q, k, v, lse}, dtype, cuda_stream(stream));
 }

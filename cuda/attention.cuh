@@ -33,6 +33,19 @@ struct Problem {
   }
 };
 
+// The rows that a block owns: from `first` on, of one head of one sequence.
+struct Tile {
+  int64_t first;
+  int32_t head;
+  int64_t batch;
+};
+// The block's tile of ROWS queries. The last see the most keys, and start first; tiles of a head are neighbours, which find K
+// and V in cache.
+template <int ROWS> __device__ __forceinline__ Tile query_tile(const Problem &p) {
+  const unsigned tiles = (unsigned)((p.seq + ROWS - 1) / ROWS);
+  return {(int64_t)(tiles - 1 - blockIdx.x % tiles) * ROWS, (int32_t)(blockIdx.x / tiles % p.heads), blockIdx.x / tiles / p.heads};
+}
+
 struct Forward {
   void *o;
   float *lse;
@@ -47,16 +60,17 @@ struct Backward {
 };
 
 // Any dtype, any dim up to 256: float arithmetic in shared memory.
-int plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
-int plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+int plain_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
+int plain_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
 // f16 or bf16, any multiple of 8 up to 128 for dim: tensor cores.
-int tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
-int tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+int tensor_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
+int tensor_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
 // The same with Hopper's own instructions, where sq_current_gpu has warpgroups.
-int hopper_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
-int hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
+int hopper_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream);
+int hopper_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream);
 
-// Where the build is for sm_90a alone, tensor_* are never called, and the largest tiles always fit: the rest is not compiled.
+// Where the build is for sm_90a alone, tensor_attention is never called, and the largest tiles always fit: the rest is not
+// compiled.
 #ifdef SQ_ONLY_SM_90A
 constexpr bool kOnlyHopper = true;
 #else
@@ -171,6 +185,109 @@ __device__ __forceinline__ void multiply_registers(float (&c)[M][D / 8][4], cons
         multiply<T>(c[m][2 * n + 1], left[m], right[2], right[3]);
       }
     }
+  }
+}
+
+// ---- Rows of scores in registers: an accumulator c[16, N * 8]. This lane's value (n, e) is in row lane / 4 + e / 2 * 8, one of
+// two, and column n * 8 + lane % 4 * 2 + e % 2. ----
+
+// Puts `hidden` where a key (a column) is after its query (a row). The query of row 0 is `ahead` positions after the key of
+// column 0.
+template <int N> __device__ __forceinline__ void mask(float (&s)[N][4], int ahead, float hidden) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (n * 8 + lane % 4 * 2 + e % 2 > ahead + lane / 4 + e / 2 * 8) s[n][e] = hidden;
+}
+
+// The same of scores held transposed, keys in rows: 0 where a key is after its query. The query of column 0 is `ahead`
+// positions after the key of row 0.
+template <int N> __device__ __forceinline__ void mask_transposed(float (&s)[N][4], int ahead) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (lane / 4 + e / 2 * 8 > ahead + n * 8 + lane % 4 * 2 + e % 2) s[n][e] = 0;
+}
+
+// One step of the running softmax, over the scores s of a tile of keys, which become exponentials; shrink receives what the earlier
+// sums must be scaled by. Returns whether a maximum of this lane's rows has grown.
+template <int N>
+__device__ __forceinline__ bool softmax_step(float (&s)[N][4], float (&maximum)[2], float (&sum)[2], float (&shrink)[2], float c) {
+  bool grown = false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float top = maximum[half];  // finite from the first step on: key 0 is visible to every query
+#pragma unroll
+    for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    shrink[half] = exp2_approx((maximum[half] - top) * c);
+    grown |= top != maximum[half];
+    maximum[half] = top;
+    const float offset = top * c;
+    float part = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) part += s[n][e] = exp2_approx(fmaf(s[n][e], c, -offset));
+    sum[half] = sum[half] * shrink[half] + part;
+  }
+  return grown;
+}
+
+// c = diag(factor) c
+template <int N> __device__ __forceinline__ void scale_rows(float (&c)[N][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[n][e] *= factor[e / 2];
+}
+
+// The end of the running softmax: factor = 1 / l, and lse of the queries from `first` on.
+__device__ __forceinline__ void softmax_end(float (&factor)[2], const float (&maximum)[2], const float (&sum)[2], float c,
+                                            float *lse, const Problem &p, int64_t b, int64_t first, int32_t h) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = sum[half];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    factor[half] = 1 / total;
+    const int64_t q = first + half * 8 + lane / 4;
+    if (lane % 4 == 0 && q < p.seq) lse[p.row_offset(b, q, h)] = kLn2 * (maximum[half] * c + log2f(total));
+  }
+}
+
+// lse2 and delta of this lane's rows, queries from `first` on.
+__device__ __forceinline__ void load_statistics(float (&lse2)[2], float (&delta)[2], const Problem &p, const Backward &g, int64_t b,
+                                                int64_t first, int32_t h) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t at = p.padded_offset(b, first + half * 8 + threadIdx.x % 32 / 4, h);
+    lse2[half] = g.lse2[at];
+    delta[half] = g.delta[at];
+  }
+}
+
+// P = 2^(c s - lse2), in place.
+template <int N> __device__ __forceinline__ void probabilities(float (&s)[N][4], const float (&lse2)[2], float c) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = exp2_approx(fmaf(s[n][e], c, -lse2[e / 2]));
+}
+
+// The same transposed; lse2 from this lane's first column on, in shared memory.
+template <int N> __device__ __forceinline__ void probabilities_transposed(float (&s)[N][4], const float *lse2, float c) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 offset = *reinterpret_cast<const float2 *>(lse2 + n * 8);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = exp2_approx(fmaf(s[n][e], c, -(e % 2 ? offset.y : offset.x)));
   }
 }
 

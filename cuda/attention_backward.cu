@@ -49,10 +49,55 @@ __device__ __forceinline__ void copy_queries(uint32_t base, int stage, const Pro
   copy_async_commit();
 }
 
+// What a warp keeps of its rows of keys.
+template <int D> struct KeyRows {
+  float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+};
+
+// c[m, n] = -delta[n], for the accumulator of dP^T; delta from this lane's first column on, in shared memory.
+template <int N> __device__ __forceinline__ void start_transposed(float (&c)[N][4], const float *delta) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 start = *reinterpret_cast<const float2 *>(delta + n * 8);
+    c[n][0] = c[n][2] = -start.x;
+    c[n][1] = c[n][3] = -start.y;
+  }
+}
+
+// dS = P * dP, in place of dP.
+template <int M, int N> __device__ __forceinline__ void multiply_each(float (&dp)[M][N][4], const float (&s)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dp[m][n][e] *= s[m][n][e];
+}
+
+// Adds what the queries of one stage give, of which the first is `ahead` positions after the warp's first key.
+template <class T, int D, int WARPS>
+__device__ __forceinline__ void add_queries(KeyRows<D> &r, const unsigned char *shared, int stage, uint32_t key_operand,
+                                            uint32_t value_operand, int ahead, float c) {
+  using S = KeyShared<D, WARPS>;
+  const uint32_t base = shared_address(shared);
+  const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
+  const float *lse2 = reinterpret_cast<const float *>(shared + S::kRows + stage * S::kRowStep) + threadIdx.x % 4 * 2;
+  const float *delta = lse2 + kQueryStep;
+  float s[1][kQueryStep / 8][4] = {}, dp[1][kQueryStep / 8][4];
+  multiply_rows<T, D>(s, key_operand, address_b<D>(queries, 0));
+  probabilities_transposed(s[0], lse2, c);
+  if (ahead < 15) mask_transposed(s[0], ahead);
+  multiply_registers<T, D>(r.dv, s, address_a<D>(douts, 0));
+  start_transposed(dp[0], delta);
+  multiply_rows<T, D>(dp, value_operand, address_b<D>(douts, 0));
+  multiply_each(dp, s);
+  multiply_registers<T, D>(r.dk, dp, address_a<D>(queries, 0));
+}
+
 template <class T, int D, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward g) {
-  constexpr int kKeys = KeyShared<D, WARPS>::kKeys;
   using S = KeyShared<D, WARPS>;
+  constexpr int kKeys = S::kKeys;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   // The first keys are seen by the most queries: they start first.
@@ -60,8 +105,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
   const int k0 = (int)(blockIdx.x % tiles) * kKeys;
   const int32_t kv = (int32_t)(blockIdx.x / tiles % p.kv_heads);
   const int64_t b = blockIdx.x / tiles / p.kv_heads;
-  const int seq = (int)p.seq;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;  // the warp's first key in the tile
+  const int seq = (int)p.seq, row = threadIdx.x / 32 * 16;  // the warp's first key in the tile
 
   const int64_t key = p.key_offset(b, k0, kv);
   copy_tile<kKeys, D, WARPS * 32>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0, p.dim);
@@ -71,7 +115,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
 
   const uint32_t key_operand = address_a<D>(base + S::kKey, row), value_operand = address_a<D>(base + S::kValue, row);
   const float c = p.scale * kLog2e;
-  float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+  KeyRows<D> r;
   int stage = 0;
   int32_t h = kv * p.group();
   for (int q0 = k0;;) {
@@ -82,41 +126,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
     if (next_q0 >= seq) next_q0 = k0, ++next_h;
     const bool more = next_h <= last_head;
     if (more) copy_queries<T, D, WARPS>(base, stage ^ 1, p, g, b, next_h, next_q0);
-
-    if (q0 + kQueryStep - 1 >= k0 + row) {  // some query of this step sees some key of this warp
-      const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
-      const float *lse2 = reinterpret_cast<const float *>(shared + S::kRows + stage * S::kRowStep) + lane % 4 * 2;
-      const float *delta = lse2 + kQueryStep;
-      float s[1][kQueryStep / 8][4] = {}, dp[1][kQueryStep / 8][4];
-      multiply_rows<T, D>(s, key_operand, address_b<D>(queries, 0));
-#pragma unroll
-      for (int n = 0; n < kQueryStep / 8; ++n) {
-        const float2 offset = *reinterpret_cast<const float2 *>(lse2 + n * 8);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          s[0][n][e] = exp2_approx(fmaf(s[0][n][e], c, -(e % 2 ? offset.y : offset.x)));
-      }
-      if (k0 + row + 15 > q0) {
-#pragma unroll
-        for (int n = 0; n < kQueryStep / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (k0 + row + lane / 4 + e / 2 * 8 > q0 + n * 8 + lane % 4 * 2 + e % 2) s[0][n][e] = 0;
-      }
-      multiply_registers<T, D>(dv, s, address_a<D>(douts, 0));
-#pragma unroll
-      for (int n = 0; n < kQueryStep / 8; ++n) {
-        const float2 start = *reinterpret_cast<const float2 *>(delta + n * 8);
-        dp[0][n][0] = dp[0][n][2] = -start.x;
-        dp[0][n][1] = dp[0][n][3] = -start.y;
-      }
-      multiply_rows<T, D>(dp, value_operand, address_b<D>(douts, 0));
-#pragma unroll
-      for (int n = 0; n < kQueryStep / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dp[0][n][e] *= s[0][n][e];
-      multiply_registers<T, D>(dk, dp, address_a<D>(queries, 0));
-    }
+    const int ahead = q0 - k0 - row;
+    // If some query of this step sees some key of this warp.
+    if (ahead + kQueryStep - 1 >= 0) add_queries<T, D, WARPS>(r, shared, stage, key_operand, value_operand, ahead, c);
     if (!more) break;
     q0 = next_q0, h = next_h, stage ^= 1;
   }
@@ -124,8 +136,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
   // A warp's rows of K and V are read by that warp only: its gradients may pass through them.
   const float scale[1][2] = {{p.scale, p.scale}}, one[1][2] = {{1, 1}};
   const int64_t out = p.key_offset(b, k0 + row, kv);
-  store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kKey, row, dk, scale);
-  store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kValue, row, dv, one);
+  store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kKey, row, r.dk, scale);
+  store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kValue, row, r.dv, one);
 }
 
 // dQ -------------------------------------------------------------------------------------------------------------
@@ -145,87 +157,82 @@ template <int D> struct QueryShared {  // byte offsets
   static constexpr int kBytes = kValue + 2 * kStep;
 };
 
+// What a warp has of its rows of queries.
+template <int D> struct QueryRows {
+  float dq[kOperands][D / 8][4] = {}, lse2[kOperands][2], delta[kOperands][2];
+};
+
+// c[m, n] = -delta[m], for the accumulator of dP.
+template <int N> __device__ __forceinline__ void start(float (&c)[N][4], const float (&delta)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[n][e] = -delta[e / 2];
+}
+
+// Adds what the keys of one stage give. The warp's first query is `ahead` positions after the first of them.
+template <class T, int D>
+__device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, int stage, uint32_t query_operand, uint32_t dout_operand,
+                                         int ahead, float c) {
+  using S = QueryShared<D>;
+  const uint32_t keys = base + S::kKey + stage * S::kStep, values = base + S::kValue + stage * S::kStep;
+  float s[kOperands][kKeyStep / 8][4] = {}, dp[kOperands][kKeyStep / 8][4];
+  multiply_rows<T, D>(s, query_operand, address_b<D>(keys, 0));
+#pragma unroll
+  for (int m = 0; m < kOperands; ++m) {
+    probabilities(s[m], r.lse2[m], c);
+    if (kKeyStep - 1 > ahead) mask(s[m], ahead + m * 16, 0);
+    start(dp[m], r.delta[m]);
+  }
+  multiply_rows<T, D>(dp, dout_operand, address_b<D>(values, 0));
+  multiply_each(dp, s);
+  multiply_registers<T, D>(r.dq, dp, address_a<D>(keys, 0));
+}
+
+// Starts the copies of one step of keys and values, k and v from there on, of which `rows` exist.
+template <class T, int D>
+__device__ __forceinline__ void copy_keys(uint32_t base, int stage, const Problem &p, const T *k, const T *v, int rows) {
+  using S = QueryShared<D>;
+  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey + stage * S::kStep, k, p.key_stride(), rows, p.dim);
+  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + stage * S::kStep, v, p.key_stride(), rows, p.dim);
+}
+
 template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) queries_kernel(Problem p, Backward g) {
   using S = QueryShared<D>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
-  // The last queries see the most keys: they start first.
-  const unsigned tiles = (unsigned)((p.seq + kQueries - 1) / kQueries);
-  const int q0 = (int)(tiles - 1 - blockIdx.x % tiles) * kQueries;
-  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
-  const int64_t b = blockIdx.x / tiles / p.heads;
-  const int seq = (int)p.seq;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kOperands * 16;  // the warp's first query in the tile
-
-  const int64_t query = p.query_offset(b, q0, h), stride = p.key_stride();
-  const T *k = (const T *)g.k + p.key_offset(b, 0, kv), *v = (const T *)g.v + p.key_offset(b, 0, kv);
+  const Tile tile = query_tile<kQueries>(p);
+  const int q0 = (int)tile.first;
+  const int32_t h = tile.head;
+  const int64_t b = tile.batch;
+  const int seq = (int)p.seq, row = threadIdx.x / 32 * kOperands * 16;  // the warp's first query in the tile
+  const int64_t query = p.query_offset(b, q0, h), key = p.key_offset(b, 0, h / p.group()), stride = p.key_stride();
+  const T *k = (const T *)g.k + key, *v = (const T *)g.v + key;
   copy_tile<kQueries, D, kQueryThreads>(base + S::kQuery, (const T *)g.q + query, p.query_stride(), seq - q0, p.dim);
   copy_tile<kQueries, D, kQueryThreads>(base + S::kDout, (const T *)g.dout + query, p.query_stride(), seq - q0, p.dim);
-  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey, k, stride, seq, p.dim);
-  copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue, v, stride, seq, p.dim);
+  copy_keys<T, D>(base, 0, p, k, v, seq);
   copy_async_commit();
-
-  float offset[kOperands][2], delta[kOperands][2];
+  QueryRows<D> r;
 #pragma unroll
-  for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = p.padded_offset(b, q0 + row + m * 16 + half * 8 + lane / 4, h);
-      offset[m][half] = g.lse2[at];
-      delta[m][half] = g.delta[at];
-    }
+  for (int m = 0; m < kOperands; ++m) load_statistics(r.lse2[m], r.delta[m], p, g, b, q0 + row + m * 16, h);
 
   const uint32_t query_operand = address_a<D>(base + S::kQuery, row), dout_operand = address_a<D>(base + S::kDout, row);
   const float c = p.scale * kLog2e;
-  float dq[kOperands][D / 8][4] = {};
   const int end = min(seq, q0 + kQueries);
   int stage = 0;
   for (int k0 = 0; k0 < end; k0 += kKeyStep, stage ^= 1) {
     copy_async_wait<0>();
     __syncthreads();  // this step is here; nobody reads the last one any more
     const int next = k0 + kKeyStep;
-    if (next < end) {
-      const int at = (stage ^ 1) * S::kStep, rows = seq - next;
-      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kKey + at, k + next * stride, stride, rows, p.dim);
-      copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + at, v + next * stride, stride, rows, p.dim);
-    }
+    if (next < end) copy_keys<T, D>(base, stage ^ 1, p, k + next * stride, v + next * stride, seq - next);
     copy_async_commit();
-
     if (k0 > q0 + row + kOperands * 16 - 1) continue;  // no query of this warp sees these keys
-    const uint32_t keys = base + S::kKey + stage * S::kStep, values = base + S::kValue + stage * S::kStep;
-    float s[kOperands][kKeyStep / 8][4] = {}, dp[kOperands][kKeyStep / 8][4];
-    multiply_rows<T, D>(s, query_operand, address_b<D>(keys, 0));
-#pragma unroll
-    for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-      for (int n = 0; n < kKeyStep / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, -offset[m][e / 2]));
-          dp[m][n][e] = -delta[m][e / 2];
-        }
-    if (k0 + kKeyStep - 1 > q0 + row) {
-#pragma unroll
-      for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-        for (int n = 0; n < kKeyStep / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (k0 + n * 8 + lane % 4 * 2 + e % 2 > q0 + row + m * 16 + lane / 4 + e / 2 * 8) s[m][n][e] = 0;
-    }
-    multiply_rows<T, D>(dp, dout_operand, address_b<D>(values, 0));
-#pragma unroll
-    for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-      for (int n = 0; n < kKeyStep / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dp[m][n][e] *= s[m][n][e];
-    multiply_registers<T, D>(dq, dp, address_a<D>(keys, 0));
+    add_keys<T, D>(r, base, stage, query_operand, dout_operand, q0 + row - k0, c);
   }
 
   const float scale[kOperands][2] = {{p.scale, p.scale}, {p.scale, p.scale}};
   store_rows<T, D>((T *)g.dq + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, p.dim, base + S::kQuery,
-                   row, dq, scale);
+                   row, r.dq, scale);
 }
 
 // Launchers ------------------------------------------------------------------------------------------------------
@@ -239,7 +246,7 @@ int launch_keys(const Problem &p, const Backward &g, cudaStream_t stream) {
 
 }  // namespace
 
-int sq::tensor_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+int sq::tensor_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
   return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
     if constexpr (kOnlyHopper) {
       return cudaErrorInvalidValue;

@@ -22,19 +22,42 @@ constexpr int kKeys = 64;
 
 template <int D> constexpr size_t kSharedBytes = (kQueries + 2 * kKeys) * D * 2;
 
+// What a warp keeps of its rows.
+template <int D> struct Rows {
+  float out[kOperands][D / 8][4] = {}, maximum[kOperands][2], sum[kOperands][2] = {};
+  __device__ __forceinline__ Rows() {
+#pragma unroll
+    for (int m = 0; m < kOperands; ++m) maximum[m][0] = maximum[m][1] = -INFINITY;
+  }
+};
+
+// Turns the scores s of a tile of keys into exponentials. `ahead`: how far the warp's first query is after the first key.
+template <int D>
+__device__ __forceinline__ void softmax(Rows<D> &r, float (&s)[kOperands][kKeys / 8][4], int ahead, float c) {
+  if (kKeys - 1 > ahead) {
+#pragma unroll
+    for (int m = 0; m < kOperands; ++m) mask(s[m], ahead + m * 16, -INFINITY);
+  }
+  float shrink[kOperands][2];
+  bool grown = false;
+#pragma unroll
+  for (int m = 0; m < kOperands; ++m) grown |= softmax_step(s[m], r.maximum[m], r.sum[m], shrink[m], c);
+  if (__any_sync(~0u, grown)) {  // rare once a row has seen some keys
+#pragma unroll
+    for (int m = 0; m < kOperands; ++m) scale_rows(r.out[m], shrink[m]);
+  }
+}
+
 template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Problem p, Forward f) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t queries = shared_address(shared), keys = queries + kQueries * D * 2, values = keys + kKeys * D * 2;
-  // The longest rows first, the tiles of a head next to each other: even blocks, K and V found in cache.
-  const unsigned tiles = (unsigned)((p.seq + kQueries - 1) / kQueries);
-  const int q0 = (int)(tiles - 1 - blockIdx.x % tiles) * kQueries;
-  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
-  const int64_t b = blockIdx.x / tiles / p.heads;
-  const int seq = (int)p.seq;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kOperands * 16;  // the warp's first row in the tile
-
-  const int64_t stride = p.key_stride();
-  const T *k = (const T *)f.k + p.key_offset(b, 0, kv), *v = (const T *)f.v + p.key_offset(b, 0, kv);
+  const Tile tile = query_tile<kQueries>(p);
+  const int q0 = (int)tile.first;
+  const int32_t h = tile.head;
+  const int64_t b = tile.batch;
+  const int seq = (int)p.seq, row = threadIdx.x / 32 * kOperands * 16;  // the warp's first row in the tile
+  const int64_t stride = p.key_stride(), key = p.key_offset(b, 0, h / p.group());
+  const T *k = (const T *)f.k + key, *v = (const T *)f.v + key;
   copy_tile<kQueries, D, kThreads>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), seq - q0, p.dim);
   copy_tile<kKeys, D, kThreads>(keys, k, stride, seq, p.dim);
   copy_async_commit();
@@ -42,90 +65,37 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
   const uint32_t query_operand = address_a<D>(queries, row), key_operand = address_b<D>(keys, 0),
                  value_operand = address_a<D>(values, 0);
   const float c = p.scale * kLog2e;
-  float o[kOperands][D / 8][4] = {}, maximum[kOperands][2], sum[kOperands][2] = {};
-#pragma unroll
-  for (int m = 0; m < kOperands; ++m) maximum[m][0] = maximum[m][1] = -INFINITY;
-
+  Rows<D> r;
   const int end = min(seq, q0 + kQueries);
   for (int k0 = 0; k0 < end; k0 += kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // K is here; nobody reads the last V any more
     copy_tile<kKeys, D, kThreads>(values, v + k0 * stride, stride, seq - k0, p.dim);
     copy_async_commit();
-
     const bool visible = k0 <= q0 + row + kOperands * 16 - 1;  // to any row of this warp
     float s[kOperands][kKeys / 8][4] = {};
     if (visible) {
       multiply_rows<T, D>(s, query_operand, key_operand);
-      if (k0 + kKeys - 1 > q0 + row) {
-#pragma unroll
-        for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-              if (k0 + n * 8 + lane % 4 * 2 + e % 2 > q0 + row + m * 16 + lane / 4 + e / 2 * 8) s[m][n][e] = -INFINITY;
-      }
-      float shrink[kOperands][2];
-      bool grown = false;
-#pragma unroll
-      for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float top = maximum[m][half];  // finite from the first tile on: key 0 is visible to every query
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-          shrink[m][half] = exp2_approx((maximum[m][half] - top) * c);
-          grown |= top != maximum[m][half];
-          maximum[m][half] = top;
-          const float offset = top * c;
-          float part = 0;
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) part += s[m][n][e] = exp2_approx(fmaf(s[m][n][e], c, -offset));
-          sum[m][half] = sum[m][half] * shrink[m][half] + part;
-        }
-      if (__any_sync(~0u, grown)) {  // rare once a row has seen some keys
-#pragma unroll
-        for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-          for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) o[m][n][e] *= shrink[m][e / 2];
-      }
+      softmax(r, s, q0 + row - k0, c);
     }
-
     copy_async_wait<0>();
     __syncthreads();  // V is here; nobody reads this K any more
     const int next = k0 + kKeys;
     if (next < end) copy_tile<kKeys, D, kThreads>(keys, k + next * stride, stride, seq - next, p.dim);
     copy_async_commit();
-    if (visible) multiply_registers<T, D>(o, s, value_operand);
+    if (visible) multiply_registers<T, D>(r.out, s, value_operand);
   }
 
   float factor[kOperands][2];
 #pragma unroll
-  for (int m = 0; m < kOperands; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float total = sum[m][half];
-      total += __shfl_xor_sync(~0u, total, 1);
-      total += __shfl_xor_sync(~0u, total, 2);
-      factor[m][half] = 1 / total;
-      const int64_t q = q0 + row + m * 16 + half * 8 + lane / 4;
-      if (lane % 4 == 0 && q < seq) f.lse[p.row_offset(b, q, h)] = kLn2 * (maximum[m][half] * c + log2f(total));
-    }
+  for (int m = 0; m < kOperands; ++m) softmax_end(factor[m], r.maximum[m], r.sum[m], c, f.lse, p, b, q0 + row + m * 16, h);
   // A warp's rows of Q are read by that warp only: its output may pass through them.
-  store_rows<T, D>((T *)f.o + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, p.dim, queries, row, o,
-                   factor);
+  store_rows<T, D>((T *)f.o + p.query_offset(b, q0 + row, h), p.query_stride(), seq - q0 - row, p.dim, queries, row, r.out, factor);
 }
 
 }  // namespace
 
-int sq::tensor_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
+int sq::tensor_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
   return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
     if constexpr (kOnlyHopper) {
       return cudaErrorInvalidValue;

@@ -15,10 +15,6 @@ namespace {
 
 using namespace sq;
 
-constexpr int kGroups = 2;  // computing warpgroups
-constexpr int kThreads = (1 + kGroups) * 128;
-constexpr int kOwn = kGroups * 64;  // keys, or queries, that a block owns
-
 struct Maps {
   CUtensorMap q, k, v, dout;
 };
@@ -44,149 +40,158 @@ template <int D> struct KeyShared {  // byte offsets
   };
 };
 
+#if SQ_HOPPER
+
+// The barriers of a block that owns a tile of keys and walks queries.
+struct QueryRings {
+  static constexpr int kBarriers = Ring<1>::kBarriers + Ring<kQueryStages>::kBarriers;
+  Ring<1> own;
+  Ring<kQueryStages> queries;
+
+  __device__ __forceinline__ explicit QueryRings(const uint64_t *barriers)
+      : own{shared_address(barriers)}, queries{own.at + 8 * Ring<1>::kBarriers} {}
+  __device__ __forceinline__ void init() const { own.init(), queries.init(); }
+};
+
+// The copying warp: tiles of keys and values, and for each the queries that see it, of all heads of its group.
+template <int D>
+__device__ __forceinline__ void copy_for_keys(uint32_t base, const QueryRings &rings, const Maps &maps, const Problem &p,
+                                              const Schedule &schedule, const Backward &g) {
+  using S = KeyShared<D>;
+  give_registers<24>();
+  if (threadIdx.x != 0) return;
+  uint32_t tile_turn = 0, turn = 0;
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
+    for (int i = 0; i < schedule.count(unit); ++i) {
+      const Schedule::Work work = schedule.work(unit, i);
+      const int k0 = work.rank * kOwn, kv = work.head, b = work.batch;
+      const uint32_t own = rings.own.fill(tile_turn++, 2 * S::kTile);
+      copy_box<kOwn, D>(base + S::kKey, maps.k, own, kv, k0, b);
+      copy_box<kOwn, D>(base + S::kValue, maps.v, own, kv, k0, b);
+      for (int h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
+        const int64_t rows = p.padded_offset(b, 0, h);
+        for (int q0 = k0; q0 < (int)p.seq; q0 += kQueryStep, ++turn) {
+          const uint32_t stage = turn % kQueryStages, barrier = rings.queries.fill(turn, 2 * S::kStep + 2 * S::kRowStep);
+          copy_box<kQueryStep, D>(base + S::kQuery + stage * S::kStep, maps.q, barrier, h, q0, b);
+          copy_box<kQueryStep, D>(base + S::kDout + stage * S::kStep, maps.dout, barrier, h, q0, b);
+          copy_bytes(base + S::kLse + stage * S::kRowStep, g.lse2 + rows + q0, S::kRowStep, barrier);
+          copy_bytes(base + S::kDelta + stage * S::kRowStep, g.delta + rows + q0, S::kRowStep, barrier);
+        }
+      }
+    }
+  }
+}
+
+// What a computing warp keeps of its rows of one tile of keys.
+template <int D> struct KeyRows {
+  float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+};
+
+// dS^T = P^T * (dP^T - delta), in place of dP^T; delta from this lane's first column on, in shared memory.
+template <int N>
+__device__ __forceinline__ void score_gradients_transposed(float (&dp)[N][4], const float (&s)[N][4], const float *delta) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 offset = *reinterpret_cast<const float2 *>(delta + n * 8);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dp[n][e] = (dp[n][e] - (e % 2 ? offset.y : offset.x)) * s[n][e];
+  }
+}
+
+// Adds what the queries of one stage give. `pending` is the stage whose products may still be running, or -1. The first query is
+// `ahead` positions after the warp's first key; `diagonal`: some key of the warpgroup may be after it.
+template <class T, int D>
+__device__ __forceinline__ void add_queries(KeyRows<D> &r, uint32_t base, const unsigned char *aligned, const QueryRings &rings,
+                                            uint32_t keys, uint32_t values, int stage, int pending, int ahead, bool diagonal,
+                                            float c) {
+  using S = KeyShared<D>;
+  const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
+  const int column = threadIdx.x % 4 * 2;
+  const float *lse2 = reinterpret_cast<const float *>(aligned + S::kLse + stage * S::kRowStep) + column;
+  const float *delta = reinterpret_cast<const float *>(aligned + S::kDelta + stage * S::kRowStep) + column;
+  float s[kQueryStep / 8][4], dp[kQueryStep / 8][4];
+  uint32_t left[kQueryStep / 16][4], left_ds[kQueryStep / 16][4];
+  start_rows<T, D, kOwn>(s, keys, queries);
+  group_wait<0>();  // S^T, and the last step's dK: only now are there registers for dP^T
+  pin(s);
+  pin(r.dk[0]);
+  if (pending >= 0) rings.queries.release(pending);
+  start_rows<T, D, kOwn>(dp, values, douts);
+  probabilities_transposed(s, lse2, c);
+  if (diagonal) mask_transposed(s, ahead);
+  pack_operands<T>(left, s);
+  start_registers<T, D>(r.dv[0], left, douts);
+  group_wait<1>();  // dP^T
+  pin(dp);
+  score_gradients_transposed(dp, s, delta);
+  pack_operands<T>(left_ds, dp);
+  start_registers<T, D>(r.dk[0], left_ds, queries);
+  group_wait<1>();  // dV: its left operand's registers are needed
+  pin(r.dv[0]);
+}
+
+// A computing warp: its rows of every tile of keys.
+template <class T, int D>
+__device__ __forceinline__ void compute_for_keys(uint32_t base, const unsigned char *aligned, const QueryRings &rings, int group,
+                                                 const Problem &p, const Schedule &schedule, const Backward &g) {
+  using S = KeyShared<D>;
+  take_registers<240>();
+  const int seq = (int)p.seq, first = (group - 1) * 64, row = (threadIdx.x - 128) / 32 * 16;  // in the tile
+  const uint32_t keys = base + S::kKey + first * 128, values = base + S::kValue + first * 128;
+  const float c = p.scale * kLog2e, scale[1][2] = {{p.scale, p.scale}}, one[1][2] = {{1, 1}};
+  uint32_t tile_turn = 0, turn = 0;
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
+    for (int i = 0; i < schedule.count(unit); ++i) {
+      const Schedule::Work work = schedule.work(unit, i);
+      const int k0 = work.rank * kOwn;
+      KeyRows<D> r;
+      rings.own.wait(tile_turn++);
+      for (int h = 0; h < p.group(); ++h) {
+        int q0 = k0, pending = -1;
+        if (first > 0) {  // the first queries see none of the second warpgroup's keys
+          rings.queries.wait(turn);
+          rings.queries.release(turn++);
+          q0 += kQueryStep;
+        }
+        for (; q0 < seq; q0 += kQueryStep, ++turn) {
+          const int stage = (int)(turn % kQueryStages);
+          rings.queries.wait(turn);
+          add_queries<T, D>(r, base, aligned, rings, keys, values, stage, pending, q0 - k0 - row, k0 + first + 63 > q0, c);
+          pending = stage;
+        }
+        group_wait<0>();
+        pin(r.dk[0]);
+        pin(r.dv[0]);
+        if (pending >= 0) rings.queries.release(pending);
+      }
+      rings.own.release(0);
+      const int64_t out = p.key_offset(work.batch, k0 + row, work.head);
+      store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kOut, row, r.dv, one);
+      store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kOut, row, r.dk, scale);
+    }
+  }
+}
+
+#endif  // SQ_HOPPER
+
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     keys_kernel(const __grid_constant__ Maps maps, Problem p, Schedule schedule, Backward g) {
 #if SQ_HOPPER
-  using S = KeyShared<D>;
   extern __shared__ unsigned char dynamic[];
-  __shared__ uint64_t barriers[2 + 2 * kQueryStages];
-  const uint32_t base = (shared_address(dynamic) + 1023) & ~1023u;
-  const uint32_t own_full = shared_address(barriers), own_empty = own_full + 8, full = own_empty + 8,
-                 empty = full + 8 * kQueryStages;
-  if (threadIdx.x == 0) {
-    barrier_init(own_full, 1);
-    barrier_init(own_empty, kGroups * 4);  // every computing warp
-    for (int i = 0; i < kQueryStages; ++i) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, kGroups * 4);
-    }
-    group_visible();
-  }
-  __syncthreads();
-
-  const int seq = (int)p.seq;
-  const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0);  // the compiler must see that a warp agrees
-  uint32_t tile_count = 0, step_count = 0;
-
-  if (group == 0) {  // the copying warp
-    give_registers<24>();
-    if (threadIdx.x != 0) return;
-    for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
-      for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
-        const Schedule::Work work = schedule.work(unit, i);
-        const int k0 = work.rank * kOwn, kv = work.head, b = work.batch;
-        barrier_wait(own_empty, tile_count & 1 ^ 1);
-        barrier_expect(own_full, 2 * S::kTile);
-        copy_box<kOwn, D>(base + S::kKey, maps.k, own_full, kv, k0, b);
-        copy_box<kOwn, D>(base + S::kValue, maps.v, own_full, kv, k0, b);
-        for (int h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
-          const int64_t rows = p.padded_offset(b, 0, h);
-          for (int q0 = k0; q0 < seq; q0 += kQueryStep, ++step_count) {
-            const uint32_t stage = step_count % kQueryStages, barrier = full + 8 * stage;
-            barrier_wait(empty + 8 * stage, step_count / kQueryStages & 1 ^ 1);
-            barrier_expect(barrier, 2 * S::kStep + 2 * S::kRowStep);
-            copy_box<kQueryStep, D>(base + S::kQuery + stage * S::kStep, maps.q, barrier, h, q0, b);
-            copy_box<kQueryStep, D>(base + S::kDout + stage * S::kStep, maps.dout, barrier, h, q0, b);
-            copy_bytes(base + S::kLse + stage * S::kRowStep, g.lse2 + rows + q0, S::kRowStep, barrier);
-            copy_bytes(base + S::kDelta + stage * S::kRowStep, g.delta + rows + q0, S::kRowStep, barrier);
-          }
-        }
-      }
-    }
-    return;
-  }
-
-  take_registers<240>();
-  const int lane = threadIdx.x % 32, first = (group - 1) * 64, row = (threadIdx.x - 128) / 32 * 16;  // in the tile
-  const uint32_t keys = base + S::kKey + first * 128, values = base + S::kValue + first * 128;
-  const unsigned char *aligned = dynamic + (base - shared_address(dynamic));
-  const float c = p.scale * kLog2e;
-  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
-    for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
-      const Schedule::Work work = schedule.work(unit, i);
-      const int k0 = work.rank * kOwn, kv = work.head, b = work.batch;
-      float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
-      barrier_wait(own_full, tile_count & 1);
-      for (int h = 0; h < p.group(); ++h) {
-        int q0 = k0, pending = -1;  // pending: the stage whose products may still be running
-        if (first > 0) {  // the first queries see none of the second warpgroup's keys
-          const uint32_t stage = step_count % kQueryStages;
-          barrier_wait(full + 8 * stage, step_count / kQueryStages & 1);
-          barrier_arrive_warp(empty + 8 * stage);
-          q0 += kQueryStep, ++step_count;
-        }
-        for (; q0 < seq; q0 += kQueryStep, ++step_count) {
-          const int stage = (int)(step_count % kQueryStages);
-          barrier_wait(full + 8 * stage, step_count / kQueryStages & 1);
-          const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
-          const float *lse2 = reinterpret_cast<const float *>(aligned + S::kLse + stage * S::kRowStep) + lane % 4 * 2;
-          const float *delta = reinterpret_cast<const float *>(aligned + S::kDelta + stage * S::kRowStep) + lane % 4 * 2;
-          float s[kQueryStep / 8][4], dp[kQueryStep / 8][4];
-          uint32_t left[kQueryStep / 16][4], left_ds[kQueryStep / 16][4];
-          group_fence();
-          group_multiply_rows<T, D, kQueryStep, kOwn>(s, keys, queries, false);
-          group_commit();
-          group_wait<0>();  // S^T, and the last step's dK: only now are there registers for dP^T
-          pin(s);
-          pin(dk[0]);
-          if (pending >= 0) barrier_arrive_warp(empty + 8 * pending);
-          group_fence();
-          group_multiply_rows<T, D, kQueryStep, kOwn>(dp, values, douts, false);
-          group_commit();
-          pending = stage;
-#pragma unroll
-          for (int n = 0; n < kQueryStep / 8; ++n) {
-            const float2 offset = *reinterpret_cast<const float2 *>(lse2 + n * 8);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) s[n][e] = exp2_approx(fmaf(s[n][e], c, -(e % 2 ? offset.y : offset.x)));
-          }
-          if (k0 + first + 63 > q0) {
-#pragma unroll
-            for (int n = 0; n < kQueryStep / 8; ++n)
-#pragma unroll
-              for (int e = 0; e < 4; ++e)
-                if (k0 + row + lane / 4 + e / 2 * 8 > q0 + n * 8 + lane % 4 * 2 + e % 2) s[n][e] = 0;
-          }
-          pack_operands<T>(left, s);
-          group_fence();
-          group_multiply_registers<T, D, kQueryStep>(dv[0], left, douts);
-          group_commit();
-          group_wait<1>();  // dP^T
-          pin(dp);
-#pragma unroll
-          for (int n = 0; n < kQueryStep / 8; ++n) {
-            const float2 offset = *reinterpret_cast<const float2 *>(delta + n * 8);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) dp[n][e] = (dp[n][e] - (e % 2 ? offset.y : offset.x)) * s[n][e];
-          }
-          pack_operands<T>(left_ds, dp);
-          group_fence();
-          group_multiply_registers<T, D, kQueryStep>(dk[0], left_ds, queries);
-          group_commit();
-          group_wait<1>();  // dV: its left operand's registers are needed
-          pin(dv[0]);
-        }
-        group_wait<0>();
-        pin(dk[0]);
-        pin(dv[0]);
-        if (pending >= 0) barrier_arrive_warp(empty + 8 * pending);
-      }
-      barrier_arrive_warp(own_empty);
-      const float scale[1][2] = {{p.scale, p.scale}}, one[1][2] = {{1, 1}};
-      const int64_t out = p.key_offset(b, k0 + row, kv);
-      store_rows<T, D>((T *)g.dv + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kOut, row, dv, one);
-      store_rows<T, D>((T *)g.dk + out, p.key_stride(), seq - k0 - row, p.dim, base + S::kOut, row, dk, scale);
-    }
-  }
+  __shared__ uint64_t barriers[QueryRings::kBarriers];
+  const uint32_t base = aligned_address(dynamic);
+  const QueryRings rings(barriers);
+  init_barriers(rings);
+  const int group = warpgroup();
+  if (group == 0) return copy_for_keys<D>(base, rings, maps, p, schedule, g);
+  compute_for_keys<T, D>(base, dynamic + (base - shared_address(dynamic)), rings, group, p, schedule, g);
 #endif
 }
 
 // dQ -------------------------------------------------------------------------------------------------------------
 
-constexpr int kKeyStep = 128;
 constexpr int kKeyStages = 2;
-static_assert(kKeyStep == kOwn, "only the last step of a tile may need the mask");
 
 template <int D> struct QueryShared {  // byte offsets
   enum : int {
@@ -200,128 +205,115 @@ template <int D> struct QueryShared {  // byte offsets
   };
 };
 
+#if SQ_HOPPER
+
+// The copying warp: tiles of queries, and for each the keys and values that it sees.
+template <int D>
+__device__ __forceinline__ void copy_for_queries(uint32_t base, const KeyRings<kKeyStages> &rings, const Maps &maps,
+                                                 const Problem &p, const Schedule &schedule) {
+  using S = QueryShared<D>;
+  give_registers<24>();
+  if (threadIdx.x != 0) return;
+  uint32_t tile_turn = 0, turn = 0;
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
+    for (int i = 0; i < schedule.count(unit); ++i) {
+      const Schedule::Work work = schedule.work(unit, i);
+      const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
+      const uint32_t own = rings.own.fill(tile_turn++, 2 * S::kTile);
+      copy_box<kOwn, D>(base + S::kQuery, maps.q, own, h, tile * kOwn, b);
+      copy_box<kOwn, D>(base + S::kDout, maps.dout, own, h, tile * kOwn, b);
+      copy_keys<D, S>(base, rings, maps.k, maps.v, turn, tile, h / p.group(), b);
+    }
+  }
+}
+
+// What a computing warp has of its rows of one tile of queries.
+template <int D> struct QueryRows {
+  float dq[1][D / 8][4] = {}, lse2[2], delta[2];
+};
+
+// dS = P * (dP - delta), in place of dP.
+template <int N>
+__device__ __forceinline__ void score_gradients(float (&dp)[N][4], const float (&s)[N][4], const float (&delta)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dp[n][e] = (dp[n][e] - delta[e / 2]) * s[n][e];
+}
+
+// Adds what the keys of `turn` give, the first of the tile's or not. `row`: the warp's first row in the tile.
+template <class T, int D>
+__device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, const KeyRings<kKeyStages> &rings, uint32_t queries,
+                                         uint32_t douts, uint32_t turn, bool first, bool diagonal, int row, float c) {
+  using S = QueryShared<D>;
+  const uint32_t stage = turn % kKeyStages, keys = base + S::kKey + stage * S::kTile, values = base + S::kValue + stage * S::kTile;
+  float s[kOwn / 8][4], dp[kOwn / 8][4];
+  uint32_t left[kOwn / 16][4];
+  rings.keys.wait(turn);
+  start_rows<T, D, kOwn>(s, queries, keys);
+  group_wait<0>();  // S, and the last step's dQ: only now are there registers for dP
+  pin(s);
+  pin(r.dq[0]);
+  if (!first) rings.keys.release(turn - 1);
+  rings.values.wait(turn);
+  start_rows<T, D, kOwn>(dp, douts, values);
+  probabilities(s, r.lse2, c);
+  if (diagonal) mask(s, row, 0);
+  group_wait<0>();  // dP
+  pin(dp);
+  rings.values.release(turn);
+  score_gradients(dp, s, r.delta);
+  pack_operands<T>(left, dp);
+  start_registers<T, D>(r.dq[0], left, keys);
+}
+
+// A computing warp: its rows of every tile of queries.
+template <class T, int D>
+__device__ __forceinline__ void compute_for_queries(uint32_t base, const KeyRings<kKeyStages> &rings, int group, const Problem &p,
+                                                    const Schedule &schedule, const Backward &g) {
+  using S = QueryShared<D>;
+  take_registers<240>();
+  const int first = (group - 1) * 64, row = (threadIdx.x - 128) / 32 * 16;  // in the tile
+  const uint32_t queries = base + S::kQuery + first * 128, douts = base + S::kDout + first * 128;
+  const float c = p.scale * kLog2e, scale[1][2] = {{p.scale, p.scale}};
+  uint32_t tile_turn = 0, turn = 0;
+  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
+    for (int i = 0; i < schedule.count(unit); ++i) {
+      const Schedule::Work work = schedule.work(unit, i);
+      const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
+      QueryRows<D> r;
+      load_statistics(r.lse2, r.delta, p, g, b, (int64_t)tile * kOwn + row, h);
+      rings.own.wait(tile_turn++);
+      for (int step = 0; step <= tile; ++step, ++turn) {
+        add_keys<T, D>(r, base, rings, queries, douts, turn, step == 0, step == tile, row, c);
+      }
+      group_wait<0>();
+      pin(r.dq[0]);
+      rings.keys.release(turn - 1);
+      rings.own.release(0);
+      const int64_t at = (int64_t)tile * kOwn + row;
+      store_rows<T, D>((T *)g.dq + p.query_offset(b, at, h), p.query_stride(), (int)(p.seq - at), p.dim, base + S::kOut, row, r.dq,
+                       scale);
+    }
+  }
+}
+
+#endif  // SQ_HOPPER
+
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     queries_kernel(const __grid_constant__ Maps maps, Problem p, Schedule schedule, Backward g) {
 #if SQ_HOPPER
-  using S = QueryShared<D>;
   extern __shared__ unsigned char dynamic[];
-  __shared__ uint64_t barriers[2 + 4 * kKeyStages];
-  const uint32_t base = (shared_address(dynamic) + 1023) & ~1023u;
-  const uint32_t own_full = shared_address(barriers), own_empty = own_full + 8, key_full = own_empty + 8,
-                 key_empty = key_full + 8 * kKeyStages, value_full = key_empty + 8 * kKeyStages,
-                 value_empty = value_full + 8 * kKeyStages;
-  if (threadIdx.x == 0) {
-    barrier_init(own_full, 1);
-    barrier_init(own_empty, kGroups * 4);  // every computing warp
-    for (int i = 0; i < kKeyStages; ++i) {
-      barrier_init(key_full + 8 * i, 1);
-      barrier_init(value_full + 8 * i, 1);
-      barrier_init(key_empty + 8 * i, kGroups * 4);
-      barrier_init(value_empty + 8 * i, kGroups * 4);
-    }
-    group_visible();
-  }
-  __syncthreads();
-
-  const int group = __shfl_sync(~0u, (int)threadIdx.x / 128, 0);  // the compiler must see that a warp agrees
-  uint32_t tile_count = 0, step_count = 0;
-
-  if (group == 0) {  // the copying warp
-    give_registers<24>();
-    if (threadIdx.x != 0) return;
-    for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
-      for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
-        const Schedule::Work work = schedule.work(unit, i);
-        const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch, kv = h / p.group();
-        barrier_wait(own_empty, tile_count & 1 ^ 1);
-        barrier_expect(own_full, 2 * S::kTile);
-        copy_box<kOwn, D>(base + S::kQuery, maps.q, own_full, h, tile * kOwn, b);
-        copy_box<kOwn, D>(base + S::kDout, maps.dout, own_full, h, tile * kOwn, b);
-        for (int step = 0; step <= tile; ++step, ++step_count) {
-          const uint32_t stage = step_count % kKeyStages, parity = step_count / kKeyStages & 1 ^ 1;
-          barrier_wait(key_empty + 8 * stage, parity);
-          barrier_expect(key_full + 8 * stage, S::kTile);
-          copy_box<kKeyStep, D>(base + S::kKey + stage * S::kTile, maps.k, key_full + 8 * stage, kv, step * kKeyStep, b);
-          barrier_wait(value_empty + 8 * stage, parity);
-          barrier_expect(value_full + 8 * stage, S::kTile);
-          copy_box<kKeyStep, D>(base + S::kValue + stage * S::kTile, maps.v, value_full + 8 * stage, kv, step * kKeyStep, b);
-        }
-      }
-    }
-    return;
-  }
-
-  take_registers<240>();
-  const int lane = threadIdx.x % 32, first = (group - 1) * 64, row = (threadIdx.x - 128) / 32 * 16;  // in the tile
-  const uint32_t queries = base + S::kQuery + first * 128, douts = base + S::kDout + first * 128;
-  const float c = p.scale * kLog2e;
-  for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
-    for (int i = 0; i < schedule.count(unit); ++i, ++tile_count) {
-      const Schedule::Work work = schedule.work(unit, i);
-      const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
-      float dq[1][D / 8][4] = {};
-      uint32_t left[kKeyStep / 16][4];
-      float offset[2], delta[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = p.padded_offset(b, (int64_t)tile * kOwn + row + half * 8 + lane / 4, h);
-        offset[half] = g.lse2[at];
-        delta[half] = g.delta[at];
-      }
-      barrier_wait(own_full, tile_count & 1);
-      for (int step = 0; step <= tile; ++step, ++step_count) {
-        const uint32_t stage = step_count % kKeyStages, parity = step_count / kKeyStages & 1;
-        const uint32_t keys = base + S::kKey + stage * S::kTile, values = base + S::kValue + stage * S::kTile;
-        float s[kKeyStep / 8][4], dp[kKeyStep / 8][4];
-        barrier_wait(key_full + 8 * stage, parity);
-        group_fence();
-        group_multiply_rows<T, D, kKeyStep, kOwn>(s, queries, keys, false);
-        group_commit();
-        group_wait<0>();  // S, and the last step's dQ: only now are there registers for dP
-        pin(s);
-        pin(dq[0]);
-        if (step > 0) barrier_arrive_warp(key_empty + 8 * (stage ^ 1));
-        barrier_wait(value_full + 8 * stage, parity);
-        group_fence();
-        group_multiply_rows<T, D, kKeyStep, kOwn>(dp, douts, values, false);
-        group_commit();
-#pragma unroll
-        for (int n = 0; n < kKeyStep / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[n][e] = exp2_approx(fmaf(s[n][e], c, -offset[e / 2]));
-        if (step == tile) {
-#pragma unroll
-          for (int n = 0; n < kKeyStep / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-              if (n * 8 + lane % 4 * 2 + e % 2 > row + lane / 4 + e / 2 * 8) s[n][e] = 0;
-        }
-        group_wait<0>();  // dP
-        pin(dp);
-        barrier_arrive_warp(value_empty + 8 * stage);
-#pragma unroll
-        for (int n = 0; n < kKeyStep / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) dp[n][e] = (dp[n][e] - delta[e / 2]) * s[n][e];
-        pack_operands<T>(left, dp);
-        group_fence();
-        group_multiply_registers<T, D, kKeyStep>(dq[0], left, keys);
-        group_commit();
-      }
-      group_wait<0>();
-      pin(dq[0]);
-      barrier_arrive_warp(key_empty + 8 * ((step_count - 1) % kKeyStages));
-      barrier_arrive_warp(own_empty);
-      const float scale[1][2] = {{p.scale, p.scale}};
-      const int64_t at = (int64_t)tile * kOwn + row;
-      store_rows<T, D>((T *)g.dq + p.query_offset(b, at, h), p.query_stride(), (int)(p.seq - at), p.dim, base + S::kOut, row,
-                       dq, scale);
-    }
-  }
+  __shared__ uint64_t barriers[KeyRings<kKeyStages>::kBarriers];
+  const uint32_t base = aligned_address(dynamic);
+  const KeyRings<kKeyStages> rings(barriers);
+  init_barriers(rings);
+  const int group = warpgroup();
+  if (group == 0) return copy_for_queries<D>(base, rings, maps, p, schedule);
+  compute_for_queries<T, D>(base, rings, group, p, schedule, g);
 #endif
 }
-static_assert(kKeyStages == 2, "the last stage is found by ^ 1");
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
@@ -338,7 +330,7 @@ int prepare(Maps &maps, Schedule &schedule, unsigned &blocks, const Problem &p, 
 
 }  // namespace
 
-int sq::hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+int sq::hopper_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
   return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(dim)::value;
@@ -347,7 +339,7 @@ int sq::hopper_backward(const Problem &p, const Backward &g, sq_dtype dtype, cud
     unsigned blocks = 0;
     int status = prepare(maps, schedule, blocks, p, g, dtype, p.kv_heads, kQueryStep, kOwn);
     if (status == 0) status = launch(keys_kernel<T, D>, blocks, kThreads, KeyShared<D>::kBytes, stream, maps, p, schedule, g);
-    if (status == 0) status = prepare(maps, schedule, blocks, p, g, dtype, p.heads, kOwn, kKeyStep);
+    if (status == 0) status = prepare(maps, schedule, blocks, p, g, dtype, p.heads, kOwn, kOwn);
     if (status == 0) status = launch(queries_kernel<T, D>, blocks, kThreads, QueryShared<D>::kBytes, stream, maps, p, schedule, g);
     return status;
   });

@@ -143,67 +143,137 @@ __device__ __forceinline__ float row_sum(float x) {
   return x;
 }
 
+// Whether the key of the thread's column j, in a tile from k0 on, is after the query of its row i, in one from q0 on.
+__device__ __forceinline__ bool hidden(int64_t q0, int i, int64_t k0, int j) {
+  return k0 + threadIdx.x % 16 + 16 * j > q0 + threadIdx.x / 16 + 16 * i;
+}
+
+template <int N> __device__ __forceinline__ void fill(float (&c)[N], float x) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) c[i] = x;
+}
+
+// lse and delta of N rows, 16 apart, from row `at` of the tile at `first` on; 0 past the sequence.
+template <int N>
+__device__ __forceinline__ void load_statistics(float (&lse)[N], float (&delta)[N], const Problem &p, const Backward &g, int64_t b,
+                                                int64_t first, int at, int32_t h) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t row = first + at + 16 * i;
+    lse[i] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
+    delta[i] = row < p.seq ? g.delta[p.padded_offset(b, row, h)] : 0.f;
+  }
+}
+
 // Forward: one block a tile of queries, the longest rows first ---------------------------------------------------
+
+// What a thread keeps of its rows.
+template <class G> struct Rows {
+  float out[G::kOwn][G::kColumns] = {}, maximum[G::kOwn], sum[G::kOwn];
+  __device__ __forceinline__ Rows() {
+    fill(maximum, -INFINITY);
+    fill(sum, 0);
+  }
+};
+
+// The running softmax over the scores s of a tile of keys from k0 on, which become exponentials.
+template <class G>
+__device__ __forceinline__ void softmax(Rows<G> &r, float (&s)[G::kOwn][G::kOwn], int64_t q0, int64_t k0, float scale) {
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    float top = r.maximum[i];  // finite from the first tile on: key 0 is visible to every query
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j) {
+      s[i][j] = hidden(q0, i, k0, j) ? -INFINITY : s[i][j] * scale;
+      top = fmaxf(top, s[i][j]);
+    }
+    top = row_max(top);
+    const float shrink = expf(r.maximum[i] - top);
+    float part = 0;
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j) part += s[i][j] = expf(s[i][j] - top);
+    r.maximum[i] = top;
+    r.sum[i] = r.sum[i] * shrink + part;
+#pragma unroll
+    for (int j = 0; j < G::kColumns; ++j) r.out[i][j] *= shrink;
+  }
+}
+
+// Its end: factor = 1 / sum, and lse of the rows from query q0 on.
+template <class G>
+__device__ __forceinline__ void softmax_end(float (&factor)[G::kOwn], const Rows<G> &r, float *lse, const Problem &p, int64_t b,
+                                            int64_t q0, int32_t h) {
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i) {
+    const float total = row_sum(r.sum[i]);
+    factor[i] = 1 / total;
+    const int64_t row = q0 + threadIdx.x / 16 + 16 * i;
+    if (threadIdx.x % 16 == 0 && row < p.seq) lse[p.row_offset(b, row, h)] = r.maximum[i] + logf(total);
+  }
+}
 
 template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Forward f) {
   using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *queries = shared, *keys = queries + G::kTileFloats, *scores = keys + G::kTileFloats;
-  const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
-  const int64_t q0 = (int64_t)(tiles - 1 - blockIdx.x % tiles) * G::kTile;
-  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
-  const int64_t b = blockIdx.x / tiles / p.heads;
-  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
-
+  const Tile tile = query_tile<TILE>(p);
+  const int64_t q0 = tile.first, b = tile.batch;
+  const int32_t h = tile.head, kv = h / p.group();
   load_tile<G, D>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim);
-  float acc[G::kOwn][G::kColumns] = {}, maximum[G::kOwn], sum[G::kOwn];
-#pragma unroll
-  for (int i = 0; i < G::kOwn; ++i) maximum[i] = -INFINITY, sum[i] = 0;
-
-  for (int64_t k0 = 0; k0 <= q0; k0 += G::kTile) {
+  Rows<G> r;
+  for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
     const int64_t key = p.key_offset(b, k0, kv);
     __syncthreads();
     load_tile<G, D>(keys, (const T *)f.k + key, p.key_stride(), p.seq - k0, p.dim);
     __syncthreads();
     float s[G::kOwn][G::kOwn];
     dot_rows<G, D>(s, queries, keys);
-#pragma unroll
-    for (int i = 0; i < G::kOwn; ++i) {
-      float top = maximum[i];  // finite from the first tile on: key 0 is visible to every query
-#pragma unroll
-      for (int j = 0; j < G::kOwn; ++j) {
-        s[i][j] = k0 + x + 16 * j > q0 + y + 16 * i ? -INFINITY : s[i][j] * p.scale;
-        top = fmaxf(top, s[i][j]);
-      }
-      top = row_max(top);
-      const float shrink = expf(maximum[i] - top);
-      float part = 0;
-#pragma unroll
-      for (int j = 0; j < G::kOwn; ++j) part += s[i][j] = expf(s[i][j] - top);
-      maximum[i] = top;
-      sum[i] = sum[i] * shrink + part;
-#pragma unroll
-      for (int j = 0; j < G::kColumns; ++j) acc[i][j] *= shrink;
-    }
+    softmax(r, s, q0, k0, p.scale);
     put_scores<G>(scores, s);
     __syncthreads();
     load_tile<G, D>(keys, (const T *)f.v + key, p.key_stride(), p.seq - k0, p.dim);
     __syncthreads();
-    accumulate<G>(acc, scores, keys);
+    accumulate<G>(r.out, scores, keys);
   }
-
   float factor[G::kOwn];
-#pragma unroll
-  for (int i = 0; i < G::kOwn; ++i) {
-    const float total = row_sum(sum[i]);
-    factor[i] = 1 / total;
-    const int64_t row = q0 + y + 16 * i;
-    if (x == 0 && row < p.seq) f.lse[p.row_offset(b, row, h)] = maximum[i] + logf(total);
-  }
-  store_tile<G>((T *)f.o + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim, acc, factor);
+  softmax_end(factor, r, f.lse, p, b, q0, h);
+  store_tile<G>((T *)f.o + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim, r.out, factor);
 }
 
 // dK and dV: one block a tile of keys; scores are held transposed, [key][query] ----------------------------------
+
+// What a thread keeps of its rows of keys.
+template <class G> struct KeyRows {
+  float dk[G::kOwn][G::kColumns] = {}, dv[G::kOwn][G::kColumns] = {};
+};
+
+// Adds what a tile of queries from q0 on gives, with lse and delta of the thread's columns. The tiles are in shared memory.
+template <class G, int D>
+__device__ __forceinline__ void add_queries(KeyRows<G> &r, const float *keys, const float *values, const float *queries,
+                                            const float *douts, float *scores, const float (&lse)[G::kOwn],
+                                            const float (&delta)[G::kOwn], int64_t k0, int64_t q0, float scale) {
+  float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
+  dot_rows<G, D>(s, keys, queries);
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j) {
+      const bool after = k0 + threadIdx.x / 16 + 16 * i > q0 + threadIdx.x % 16 + 16 * j;
+      s[i][j] = after ? 0.f : expf(s[i][j] * scale - lse[j]);
+    }
+  put_scores<G>(scores, s);
+  dot_rows<G, D>(dp, values, douts);
+  __syncthreads();
+  accumulate<G>(r.dv, scores, douts);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j) s[i][j] *= dp[i][j] - delta[j];
+  put_scores<G>(scores, s);
+  __syncthreads();
+  accumulate<G>(r.dk, scores, queries);
+}
 
 template <class T, int D, int TILE>
 __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kernel(Problem p, Backward g) {
@@ -211,87 +281,62 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kerne
   extern __shared__ __align__(16) float shared[];
   float *keys = shared, *values = keys + G::kTileFloats, *queries = values + G::kTileFloats,
         *douts = queries + G::kTileFloats, *scores = douts + G::kTileFloats;
-  const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
+  const unsigned tiles = (unsigned)((p.seq + TILE - 1) / TILE);
   const unsigned all = gridDim.x / tiles;  // batch * kv_heads; the first keys, seen by the most queries, start first
-  const int64_t k0 = (int64_t)(blockIdx.x / all) * G::kTile;
+  const int64_t k0 = (int64_t)(blockIdx.x / all) * TILE;
   const int32_t kv = (int32_t)(blockIdx.x % all % p.kv_heads);
-  const int64_t b = blockIdx.x % all / p.kv_heads;
-  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
-  const int64_t key = p.key_offset(b, k0, kv);
-
+  const int64_t b = blockIdx.x % all / p.kv_heads, key = p.key_offset(b, k0, kv);
   load_tile<G, D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
   load_tile<G, D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
-  float dk[G::kOwn][G::kColumns] = {}, dv[G::kOwn][G::kColumns] = {};
-
+  KeyRows<G> r;
   for (int32_t h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
-    for (int64_t q0 = k0; q0 < p.seq; q0 += G::kTile) {
+    for (int64_t q0 = k0; q0 < p.seq; q0 += TILE) {
       const int64_t query = p.query_offset(b, q0, h);
       __syncthreads();
       load_tile<G, D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
       load_tile<G, D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
       float lse[G::kOwn], delta[G::kOwn];
-#pragma unroll
-      for (int j = 0; j < G::kOwn; ++j) {
-        const int64_t row = q0 + x + 16 * j;
-        lse[j] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
-        delta[j] = row < p.seq ? g.delta[p.padded_offset(b, row, h)] : 0.f;
-      }
+      load_statistics(lse, delta, p, g, b, q0, threadIdx.x % 16, h);
       __syncthreads();
-      float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
-      dot_rows<G, D>(s, keys, queries);
-#pragma unroll
-      for (int i = 0; i < G::kOwn; ++i)
-#pragma unroll
-        for (int j = 0; j < G::kOwn; ++j)
-          s[i][j] = k0 + y + 16 * i > q0 + x + 16 * j ? 0.f : expf(s[i][j] * p.scale - lse[j]);
-      put_scores<G>(scores, s);
-      dot_rows<G, D>(dp, values, douts);
-      __syncthreads();
-      accumulate<G>(dv, scores, douts);
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < G::kOwn; ++i)
-#pragma unroll
-        for (int j = 0; j < G::kOwn; ++j) s[i][j] *= dp[i][j] - delta[j];
-      put_scores<G>(scores, s);
-      __syncthreads();
-      accumulate<G>(dk, scores, queries);
+      add_queries<G, D>(r, keys, values, queries, douts, scores, lse, delta, k0, q0, p.scale);
     }
   }
-
   float one[G::kOwn], scale[G::kOwn];
-#pragma unroll
-  for (int i = 0; i < G::kOwn; ++i) one[i] = 1, scale[i] = p.scale;
-  store_tile<G>((T *)g.dk + key, p.key_stride(), p.seq - k0, p.dim, dk, scale);
-  store_tile<G>((T *)g.dv + key, p.key_stride(), p.seq - k0, p.dim, dv, one);
+  fill(one, 1);
+  fill(scale, p.scale);
+  store_tile<G>((T *)g.dk + key, p.key_stride(), p.seq - k0, p.dim, r.dk, scale);
+  store_tile<G>((T *)g.dv + key, p.key_stride(), p.seq - k0, p.dim, r.dv, one);
 }
 
 // dQ: one block a tile of queries --------------------------------------------------------------------------------
+
+// dS = P * (dP - delta) of a tile of keys from k0 on, in place of the scores s.
+template <class G>
+__device__ __forceinline__ void score_gradients(float (&s)[G::kOwn][G::kOwn], const float (&dp)[G::kOwn][G::kOwn],
+                                                const float (&lse)[G::kOwn], const float (&delta)[G::kOwn], int64_t q0, int64_t k0,
+                                                float scale) {
+#pragma unroll
+  for (int i = 0; i < G::kOwn; ++i)
+#pragma unroll
+    for (int j = 0; j < G::kOwn; ++j)
+      s[i][j] = hidden(q0, i, k0, j) ? 0.f : expf(s[i][j] * scale - lse[i]) * (dp[i][j] - delta[i]);
+}
 
 template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) backward_queries_kernel(Problem p, Backward g) {
   using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *queries = shared, *douts = queries + G::kTileFloats, *keys = douts + G::kTileFloats,
         *values = keys + G::kTileFloats, *scores = values + G::kTileFloats;
-  const unsigned tiles = (unsigned)((p.seq + G::kTile - 1) / G::kTile);
-  const int64_t q0 = (int64_t)(tiles - 1 - blockIdx.x % tiles) * G::kTile;
-  const int32_t h = (int32_t)(blockIdx.x / tiles % p.heads), kv = h / p.group();
-  const int64_t b = blockIdx.x / tiles / p.heads;
-  const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+  const Tile tile = query_tile<TILE>(p);
+  const int64_t q0 = tile.first, b = tile.batch;
+  const int32_t h = tile.head, kv = h / p.group();
   const int64_t query = p.query_offset(b, q0, h);
-
   load_tile<G, D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
   load_tile<G, D>(douts, (const T *)g.dout + query, p.query_stride(), p.seq - q0, p.dim);
-  float lse[G::kOwn], delta[G::kOwn];
-#pragma unroll
-  for (int i = 0; i < G::kOwn; ++i) {
-    const int64_t row = q0 + y + 16 * i;
-    lse[i] = row < p.seq ? g.lse[p.row_offset(b, row, h)] : 0.f;
-    delta[i] = row < p.seq ? g.delta[p.padded_offset(b, row, h)] : 0.f;
-  }
+  float lse[G::kOwn], delta[G::kOwn], scale[G::kOwn];
+  load_statistics(lse, delta, p, g, b, q0, threadIdx.x / 16, h);
   float dq[G::kOwn][G::kColumns] = {};
-
-  for (int64_t k0 = 0; k0 <= q0; k0 += G::kTile) {
+  for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
     const int64_t key = p.key_offset(b, k0, kv);
     __syncthreads();
     load_tile<G, D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
@@ -300,33 +345,23 @@ template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) 
     float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
     dot_rows<G, D>(s, queries, keys);
     dot_rows<G, D>(dp, douts, values);
-#pragma unroll
-    for (int i = 0; i < G::kOwn; ++i)
-#pragma unroll
-      for (int j = 0; j < G::kOwn; ++j)
-        s[i][j] = k0 + x + 16 * j > q0 + y + 16 * i
-                      ? 0.f
-                      : expf(s[i][j] * p.scale - lse[i]) * (dp[i][j] - delta[i]);
+    score_gradients<G>(s, dp, lse, delta, q0, k0, p.scale);
     put_scores<G>(scores, s);
     __syncthreads();
     accumulate<G>(dq, scores, keys);
   }
-
-  float scale[G::kOwn];
-#pragma unroll
-  for (int i = 0; i < G::kOwn; ++i) scale[i] = p.scale;
+  fill(scale, p.scale);
   store_tile<G>((T *)g.dq + query, p.query_stride(), p.seq - q0, p.dim, dq, scale);
 }
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-template <class T, int D, int TILE = D <= 128 ? 64 : 32>
-int launch_forward(const Problem &p, const Forward &f, cudaStream_t stream) {
+template <class T, int D, int TILE> int launch_tiles(const Problem &p, const Forward &f, cudaStream_t stream) {
   const int64_t blocks = grid_size(ceil_div(p.seq, int64_t(TILE)), p.batch, p.heads);
   return launch(forward_kernel<T, D, TILE>, blocks, kThreads, Geometry<D, TILE>::bytes(kForwardTiles), stream, p, f);
 }
 
-template <class T, int D, int TILE> int launch_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
+template <class T, int D, int TILE> int launch_tiles(const Problem &p, const Backward &g, cudaStream_t stream) {
   constexpr int kBytes = Geometry<D, TILE>::bytes(kBackwardTiles);
   const int64_t tiles = ceil_div(p.seq, int64_t(TILE));
   const int64_t keys = grid_size(tiles, p.batch, p.kv_heads), queries = grid_size(tiles, p.batch, p.heads);
@@ -334,39 +369,34 @@ template <class T, int D, int TILE> int launch_backward(const Problem &p, const 
   return launch(backward_queries_kernel<T, D, TILE>, queries, kThreads, kBytes, stream, p, g);
 }
 
-// The larger tile where the device has shared memory for it.
-template <class T, int D, int TILE> int choose_backward(const Problem &p, const Backward &g, cudaStream_t stream) {
-  if constexpr (!kOnlyHopper) {
-    if (current_gpu().shared_bytes < Geometry<D, TILE>::bytes(kBackwardTiles)) return launch_backward<T, D, TILE / 2>(p, g, stream);
+// Smaller tiles of long rows in the backward pass where the device has no shared memory for the larger.
+template <class T, int D, class Pass> int choose_tile(const Problem &p, const Pass &pass, cudaStream_t stream) {
+  constexpr int kTile = D <= 128 ? 64 : 32;
+  if constexpr (!kOnlyHopper && D >= 128 && std::is_same_v<Pass, Backward>) {
+    const bool fits = Geometry<D, kTile>::bytes(kBackwardTiles) <= current_gpu().shared_bytes;
+    if (!fits) return launch_tiles<T, D, kTile / 2>(p, pass, stream);
   }
-  return launch_backward<T, D, TILE>(p, g, stream);
+  return launch_tiles<T, D, kTile>(p, pass, stream);
 }
 
-// In 16 bits a short row comes here only if its dim is no multiple of 8: not worth kernels of its own.
-template <class T> int forward_any(const Problem &p, const Forward &f, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 4) {
-    if (p.dim <= 32) return launch_forward<T, 32>(p, f, stream);
-    if (p.dim <= 64) return launch_forward<T, 64>(p, f, stream);
-  }
-  if (p.dim <= 128) return launch_forward<T, 128>(p, f, stream);
-  return launch_forward<T, 256>(p, f, stream);
-}
-
-template <class T> int backward_any(const Problem &p, const Backward &g, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 4) {
-    if (p.dim <= 32) return launch_backward<T, 32, 64>(p, g, stream);
-    if (p.dim <= 64) return launch_backward<T, 64, 64>(p, g, stream);
-  }
-  if (p.dim <= 128) return choose_backward<T, 128, 64>(p, g, stream);
-  return choose_backward<T, 256, 32>(p, g, stream);
+// Forward or Backward. In 16 bits a short row comes here only if its dim is no multiple of 8: not worth kernels of its own.
+template <class Pass> int run(const Problem &p, const Pass &pass, sq_dtype dtype, cudaStream_t stream) {
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    if constexpr (sizeof(T) == 4) {
+      if (p.dim <= 32) return choose_tile<T, 32>(p, pass, stream);
+      if (p.dim <= 64) return choose_tile<T, 64>(p, pass, stream);
+    }
+    return p.dim <= 128 ? choose_tile<T, 128>(p, pass, stream) : choose_tile<T, 256>(p, pass, stream);
+  });
 }
 
 }  // namespace
 
-int sq::plain_forward(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch(dtype, [&](auto t) { return forward_any<typename decltype(t)::type>(p, f, stream); });
+int sq::plain_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
+  return run(p, f, dtype, stream);
 }
 
-int sq::plain_backward(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch(dtype, [&](auto t) { return backward_any<typename decltype(t)::type>(p, g, stream); });
+int sq::plain_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
+  return run(p, g, dtype, stream);
 }
