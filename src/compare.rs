@@ -10,9 +10,10 @@
 //! let (calibration, text) = (demo::windows(demo::CALIBRATION, 64)?, demo::windows(&demo::TEST[..8_000], 64)?);
 //! let outcome = Comparison {
 //!     model: &model,
-//!     unrotated: Unrotated::score(&model, &scheme, &text, None, &mut ())?,
+//!     unrotated: Unrotated::score(&model, &scheme, (&text, None), None, &mut ())?,
 //!     calibration: &calibration,
 //!     text: &text,
+//!     exam: None,
 //!     scheme,
 //!     learn_scheme: scheme,
 //!     options: &LearnOptions { steps: 3, ..LearnOptions::default() },
@@ -26,21 +27,51 @@
 //! let names: Vec<&str> = outcome.rows.iter().map(|row| row.name).collect();
 //! assert_eq!(names[..4], ["full precision", "full precision, rotated", "rtn", "hadamard mean"]);
 //! assert!(outcome.rows[0].perplexity < outcome.rows[2].perplexity);
-//! assert_eq!(outcome.runs[0].start_perplexity, Some(outcome.random[0]));
+//! assert_eq!(outcome.runs[0].start_perplexity, Some(outcome.random[0].perplexity));
 //! # Ok::<(), spinquant::Error>(())
 //! ```
 
 use std::ops::ControlFlow;
 
-use crate::Result;
 use crate::calibrate::{Calibration, ClipFound, ClipGoal, LayerReport, quantize_weights};
 use crate::data::Windows;
+use crate::eval::exam::Exam;
+use crate::eval::marks::Marks;
 use crate::eval::perplexity;
 use crate::learn::{ClipChoice, LearnOptions, Learned, StepReport, Watch, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
 use crate::optim::Optimizer;
 use crate::quant::{Gptq, Scheme};
 use crate::rotation::Rotations;
+use crate::{Error, Result};
+
+/// What a network scored, or several on average.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Judged {
+    /// Perplexity on the text.
+    pub perplexity: f64,
+    /// The marks of every task of the exam; none without one.
+    pub marks: Vec<Marks>,
+}
+
+impl Judged {
+    /// The mean of several networks' perplexities, and of their marks question by question.
+    ///
+    /// # Errors
+    /// No network; networks that were asked different questions.
+    pub fn mean(all: &[Self]) -> Result<Self> {
+        if all.is_empty() {
+            return Err(Error::argument("scores", "expected those of at least one network, got none"));
+        }
+        let perplexity = all.iter().map(|j| j.perplexity).sum::<f64>() / all.len() as f64;
+        let tasks = all.iter().map(|j| j.marks.len()).min().unwrap_or(0);
+        let task = |t: usize| Marks::mean(&all.iter().map(|j| j.marks[t].clone()).collect::<Vec<_>>());
+        Ok(Self { perplexity, marks: (0..tasks).map(task).collect::<Result<_>>()? })
+    }
+}
+
+/// What networks are scored on: text, and tasks.
+pub type Test<'a> = (&'a Windows, Option<&'a Exam>);
 
 /// One line of the table.
 #[derive(Clone, Debug)]
@@ -53,22 +84,22 @@ pub struct Row {
     pub rotations: String,
     /// How weights are quantised: `full`, `rtn` or `gptq`.
     pub weights: &'static str,
-    /// Perplexity on the text that is scored.
-    pub perplexity: f64,
+    /// Its scores.
+    pub judged: Judged,
 }
 
 /// GPTQ, and the text that it is calibrated on.
 pub type GptqRun<'a> = (&'a Gptq, &'a Calibration<'a>);
 
-/// Perplexities of a network without rotations.
-#[derive(Clone, Copy, Debug)]
+/// Scores of a network without rotations.
+#[derive(Clone, Debug)]
 pub struct Unrotated {
     /// In full precision.
-    pub full: f64,
+    pub full: Judged,
     /// Quantised by the scheme, weights rounded to nearest.
-    pub rtn: f64,
+    pub rtn: Judged,
     /// The same with GPTQ weights.
-    pub gptq: Option<f64>,
+    pub gptq: Option<Judged>,
 }
 
 impl Unrotated {
@@ -79,14 +110,14 @@ impl Unrotated {
     pub fn score(
         plain: &Llama,
         scheme: &Scheme,
-        text: &Windows,
+        test: Test<'_>,
         gptq: Option<GptqRun<'_>>,
         watch: &mut dyn Watch,
     ) -> Result<Self> {
-        let full = score(&plain.merge(None, &Scheme::FULL_PRECISION)?, text, watch, "full precision")?;
-        let rtn = score(&plain.merge(None, scheme)?, text, watch, "rtn")?;
+        let full = judge(&plain.merge(None, &Scheme::FULL_PRECISION)?, test, watch, "full precision")?;
+        let rtn = judge(&plain.merge(None, scheme)?, test, watch, "rtn")?;
         let gptq = match gptq {
-            Some(run) => Some(score(&quantized(plain, None, scheme, run, watch)?, text, watch, "gptq")?),
+            Some(run) => Some(judge(&quantized(plain, None, scheme, run, watch)?, test, watch, "gptq")?),
             None => None,
         };
         Ok(Self { full, rtn, gptq })
@@ -103,6 +134,8 @@ pub struct Comparison<'a> {
     pub calibration: &'a Windows,
     /// Text to score.
     pub text: &'a Windows,
+    /// Tasks to score.
+    pub exam: Option<&'a Exam>,
     /// What is scored.
     pub scheme: Scheme,
     /// Quantisation and online Hadamards while learning.
@@ -124,8 +157,8 @@ pub struct Comparison<'a> {
 /// A start that was scored with clip ratios.
 #[derive(Clone, Debug)]
 pub struct Clipped {
-    /// Its perplexity with them.
-    pub perplexity: f64,
+    /// Its scores with them.
+    pub judged: Judged,
     /// The search.
     pub found: ClipFound,
 }
@@ -139,8 +172,8 @@ pub struct Run {
     pub learned_at: Scheme,
     /// Perplexity of the start, where it was scored.
     pub start_perplexity: Option<f64>,
-    /// Perplexity of what was learned.
-    pub perplexity: f64,
+    /// Scores of what was learned.
+    pub judged: Judged,
     /// Held-out cross entropy after so many steps, the start first.
     pub held_out: Vec<(usize, f64)>,
     /// The clip ratios that it was learned and scored with, where some were searched.
@@ -154,29 +187,37 @@ pub struct Run {
 pub struct Outcome {
     /// The table.
     pub rows: Vec<Row>,
-    /// Perplexity of every random Hadamard, by seed.
-    pub random: Vec<f64>,
+    /// Scores of every random Hadamard, by seed.
+    pub random: Vec<Judged>,
     /// The same with GPTQ weights.
-    pub random_gptq: Vec<f64>,
+    pub random_gptq: Vec<Judged>,
     /// The same with clip ratios.
     pub random_clip: Vec<Clipped>,
     /// What was learned, by seed.
     pub runs: Vec<Run>,
     /// The same with clip ratios.
     pub runs_clip: Vec<Run>,
-    /// Perplexity with GPTQ weights and rotations learned at W16, by seed.
-    pub learned_gptq: Vec<f64>,
+    /// Scores with GPTQ weights and rotations learned at W16, by seed.
+    pub learned_gptq: Vec<Judged>,
     /// What clip ratios were searched by.
     pub clip: Option<ClipGoal>,
 }
 
-/// Perplexity, told to a watch.
+/// Perplexity and marks, told to a watch.
 ///
 /// # Errors
-/// Those of [`perplexity`].
-pub fn score(network: &Merged, text: &Windows, watch: &mut dyn Watch, what: &str) -> Result<f64> {
+/// Those of [`perplexity`] and [`Exam::take`].
+pub fn judge(network: &Merged, (text, exam): Test<'_>, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
     watch.begin(what, text.len());
-    Ok(perplexity(network, text, |done| watch.at(done))?.perplexity)
+    let perplexity = perplexity(network, text, |done| watch.at(done))?.perplexity;
+    let marks = match exam {
+        Some(exam) => {
+            watch.begin(&format!("{what}, answers"), exam.requests().len());
+            exam.take(network, |done| watch.at(done))?
+        }
+        None => vec![],
+    };
+    Ok(Judged { perplexity, marks })
 }
 
 /// Rotates a model and quantises its weights by GPTQ, told to a watch: layers, and where a Hessian asked for more damping.
@@ -236,12 +277,12 @@ impl Comparison<'_> {
         Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed)
     }
 
-    fn evaluate(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<f64> {
-        score(&self.model.merge(Some(rotations), scheme)?, self.text, watch, what)
+    fn evaluate(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
+        judge(&self.model.merge(Some(rotations), scheme)?, (self.text, self.exam), watch, what)
     }
 
-    fn with_gptq(&self, run: GptqRun<'_>, rotations: &Rotations, watch: &mut dyn Watch, what: &str) -> Result<f64> {
-        score(&quantized(self.model, Some(rotations), &self.scheme, run, watch)?, self.text, watch, what)
+    fn with_gptq(&self, run: GptqRun<'_>, rotations: &Rotations, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
+        judge(&quantized(self.model, Some(rotations), &self.scheme, run, watch)?, (self.text, self.exam), watch, what)
     }
 
     fn learn(&self, seed: u64, scheme: Scheme, watch: &mut dyn Watch, what: String) -> Result<(Learned, Vec<(usize, f64)>)> {
@@ -260,40 +301,40 @@ impl Comparison<'_> {
         let Self { scheme, learn_scheme, .. } = *self;
         let full = Scheme::FULL_PRECISION;
         let mut made = Outcome { clip: self.clip.map(|(goal, _)| goal), ..Outcome::default() };
-        let row = |made: &mut Outcome, name, scheme, rotations: String, weights, perplexity| {
-            made.rows.push(Row { name, scheme, rotations, weights, perplexity });
+        let row = |made: &mut Outcome, name, scheme, rotations: String, weights, judged| {
+            made.rows.push(Row { name, scheme, rotations, weights, judged });
         };
 
-        row(&mut made, "full precision", full, "none".into(), "full", self.unrotated.full);
+        row(&mut made, "full precision", full, "none".into(), "full", self.unrotated.full.clone());
         let rotated = self.evaluate(&self.hadamard(0)?, &full.online(scheme.online), watch, "full precision, rotated")?;
         row(&mut made, "full precision, rotated", full, "hadamard:0".into(), "full", rotated);
-        row(&mut made, "rtn", scheme, "none".into(), "rtn", self.unrotated.rtn);
+        row(&mut made, "rtn", scheme, "none".into(), "rtn", self.unrotated.rtn.clone());
         for seed in 0..self.seeds {
             made.random.push(self.evaluate(&self.hadamard(seed)?, &scheme, watch, &format!("hadamard:{seed}"))?);
         }
         let random = made.random.clone();
         if !random.is_empty() {
             let by = |better: fn(&f64, &f64) -> bool| {
-                (0..random.len()).reduce(|a, b| if better(&random[b], &random[a]) { b } else { a })
+                (0..random.len()).reduce(|a, b| if better(&random[b].perplexity, &random[a].perplexity) { b } else { a })
             };
             let (best, worst) = (by(|a, b| a < b).unwrap_or(0), by(|a, b| a > b).unwrap_or(0));
             let rotations = format!("hadamard, {}", seeds(random.len()));
-            row(&mut made, "hadamard mean", scheme, rotations, "rtn", mean(&random));
-            row(&mut made, "hadamard best", scheme, format!("hadamard:{best}"), "rtn", random[best]);
-            row(&mut made, "hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", random[worst]);
+            row(&mut made, "hadamard mean", scheme, rotations, "rtn", Judged::mean(&random)?);
+            row(&mut made, "hadamard best", scheme, format!("hadamard:{best}"), "rtn", random[best].clone());
+            row(&mut made, "hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", random[worst].clone());
         }
-        if let Some(perplexity) = self.unrotated.gptq {
-            row(&mut made, "gptq", scheme, "none".into(), "gptq", perplexity);
+        if let Some(judged) = self.unrotated.gptq.clone() {
+            row(&mut made, "gptq", scheme, "none".into(), "gptq", judged);
         }
         if let Some(run) = self.gptq {
             for seed in 0..self.seeds {
-                let perplexity = self.with_gptq(run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + gptq"))?;
-                made.random_gptq.push(perplexity);
+                let judged = self.with_gptq(run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + gptq"))?;
+                made.random_gptq.push(judged);
             }
             if !made.random_gptq.is_empty() {
                 let rotations = format!("hadamard, {}", seeds(made.random_gptq.len()));
-                let perplexity = mean(&made.random_gptq);
-                row(&mut made, "hadamard + gptq mean", scheme, rotations, "gptq", perplexity);
+                let judged = Judged::mean(&made.random_gptq)?;
+                row(&mut made, "hadamard + gptq mean", scheme, rotations, "gptq", judged);
             }
         }
         // Ratios belong to the scheme that is scored; rotations are learned with them.
@@ -306,12 +347,13 @@ impl Comparison<'_> {
             }
         }
         for (seed, (scored, found)) in (0..self.seeds).zip(&clipped) {
-            let perplexity = self.evaluate(&self.hadamard(seed)?, scored, watch, &format!("hadamard:{seed} + clip"))?;
-            made.random_clip.push(Clipped { perplexity, found: found.clone() });
+            let judged = self.evaluate(&self.hadamard(seed)?, scored, watch, &format!("hadamard:{seed} + clip"))?;
+            made.random_clip.push(Clipped { judged, found: found.clone() });
         }
         if !made.random_clip.is_empty() {
-            let all: Vec<f64> = made.random_clip.iter().map(|c| c.perplexity).collect();
-            row(&mut made, "hadamard + clip mean", scheme, format!("hadamard, {}", seeds(all.len())), "rtn", mean(&all));
+            let all: Vec<Judged> = made.random_clip.iter().map(|c| c.judged.clone()).collect();
+            let rotations = format!("hadamard, {}", seeds(all.len()));
+            row(&mut made, "hadamard + clip mean", scheme, rotations, "rtn", Judged::mean(&all)?);
         }
         let w16_scheme = scheme.unquantized_weights().online(learn_scheme.online);
         for seed in 0..self.learn_seeds {
@@ -319,27 +361,27 @@ impl Comparison<'_> {
                 let (learned, _) = self.learn(seed, w16_scheme, watch, format!("learning at W16 from hadamard:{seed}"))?;
                 made.learned_gptq.push(self.with_gptq(run, &learned.rotations, watch, &format!("learned:{seed} + gptq"))?);
             }
-            let start = made.random.get(seed as usize).copied();
+            let start = made.random.get(seed as usize).map(|judged| judged.perplexity);
             made.runs.push(self.learned(seed, learn_scheme, (&scheme, None), start, watch)?);
             if let Some((scored, found)) = clipped.get(seed as usize) {
                 let learn_scheme = Scheme { activation_clip: scored.activation_clip, ..learn_scheme };
-                let start = made.random_clip.get(seed as usize).map(|c| c.perplexity);
+                let start = made.random_clip.get(seed as usize).map(|c| c.judged.perplexity);
                 made.runs_clip.push(self.learned(seed, learn_scheme, (scored, Some(found)), start, watch)?);
             }
         }
         let with = if w16_scheme.online == scheme.online { String::new() } else { format!(" with {}", w16_scheme.online) };
         for (name, clip) in [("learned", false), ("learned + clip", true)] {
             let runs = if clip { &made.runs_clip } else { &made.runs };
-            let all: Vec<f64> = runs.iter().map(|run| run.perplexity).collect();
+            let all: Vec<Judged> = runs.iter().map(|run| run.judged.clone()).collect();
             if !all.is_empty() {
                 let rotations = format!("learned at {learn_scheme}{with}, {}", seeds(all.len()));
-                row(&mut made, name, scheme, rotations, "rtn", mean(&all));
+                row(&mut made, name, scheme, rotations, "rtn", Judged::mean(&all)?);
             }
         }
         if !made.learned_gptq.is_empty() {
             let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(made.learned_gptq.len()));
-            let perplexity = mean(&made.learned_gptq);
-            row(&mut made, "learned + gptq", scheme, rotations, "gptq", perplexity);
+            let judged = Judged::mean(&made.learned_gptq)?;
+            row(&mut made, "learned + gptq", scheme, rotations, "gptq", judged);
         }
         Ok(made)
     }
@@ -356,13 +398,9 @@ impl Comparison<'_> {
         let with = if clip.is_some() && learned_at.activation_clip != self.scheme.activation_clip { " + clip" } else { "" };
         let (learned, mut held_out) = self.learn(seed, learned_at, watch, format!("learning from hadamard:{seed}{with}"))?;
         held_out.insert(0, (0, learned.held_out_first));
-        let perplexity = self.evaluate(&learned.rotations, scored, watch, &format!("learned:{seed}{with}"))?;
-        Ok(Run { seed, learned_at, start_perplexity, perplexity, held_out, clip: clip.cloned(), learned })
+        let judged = self.evaluate(&learned.rotations, scored, watch, &format!("learned:{seed}{with}"))?;
+        Ok(Run { seed, learned_at, start_perplexity, judged, held_out, clip: clip.cloned(), learned })
     }
-}
-
-fn mean(x: &[f64]) -> f64 {
-    x.iter().sum::<f64>() / x.len() as f64
 }
 
 fn seeds(n: usize) -> String {

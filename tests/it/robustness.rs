@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use spinquant::eval::{marks::Marks, tasks::Questions};
 use spinquant::export::{Format, Output, load_native, write_hf, write_rtn};
 use spinquant::llama::{Llama, LlamaConfig, Weights};
 use spinquant::quant::{Online, Scheme};
@@ -139,4 +140,82 @@ fn native_checkpoints() {
         });
         std::fs::write(&path, whole).unwrap();
     }
+}
+
+/// A value of some kind; objects and arrays hold others.
+fn any_json(rng: &mut ChaCha8Rng, depth: u32) -> serde_json::Value {
+    use serde_json::{Value, json};
+    const TEXTS: [&str; 12] = ["", " ", "a", "1", "2", "_", "x _ y", "[title] b", "[", "é  [x]", "A", "18446744073709551616"];
+    const KEYS: [&str; 24] = [
+        "context",
+        "choices",
+        "gold",
+        "passage",
+        "question",
+        "answer",
+        "label",
+        "goal",
+        "sol1",
+        "sol2",
+        "answerA",
+        "answerB",
+        "answerC",
+        "activity_label",
+        "ctx_a",
+        "ctx_b",
+        "endings",
+        "sentence",
+        "option1",
+        "option2",
+        "stem",
+        "text",
+        "answerKey",
+        "choices",
+    ];
+    match rng.next_u32() % if depth == 0 { 5 } else { 9 } {
+        0 => Value::Null,
+        1 => json!(rng.next_u32() % 2 == 0),
+        2 => json!([0.0, 1.0, -1.0, 0.5, 1e300][rng.next_u32() as usize % 5]),
+        3 => json!([0, 1, 2, 3, u64::MAX][rng.next_u32() as usize % 5]),
+        4 => json!(TEXTS[rng.next_u32() as usize % TEXTS.len()]),
+        5 | 6 => (0..rng.next_u32() % 4).map(|_| any_json(rng, depth - 1)).collect(),
+        _ => {
+            let key = |rng: &mut ChaCha8Rng| KEYS[rng.next_u32() as usize % KEYS.len()].to_string();
+            let members: Vec<_> = (0..rng.next_u32() % 12).map(|_| (key(rng), any_json(rng, depth - 1))).collect();
+            Value::Object(members.into_iter().collect())
+        }
+    }
+}
+
+#[test]
+fn task_files() {
+    let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/zeroshot/release");
+    let dir = tempfile::tempdir().unwrap();
+    // Tasks are told apart by their objects' keys, ARC and OpenBookQA by the file's name.
+    let path = dir.path().join("ARC-Easy-Test.jsonl");
+    std::fs::write(dir.path().join("ARC-Easy-Test-labels.lst"), "1\n1\n1\n").unwrap();
+    let read = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let Ok(read) = Questions::read(&path) else { return false };
+        // What is read can be asked and marked.
+        let candidates: usize = read.questions.iter().map(|q| (0..q.candidates()).map(|i| q.candidate(i)).count()).sum();
+        Marks::of(&read.questions, &vec![-1.0; candidates]).unwrap();
+        true
+    };
+    let mut files: Vec<_> = std::fs::read_dir(samples).unwrap().map(|e| e.unwrap().path()).collect();
+    files.sort();
+    assert_eq!(files.len(), 8, "seven kinds of release files and the schema");
+    for file in files {
+        endure(&file.display().to_string(), &std::fs::read(&file).unwrap(), usize::MAX, read);
+    }
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let mut accepted = 0;
+    for _ in 0..4000 {
+        let value = any_json(&mut rng, 3);
+        accepted += usize::from(read(value.to_string().as_bytes()));
+        let mut bytes = vec![0; rng.next_u32() as usize % 64];
+        rng.fill_bytes(&mut bytes);
+        assert!(!read(&bytes), "{bytes:?}");
+    }
+    println!("{accepted} of 4000 values accepted");
 }

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use spinquant::Result;
 use spinquant::calibrate::ClipFound;
-use spinquant::compare::{Clipped, Comparison, Outcome, Row, Run, Unrotated};
+use spinquant::compare::{Clipped, Comparison, Judged, Outcome, Row, Run, Unrotated};
 use spinquant::data::FirstToken;
+use spinquant::eval::exam::{Exam, Report};
 use spinquant::learn::ClipChoice;
 use spinquant::quant::{Online, Scheme};
 
@@ -15,6 +16,7 @@ use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one};
 use crate::eval::{file_name, limited};
 use crate::learn::Recipe;
 use crate::weights::GptqArgs;
+use crate::zeroshot::{self, TaskArgs, exam, shown};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -57,6 +59,8 @@ pub struct Args {
     /// Windows of --calibration to search them on.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     clip_windows: usize,
+    #[command(flatten)]
+    tasks: TaskArgs,
     /// Score at most this many windows.
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_windows: Option<usize>,
@@ -80,7 +84,9 @@ pub fn run(args: &Args) -> Result<()> {
     let clip = goal.map(|goal| (goal, args.clip_windows));
     options.check(args.recipe.optimizer()?.as_ref())?;
     args.gptq_args.check()?;
+    let tasks = args.tasks.read()?;
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
+    let exam = if tasks.is_empty() { None } else { Some(exam(tasks, &args.model, &config)?) };
     let calibration = args.model.windows(&config, &args.calibration, args.seq_len)?;
     if args.learn_seeds > 0 {
         options.check_text(&calibration)?;
@@ -91,13 +97,14 @@ pub fn run(args: &Args) -> Result<()> {
     let gptq = sample.as_ref().map(|sample| (&quantizer, sample));
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
-    let unrotated = Unrotated::score(&args.model.load_plain(&progress)?, &scheme, &text, gptq, &mut watch)?;
+    let unrotated = Unrotated::score(&args.model.load_plain(&progress)?, &scheme, (&text, exam.as_ref()), gptq, &mut watch)?;
     let model = args.model.load(&progress)?;
     let comparison = Comparison {
         model: &model,
         unrotated,
         calibration: &calibration,
         text: &text,
+        exam: exam.as_ref(),
         scheme,
         learn_scheme: learn_scheme.online(args.learn_online.unwrap_or(scheme.online)),
         options: &options,
@@ -110,30 +117,47 @@ pub fn run(args: &Args) -> Result<()> {
     let outcome = comparison.run(&mut watch)?;
     drop(watch);
     if args.json {
-        out!("{}", json(&outcome, &text.first_token()));
+        out!("{}", json(&outcome, &text.first_token(), exam.as_ref())?);
     } else {
         out!("{} on {}, windows of {}", file_name(Path::new(&args.model.name())), file_name(&args.text), args.seq_len);
-        print(&outcome, &text.first_token());
+        print(&outcome, &text.first_token(), exam.as_ref())?;
     }
     Ok(())
 }
 
+/// How far a network's answers are from those in full precision, task by task, question by question.
+fn differences(outcome: &Outcome, judged: &Judged, exam: &Exam) -> Result<Report> {
+    let full = outcome.rows.first().map_or(&[][..], |row| &row.judged.marks);
+    let differences: Result<Vec<_>> = judged.marks.iter().zip(full).map(|(marks, full)| marks.minus(full)).collect();
+    Ok(exam.report(&differences?))
+}
+
 /// Everything, for programs.
-pub fn json(outcome: &Outcome, first: &FirstToken) -> Value {
-    let row = |r: &Row| {
-        json!({"name": r.name, "scheme": r.scheme.to_string(), "rotations": r.rotations, "weights": r.weights,
-            "perplexity": r.perplexity})
+pub fn json(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Result<Value> {
+    let with = |mut value: Value, judged: &Judged| -> Result<Value> {
+        value["perplexity"] = json!(judged.perplexity);
+        if let Some(exam) = exam {
+            let mut tasks = zeroshot::json(&exam.report(&judged.marks));
+            tasks.insert("minus_full_precision".into(), zeroshot::json(&differences(outcome, judged, exam)?).into());
+            value["zeroshot"] = tasks.into();
+        }
+        Ok(value)
     };
-    let by_seed =
-        |all: &[f64]| -> Vec<Value> { all.iter().enumerate().map(|(seed, p)| json!({"seed": seed, "perplexity": p})).collect() };
+    let row = |r: &Row| {
+        let value = json!({"name": r.name, "scheme": r.scheme.to_string(), "rotations": r.rotations, "weights": r.weights});
+        with(value, &r.judged)
+    };
+    let by_seed = |all: &[Judged]| -> Result<Vec<Value>> {
+        all.iter().enumerate().map(|(seed, judged)| with(json!({"seed": seed}), judged)).collect()
+    };
     // Starts are searched by one goal.
     let searched = |found: &ClipFound| outcome.clip.map(|goal| clip::report(found, goal).1);
-    let clipped = |(seed, c): (usize, &Clipped)| json!({"seed": seed, "perplexity": c.perplexity, "clip": searched(&c.found)});
+    let clipped = |(seed, c): (usize, &Clipped)| with(json!({"seed": seed, "clip": searched(&c.found)}), &c.judged);
     let run = |run: &Run| {
         let learned = &run.learned;
         let mut value = json!({
             "seed": run.seed, "learned_at": run.learned_at.to_string(), "start_perplexity": run.start_perplexity,
-            "perplexity": run.perplexity, "loss_first": learned.loss_first, "loss_last": learned.loss_last,
+            "loss_first": learned.loss_first, "loss_last": learned.loss_last,
             "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
             "held_out": run.held_out.iter().map(|(step, loss)| json!([step, loss])).collect::<Vec<_>>(),
             "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
@@ -141,24 +165,28 @@ pub fn json(outcome: &Outcome, first: &FirstToken) -> Value {
         if let Some(found) = &run.clip {
             value["clip"] = json!(searched(found));
         }
-        value
+        with(value, &run.judged)
     };
-    json!({
-        "rows": outcome.rows.iter().map(row).collect::<Vec<_>>(), "starts_with": first, "hadamard": by_seed(&outcome.random),
-        "hadamard_gptq": by_seed(&outcome.random_gptq), "learned": outcome.runs.iter().map(run).collect::<Vec<_>>(),
-        "learned_gptq": by_seed(&outcome.learned_gptq),
-        "hadamard_clip": outcome.random_clip.iter().enumerate().map(clipped).collect::<Vec<_>>(),
-        "learned_clip": outcome.runs_clip.iter().map(run).collect::<Vec<_>>(),
-    })
+    let runs = |all: &[Run]| all.iter().map(run).collect::<Result<Vec<_>>>();
+    Ok(json!({
+        "rows": outcome.rows.iter().map(row).collect::<Result<Vec<_>>>()?, "starts_with": first,
+        "hadamard": by_seed(&outcome.random)?, "hadamard_gptq": by_seed(&outcome.random_gptq)?, "learned": runs(&outcome.runs)?,
+        "learned_gptq": by_seed(&outcome.learned_gptq)?,
+        "hadamard_clip": outcome.random_clip.iter().enumerate().map(clipped).collect::<Result<Vec<_>>>()?,
+        "learned_clip": runs(&outcome.runs_clip)?,
+    }))
 }
 
-/// The table, and a line for every run.
-pub fn print(outcome: &Outcome, first: &FirstToken) {
+/// The table, that of the tasks where there are some, and a line for every run.
+pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Result<()> {
     out!("{:<26} {:<12} {:<32} {:<8} {:>12}", "", "scheme", "rotations", "weights", "perplexity");
     for r in &outcome.rows {
-        out!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.perplexity);
+        out!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.judged.perplexity);
     }
     out!("the text starts with {first}");
+    if let Some(exam) = exam {
+        print_tasks(outcome, exam)?;
+    }
     let clipped = outcome.runs_clip.iter().map(|run| (" + clip", run));
     for (with, run) in outcome.runs.iter().map(|run| ("", run)).chain(clipped) {
         out!(
@@ -167,9 +195,40 @@ pub fn print(outcome: &Outcome, first: &FirstToken) {
             run.learned.held_out_first,
             run.learned.held_out_last,
             run.start_perplexity.unwrap_or(f64::NAN),
-            run.perplexity,
+            run.judged.perplexity,
             run.learned.orthogonality_error,
             run.learned.seconds_per_step
         );
     }
+    Ok(())
+}
+
+/// Means over the tasks with their differences to full precision, then every task's accuracy.
+fn print_tasks(outcome: &Outcome, exam: &Exam) -> Result<()> {
+    out!("zero-shot, mean of {}; − is the difference to full precision, paired by question", count(exam.tasks().len(), "task"));
+    out!("{:<26} {:>15} {:>16} {:>15} {:>16} {:>17} {:>16}", "", "acc", "−", "acc_norm", "−", "gold log-lik.", "−");
+    for r in &outcome.rows {
+        let (at, less) = (exam.report(&r.judged.marks), differences(outcome, &r.judged, exam)?);
+        out!(
+            "{:<26} {:>15} {:>16} {:>15} {:>16} {:>17} {:>16}",
+            r.name,
+            shown(at.acc, 4),
+            shown(less.acc, 4),
+            shown(at.acc_norm, 4),
+            shown(less.acc_norm, 4),
+            shown(at.gold, 3),
+            shown(less.gold, 3)
+        );
+    }
+    let names = exam.tasks().iter().map(|task| format!(" {:>13}", task.name)).collect::<String>();
+    out!("{:<26}{names}", "acc");
+    for r in &outcome.rows {
+        let accuracies = r.judged.marks.iter().map(|marks| format!(" {:>13.4}", marks.scores().acc.mean)).collect::<String>();
+        out!("{:<26}{accuracies}", r.name);
+    }
+    Ok(())
+}
+
+fn count(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }

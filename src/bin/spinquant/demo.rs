@@ -52,9 +52,10 @@ pub fn run(args: &Args) -> Result<()> {
     let comparison = Comparison {
         model: &model,
         // All gains are 1: it is its own plain network.
-        unrotated: Unrotated::score(&model, &scheme, &text, None, &mut watch)?,
+        unrotated: Unrotated::score(&model, &scheme, (&text, None), None, &mut watch)?,
         calibration: &calibration,
         text: &text,
+        exam: None,
         scheme,
         learn_scheme: scheme,
         options: &options,
@@ -76,12 +77,12 @@ pub fn run(args: &Args) -> Result<()> {
 
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
-        let mut json = json(&outcome, &text.first_token());
+        let mut json = json(&outcome, &text.first_token(), None)?;
         json["seconds"] = json!(seconds);
         json["picture"] = json!(drawn.is_ok().then_some(&args.picture));
         out!("{json}");
     } else {
-        print(&outcome, &text.first_token());
+        print(&outcome, &text.first_token(), None)?;
         if drawn.is_ok() {
             out!("{seconds:.0} s; activations before and after in {}", args.picture.display());
         }

@@ -252,3 +252,52 @@ fn what_is_refused_before_the_model_is_read() {
     std::fs::remove_file(place.path("model/tokenizer.json")).unwrap();
     zeroshot("--tasks tasks", &["tokenizer.json", "No such file"]);
 }
+
+#[test]
+fn compare_adds_tasks_and_paired_differences() {
+    let place = Place::new();
+    eight(&place);
+    let args = format!("compare {MODEL} --calibration text.txt --text text.txt --seeds 2 --steps 2 --batch 4 --held-out 8");
+    let plain = place.json(&format!("{args} --json"));
+    assert!(plain["rows"].as_array().unwrap().iter().all(|row| row["zeroshot"].is_null()), "{plain}");
+    let table = place.json(&format!("{args} --tasks tasks --limit 10 --json"));
+    let rows = table["rows"].as_array().unwrap();
+    let row = |name: &str| rows.iter().find(|r| r["name"] == name).unwrap_or_else(|| panic!("no row {name}"));
+    // Perplexities are as they were.
+    let perplexities =
+        |t: &Value| -> Vec<f64> { t["rows"].as_array().unwrap().iter().map(|r| number(r, "perplexity")).collect() };
+    assert_eq!(perplexities(&table), perplexities(&plain));
+    let alone = |rest: &str| place.json(&format!("{ZEROSHOT} --limit 10 --json {rest}"));
+    let (full, rtn) = (alone("--scheme W16A16KV16"), alone("--rotations none"));
+    let seeds = [alone("--rotations hadamard:0"), alone("--rotations hadamard:1")];
+    for (name, want) in [("full precision", &full), ("rtn", &rtn)] {
+        let got = &row(name)["zeroshot"];
+        assert_eq!((&got["tasks"], &got["mean"]), (&want["tasks"], &want["mean"]), "{name}");
+    }
+    for (seed, want) in seeds.iter().enumerate() {
+        assert_eq!(table["hadamard"][seed]["zeroshot"]["tasks"], want["tasks"]);
+    }
+    // A mean over seeds, and differences question by question: their mean is the difference of the means.
+    let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a}, not {b}");
+    let zero = &row("full precision")["zeroshot"]["minus_full_precision"]["mean"];
+    for what in ["acc", "acc_norm", "gold"] {
+        let mean = |of: &Value| number(&of["mean"], what);
+        let hadamard = &row("hadamard mean")["zeroshot"];
+        close(mean(hadamard), (mean(&seeds[0]) + mean(&seeds[1])) / 2.0);
+        close(mean(&hadamard["minus_full_precision"]), mean(hadamard) - mean(&full));
+        assert_eq!((number(zero, what), number(zero, &format!("{what}_stderr"))), (0.0, 0.0));
+    }
+    // Networks that are nearly the same answer nearly the same: pairing tells more than the two standard errors would.
+    let paired = &row("rtn")["zeroshot"]["minus_full_precision"]["mean"];
+    let apart = number(&full["mean"], "gold_stderr").hypot(number(&rtn["mean"], "gold_stderr"));
+    assert!(number(paired, "gold_stderr") > 0.0 && number(paired, "gold_stderr") < apart, "{paired}, not below {apart}");
+    assert!(table["learned"][0]["zeroshot"]["mean"]["acc"].is_number(), "{table}");
+
+    let out = place.run(&format!("{args} --tasks tasks/boolq.jsonl tasks/piqa.jsonl"));
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success() && text.contains("zero-shot, mean of 2 tasks"), "{text}");
+    assert_eq!(text.lines().filter(|l| l.starts_with("hadamard worst ")).count(), 3, "perplexity, means, accuracies: {text}");
+    std::fs::write(place.path("model/model.safetensors"), "no weights").unwrap();
+    place.fails(&format!("{args} --tasks absent"), &["absent: No such file"]);
+    place.fails(&format!("{args} --limit 3"), &["required arguments"]);
+}
