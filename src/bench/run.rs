@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::list::{copied, fits};
-use super::time::{Samples, Watch, time, time_cold, time_replayed, total};
+use super::time::{Samples, Watch, repeat, time, time_cold, time_replayed, time_together, total};
 use crate::ops::{Call, Case, Pass, Run, Timing, repeated};
 use crate::tape::{Tape, Var};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -98,23 +98,27 @@ fn gradient_like(y: &Tensor, operands: usize) -> Result<Tensor> {
     repeated(y.shape(), 1 + operands as u64, y.dtype(), &y.device())
 }
 
-/// One call of a graph; what counts of it is marked.
-fn call_graph(case: &Case, pass: Pass, operands: &[Tensor], dy: Option<&Tensor>, watch: &mut Watch) -> Result<()> {
-    let tape = Tape::new();
+/// So many calls of a graph; what counts of them is marked: that they follow one another. What a call finds ready is made before.
+fn call_graph(case: &Case, pass: Pass, operands: &[Tensor], dy: Option<&Tensor>, watch: &mut Watch, calls: usize) -> Result<()> {
     match (pass, dy) {
-        (Pass::Forward, _) => {
-            let constants = operands.iter().map(|x| tape.constant(x.clone())).collect();
-            watch.time(|| case.build(constants).map(drop))
-        }
+        (Pass::Forward, _) => repeat(watch, calls, &mut || {
+            let tape = Tape::new();
+            case.build(operands.iter().map(|x| tape.constant(x.clone())).collect()).map(drop)
+        }),
         (Pass::Recorded, _) => {
+            let tapes: Vec<_> = (0..calls).map(|_| Tape::new()).collect();
             // Operands of its own, which the gradient takes the place of.
             let copy = |x: &Tensor| Tensor::stack(std::slice::from_ref(x))?.reshape(x.shape());
-            let variables = operands.iter().map(|x| Ok(tape.variable(copy(x)?))).collect::<Result<_>>()?;
-            watch.time(|| case.build(variables).map(drop))
+            let ready = |tape| operands.iter().map(|x| Ok(Tape::variable(tape, copy(x)?))).collect::<Result<Vec<_>>>();
+            let ready = tapes.iter().map(ready).collect::<Result<Vec<_>>>()?;
+            watch.time_together(calls, || ready.into_iter().try_for_each(|variables| case.build(variables).map(drop)))
         }
         (Pass::Backward, Some(dy)) => {
-            let y = case.build(operands.iter().map(|x| tape.variable(x.clone())).collect())?;
-            watch.time(|| tape.backward_from(y, dy.clone()).map(drop))
+            let tapes: Vec<_> = (0..calls).map(|_| Tape::new()).collect();
+            let forward = |tape| case.build(operands.iter().map(|x| Tape::variable(tape, x.clone())).collect());
+            let ready = tapes.iter().map(forward).collect::<Result<Vec<_>>>()?;
+            let mut ready = tapes.iter().zip(ready);
+            watch.time_together(calls, || ready.try_for_each(|(tape, y)| tape.backward_from(y, dy.clone()).map(drop)))
         }
         (Pass::Backward, None) => Err(Error::argument("bench", "a gradient without one of the result")),
     }
@@ -153,12 +157,23 @@ impl<'c> Caller<'c> {
         Ok(Self { case, pass, dtype, device: device.clone(), operands, dy, prepared })
     }
 
-    /// One call.
-    fn call(&mut self, watch: &mut Watch) -> Result<()> {
+    /// So many calls.
+    fn call(&mut self, watch: &mut Watch, calls: usize) -> Result<()> {
         match &mut self.prepared {
-            Some((call, _)) => watch.time(&mut call.run),
-            None => call_graph(self.case, self.pass, &self.operands, self.dy.as_ref(), watch),
+            Some((call, _)) => repeat(watch, calls, &mut call.run),
+            None => call_graph(self.case, self.pass, &self.operands, self.dy.as_ref(), watch, calls),
         }
+    }
+
+    /// How many calls the device has the memory for, where each needs something made ready before.
+    fn most_together(&self) -> Result<usize> {
+        if self.prepared.is_some() || self.pass == Pass::Forward {
+            return Ok(usize::MAX);
+        }
+        let held = timing(self.case)?.held * self.dtype.size() as f64;
+        let free = self.device.free_bytes().unwrap_or(0) as f64;
+        // Half of it: so that what the calls themselves need is there too. Saturates.
+        Ok((free / 2.0 / held.max(1.0)) as usize)
     }
 
     /// Times it, repeated.
@@ -173,7 +188,7 @@ impl<'c> Caller<'c> {
         let device = self.device.clone();
         match &mut self.prepared {
             Some((call, true)) => time_replayed(&device, &mut call.run),
-            _ => time(&device, |watch| self.call(watch)),
+            _ => time_together(&device, self.most_together()?, |watch, calls| self.call(watch, calls)),
         }
     }
 
@@ -186,7 +201,7 @@ impl<'c> Caller<'c> {
             let ms = (0..calls).map(|_| whole(self.dtype, &self.device)).sum::<Result<f64>>()?;
             return Ok(Duration::from_secs_f64(ms / 1e3));
         }
-        total(&self.device.clone(), calls, |watch| self.call(watch))
+        total(&self.device.clone(), calls, |watch| self.call(watch, 1))
     }
 
     /// Milliseconds of a call that finds nothing in the second-level cache; `None` where what it moves would not fit.
@@ -198,7 +213,7 @@ impl<'c> Caller<'c> {
         }
         let cold = time(&device, |watch| {
             flush()?;
-            self.call(watch)
+            self.call(watch, 1)
         })?;
         Ok(Some(cold.median()))
     }

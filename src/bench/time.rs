@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::device::Stamp;
-use crate::{Device, Result};
+use crate::{Device, Error, Result};
 
 /// Calls on a GPU that are shorter than this are replayed, so that launching them does not count.
 const SHORT_MS: f64 = 0.05;
@@ -15,6 +15,11 @@ const BUDGET_MS: f64 = 60.0;
 const MOST: usize = 50;
 /// The fewest.
 const FEWEST: usize = 5;
+/// What the calls between two events take at least, about: an event waits until all that was written has left the multiprocessors, and
+/// the next kernel waits for it, which would count once a call.
+const BETWEEN_MS: f64 = 1.0;
+/// The most calls between two events.
+const TOGETHER: usize = 20;
 
 /// How long each of some calls took.
 #[derive(Clone, Debug)]
@@ -54,7 +59,8 @@ impl Samples {
 /// Marks the part of a call that is timed.
 pub struct Watch {
     device: Device,
-    marks: Vec<(Stamp, Stamp)>,
+    /// When so many calls began and ended.
+    marks: Vec<(Stamp, Stamp, usize)>,
 }
 
 impl Watch {
@@ -68,18 +74,30 @@ impl Watch {
     /// # Errors
     /// Those of `f`, and the driver's.
     pub fn time<R>(&mut self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.time_together(1, f)
+    }
+
+    /// Times `f`, which makes so many calls: each is said to have taken its share.
+    ///
+    /// # Errors
+    /// No calls; those of [`Watch::time`].
+    pub fn time_together<R>(&mut self, calls: usize, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        if calls == 0 {
+            return Err(Error::argument("calls", "expected one at least, got 0"));
+        }
         let start = self.device.stamp()?;
         let result = f()?;
-        self.marks.push((start, self.device.stamp()?));
+        self.marks.push((start, self.device.stamp()?, calls));
         Ok(result)
     }
 
-    /// Milliseconds of what was timed, and the clock meanwhile.
+    /// Milliseconds of a call, for all that was timed, and the clock meanwhile.
     fn read(&mut self) -> Result<(Vec<f64>, Option<u32>)> {
         // Before the wait, while the GPU still works.
         let clock = self.device.clock_mhz();
         self.device.synchronize()?;
-        Ok((self.marks.drain(..).map(|(a, b)| a.ms_until(&b)).collect::<Result<_>>()?, clock))
+        let ms = |(a, b, calls): (Stamp, Stamp, usize)| a.ms_until(&b).map(|ms| ms / calls as f64);
+        Ok((self.marks.drain(..).map(ms).collect::<Result<_>>()?, clock))
     }
 }
 
@@ -96,13 +114,22 @@ fn laps(watch: &mut Watch, count: usize, f: &mut dyn FnMut(&mut Watch) -> Result
 /// # Errors
 /// Those of the call; the driver's.
 pub fn time(device: &Device, mut f: impl FnMut(&mut Watch) -> Result<()>) -> Result<Samples> {
+    time_together(device, 1, |watch, _| f(watch))
+}
+
+/// The same of calls that can be made one after the other: `f` makes as many as it is told, at most `most`, between two marks, with
+/// [`Watch::time_together`]. On a GPU they are as many as take a millisecond.
+///
+/// # Errors
+/// Those of the calls; the driver's.
+pub fn time_together(device: &Device, most: usize, mut f: impl FnMut(&mut Watch, usize) -> Result<()>) -> Result<Samples> {
     let watch = &mut Watch::new(device);
     if device.is_cpu() {
-        f(watch)?;
+        f(watch, 1)?;
         watch.marks.clear();
         let start = Instant::now();
         for i in 1..=MOST {
-            f(watch)?;
+            f(watch, 1)?;
             if i >= FEWEST && start.elapsed().as_secs_f64() > 0.3 {
                 break;
             }
@@ -110,15 +137,22 @@ pub fn time(device: &Device, mut f: impl FnMut(&mut Watch) -> Result<()>) -> Res
         let (ms, _) = watch.read()?;
         return samples(ms, None, "wall clock");
     }
-    laps(watch, 2, &mut f)?;
-    let first = laps(watch, 3, &mut f)?.0.into_iter().fold(f64::INFINITY, f64::min);
-    let count = (BUDGET_MS / first.max(1e-3)).clamp(FEWEST as f64, MOST as f64) as usize;
-    let (ms, clock) = laps(watch, count, &mut f)?;
+    laps(watch, 2, &mut |watch| f(watch, 1))?;
+    let first = laps(watch, 3, &mut |watch| f(watch, 1))?.0.into_iter().fold(f64::INFINITY, f64::min);
+    let (count, calls) = plan(first, most);
+    let (ms, clock) = laps(watch, count, &mut |watch| f(watch, calls))?;
     samples(ms, clock, "events")
 }
 
+/// How many laps, and how many calls of each, where a call takes so long and at most `most` can be made together.
+fn plan(ms: f64, most: usize) -> (usize, usize) {
+    let ms = ms.max(1e-3);
+    let calls = (BETWEEN_MS / ms).ceil().clamp(1.0, most.clamp(1, TOGETHER) as f64);
+    ((BUDGET_MS / (ms * calls)).clamp(FEWEST as f64, MOST as f64) as usize, calls as usize)
+}
+
 fn samples(ms: Vec<f64>, clock_mhz: Option<u32>, how: &'static str) -> Result<Samples> {
-    let samples = Samples::new(ms, how).ok_or_else(|| crate::Error::numeric("bench", "the call marked nothing to be timed"))?;
+    let samples = Samples::new(ms, how).ok_or_else(|| Error::numeric("bench", "the call marked nothing to be timed"))?;
     Ok(Samples { clock_mhz, ..samples })
 }
 
@@ -127,12 +161,20 @@ fn samples(ms: Vec<f64>, clock_mhz: Option<u32>, how: &'static str) -> Result<Sa
 /// # Errors
 /// Those of the call; the driver's.
 pub fn time_replayed(device: &Device, f: &mut dyn FnMut() -> Result<()>) -> Result<Samples> {
-    let plain = time(device, |watch| watch.time(&mut *f))?;
+    let plain = time_together(device, usize::MAX, |watch, calls| repeat(watch, calls, f))?;
     if plain.median() >= SHORT_MS {
         return Ok(plain);
     }
     // Without a replay, for whatever reason, the launches themselves are timed: the answer says so.
     Ok(replayed(device, &mut *f)?.unwrap_or(plain))
+}
+
+/// So many calls of `f`, marked together.
+///
+/// # Errors
+/// Those of `f`, and the driver's.
+pub fn repeat(watch: &mut Watch, calls: usize, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    watch.time_together(calls, || (0..calls).try_for_each(|_| f()))
 }
 
 /// Times a call from a replay of 20; `None` where the device cannot record it.
@@ -225,5 +267,41 @@ mod tests {
         assert!(time(&Device::Cpu, |_| Ok(())).is_err(), "nothing marked");
         let all = total(&Device::Cpu, 3, |watch| watch.time(|| sleep(pause))).unwrap();
         assert!(all >= 3 * pause, "{all:?}");
+    }
+
+    #[test]
+    fn calls_that_were_timed_together_share_the_time() {
+        let pause = Duration::from_millis(40);
+        let watch = &mut Watch::new(&Device::Cpu);
+        let sleep = || {
+            std::thread::sleep(pause);
+            Ok(())
+        };
+        watch.time_together(4, sleep).unwrap();
+        watch.time(sleep).unwrap();
+        let mut calls = 0;
+        repeat(watch, 3, &mut || {
+            calls += 1;
+            Ok(())
+        })
+        .unwrap();
+        let (ms, _) = watch.read().unwrap();
+        assert!((10.0..40.0).contains(&ms[0]) && ms[1] >= 40.0 && ms.len() == 3 && calls == 3, "{ms:?} {calls}");
+        assert!(watch.time_together(0, || Ok(())).unwrap_err().to_string().contains("got 0"));
+    }
+
+    #[test]
+    fn short_calls_are_timed_several_at_a_time() {
+        // (laps, calls of each)
+        assert_eq!(plan(0.1, usize::MAX), (50, 10));
+        assert_eq!(plan(0.4, usize::MAX), (49, 3));
+        assert_eq!(plan(0.4, 2), (50, 2), "no more than there is memory for");
+        assert_eq!(plan(0.002, usize::MAX), (50, 20));
+        assert_eq!(plan(3.0, usize::MAX), (20, 1));
+        assert_eq!(plan(0.1, 0), (50, 1));
+        for (ms, most) in [(0.1, usize::MAX), (0.4, usize::MAX), (0.9, usize::MAX), (5.0, 3)] {
+            let (_, calls) = plan(ms, most);
+            assert!(calls as f64 * ms >= BETWEEN_MS, "{calls} calls of {ms} ms");
+        }
     }
 }
