@@ -10,7 +10,6 @@ namespace {
 
 // ---- Every size: a block per row, the row in shared memory as floats. ----
 
-
 // True where H_K (or its transpose) is -1 at (i, j).
 __device__ __forceinline__ bool negative(const Map &map, int i, int j) {
   const int r = map.transpose ? j : i, c = map.transpose ? i : j;
@@ -62,55 +61,81 @@ __device__ void sylvester_in_shared(float *row, int n, int m_log2) {
   __syncthreads();
 }
 
+// The row as it comes, with the signs of the input.
+template <typename T>
+__device__ __forceinline__ void load_row(float *row, const T *in, const Map &map) {
+  for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
+    const float v = to_float(in[i]);
+    row[i] = map.signs_in && map.signs_in[i] < 0 ? -v : v;
+  }
+}
+
+// The finished row, with the scale and the signs of the output: to memory, or, with quantisation, back to where it is.
+template <bool kQuantised, typename T>
+__device__ __forceinline__ void finish_row(float *row, T *out, const Map &map) {
+  for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
+    const float v = row[i] * map.scale;
+    const float signed_v = map.signs_out && map.signs_out[i] < 0 ? -v : v;
+    if (kQuantised) {
+      row[i] = signed_v;
+    } else {
+      out[i] = from_float<T>(signed_v);
+    }
+  }
+}
+
+// Quantises values first, first + stride, .. of a group.
+template <typename T>
+__device__ __forceinline__ void quantise_values(T *out, const float *row, int first, int group, int stride,
+                                                const NearCoder &coder) {
+  for (int i = first; i < group; i += stride) {
+    float v[1] = {row[i]};
+    coder.fake_quant(v);
+    out[i] = from_float<T>(v[0]);
+  }
+}
+
+// One scale for the whole row, by the whole block.
+template <typename T>
+__device__ __forceinline__ void quantise_row(T *out, const float *row, int n, const Quantiser &q, Range *scratch) {
+  Range range = Range::empty();
+  for (int i = threadIdx.x; i < n; i += blockDim.x) range.add(row[i]);
+  const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+  quantise_values(out, row, threadIdx.x, n, blockDim.x, coder);
+}
+
+// One scale for every group, each by a warp.
+template <typename T>
+__device__ __forceinline__ void quantise_groups(T *out, const float *row, int n, int group, const Quantiser &q) {
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  for (int g = threadIdx.x / 32; g < n / group; g += blockDim.x / 32) {
+    Range range = Range::empty();
+    for (int i = lane; i < group; i += 32) range.add(row[g * group + i]);
+    const NearCoder coder(q, find_step(q, warp_range(range), q.clip), q.clip);
+    quantise_values(out + g * group, row + g * group, lane, group, 32, coder);
+  }
+}
+
 template <typename T, bool kQuantised>
 __global__ void __launch_bounds__(1024)
     any_kernel(T *y, const T *x, int64_t rows, Map map, Quantiser q, int group) {
   extern __shared__ float row[];
   __shared__ Range scratch[32];
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    const T *in = x + r * map.n;
     T *out = y + r * map.n;
-    for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
-      const float v = to_float(in[i]);
-      row[i] = map.signs_in && map.signs_in[i] < 0 ? -v : v;
-    }
+    load_row(row, x + r * map.n, map);
     if (map.k > 1) {
       __syncthreads();
       left_in_shared(row, map);
     }
     sylvester_in_shared(row, map.n, map.m_log2);
-    for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
-      const float v = row[i] * map.scale;
-      const float signed_v = map.signs_out && map.signs_out[i] < 0 ? -v : v;
-      if (kQuantised) {
-        row[i] = signed_v;
-      } else {
-        out[i] = from_float<T>(signed_v);
-      }
-    }
+    finish_row<kQuantised>(row, out, map);
     if (kQuantised) {
-      if (group == map.n) {  // the whole row, by the whole block
-        Range range = Range::empty();
-        for (int i = threadIdx.x; i < map.n; i += blockDim.x) range.add(row[i]);
-        const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
-        for (int i = threadIdx.x; i < map.n; i += blockDim.x) {
-          float v[1] = {row[i]};
-          coder.fake_quant(v);
-          out[i] = from_float<T>(v[0]);
-        }
-      } else {  // a group to a warp
-        __syncthreads();
-        const int lane = threadIdx.x % 32;
-        for (int g = threadIdx.x / 32; g < map.n / group; g += blockDim.x / 32) {
-          Range range = Range::empty();
-          for (int i = lane; i < group; i += 32) range.add(row[g * group + i]);
-          const NearCoder coder(q, find_step(q, warp_range(range), q.clip), q.clip);
-          for (int i = lane; i < group; i += 32) {
-            float v[1] = {row[g * group + i]};
-            coder.fake_quant(v);
-            out[g * group + i] = from_float<T>(v[0]);
-          }
-        }
+      if (group == map.n) {
+        quantise_row(out, row, map.n, q, scratch);
+      } else {
+        quantise_groups(out, row, map.n, group, q);
       }
     }
     __syncthreads();
