@@ -76,51 +76,55 @@ __device__ __forceinline__ void group_sync(int group) {
 // ---- The row in shared memory, and the operands made of it. ----
 
 // The B operands of the columns of warp w: b[kt][nt][term]. The swizzle depends on the row's low three bits only, so
-// tiles are a fixed distance apart. Rows past p, all in the last tile, are zero.
+// tiles are a fixed distance apart. Rows past p, all in the last tile, are zero. 16-bit values are their only term.
 template <typename T, int kMLog2, int KT, int NT>
-__device__ __forceinline__ void load_operands(uint32_t (&b)[KT][NT][TensorTraits<T>::kTerms][2], const T *raw,
-                                              const T *zeros, int w, int p) {
+__device__ __forceinline__ void load_operands(uint32_t (&b)[KT][NT][1][2], const T *raw, const T *zeros, int w, int p) {
   constexpr int M = 1 << kMLog2;
-  const int lane = threadIdx.x % 32;
-  if constexpr (sizeof(T) == 2) {
-    const int row = lane % 16;
+  const int lane = threadIdx.x % 32, row = lane % 16;
 #pragma unroll
-    for (int nt = 0; nt < NT; nt += 2) {
-      const T *const first = raw + place<T, kMLog2>((row << (kMLog2 - 3)) + w * NT + nt + lane / 16) * 8;
+  for (int nt = 0; nt < NT; nt += 2) {
+    const T *const first = raw + place<T, kMLog2>((row << (kMLog2 - 3)) + w * NT + nt + lane / 16) * 8;
 #pragma unroll
-      for (int kt = 0; kt < KT; ++kt) {
-        const T *const at = kt < KT - 1 || kt * 16 + row < p ? first + kt * 16 * M : zeros;
-        uint32_t loaded[4];
-        load_matrices_transposed(loaded, shared_address(at));
-        b[kt][nt][0][0] = loaded[0], b[kt][nt][0][1] = loaded[1];
-        b[kt][nt + 1][0][0] = loaded[2], b[kt][nt + 1][0][1] = loaded[3];
-      }
+    for (int kt = 0; kt < KT; ++kt) {
+      const T *const at = kt < KT - 1 || kt * 16 + row < p ? first + kt * 16 * M : zeros;
+      uint32_t loaded[4];
+      load_matrices_transposed(loaded, shared_address(at));
+      b[kt][nt][0][0] = loaded[0], b[kt][nt][0][1] = loaded[1];
+      b[kt][nt + 1][0][0] = loaded[2], b[kt][nt + 1][0][1] = loaded[3];
     }
-  } else {
-    const int pair = (lane % 4) * 2;
+  }
+}
+
+// Two floats, as their bits, as three pairs of bf16 whose sums they are exactly.
+__device__ __forceinline__ void split_pair(uint32_t (&b)[3][2], int half, uint32_t (&v)[2]) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const int col = (w * NT + nt) * 8 + lane / 4;
-      const float *const first = raw + place<T, kMLog2>((pair << (kMLog2 - 2)) + col / 4) * 4 + col % 4;
+  for (int term = 0; term < 3; ++term) {
+    b[term][half] = __byte_perm(v[0], v[1], 0x7632);  // the upper halves: bf16, cut off
 #pragma unroll
-      for (int kt = 0; kt < KT; ++kt) {
+    for (int i = 0; i < 2; ++i) v[i] = __float_as_uint(__uint_as_float(v[i]) - __uint_as_float(v[i] & 0xffff0000u));
+  }
+}
+
+// The same of floats, in three terms.
+template <typename T, int kMLog2, int KT, int NT>
+__device__ __forceinline__ void load_operands(uint32_t (&b)[KT][NT][3][2], const float *raw, const float *, int w, int p) {
+  constexpr int M = 1 << kMLog2;
+  const int lane = threadIdx.x % 32, pair = (lane % 4) * 2;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t v[2];
+  for (int nt = 0; nt < NT; ++nt) {
+    const int col = (w * NT + nt) * 8 + lane / 4;
+    const float *const first = raw + place<float, kMLog2>((pair << (kMLog2 - 2)) + col / 4) * 4 + col % 4;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = kt * 16 + half * 8 + i;
-            v[i] = kt < KT - 1 || row + pair < p ? __float_as_uint(first[row * M]) : 0;
-          }
+    for (int kt = 0; kt < KT; ++kt) {
 #pragma unroll
-          for (int term = 0; term < 3; ++term) {
-            b[kt][nt][term][half] = __byte_perm(v[0], v[1], 0x7632);  // the upper halves: bf16, cut off
+      for (int half = 0; half < 2; ++half) {
+        uint32_t v[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              v[i] = __float_as_uint(__uint_as_float(v[i]) - __uint_as_float(v[i] & 0xffff0000u));
-            }
-          }
+        for (int i = 0; i < 2; ++i) {
+          const int row = kt * 16 + half * 8 + i;
+          v[i] = kt < KT - 1 || row + pair < p ? __float_as_uint(first[row * M]) : 0;
         }
+        split_pair(b[kt][nt], half, v);
       }
     }
   }
