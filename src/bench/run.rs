@@ -249,3 +249,27 @@ fn flush(bytes: f64, device: &Device) -> Result<Option<Flush>> {
     let x = Tensor::zeros([cache as usize / 2], DType::F32, device)?;
     Ok(prepared(&super::list::copy(x.len(), 1), &[x])?.map(|(call, _)| call.run))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::one;
+    use super::super::time::time_together;
+    use super::*;
+
+    #[test]
+    fn several_calls_of_every_pass_follow_one_another() {
+        for (kernel, pass) in [("rope", Pass::Forward), ("cross-entropy", Pass::Recorded), ("rms-norm-backward", Pass::Backward)]
+        {
+            let (case, dtype) = one(kernel, Some(128), Some(8), None, &Device::Cpu).unwrap();
+            let mut caller = Caller::checked(&case, dtype, &Device::Cpu).unwrap();
+            assert!(caller.pass == pass && caller.prepared.is_none(), "{kernel}");
+            // Operands are the same after calls that write into their memory.
+            let before: Vec<_> = caller.operands.iter().map(|x| x.to_f64_vec().unwrap()).collect();
+            let samples = time_together(&Device::Cpu, 3, |watch, _| caller.call(watch, 3)).unwrap();
+            assert!(samples.median() > 0.0, "{kernel}");
+            let after: Vec<_> = caller.operands.iter().map(|x| x.to_f64_vec().unwrap()).collect();
+            assert!(before == after, "{kernel}");
+            assert!(caller.call(&mut Watch::new(&Device::Cpu), 0).is_err(), "{kernel}");
+        }
+    }
+}

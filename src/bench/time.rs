@@ -64,7 +64,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    fn new(device: &Device) -> Self {
+    pub(super) fn new(device: &Device) -> Self {
         Self { device: device.clone(), marks: vec![] }
     }
 
