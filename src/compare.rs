@@ -38,7 +38,7 @@ use crate::data::Windows;
 use crate::eval::exam::Exam;
 use crate::eval::marks::Marks;
 use crate::eval::perplexity;
-use crate::learn::{ClipChoice, LearnOptions, Learned, StepReport, Watch, learn_watched, search_clips_watched};
+use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
 use crate::optim::Optimizer;
 use crate::quant::{Gptq, Scheme};
@@ -245,32 +245,6 @@ pub fn gptq_layer(gptq: &Gptq, report: &LayerReport, watch: &mut dyn Watch) -> C
     watch.at(report.done)
 }
 
-/// Calls learning by another name, and keeps its held-out losses.
-struct Named<'a> {
-    watch: &'a mut dyn Watch,
-    what: String,
-    held_out: Vec<(usize, f64)>,
-}
-
-impl Watch for Named<'_> {
-    fn begin(&mut self, what: &str, total: usize) {
-        self.watch.begin(if what == "learning" { &self.what } else { what }, total);
-    }
-    fn at(&mut self, done: usize) -> ControlFlow<()> {
-        self.watch.at(done)
-    }
-    fn step(&mut self, report: &StepReport) -> ControlFlow<()> {
-        self.held_out.extend(report.held_out.map(|loss| (report.step, loss)));
-        self.watch.step(report)
-    }
-    fn clipped(&mut self, found: &ClipFound, by: ClipGoal) {
-        self.watch.clipped(found, by);
-    }
-    fn note(&mut self, line: &str) {
-        self.watch.note(line);
-    }
-}
-
 impl Comparison<'_> {
     fn hadamard(&self, seed: u64) -> Result<Rotations> {
         let c = &self.model.config;
@@ -287,10 +261,10 @@ impl Comparison<'_> {
 
     fn learn(&self, seed: u64, scheme: Scheme, watch: &mut dyn Watch, what: String) -> Result<(Learned, Vec<(usize, f64)>)> {
         let options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, ..self.options.clone() };
-        let mut named = Named { watch, what, held_out: vec![] };
+        let mut named = Named::new(watch, what, 0.0);
         let start = self.hadamard(seed)?;
         let learned = learn_watched(self.model, self.calibration, start, (self.optimizer)()?.as_mut(), &options, &mut named)?;
-        Ok((learned, named.held_out))
+        Ok((learned, named.curve.iter().map(|p| (p.step, p.held_out)).collect()))
     }
 
     /// Makes the table.

@@ -95,6 +95,7 @@ pub mod outliers;
 pub mod plot;
 pub mod profile;
 pub mod quant;
+pub mod race;
 mod random;
 pub mod rotation;
 pub mod tape;

@@ -4,8 +4,9 @@ mod options;
 mod watch;
 
 pub use options::{ClipChoice, LearnOptions, Settings};
+pub(crate) use watch::Named;
 use watch::Steps;
-pub use watch::Watch;
+pub use watch::{Point, Watch};
 
 use std::cell::OnceCell;
 use std::ops::ControlFlow;

@@ -16,7 +16,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("what a layer is told", &["quant", "rotation"]),
     ("model", &["llama"]),
     ("around a model", &["check", "laws", "memory", "objective", "optim", "outliers", "plot"]),
-    ("over a model", &["bench", "calibrate", "compare", "demo", "eval", "export", "inspect", "learn"]),
+    ("over a model", &["bench", "calibrate", "compare", "demo", "eval", "export", "inspect", "learn", "race"]),
 ];
 
 fn root() -> PathBuf {
@@ -352,7 +352,7 @@ fn one_call_path_leads_to_a_kernel() {
     assert!(odd.is_empty(), "not called exactly once: {odd:?}");
 
     let all = |folder: &str| std::fs::read_dir(root().join(folder)).into_iter().flatten().map(|e| e.unwrap().path());
-    let bin = all("bin/spinquant").chain(all("bin/spinquant/bench")).chain(all("bin/spinquant/race")).filter(|f| f.is_file());
+    let bin = all("bin/spinquant").chain(all("bin/spinquant/bench")).filter(|f| f.is_file());
     let bin = bin.map(|f| (f.strip_prefix(root()).unwrap().to_path_buf(), std::fs::read_to_string(&f).unwrap()));
     let elsewhere = files
         .iter()

@@ -1,0 +1,156 @@
+//! What races: an optimiser on an objective at some learning rates, perhaps with clip ratios.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::calibrate::ClipGoal;
+use crate::learn::LearnOptions;
+use crate::objective::{self, CrossEntropy, Objective};
+use crate::optim::{self, Optimizer};
+use crate::{Error, Result};
+
+/// The name of random Hadamards, which do not learn.
+pub const HADAMARD: &str = "hadamard";
+
+/// Makes an optimiser, a new one for every run.
+pub type MakeOptimizer = Arc<dyn Fn() -> Result<Box<dyn Optimizer>> + Send + Sync>;
+
+/// What races: an optimiser on an objective, or random Hadamards.
+///
+/// ```
+/// use spinquant::race::Entry;
+/// let entry: Entry = "cayley/kl@1.5|10+loss".parse()?;
+/// assert_eq!((entry.name.as_str(), entry.rates.as_slice()), ("cayley", &[1.5, 10.0][..]));
+/// assert_eq!(entry.to_string(), "cayley/kl+loss");
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Entry {
+    /// What it is called in tables: the optimiser's name unless set otherwise, or [`HADAMARD`].
+    pub name: String,
+    /// How its optimiser is made; `None` for random Hadamards.
+    pub optimizer: Option<MakeOptimizer>,
+    /// What it minimises.
+    pub objective: Arc<dyn Objective>,
+    /// Learning rates of the first step. Of several, the first seed finds the best.
+    pub rates: Vec<f64>,
+    /// What clip ratios are searched by on every start, if they are.
+    pub clip: Option<ClipGoal>,
+}
+
+impl Entry {
+    /// An optimiser on an objective, at its default learning rate and without clip ratios.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn new(
+        make: impl Fn() -> Result<Box<dyn Optimizer>> + Send + Sync + 'static,
+        objective: Arc<dyn Objective>,
+    ) -> Result<Self> {
+        let optimizer = make()?;
+        let options = LearnOptions { objective: objective.clone(), ..LearnOptions::default() };
+        let (name, rates) = (optimizer.name().to_string(), vec![options.rate(optimizer.as_ref())]);
+        Ok(Self { name, optimizer: Some(Arc::new(make)), objective, rates, clip: None })
+    }
+
+    /// Random Hadamards.
+    pub fn hadamard() -> Self {
+        Self { name: HADAMARD.into(), optimizer: None, objective: Arc::new(CrossEntropy), rates: vec![], clip: None }
+    }
+
+    /// Learns rather than being random.
+    pub fn learns(&self) -> bool {
+        self.optimizer.is_some()
+    }
+}
+
+impl FromStr for Entry {
+    type Err = Error;
+    /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss]`, or `hadamard[+error|+loss]`.
+    fn from_str(s: &str) -> Result<Self> {
+        let (rest, clip) = match s.split_once('+') {
+            Some((rest, clip)) => (rest, Some(clip.parse()?)),
+            None => (s, None),
+        };
+        let (rest, rates) = match rest.split_once('@') {
+            Some((rest, rates)) => (rest, Some(rates)),
+            None => (rest, None),
+        };
+        let (optimizer, objective) = rest.split_once('/').unwrap_or((rest, "cross-entropy"));
+        if optimizer == HADAMARD {
+            return match rest == HADAMARD && rates.is_none() {
+                true => Ok(Self { clip, ..Self::hadamard() }),
+                false => Err(Error::argument("entry", format!("{HADAMARD} does not learn: no objective or rate, got {s:?}"))),
+            };
+        }
+        let name = optimizer.to_string();
+        let mut entry = Self::new(move || optim::by_name(&name), objective::by_name(objective)?)?;
+        let number = |t: &str| match t.parse::<f64>() {
+            Ok(rate) if rate > 0.0 && rate.is_finite() => Ok(rate),
+            _ => Err(Error::argument("entry", format!("expected a positive learning rate, got {t:?} in {s:?}"))),
+        };
+        if let Some(rates) = rates {
+            entry.rates = rates.split('|').map(number).collect::<Result<_>>()?;
+        }
+        Ok(Self { clip, ..entry })
+    }
+}
+
+/// Without the rates, which are columns of their own.
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut name = self.name.clone();
+        if self.learns() {
+            name += &format!("/{}", self.objective.name());
+        }
+        if let Some(goal) = self.clip {
+            name += &format!("+{goal}");
+        }
+        f.pad(&name)
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry").field("name", &self.to_string()).field("rates", &self.rates).finish_non_exhaustive()
+    }
+}
+
+/// What `spinquant race` lets race by default: every optimiser on cross entropy, Cayley SGD on every objective, clip ratios.
+pub fn default_entries() -> Vec<Entry> {
+    let optimizers = optim::all().into_iter().map(|o| o.name().to_string()).filter(|name| name != "cayley-parity");
+    let objectives = objective::all().into_iter().skip(1).map(|o| format!("cayley/{}", o.name()));
+    let clipped = [format!("{HADAMARD}+error"), "cayley+error".to_string()];
+    let parse = |text: String| text.parse().expect("the name of an optimiser or an objective of this crate");
+    optimizers.chain(objectives).chain(clipped).map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_read() {
+        let e: Entry = "cayley/kl@1.5|10+loss".parse().unwrap();
+        assert_eq!((e.name.as_str(), e.objective.name().as_str(), &e.rates[..]), ("cayley", "kl", &[1.5, 10.0][..]));
+        assert_eq!((e.clip, e.to_string().as_str()), (Some(ClipGoal::Loss), "cayley/kl+loss"));
+        let e: Entry = "adam-polar/kl".parse().unwrap();
+        assert_eq!((&e.rates[..], e.to_string().as_str()), (&[0.02][..], "adam-polar/kl"));
+        assert_eq!("hadamard+error".parse::<Entry>().unwrap().to_string(), "hadamard+error");
+        for (text, part) in [
+            ("newton", "expected one of cayley"),
+            ("cayley/mse", "expected one of cross-entropy"),
+            ("cayley@fast", "expected a positive learning rate, got \"fast\""),
+            ("cayley@1.5|0", "got \"0\""),
+            ("cayley+much", "expected error or loss"),
+            ("hadamard@1", "does not learn"),
+            ("hadamard/kl", "does not learn"),
+        ] {
+            let message = text.parse::<Entry>().unwrap_err().to_string();
+            assert!(message.contains(part), "{text}: {message}");
+        }
+        let all = default_entries();
+        assert!(all.len() > 10 && all.iter().all(|e| e.rates.len() == usize::from(e.learns())));
+    }
+}
