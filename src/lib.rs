@@ -56,7 +56,7 @@
 //! | what quantisers are given, before and after rotation | [`inspect`] |
 //! | the embedded model | [`demo`] |
 //! | a model by its name on the Hugging Face hub | [`hub`](mod@hub) |
-//! | how to add an operation, a rotation kind, an optimiser, a retraction, a kernel | [`extending`] |
+//! | how to add an operation, a rotation kind, an optimiser, an objective, a retraction, a kernel | [`extending`] |
 //! | cases, checked and timed | [`bench`](mod@bench) |
 //! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]

@@ -10,9 +10,12 @@
 //! ```
 
 mod bare;
+pub mod goldens;
+pub mod growth;
 mod list;
 mod report;
 mod run;
+pub mod steps;
 pub mod time;
 
 pub use list::{cases, kernels, one, table};

@@ -56,6 +56,14 @@ impl Device {
         }
     }
 
+    /// The most memory at once in bytes: of tensors on a GPU, of the process on the CPU; `None` where the system does not tell.
+    pub fn peak_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cuda(d) => d.peak_bytes().ok(),
+            Self::Cpu => cpu::peak_bytes(),
+        }
+    }
+
     /// GPU number `ordinal`.
     ///
     /// # Errors

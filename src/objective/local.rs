@@ -26,6 +26,13 @@ impl Objective for Local {
         }
     }
 
+    fn about(&self) -> String {
+        match self.0 {
+            Measure::Whip => "spread of rotated activations".into(),
+            Measure::Kurtosis => "their fourth moment".into(),
+        }
+    }
+
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
         let config = &batch.model.config;
         let tape = rotations.r1.tape();

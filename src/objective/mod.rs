@@ -1,10 +1,7 @@
 //! What learning minimises: a scalar function of R1 and every R2, built on a tape from a batch of tokens.
 //!
-//! | name | what | cost of a step |
-//! |---|---|---|
-//! | `cross-entropy` | [`CrossEntropy`] of the quantised network: the paper's | forward and backward |
-//! | `kl` | [`Kl`] divergence of its probabilities from the full-precision model's | one more forward |
-//! | `whip`, `kurtosis` | [`Local`]: how rotated activations spread, without back-propagation through the model | a full-precision forward |
+//! [`all`] lists those of this crate: [`CrossEntropy`], the paper's; divergences from the full-precision model, which cost one more
+//! forward pass; and [`Local`] measures of rotated activations, which need a forward pass in full precision and none back.
 //!
 //! To add one, inside the crate or outside: implement [`Objective`] and give it to
 //! [`LearnOptions::objective`](crate::learn::LearnOptions::objective).
@@ -26,8 +23,10 @@
 //! }
 //! ```
 
+mod kl_top;
 mod local;
 
+pub use kl_top::KlTop;
 pub use local::Local;
 
 use std::fmt::Debug;
@@ -74,6 +73,19 @@ pub trait Objective: Debug + Send + Sync {
     /// What it is called on the command line, with any constants: runs of objectives of different names cannot resume one another.
     fn name(&self) -> String;
 
+    /// What it is, in a few words, for help texts.
+    fn about(&self) -> String {
+        String::new()
+    }
+
+    /// The same with its constant read from text, as in `kl-top:50`; by default it has none.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: a constant that is none.
+    fn with(&self, constant: &str) -> Result<Arc<dyn Objective>> {
+        Err(Error::argument("objective", format!("{} has no constant, got {constant:?}", self.name())))
+    }
+
     /// The loss of a batch, a scalar whose gradients flow to the rotations. Micro-batches are averaged.
     ///
     /// # Errors
@@ -100,6 +112,9 @@ impl Objective for CrossEntropy {
     fn name(&self) -> String {
         "cross-entropy".into()
     }
+    fn about(&self) -> String {
+        "of the next token, as published".into()
+    }
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
         batch.model.loss(rotations, batch.tokens, batch.seq, batch.scheme, batch.recompute)
     }
@@ -113,6 +128,9 @@ pub struct Kl;
 impl Objective for Kl {
     fn name(&self) -> String {
         "kl".into()
+    }
+    fn about(&self) -> String {
+        "divergence from the full-precision model".into()
     }
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
         let teacher = batch.teacher()?;
@@ -129,15 +147,24 @@ impl Objective for Kl {
 
 /// Every objective of this crate.
 pub fn all() -> Vec<Arc<dyn Objective>> {
-    vec![Arc::new(CrossEntropy), Arc::new(Kl), Arc::new(Local(Measure::Whip)), Arc::new(Local(Measure::Kurtosis))]
+    vec![
+        Arc::new(CrossEntropy),
+        Arc::new(Kl),
+        Arc::new(KlTop::default()),
+        Arc::new(Local(Measure::Whip)),
+        Arc::new(Local(Measure::Kurtosis)),
+    ]
 }
 
-/// An objective by its name on the command line.
+/// An objective by its name on the command line: one of [`all`], perhaps with a constant ([`Objective::with`]) behind a colon.
 ///
 /// # Errors
-/// Any other name: lists them all.
+/// Any other name: lists them all. A constant that the objective refuses.
 pub fn by_name(name: &str) -> Result<Arc<dyn Objective>> {
-    let names: Vec<String> = all().iter().map(|o| o.name()).collect();
-    let found = all().into_iter().find(|o| o.name() == name);
-    found.ok_or_else(|| Error::argument("objective", format!("expected one of {}, got {name:?}", names.join(", "))))
+    let (known, constant) = name.split_once(':').map_or((name, None), |(known, constant)| (known, Some(constant)));
+    let Some(found) = all().into_iter().find(|o| o.name() == known) else {
+        let names: Vec<String> = all().iter().map(|o| o.name()).collect();
+        return Err(Error::argument("objective", format!("expected one of {}, got {name:?}", names.join(", "))));
+    };
+    constant.map_or(Ok(found.clone()), |constant| found.with(constant))
 }

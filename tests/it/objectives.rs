@@ -58,7 +58,8 @@ proptest! {
         inputs.extend((0..layers).map(|l| r.r2.index(l).unwrap()));
         // Whip has a kink at 0, which differences step over now and then. Kurtosis takes the same path, and the operation's own cases
         // check both slopes.
-        for o in objective::all().into_iter().filter(|o| o.name() != "whip") {
+        let few = objective::by_name("kl-top:3").unwrap(); // fewer than the vocabulary has
+        for o in objective::all().into_iter().filter(|o| o.name() != "whip").chain([few]) {
             check::gradients(&inputs, |mut v| {
                 let r1 = v.remove(0);
                 o.loss(&RotationVars { r1, r2: v }, &batch(&m, &ids, &scheme))
@@ -154,7 +155,8 @@ fn objectives_go_down() {
     let (m, w) = learnable();
     let everything = w.batch(&(0..w.len()).collect::<Vec<_>>());
     // Cross entropy learns on text that its model knows something of: tests/it/model.rs.
-    for o in objective::all().into_iter().filter(|o| o.name() != "cross-entropy") {
+    let few = objective::by_name("kl-top:3").unwrap();
+    for o in objective::all().into_iter().filter(|o| o.name() != "cross-entropy").chain([few]) {
         let options = LearnOptions { learning_rate: Some(0.02), ..options(o.clone(), 40) };
         let learned = run(&m, &w, &options, 0).unwrap();
         let b = Batch { tokens: &everything, ..batch(&m, &everything, &options.scheme) };
@@ -174,8 +176,15 @@ fn objectives_go_by_their_names() {
     for o in objective::all() {
         assert_eq!(objective::by_name(&o.name()).unwrap().name(), o.name());
     }
-    let message = objective::by_name("mse").err().unwrap().to_string();
-    assert_eq!(message, "objective: expected one of cross-entropy, kl, whip, kurtosis, got \"mse\"");
+    let names: Vec<String> = objective::all().iter().map(|o| o.name()).collect();
+    for (name, want) in [
+        ("mse", format!("objective: expected one of {}, got \"mse\"", names.join(", "))),
+        ("kl:3", "objective: kl has no constant, got \"3\"".into()),
+        ("kl-top:none", "objective: expected kl-top:K with a number of tokens above 0, got \"none\"".into()),
+    ] {
+        assert_eq!(objective::by_name(name).unwrap_err().to_string(), want);
+    }
+    assert_eq!(objective::by_name("kl-top:3").unwrap().name(), "kl-top:3");
 }
 
 /// One from outside the crate, with a constant.

@@ -8,7 +8,7 @@ use spinquant::bench::{self, Record, Row};
 use spinquant::ops::Case;
 use spinquant::{DType, Device, Error, Result};
 
-use crate::common::{device, peak_bytes};
+use crate::common::device;
 use crate::console;
 
 /// The table of every kernel.
@@ -90,7 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
         say(&row.text());
         record.rows.push(row);
     }
-    record.peak_bytes = peak_bytes(&device);
+    record.peak_bytes = device.peak_bytes();
     if let Some(bytes) = record.peak_bytes {
         say(&format!("peak memory {:.2} GiB", bytes as f64 / f64::from(1 << 30)));
     }

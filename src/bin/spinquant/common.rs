@@ -442,11 +442,3 @@ impl Drop for Task {
         }
     }
 }
-
-/// Peak memory in bytes: of the process on the CPU, of the tensors on a GPU.
-pub fn peak_bytes(device: &Device) -> Option<u64> {
-    match device {
-        Device::Cuda(d) => d.peak_bytes().ok(),
-        _ => spinquant::device::cpu::peak_bytes(),
-    }
-}

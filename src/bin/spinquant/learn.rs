@@ -19,7 +19,7 @@ use spinquant::rotation::{RotationFile, Start};
 use spinquant::{DType, Error, Result};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, peak_bytes, rotations};
+use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, rotations};
 use crate::eval::file_name;
 use crate::outputs;
 use crate::stop;
@@ -72,9 +72,8 @@ fn optimizers() -> String {
 }
 
 fn objectives() -> String {
-    let names: Vec<String> = objective::all().iter().map(|o| o.name()).collect();
-    let about = "kl: divergence from the full-precision model; whip, kurtosis: spread of rotated activations";
-    format!("What to minimise: {} ({about})", names.join(", "))
+    let each: Vec<String> = objective::all().iter().map(|o| format!("{} ({})", o.name(), o.about())).collect();
+    format!("What to minimise: {}", each.join(", "))
 }
 
 impl Recipe {
@@ -311,7 +310,7 @@ pub fn run(args: &Args) -> Result<()> {
                 "loss_first": learned.loss_first, "loss_last": learned.loss_last,
                 "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
                 "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
-                "peak_bytes": peak_bytes(&model.device()), "clip": learned.clip.as_ref().map(|(found, by)| clip::report(found, *by).1),
+                "peak_bytes": model.device().peak_bytes(), "clip": learned.clip.as_ref().map(|(found, by)| clip::report(found, *by).1),
                 "starts_with": windows.first_token(),
             })
         );

@@ -12,7 +12,6 @@ mod common;
 mod compare;
 mod demo;
 mod eval;
-mod growth;
 mod hub;
 mod inspect;
 mod learn;
