@@ -111,7 +111,7 @@ fn on_the_command_line() {
     let (done, said) = spinquant(&[&["profile", "--steps", "2"], &model[..]].concat());
     assert!(!done && said.contains("expected at least 3") && said.contains("got 2"), "{said}");
     let (done, said) = spinquant(&[&["profile", "--goldens", "nowhere"], &model[..]].concat());
-    assert!(!done && said.contains("nowhere") && said.contains("--goldens DIR"), "{said}");
+    assert!(!done && said.contains("nowhere") && said.contains("expected the small models of the golden tests"), "{said}");
     let short = ["profile", "--steps", "3", "--seq-len", "32", "--batch", "2", "--text", "synthetic:8", "--json"];
     let (done, said) = spinquant(&[&short[..], &model].concat());
     assert!(done && said.contains("\"predicted_gib\""), "{said}");
