@@ -42,23 +42,43 @@
 //! # Ok::<(), spinquant::Error>(())
 //! ```
 //!
+//! The API has three tiers.
+//!
+//! **Use it**: load a model, learn rotations, quantise, score, export.
+//!
+//! | to read about | see |
+//! |---|---|
+//! | models: from files, by name on the Hugging Face hub, embedded in the crate | [`llama`], [`hub`](mod@hub), [`demo`] |
+//! | text as windows of tokens | [`data`] |
+//! | rotations, their kinds and files | [`rotation`] |
+//! | the learning loop, its checkpoints, the memory that it plans | [`learn`](mod@learn), [`memory`] |
+//! | what is quantised; clip ratios and weights found on calibration text | [`quant::Scheme`], [`calibrate`] |
+//! | perplexity and multiple choice | [`eval`] |
+//! | quantised models as files | [`export`] |
+//! | the paper's table on one model; optimisers and objectives against one another | [`compare`], [`race`] |
+//! | what quantisers are given, before and after rotation | [`inspect`] |
+//!
+//! **Extend it**: [`extending`] says how to add each of these, inside the crate or outside.
+//!
 //! | to read about | see |
 //! |---|---|
 //! | one layer, rotated and quantised | [`llama::Block`] |
-//! | the tape, and how to write an operation | [`tape`], [`ops`] |
-//! | what is quantised, and to which grid | [`quant::Scheme`], [`grid`] |
-//! | clip ratios and weights found on calibration text | [`calibrate`] |
-//! | rotations and Hadamard matrices | [`rotation`], [`hadamard`](mod@hadamard) |
-//! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
-//! | what learning minimises | [`objective`] |
-//! | the learning loop and its checkpoints | [`learn`](mod@learn) |
-//! | the paper's table on one model | [`compare`] |
-//! | what quantisers are given, before and after rotation | [`inspect`] |
-//! | the embedded model | [`demo`] |
-//! | a model by its name on the Hugging Face hub | [`hub`](mod@hub) |
-//! | how to add an operation, a rotation kind, an optimiser, an objective, a retraction, a kernel | [`extending`] |
-//! | cases, checked and timed | [`bench`](mod@bench) |
-//! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
+//! | the tape, operations | [`tape::Op`], [`ops`] |
+//! | optimisers on the orthogonal group, retractions | [`optim::Optimizer`], [`manifold`] |
+//! | what learning minimises | [`objective::Objective`] |
+//! | weight quantisers, grids | [`quant::WeightQuantizer`], [`grid`] |
+//! | linear algebra in batches, Hadamard matrices | [`linalg`], [`hadamard`](mod@hadamard) |
+//! | kernels without the tape, on memory of cudarc | `kernels`, with the feature `cuda` |
+//!
+//! **Check it**: what this crate's own tests and benches use, for whatever you add.
+//!
+//! | to read about | see |
+//! |---|---|
+//! | gradients against differences | [`check`] |
+//! | laws of rotations, retractions, optimisers and quantisers | [`laws`] |
+//! | worked cases of every operation, exact references | [`ops::cases`], [`ops::exact`] |
+//! | cases, checked and timed; where the time of learning goes and how it grows | [`bench`](mod@bench) |
+//! | models with planted outliers | [`outliers`] |
 #![warn(missing_docs)]
 
 pub mod bench;

@@ -45,7 +45,7 @@ pub use entry::{Entry, HADAMARD, MakeOptimizer, default_entries};
 pub use files::Files;
 pub use outcome::{Baseline, Outcome, Run};
 
-use crate::compare::score;
+use crate::compare::judge;
 use crate::data::Windows;
 use crate::learn::{ClipChoice, LearnOptions, Named, Point, Watch, learn_watched, search_clips_watched};
 use crate::llama::Llama;
@@ -89,7 +89,7 @@ impl Track {
     }
 
     fn score(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<f64> {
-        score(&self.model.merge(Some(rotations), scheme)?, &self.text, watch, what)
+        Ok(judge(&self.model.merge(Some(rotations), scheme)?, (&self.text, None), watch, what)?.perplexity)
     }
 }
 
@@ -98,7 +98,7 @@ impl Track {
 /// # Errors
 /// Those of merging and scoring; [`Error::Interrupted`].
 pub fn full_precision(plain: &Llama, text: &Windows, watch: &mut dyn Watch) -> Result<f64> {
-    score(&plain.merge(None, &Scheme::FULL_PRECISION)?, text, watch, "full precision")
+    Ok(judge(&plain.merge(None, &Scheme::FULL_PRECISION)?, (text, None), watch, "full precision")?.perplexity)
 }
 
 /// What races, and how far.
