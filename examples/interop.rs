@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example interop -- write DIR
 //! cargo run --release --example interop -- read DIR     # rotations that torch.save wrote into DIR
+//! cargo run --release --example interop -- tokens MODEL TEXT FILE     # the text's ids, little-endian u32
 //! ```
 
 #[path = "../tests/common/tiny.rs"]
@@ -14,7 +15,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use spinquant::calibrate::{Calibration, LayerReport};
-use spinquant::data::Windows;
+use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export::{Format, Output, write_hf, write_quantized, write_rtn};
 use spinquant::llama::{Llama, LlamaConfig, Rotated, Source};
 use spinquant::quant::{Gptq, Online, Scheme};
@@ -28,7 +29,8 @@ fn main() -> Result<()> {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["write", dir] => write(Path::new(dir)),
         ["read", dir] => read(Path::new(dir)),
-        _ => Err(Error::argument("arguments", "expected write DIR or read DIR")),
+        ["tokens", model, text, file] => tokens(Path::new(model), Path::new(text), Path::new(file)),
+        _ => Err(Error::argument("arguments", "expected write DIR, read DIR or tokens MODEL TEXT FILE")),
     }
 }
 
@@ -88,6 +90,13 @@ fn write(dir: &Path) -> Result<()> {
     }
     println!("wrote {}", dir.display());
     Ok(())
+}
+
+/// A text's token ids, as every command reads them.
+fn tokens(model: &Path, text: &Path, file: &Path) -> Result<()> {
+    let ids = Tokenizer::from_dir(model)?.encode_stream(&data::read_text(text)?, Bos::Auto)?;
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    std::fs::write(file, bytes).map_err(Error::io(file))
 }
 
 /// The smallest native output, as the fuzz target `native` takes it: `fuzz/seeds/native/small`.
