@@ -146,6 +146,19 @@ impl Tokenizer {
         Ok(added.into_iter().chain(ids.iter().copied()).collect())
     }
 
+    /// The text of token ids, special tokens included.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when the tokenizer fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer.decode(ids, false).map_err(|e| Error::format(&self.path, format!("while decoding: {}", io::short(e))))
+    }
+
+    /// How a token is written in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// A text as windows of `seq_len` tokens, whose [`Windows::first_token`] has a name.
     ///
     /// # Errors

@@ -79,6 +79,21 @@
 //! | worked cases of every operation, exact references | [`ops::cases`], [`ops::exact`] |
 //! | cases, checked and timed; where the time of learning goes and how it grows | [`bench`](mod@bench) |
 //! | models with planted outliers | [`outliers`] |
+//! | the tape, and how to write an operation | [`tape`], [`ops`] |
+//! | what is quantised, and to which grid | [`quant::Scheme`], [`grid`] |
+//! | clip ratios and weights found on calibration text | [`calibrate`] |
+//! | rotations and Hadamard matrices | [`rotation`], [`hadamard`](mod@hadamard) |
+//! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
+//! | what learning minimises | [`objective`] |
+//! | the learning loop and its checkpoints | [`learn`](mod@learn) |
+//! | the paper's table on one model | [`compare`] |
+//! | what quantisers are given, before and after rotation | [`inspect`] |
+//! | the embedded model | [`demo`] |
+//! | scores for an evaluation harness | `serve`, with the feature of that name |
+//! | a model by its name on the Hugging Face hub | [`hub`](mod@hub) |
+//! | how to add an operation, a rotation kind, an optimiser, a retraction, a kernel | [`extending`] |
+//! | cases, checked and timed | [`bench`](mod@bench) |
+//! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]
 
 pub mod bench;
@@ -118,6 +133,8 @@ pub mod quant;
 pub mod race;
 mod random;
 pub mod rotation;
+#[cfg(feature = "serve")]
+pub mod serve;
 pub mod tape;
 mod tensor;
 

@@ -2,11 +2,13 @@
 //! windows' mean negative log-likelihoods, exponentiated.
 //!
 //! Multiple choice: [`tasks`] reads questions, [`choices`] asks a model, [`marks`] counts, [`exam`] does all of that for several tasks.
+//! [`scores`]: the log-probability of every token of a prompt.
 
 pub mod answers;
 pub mod choices;
 pub mod exam;
 pub mod marks;
+pub mod scores;
 pub mod tasks;
 
 use std::ops::ControlFlow;

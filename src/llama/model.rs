@@ -407,6 +407,19 @@ impl Merged {
         linear_token_losses(&hidden, &self.head, &targets.collect::<Result<Vec<_>>>()?)
     }
 
+    /// Shows `see` the logits of packed sequences, a few rows `[rows, V]` at a time, in order.
+    ///
+    /// # Errors
+    /// As [`Merged::logits`]; no tokens; the first error of `see`.
+    pub fn packed_logits(&self, packed: &Packed, rows: usize, mut see: impl FnMut(Tensor) -> Result<()>) -> Result<()> {
+        let hidden = self.hidden(packed.tokens(), &packed.run(self)?)?;
+        for first in (0..hidden.rows()).step_by(rows.max(1)) {
+            let part = hidden.slice(first, rows.max(1).min(hidden.rows() - first))?;
+            see(matmul::product(&part, false, &self.head, true, false, self.head.dtype())?)?;
+        }
+        Ok(())
+    }
+
     fn run(&self, seq: usize) -> Result<Run> {
         Run::new(&self.config, &self.scheme, seq, self.embedding.dtype(), &self.embedding.device())
     }

@@ -29,6 +29,8 @@ mod readme;
 mod required;
 mod robustness;
 mod scale;
+#[cfg(feature = "serve")]
+mod serve;
 mod synthetic;
 #[cfg(unix)]
 mod toolkit;

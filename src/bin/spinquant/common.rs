@@ -228,6 +228,11 @@ impl ModelArgs {
         self.device()
     }
 
+    /// Whether the model is made, not read.
+    pub fn is_synthetic(&self) -> bool {
+        self.synthetic().is_some()
+    }
+
     /// The name of a synthetic model.
     fn synthetic(&self) -> Option<&str> {
         self.model.to_str()?.strip_prefix("synthetic:")

@@ -1,4 +1,4 @@
-//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `zeroshot`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
+//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `zeroshot`, `serve`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
 
 // Both panic when the stream is closed or full.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -21,6 +21,7 @@ mod profile;
 mod quantize;
 mod race;
 mod rotations;
+mod serve;
 mod stop;
 mod weights;
 mod zeroshot;
@@ -49,6 +50,8 @@ enum Command {
     Eval(eval::Args),
     /// Zero-shot accuracy of a model on multiple-choice tasks, rotated and quantised as asked.
     Zeroshot(zeroshot::Args),
+    /// Score prompts over HTTP for an evaluation harness: the part of OpenAI's /v1/completions that returns log-probabilities.
+    Serve(Box<serve::Args>),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
     Compare(compare::Args),
     /// That table on a small embedded model, with a picture: what all this is about, in a minute.
@@ -75,6 +78,7 @@ impl Command {
             Self::Clip(args) => args.model.resolve(),
             Self::Eval(args) => args.network.model.resolve(),
             Self::Zeroshot(args) => args.network.model.resolve(),
+            Self::Serve(args) => args.network.model.resolve(),
             Self::Compare(args) => args.model.resolve(),
             Self::Inspect(args) => args.model.resolve(),
             Self::Quantize(args) => args.model.resolve(),
@@ -95,6 +99,7 @@ impl Command {
             Self::Clip(args) => clip::run(&args),
             Self::Eval(args) => eval::run(&args),
             Self::Zeroshot(args) => zeroshot::run(&args),
+            Self::Serve(args) => serve::run(&args),
             Self::Compare(args) => compare::run(&args),
             Self::Demo(args) => demo::run(&args),
             Self::Inspect(args) => inspect::run(&args),

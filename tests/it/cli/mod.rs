@@ -21,6 +21,7 @@ mod learning;
 mod outputs;
 mod reading;
 mod scores;
+mod serve;
 mod zeroshot;
 
 type Tensors = BTreeMap<String, Tensor>;
