@@ -174,7 +174,7 @@ fn any_json(rng: &mut ChaCha8Rng, depth: u32) -> serde_json::Value {
     ];
     match rng.next_u32() % if depth == 0 { 5 } else { 9 } {
         0 => Value::Null,
-        1 => json!(rng.next_u32() % 2 == 0),
+        1 => json!(rng.next_u32().is_multiple_of(2)),
         2 => json!([0.0, 1.0, -1.0, 0.5, 1e300][rng.next_u32() as usize % 5]),
         3 => json!([0, 1, 2, 3, u64::MAX][rng.next_u32() as usize % 5]),
         4 => json!(TEXTS[rng.next_u32() as usize % TEXTS.len()]),
@@ -198,8 +198,8 @@ fn task_files() {
         std::fs::write(&path, bytes).unwrap();
         let Ok(read) = Questions::read(&path) else { return false };
         // What is read can be asked and marked.
-        let candidates: usize = read.questions.iter().map(|q| (0..q.candidates()).map(|i| q.candidate(i)).count()).sum();
-        Marks::of(&read.questions, &vec![-1.0; candidates]).unwrap();
+        let candidates: Vec<_> = read.questions.iter().flat_map(|q| (0..q.candidates()).map(|i| q.candidate(i))).collect();
+        Marks::of(&read.questions, &vec![-1.0; candidates.len()]).unwrap();
         true
     };
     let mut files: Vec<_> = std::fs::read_dir(samples).unwrap().map(|e| e.unwrap().path()).collect();
