@@ -53,7 +53,7 @@
 //! | rotations, their kinds and files | [`rotation`] |
 //! | the learning loop, its checkpoints, the memory that it plans | [`learn`](mod@learn), [`memory`] |
 //! | what is quantised; clip ratios and weights found on calibration text | [`quant::Scheme`], [`calibrate`] |
-//! | perplexity and multiple choice | [`eval`] |
+//! | perplexity and multiple choice; scores over HTTP for an evaluation harness | [`eval`]; `serve`, with the feature of that name |
 //! | quantised models as files | [`export`] |
 //! | the paper's table on one model; optimisers and objectives against one another | [`compare`], [`race`] |
 //! | what quantisers are given, before and after rotation | [`inspect`] |
@@ -79,21 +79,6 @@
 //! | worked cases of every operation, exact references | [`ops::cases`], [`ops::exact`] |
 //! | cases, checked and timed; where the time of learning goes and how it grows | [`bench`](mod@bench) |
 //! | models with planted outliers | [`outliers`] |
-//! | the tape, and how to write an operation | [`tape`], [`ops`] |
-//! | what is quantised, and to which grid | [`quant::Scheme`], [`grid`] |
-//! | clip ratios and weights found on calibration text | [`calibrate`] |
-//! | rotations and Hadamard matrices | [`rotation`], [`hadamard`](mod@hadamard) |
-//! | optimisers on the orthogonal group | [`optim`], [`manifold`] |
-//! | what learning minimises | [`objective`] |
-//! | the learning loop and its checkpoints | [`learn`](mod@learn) |
-//! | the paper's table on one model | [`compare`] |
-//! | what quantisers are given, before and after rotation | [`inspect`] |
-//! | the embedded model | [`demo`] |
-//! | scores for an evaluation harness | `serve`, with the feature of that name |
-//! | a model by its name on the Hugging Face hub | [`hub`](mod@hub) |
-//! | how to add an operation, a rotation kind, an optimiser, a retraction, a kernel | [`extending`] |
-//! | cases, checked and timed | [`bench`](mod@bench) |
-//! | checks to run on your own operation, quantiser or retraction | [`check`], [`laws`] |
 #![warn(missing_docs)]
 
 pub mod bench;
