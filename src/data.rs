@@ -146,12 +146,13 @@ impl Tokenizer {
         Ok(added.into_iter().chain(ids.iter().copied()).collect())
     }
 
-    /// The text of token ids, special tokens included.
+    /// The text of token ids, with the special tokens among them or without.
     ///
     /// # Errors
     /// [`Error::Format`] when the tokenizer fails.
-    pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, false).map_err(|e| Error::format(&self.path, format!("while decoding: {}", io::short(e))))
+    pub fn decode(&self, ids: &[u32], special: bool) -> Result<String> {
+        let failed = |e: tokenizers::Error| Error::format(&self.path, format!("while decoding: {}", io::short(e)));
+        self.tokenizer.decode(ids, !special).map_err(failed)
     }
 
     /// How a token is written in the vocabulary.

@@ -457,6 +457,44 @@ impl Tensor {
         self.into_vec()
     }
 
+    /// Overwrites entries `first..` of the first axis by those of `rows`, in place.
+    ///
+    /// # Errors
+    /// Entries that do not fit, in number, shape, type or device; memory that somebody else holds too.
+    pub(crate) fn put(&mut self, first: usize, rows: &Self) -> Result<()> {
+        fn go<T: Element>(to: &mut CpuBuffer, start: usize, rows: &Tensor) -> Result<()> {
+            let to = to.view_mut::<T>().ok_or_else(|| Error::argument("put", "expected values of one type"))?;
+            to[start..][..rows.len()].copy_from_slice(rows.as_slice()?);
+            Ok(())
+        }
+        let place = self.slice(first, rows.shape.first().copied().unwrap_or(0))?;
+        if place.shape != rows.shape {
+            return Err(Error::shape("put", format!("{:?}", place.shape), &rows.shape));
+        }
+        if self.dtype() != rows.dtype() {
+            return Err(Error::dtype("put", self.dtype(), rows.dtype()));
+        }
+        let start = place.start;
+        drop(place);
+        if let Device::Cuda(device) = self.device() {
+            if Arc::get_mut(&mut self.storage).is_none() {
+                return Err(Error::argument("put", "expected memory that nobody else holds"));
+            }
+            return device.copy(self.view()?.part(start - self.start, rows.len())?, rows.view()?);
+        }
+        let dtype = self.dtype();
+        let Some(Storage::Cpu(to)) = Arc::get_mut(&mut self.storage) else {
+            return Err(Error::argument("put", "expected memory that nobody else holds"));
+        };
+        match dtype {
+            DType::F64 => go::<f64>(to, start, rows),
+            DType::F32 => go::<f32>(to, start, rows),
+            DType::F16 => go::<f16>(to, start, rows),
+            DType::BF16 => go::<bf16>(to, start, rows),
+            DType::U32 => go::<u32>(to, start, rows),
+        }
+    }
+
     pub(crate) fn from_buffer(buffer: CpuBuffer, shape: &[usize]) -> Result<Self> {
         Ok(Self { storage: Arc::new(Storage::Cpu(buffer)), start: 0, shape: shape.to_vec() })
     }

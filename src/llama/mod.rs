@@ -3,6 +3,7 @@
 mod block;
 mod checkpoint;
 mod config;
+mod decoder;
 mod fit;
 mod folder;
 mod inventory;
@@ -20,6 +21,7 @@ pub(crate) use block::plus;
 pub use block::{Attend, Block, Observer, Patch, Run};
 pub use checkpoint::Checkpoint;
 pub use config::{LlamaConfig, RopeScaling};
+pub use decoder::Decoder;
 pub use layer::Plan;
 pub use linear::{Affine, Basis, LayerWeights, Linear, Linears, Row};
 pub(crate) use load::{EMBEDDING, FINAL_NORM, HEAD, NORMS};
