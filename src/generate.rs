@@ -1,12 +1,15 @@
 //! Text from a network: which token follows, and where a text ends.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::llama::{Decoder, Merged};
-use crate::{Error, Result};
+use serde_json::Value;
+
+use crate::llama::{Decoder, LlamaConfig, Merged};
+use crate::{Error, Result, io};
 
 /// How the next token is chosen from its logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,8 +85,11 @@ pub fn generate(
     sampling.check()?;
     let context = model.config.max_position_embeddings;
     if prompt.is_empty() || prompt.len().saturating_add(count) > context {
-        let message = format!("expected 1 to {} tokens, so that {count} more fit into the model's context of {context}, got {}",
-            context.saturating_sub(count), prompt.len());
+        let message = format!(
+            "expected 1 to {} tokens, so that {count} more fit into the model's context of {context}, got {}",
+            context.saturating_sub(count),
+            prompt.len()
+        );
         return Err(Error::argument("prompt", message));
     }
     let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
@@ -104,6 +110,30 @@ pub fn generate(
         next = vec![token];
     }
     Ok(count)
+}
+
+/// The tokens that end a text: those of `generation_config.json` where that names some, else those of the configuration.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Format`] for a file that cannot be read.
+pub fn end_tokens(dir: impl AsRef<Path>, config: &LlamaConfig) -> Result<Vec<u32>> {
+    let path = dir.as_ref().join("generation_config.json");
+    let json: Value = match std::fs::read(&path) {
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected JSON: {}", io::short(e))))?
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(config.eos_token_ids.clone()),
+        Err(e) => return Err(Error::io(&path)(e)),
+    };
+    let id = |value: &Value| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| Error::format(&path, format!("eos_token_id: expected a token id or a list of them, got {value}")))
+    };
+    match &json["eos_token_id"] {
+        Value::Null => Ok(config.eos_token_ids.clone()),
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => Ok(vec![id(one)?]),
+    }
 }
 
 #[cfg(test)]
@@ -143,6 +173,22 @@ mod tests {
             assert!(bad.check().is_err(), "{bad:?}");
         }
         assert!(Sampling { temperature: f64::NAN, ..plain }.check().is_err());
+    }
+
+    #[test]
+    fn ends_of_a_text() {
+        let config = demo::config().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let with = |text: &str| {
+            std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
+            end_tokens(dir.path(), &config)
+        };
+        assert_eq!(end_tokens(dir.path(), &config).unwrap(), config.eos_token_ids);
+        assert_eq!(with("{}").unwrap(), config.eos_token_ids);
+        assert_eq!(with(r#"{"eos_token_id": 7}"#).unwrap(), [7]);
+        assert_eq!(with(r#"{"eos_token_id": [7, 9]}"#).unwrap(), [7, 9]);
+        assert!(with(r#"{"eos_token_id": "</s>"}"#).unwrap_err().to_string().contains("expected a token id"));
+        assert!(with("[").unwrap_err().to_string().contains("generation_config.json"));
     }
 
     #[test]

@@ -83,6 +83,8 @@
 
 pub mod bench;
 pub mod calibrate;
+#[cfg(feature = "chat")]
+pub mod chat;
 pub mod check;
 pub mod compare;
 pub mod data;
@@ -94,6 +96,7 @@ pub mod eval;
 pub mod export;
 #[doc = include_str!("../docs/extending.md")]
 pub mod extending {}
+pub mod generate;
 pub mod grid;
 pub mod hadamard;
 pub mod hub;

@@ -123,7 +123,12 @@ mod tests {
             let logits = merged.logits(&tokens, tokens.len()).unwrap();
             for site in [Site::Key, Site::Value] {
                 let (whole, see) = watch(layers, site);
-                merged.observe(&tokens, tokens.len(), move |l, s, x| { see(l, s, x); Ok(()) }).unwrap();
+                merged
+                    .observe(&tokens, tokens.len(), move |l, s, x| {
+                        see(l, s, x);
+                        Ok(())
+                    })
+                    .unwrap();
                 for part in [64, 17, 1] {
                     let (seen, see) = watch(layers, site);
                     let mut decoder = Decoder::new(&merged, 64).unwrap().observed(see);
@@ -139,7 +144,8 @@ mod tests {
                             Tensor::from_vec(v.clone(), [v.len() / merged.config.head_dim, merged.config.head_dim]).unwrap()
                         };
                         let (a, b) = (tensor(a), tensor(b));
-                        let codes = |x: &Tensor| crate::ops::fake_quant::quantize(x, sites.at(site)).unwrap().dequantize().unwrap();
+                        let codes =
+                            |x: &Tensor| crate::ops::fake_quant::quantize(x, sites.at(site)).unwrap().dequantize().unwrap();
                         if sites.at(site).is_active() {
                             let odd = code_differences(sites.at(site), &b, &codes(&a), &codes(&b)).unwrap();
                             assert!(odd.is_empty(), "{site:?}: {odd:?}");

@@ -20,7 +20,7 @@ impl Words<'_> {
     }
 
     fn text(&self, ids: &[u32]) -> Result<String, Refusal> {
-        Ok(self.tokenizer.map_or_else(|| Ok(String::new()), |t| t.decode(ids))?)
+        Ok(self.tokenizer.map_or_else(|| Ok(String::new()), |t| t.decode(ids, true))?)
     }
 }
 

@@ -337,5 +337,5 @@ fn detokenize(service: &Service, body: &[u8]) -> Result<Value, Refusal> {
     let tokens: Option<Vec<u32>> = Fields::read(body)?.get("tokens", "a list of token ids")?;
     let tokens = tokens.ok_or_else(|| Refusal::bad(Some("tokens"), "expected a list of token ids, got nothing"))?;
     let none = || Refusal::new(404, None, "this model has no tokenizer");
-    Ok(json!({"prompt": service.tokenizer.as_ref().ok_or_else(none)?.decode(&tokens)?}))
+    Ok(json!({"prompt": service.tokenizer.as_ref().ok_or_else(none)?.decode(&tokens, true)?}))
 }

@@ -19,6 +19,15 @@ pub fn out(line: Arguments<'_>) {
     }
 }
 
+/// Prints part of a line of results.
+pub fn piece(text: &str) {
+    let mut fault = FAULT.lock().unwrap_or_else(PoisonError::into_inner);
+    if fault.is_none() {
+        let mut stdout = std::io::stdout().lock();
+        *fault = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).err();
+    }
+}
+
 /// Prints a line for the reader; one that nobody can read is dropped.
 pub fn say(line: Arguments<'_>) {
     // Whole, so that lines of several threads do not mix.

@@ -12,6 +12,7 @@ mod common;
 mod compare;
 mod demo;
 mod eval;
+mod generate;
 mod hub;
 mod inspect;
 mod learn;
@@ -52,6 +53,8 @@ enum Command {
     Zeroshot(zeroshot::Args),
     /// Score prompts over HTTP for an evaluation harness: the part of OpenAI's /v1/completions that returns log-probabilities.
     Serve(Box<serve::Args>),
+    /// Continue a text, or answer, with a quantised model and a quantised KV cache.
+    Generate(generate::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
     Compare(compare::Args),
     /// That table on a small embedded model, with a picture: what all this is about, in a minute.
@@ -79,6 +82,7 @@ impl Command {
             Self::Eval(args) => args.network.model.resolve(),
             Self::Zeroshot(args) => args.network.model.resolve(),
             Self::Serve(args) => args.network.model.resolve(),
+            Self::Generate(args) => args.network.model.resolve(),
             Self::Compare(args) => args.model.resolve(),
             Self::Inspect(args) => args.model.resolve(),
             Self::Quantize(args) => args.model.resolve(),
@@ -100,6 +104,7 @@ impl Command {
             Self::Eval(args) => eval::run(&args),
             Self::Zeroshot(args) => zeroshot::run(&args),
             Self::Serve(args) => serve::run(&args),
+            Self::Generate(args) => generate::run(&args),
             Self::Compare(args) => compare::run(&args),
             Self::Demo(args) => demo::run(&args),
             Self::Inspect(args) => inspect::run(&args),
