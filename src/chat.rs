@@ -161,7 +161,8 @@ mod tests {
         ChatTemplate::new(source.into(), config, Path::new("model/tokenizer_config.json"))
     }
 
-    /// What templates of published models do: conditions, loops with `loop.first`, Python's methods, `namespace`, slices.
+    /// What templates of published models do: conditions, loops with `loop.first`, Python's methods, `namespace`, slices. The texts
+    /// are what Jinja2 3.1.6 makes of the same templates.
     #[test]
     fn a_conversation() {
         let messages = [Message::new("user", " Hello, \"you\" "), Message::new("assistant", "Yes?"), Message::new("user", "é")];
@@ -173,7 +174,7 @@ mod tests {
         let config = json!({"eos_token": {"content": "<|im_end|>"}, "bos_token": null});
         let text = template(source, &config).unwrap().render(&messages).unwrap();
         let want = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello, \"you\"<|im_end|>\n\n<|im_start|>assistant\nYes?\
-            <|im_end|>\n\n<|im_start|>user\né<|im_end|>\n\n<|im_start|>assistant\n";
+            <|im_end|>\n\n<|im_start|>user\né<|im_end|>\n\n<|im_start|>assistant\n\n";
         assert_eq!(text, want);
         let source = "{%- set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{% if loop.index > 1 %}{% break %}\
             {% endif %}{% endfor %}{{ ns.n }} {{ messages[0].content | tojson }} {{ messages[1] | tojson }} {{ tools is none }}\

@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod generation;
 mod real;
 mod wiki_llama;
 mod zeroshot;
