@@ -352,9 +352,9 @@ fn timed(n: usize, rows: usize) -> Case {
         let (x, segments) = (x.to_vec(), Segments::new(segments(), &x[0].device())?);
         Ok(Call::new(move || Ok(vec![segment_attention(x[0].clone(), x[1].clone(), x[2].clone(), &segments)?])))
     }));
-    let keys = (n + 1) * rows;
+    let keys = n.saturating_add(1).saturating_mul(rows);
     let shapes = [vec![rows, HEADS[0], DIM], vec![keys, HEADS[1], DIM], vec![keys, HEADS[1], DIM]];
-    let values = 2.0 * (keys * HEADS[1] * DIM) as f64;
+    let values = 2.0 * keys as f64 * (HEADS[1] * DIM) as f64;
     Case::timed(what, (n, rows), shapes.to_vec(), call, move |x, o| {
         let [q, k, v] = [&x[0], &x[1], &x[2]].map(Tensor::to_f64_vec);
         let want = reference(&q?, &k?, &v?, Heads { query: HEADS[0], kv: HEADS[1], dim: DIM }, &segments());

@@ -1,4 +1,4 @@
-//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `zeroshot`, `serve`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
+//! The command line: `spinquant demo`, `learn`, `clip`, `eval`, `zeroshot`, `serve`, `generate`, `compare`, `inspect`, `quantize`, `rotations`, `race`, `bench`.
 
 // Both panic when the stream is closed or full.
 #![deny(clippy::print_stdout, clippy::print_stderr)]

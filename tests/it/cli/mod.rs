@@ -14,6 +14,7 @@ use tempfile::TempDir;
 mod arguments;
 mod bench;
 mod console;
+mod generate;
 mod hub;
 mod input;
 mod kept;
