@@ -59,7 +59,7 @@ fn what_it_refuses() {
     place.fails(&format!("{GENERATE} --prompt w3 --max-tokens 100000"), &["--prompt", "the model's context", "got 2"]);
     place.fails(&format!("{GENERATE} --prompt w3 --temperature nan"), &["temperature", "NaN"]);
     place.fails(&format!("{GENERATE} --prompt w3 --top-p 0"), &["top-p", "expected more than 0"]);
-    place.fails(GENERATE, &["--prompt"]);
+    place.fails(GENERATE, &["required arguments"]);
     place.fails("generate --model synthetic:tiny --prompt w3", &["--model", "tokenizer"]);
     place.fails(&format!("{GENERATE} --prompt-file nowhere.txt"), &["nowhere.txt"]);
 }
