@@ -81,8 +81,12 @@ pub fn run(args: &Args) -> Result<()> {
 
     let _careful = stop::AfterStep::new();
     let before = &prompt[prompt.len().saturating_sub(BEFORE)..];
-    let mut writer =
-        Writer { tokenizer: &tokenizer, ids: before.to_vec(), shown: tokenizer.decode(before, false)?.len(), text: String::new() };
+    let mut writer = Writer {
+        tokenizer: &tokenizer,
+        ids: before.to_vec(),
+        shown: tokenizer.decode(before, false)?.len(),
+        text: String::new(),
+    };
     let mut tokens = vec![];
     let start = Instant::now();
     let made = generate(&merged, &prompt, args.max_tokens, &sampling, &ends, |token| {
