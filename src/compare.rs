@@ -106,7 +106,7 @@ impl Unrotated {
     /// Scores `plain`, the model as its files have it: RMSNorm gains not folded ([`Llama::load_plain`]).
     ///
     /// # Errors
-    /// Those of merging, quantising and scoring; [`Error::Interrupted`](crate::Error::Interrupted).
+    /// Those of merging, quantising and scoring; [`Error::Interrupted`].
     pub fn score(
         plain: &Llama,
         scheme: &Scheme,
@@ -270,7 +270,7 @@ impl Comparison<'_> {
     /// Makes the table.
     ///
     /// # Errors
-    /// Those of merging, scoring, searching and learning; [`Error::Interrupted`](crate::Error::Interrupted).
+    /// Those of merging, scoring, searching and learning; [`Error::Interrupted`].
     pub fn run(&self, watch: &mut dyn Watch) -> Result<Outcome> {
         let Self { scheme, learn_scheme, .. } = *self;
         let full = Scheme::FULL_PRECISION;
