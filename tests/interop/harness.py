@@ -3,12 +3,13 @@ log-likelihoods that differ by no more than 2e-3.
 
     python tests/interop/harness.py --binary target/release/spinquant --model DIR --tasks FOLDER [--limit 20] [--only piqa]
 
-DIR is a Hugging Face folder. FOLDER holds arc_easy.jsonl, piqa.jsonl and winogrande.jsonl in the schema of `spinquant zeroshot`.
+DIR is a Hugging Face folder with a tokenizer_config.json that names the BOS and the EOS. FOLDER holds arc_easy.jsonl, piqa.jsonl and winogrande.jsonl in the schema of `spinquant zeroshot`.
 It needs lm_eval 0.4.13 with its `api` part, torch and transformers.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -35,6 +36,31 @@ def served(binary, model):
         code = server.wait(timeout=60)
         if code != 0:
             sys.exit(f"the server ended with status {code}")
+
+
+def tokenizer_with_bos(model, folder):
+    """A copy of the model's tokenizer whose post-processor adds the BOS.
+
+    `add_bos_token` makes the backend for transformers build such a tokenizer; the one for servers only asks for the special tokens that
+    the tokenizer adds, and some add none.
+    """
+    config = json.loads((Path(model) / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((Path(model) / "tokenizer.json").read_text())
+    bos = config["bos_token"]
+    ids = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == bos]
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    sequence = [{"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1))]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, sequence[0]],
+        "pair": [begin, *sequence],
+        "special_tokens": {bos: {"id": bos, "ids": ids, "tokens": [bos]}},
+    }
+    os.symlink(Path(model) / "config.json", Path(folder) / "config.json")
+    (Path(folder) / "tokenizer.json").write_text(json.dumps(tokenizer))
+    # A class that takes the file as it is.
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
 
 
 def evaluate(tasks, limit, backend, **arguments):
@@ -74,6 +100,7 @@ def main():
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--only", nargs="+", default=["arc_easy", "piqa", "winogrande"])
+    parser.add_argument("--bos", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     args = parser.parse_args()
     binary, model = os.path.abspath(args.binary), os.path.abspath(args.model)
     os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
@@ -84,8 +111,9 @@ def main():
     print("| BOS | requests | batch | answers | accuracies | greedy | largest difference of a log-likelihood | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     wrong = []
-    with served(binary, model) as url:
-        for bos in (False, True):
+    with served(binary, model) as url, tempfile.TemporaryDirectory() as folder:
+        for bos in (choice == "yes" for choice in args.bos):
+            tokenizer = tokenizer_with_bos(model, folder) if bos else model
             want, known, seconds = evaluate(
                 args.only, args.limit, "hf", pretrained=model, dtype="float32", add_bos_token=bos, batch_size=16
             )
@@ -94,7 +122,7 @@ def main():
             for tokenized in (True, False):
                 for batch in (1, 16):
                     got, answers, seconds = evaluate(
-                        args.only, args.limit, "local-completions", model=model, base_url=url, tokenizer=model,
+                        args.only, args.limit, "local-completions", model=model, base_url=url, tokenizer=tokenizer,
                         tokenizer_backend="huggingface", tokenized_requests=tokenized, max_length=2048,
                         add_bos_token=bos, num_concurrent=4 if batch == 1 else 1, batch_size=batch,
                     )  # fmt: skip

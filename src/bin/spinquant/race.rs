@@ -18,8 +18,8 @@ use crate::stop;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Hugging Face folder: config.json, *.safetensors, tokenizer.json (default: the embedded model, on the CPU).
-    #[arg(long, value_name = "DIR", requires_all = ["calibration", "text"])]
+    /// Hugging Face folder, or the name of a model: org/name[@revision] (default: the embedded model, on the CPU).
+    #[arg(long, value_name = "DIR|NAME", requires_all = ["calibration", "text"])]
     pub model: Option<PathBuf>,
     /// auto takes a GPU where there is one.
     #[arg(long, value_name = "auto|cpu|cuda", default_value = "auto")]
