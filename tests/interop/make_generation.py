@@ -19,6 +19,8 @@ TOKENS = 256
 def main(folder, out):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # Nothing ends the text early, and no token is suppressed.
+    model.generation_config.eos_token_id = None
     cases = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -26,7 +28,6 @@ def main(folder, out):
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
             do_sample=False,
             pad_token_id=0,
         )[0]
