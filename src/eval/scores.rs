@@ -134,8 +134,8 @@ impl Exp for f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::demo;
     use crate::quant::Scheme;
+    use crate::{DType, demo};
 
     #[test]
     fn one_row() {
@@ -149,30 +149,35 @@ mod tests {
 
     #[test]
     fn scores_are_those_of_the_losses() {
-        let merged = demo::model().unwrap().merge(None, &Scheme::new(16, 4, 4)).unwrap();
         let windows = demo::windows(demo::TEST, 64).unwrap();
         // More than one batch, lengths from 1.
         let prompts: Vec<&[u32]> = (0..150).map(|i| &windows.get(i)[..1 + i * 7 % 64]).collect();
-        let answers = token_scores(&merged, &prompts).unwrap();
-        assert_eq!(answers.len(), prompts.len());
-        for (prompt, scores) in prompts.iter().zip(&answers) {
-            assert_eq!(scores.len(), prompt.len());
-            let losses = merged.token_losses(prompt, prompt.len()).unwrap();
-            let logits = merged.logits(prompt, prompt.len()).unwrap();
-            for (i, score) in scores.iter().enumerate() {
-                let row = &logits.as_slice::<f32>().unwrap()[i * merged.config.vocab_size..][..merged.config.vocab_size];
-                assert!(row.iter().all(|x| *x <= row[score.likeliest as usize] + 1e-4), "{i}");
-                if let Some(&token) = prompt.get(i + 1) {
-                    let got = f64::from(score.log_probability);
-                    assert!((got + losses[i]).abs() < 1e-4 * losses[i].max(1.0), "{i}: {got} {}", losses[i]);
-                    let greedy = score.log_probability == score.likeliest_log_probability;
-                    assert!(score.likeliest != token || greedy, "{i}");
-                    assert!(score.log_probability <= score.likeliest_log_probability, "{i}");
-                } else {
-                    assert_eq!(score.log_probability, score.likeliest_log_probability);
+        let model = demo::model_in(DType::F64).unwrap();
+        // In f64 a prompt alone and one among others give the same codes.
+        for scheme in [Scheme::new(16, 4, 16), Scheme::new(16, 16, 4)] {
+            let merged = model.merge(None, &scheme).unwrap();
+            let answers = token_scores(&merged, &prompts).unwrap();
+            assert_eq!(answers.len(), prompts.len());
+            for (prompt, scores) in prompts.iter().zip(&answers) {
+                assert_eq!(scores.len(), prompt.len());
+                let losses = merged.token_losses(prompt, prompt.len()).unwrap();
+                let logits = merged.logits(prompt, prompt.len()).unwrap();
+                for (i, score) in scores.iter().enumerate() {
+                    let row = &logits.as_slice::<f64>().unwrap()[i * merged.config.vocab_size..][..merged.config.vocab_size];
+                    assert!(row.iter().all(|x| *x <= row[score.likeliest as usize] + 1e-4), "{i}");
+                    if let Some(&token) = prompt.get(i + 1) {
+                        let got = f64::from(score.log_probability);
+                        assert!((got + losses[i]).abs() < 1e-4 * losses[i].max(1.0), "{i}: {got} {}", losses[i]);
+                        let greedy = score.log_probability == score.likeliest_log_probability;
+                        assert!(score.likeliest != token || greedy, "{i}");
+                        assert!(score.log_probability <= score.likeliest_log_probability, "{i}");
+                    } else {
+                        assert_eq!(score.log_probability, score.likeliest_log_probability);
+                    }
                 }
             }
         }
+        let merged = model.merge(None, &Scheme::FULL_PRECISION).unwrap();
         assert!(token_scores(&merged, &[&[]]).is_err() && token_scores(&merged, &[&[merged.config.vocab_size as u32]]).is_err());
     }
 }
