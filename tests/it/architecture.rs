@@ -9,14 +9,17 @@ use std::path::{Path, PathBuf};
 /// The floors, the lowest first. A module may use its own floor and those below. `rotation` and `quant` are below `llama`, since a layer
 /// is told by them what to rotate and how to quantise; what they do to a whole model is in `calibrate`.
 const FLOORS: &[(&str, &[&str])] = &[
-    ("ground", &["data", "device", "dtype", "error", "io", "profile", "random", "tensor"]),
+    ("ground", &["chat", "data", "device", "dtype", "error", "hub", "io", "profile", "random", "tensor"]),
     ("maths", &["grid", "hadamard", "linalg", "manifold"]),
     ("tape", &["tape"]),
     ("operations", &["kernels", "ops"]),
     ("what a layer is told", &["quant", "rotation"]),
     ("model", &["llama"]),
     ("around a model", &["check", "laws", "memory", "objective", "optim", "outliers", "plot"]),
-    ("over a model", &["bench", "calibrate", "compare", "demo", "eval", "export", "inspect", "learn", "race"]),
+    (
+        "over a model",
+        &["bench", "calibrate", "compare", "demo", "eval", "export", "generate", "inspect", "learn", "race", "serve"],
+    ),
 ];
 
 fn root() -> PathBuf {
