@@ -26,7 +26,7 @@
 //! .run(&mut ())?;
 //! let names: Vec<&str> = outcome.rows.iter().map(|row| row.name).collect();
 //! assert_eq!(names[..4], ["full precision", "full precision, rotated", "rtn", "hadamard mean"]);
-//! assert!(outcome.rows[0].perplexity < outcome.rows[2].perplexity);
+//! assert!(outcome.rows[0].judged.perplexity < outcome.rows[2].judged.perplexity);
 //! assert_eq!(outcome.runs[0].start_perplexity, Some(outcome.random[0].perplexity));
 //! # Ok::<(), spinquant::Error>(())
 //! ```
