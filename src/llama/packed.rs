@@ -28,9 +28,12 @@ impl Packed {
     /// # Errors
     /// No such sequence, or one that is shorter.
     pub fn push_behind(&mut self, sequence: usize, shared: usize, tokens: &[u32]) -> Result<usize> {
-        let whole = self.segments.iter().find(|s| s.first_key == sequence && s.prefix.is_empty());
-        match whole {
-            Some(whole) if shared <= whole.tokens => Ok(self.add(tokens, shared, sequence..sequence + shared)),
+        // Segments lie behind one another, so their first keys ascend.
+        let at = self.segments.binary_search_by_key(&sequence, |s| s.first_key);
+        match at.ok().map(|i| &self.segments[i]) {
+            Some(whole) if whole.prefix.is_empty() && shared <= whole.tokens => {
+                Ok(self.add(tokens, shared, sequence..sequence + shared))
+            }
             _ => {
                 Err(Error::argument("packed sequences", format!("expected {shared} tokens at {sequence}, got no such sequence")))
             }
