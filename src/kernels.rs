@@ -387,7 +387,7 @@ pub fn attention<T: Float>(
 ) -> Result<()> {
     let (o, lse) = (write(stream, o), write(stream, lse));
     let (q, k, v) = (read(stream, q), read(stream, k), read(stream, v));
-    attend::launch(Queue::of(stream), o.view, lse.view, [q.view, k.view, v.view], sizes)
+    attend::launch::forward(Queue::of(stream), o.view, lse.view, [q.view, k.view, v.view], sizes)
 }
 
 /// Bytes of workspace that [`attention_backward`] needs.
@@ -395,7 +395,7 @@ pub fn attention<T: Float>(
 /// # Errors
 /// Sizes that do not fit together, and types other than `f32`, `f16`, `bf16`.
 pub fn attention_workspace(sizes: &Sizes, dtype: DType) -> Result<usize> {
-    attend::workspace(sizes, dtype.into())
+    attend::launch::workspace(sizes, dtype.into())
 }
 
 /// Gradients of [`attention`], deterministic.
@@ -418,7 +418,7 @@ pub fn attention_backward<T: Float>(
     let (dout, q, k, v) = (read(stream, dout), read(stream, q), read(stream, k), read(stream, v));
     let (o, lse) = (read(stream, o), read(stream, lse));
     let (to, from) = ([dq.view, dk.view, dv.view], [q.view, k.view, v.view]);
-    attend::launch_backward(Queue::of(stream), to, workspace.view, dout.view, from, o.view, lse.view, sizes)
+    attend::launch::backward(Queue::of(stream), to, workspace.view, dout.view, from, o.view, lse.view, sizes)
 }
 
 /// The loss of every row of logits `[rows, vocab]`; unless `scale` is 0 the logits become `scale (softmax − onehot)`. A target
