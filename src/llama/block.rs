@@ -103,7 +103,7 @@ impl Block {
         let k = self.rotated(Site::Key, online.r3, k.of(h.clone())?.heads(d)?.rope(rope)?, run)?; // R3
         let v = self.quantized(Site::Value, v.of(h)?, run)?.heads(d)?; // in R2's basis
         let a = match &run.attend {
-            None => attention(q, k, v, *seq)?,
+            None => attention(q, k, v, *seq, None)?,
             Some(attend) => without_gradient(self.index, [q, k, v], attend.as_ref())?,
         };
         self.quantized(Site::AttentionOutput, a, run)

@@ -86,7 +86,7 @@ impl<'m> Decoder<'m> {
             let mut layer = cache[layer].lock().unwrap_or_else(|e| e.into_inner());
             layer[0].put(first, k)?;
             layer[1].put(first, v)?;
-            segment_attention(q.clone(), layer[0].clone(), layer[1].clone(), &segments)
+            segment_attention(q.clone(), layer[0].clone(), layer[1].clone(), &segments, None)
         })
     }
 }

@@ -63,7 +63,7 @@ impl Packed {
         let rope =
             Rope::new(&model.config.inverse_frequencies(), positions, dtype, &device)?.at(self.positions.as_slice().into())?;
         let sites = model.scheme.sites(model.config.head_dim);
-        let attend = move |_, [q, k, v]: [&crate::Tensor; 3]| segment_attention(q.clone(), k.clone(), v.clone(), &segments);
+        let attend = move |_, [q, k, v]: [&crate::Tensor; 3]| segment_attention(q.clone(), k.clone(), v.clone(), &segments, None);
         Ok(Run { sites, rope, seq: self.tokens.len(), observer: None, patch: None, attend: Some(Arc::new(attend)) })
     }
 }

@@ -1,4 +1,5 @@
-//! Causal attention with grouped queries: query head h reads key-value head h / (H/KV), at position t the keys 0 to t.
+//! Causal attention with grouped queries: query head h reads key-value head h / (H/KV), at position t the keys 0 to t, or with a
+//! window of w (Beltagy et al. 2020) the last w of them, t − w + 1 to t.
 //!
 //! `s = q kᵀ/√D`, `p = softmax(s)`, `o = p v`. Forward keeps q, k, v, o and `lse = log Σ exp s` of every row, never an S×S matrix
 //! (Dao et al. 2022); backward recomputes `p = exp(s − lse)`:
@@ -13,6 +14,7 @@ pub use cases::cases;
 pub use reference::{reference, reference_backward};
 
 use fast::Kept;
+pub(crate) use fast::row_parts;
 
 use crate::device::cuda::CudaDevice;
 use crate::device::launch::Kind;
@@ -24,14 +26,17 @@ use crate::{DType, Error, Result, Tensor};
 pub struct Attention {
     /// Tokens of one sequence.
     pub seq: usize,
+    /// Keys that a query reads at most, the last of them its own; `None`: all up to its own.
+    pub window: Option<usize>,
 }
 
-/// Causal attention of `q [tokens, H, D]` over `k, v [tokens, KV, D]`, where tokens are whole sequences of `seq`: `[tokens, H·D]`.
+/// Causal attention of `q [tokens, H, D]` over `k, v [tokens, KV, D]`, where tokens are whole sequences of `seq`: `[tokens, H·D]`. With a
+/// window of w, position t reads the keys max(0, t − w + 1) to t.
 ///
 /// # Errors
-/// Shapes that do not fit together, or H no multiple of KV.
-pub fn attention<'t>(q: Var<'t>, k: Var<'t>, v: Var<'t>, seq: usize) -> Result<Var<'t>> {
-    q.tape().record(Attention { seq }, vec![q, k, v])
+/// Shapes that do not fit together, H no multiple of KV, or a window of no key.
+pub fn attention<'t>(q: Var<'t>, k: Var<'t>, v: Var<'t>, seq: usize, window: Option<usize>) -> Result<Var<'t>> {
+    q.tape().record(Attention { seq, window }, vec![q, k, v])
 }
 
 /// The sizes of one problem.
@@ -47,6 +52,8 @@ pub struct Sizes {
     pub kv_heads: usize,
     /// Values per head.
     pub dim: usize,
+    /// Keys that a query reads at most, the last of them its own; `None`: all up to its own.
+    pub window: Option<usize>,
 }
 
 impl Attention {
@@ -59,6 +66,7 @@ impl Attention {
             ));
         };
         let (seq, heads, dim) = (self.seq, *heads, *dim);
+        check_window("attention", self.window)?;
         if seq == 0 || dim == 0 || heads == 0 || !tokens.is_multiple_of(seq) {
             return Err(Error::shape("attention: q", format!("[multiple of {seq}, heads, dim]"), q.shape()));
         }
@@ -71,7 +79,20 @@ impl Attention {
         if let Some(t) = [k, v].into_iter().find(|t| t.dtype() != q.dtype()) {
             return Err(Error::dtype("attention", q.dtype(), t.dtype()));
         }
-        Ok(Sizes { batch: tokens / seq, seq, heads, kv_heads: *kv_heads, dim })
+        Ok(Sizes { batch: tokens / seq, seq, heads, kv_heads: *kv_heads, dim, window: self.window })
+    }
+}
+
+/// The first key that the query at `t` reads.
+pub(crate) fn first_key(window: Option<usize>, t: usize) -> usize {
+    window.map_or(0, |w| (t + 1).saturating_sub(w))
+}
+
+/// A window of no key would leave a query without any.
+pub(crate) fn check_window(what: &'static str, window: Option<usize>) -> Result<()> {
+    match window {
+        Some(0) => Err(Error::argument(what, "expected a window of at least 1 key, got 0")),
+        _ => Ok(()),
     }
 }
 
@@ -159,6 +180,10 @@ impl Sizes {
     fn group(self) -> usize {
         self.heads / self.kv_heads
     }
+    /// The first key that the query at `t` reads.
+    fn first_key(self, t: usize) -> usize {
+        first_key(self.window, t)
+    }
     /// Where head `h` of `heads` of token `t` of sequence `b` starts.
     fn at(self, b: usize, t: usize, h: usize, heads: usize) -> usize {
         ((b * self.seq + t) * heads + h) * self.dim
@@ -173,19 +198,21 @@ mod tests {
     #[test]
     fn threads_change_no_bit() {
         let x = |heads: usize, seed| randn([2 * 67, heads, 16], seed).to_dtype(DType::F32).unwrap();
-        let run = |threads| {
+        let run = |threads, window| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
                 let mut save = Saved::new(vec![true; 3]);
                 let inputs = vec![x(6, 1), x(2, 2), x(2, 3)];
-                let o = crate::tape::run(&Attention { seq: 67 }, inputs, &mut save).unwrap();
+                let o = crate::tape::run(&Attention { seq: 67, window }, inputs, &mut save).unwrap();
                 let dy = randn(o.shape(), 4).to_dtype(DType::F32).unwrap();
-                let grads = Attention { seq: 67 }.backward(save, dy, &[true; 3]).unwrap();
+                let grads = Attention { seq: 67, window }.backward(save, dy, &[true; 3]).unwrap();
                 let bits = |t: Tensor| t.to_vec::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 [vec![bits(o)], grads.into_iter().map(|g| bits(g.unwrap())).collect()].concat()
             })
         };
-        assert!(run(1) == run(3));
+        for window in [None, Some(11)] {
+            assert!(run(1, window) == run(3, window));
+        }
     }
 
     #[test]
@@ -200,7 +227,11 @@ mod tests {
         for (q, k, seq) in wrong {
             let tape = crate::Tape::new();
             let [q, k, v] = [q, k, k].map(|shape| tape.constant(randn(shape, 1)));
-            assert!(attention(q, k, v, seq).is_err());
+            assert!(attention(q, k, v, seq, None).is_err());
         }
+        let tape = crate::Tape::new();
+        let [q, k, v] = [1, 2, 3].map(|seed| tape.constant(randn([4, 2, 8], seed)));
+        let error = attention(q, k, v, 4, Some(0)).err().unwrap().to_string();
+        assert!(error.contains("a window of at least 1 key, got 0"), "{error}");
     }
 }

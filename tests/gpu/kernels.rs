@@ -89,7 +89,7 @@ fn kernels_are_the_operations() {
     let want = wide(&x).chunks(8).flat_map(|h| (0..8).map(|i| if i < 4 { -h[i + 4] } else { h[i - 4] })).collect::<Vec<_>>();
     close(s, &gy, &want, 1e-6);
 
-    let sizes = Sizes { batch: 2, seq: 9, heads: 4, kv_heads: 2, dim: 16 };
+    let sizes = Sizes { batch: 2, seq: 9, heads: 4, kv_heads: 2, dim: 16, window: None };
     let (q_len, k_len) = (2 * 9 * 4 * 16, 2 * 9 * 2 * 16);
     let (q, k, v) = (values(3, q_len), values(4, k_len), values(5, k_len));
     let [gq, gk, gv] = [&q, &k, &v].map(|x| s.clone_htod(x).unwrap());

@@ -75,7 +75,7 @@ const OPERATIONS: [(&str, Operation); 21] = [
     ("linear", |v, _, _| v[0].clone().linear(v[1].clone())),
     ("add_linear", |v, _, _| v[2].clone().add_linear(v[0].clone(), v[1].clone())),
     ("add_linear_last", |v, _, _| v[2].clone().add_linear_last(v[0].clone(), v[1].clone())),
-    ("attention", |v, n, _| attention(v[0].clone(), v[1].clone(), v[2].clone(), n)),
+    ("attention", |v, n, _| attention(v[0].clone(), v[1].clone(), v[2].clone(), n, None)),
     ("embedding", |v, n, _| v[0].clone().embedding(vec![0, n as u32].into())),
     ("cross_entropy", |v, _, _| v[0].clone().cross_entropy(targets(&v[0]))),
     ("linear_cross_entropy", |v, _, _| v[0].clone().linear_cross_entropy(v[1].clone(), targets(&v[0]))),

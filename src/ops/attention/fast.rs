@@ -1,5 +1,7 @@
 //! Attention on the CPU in `f32`: matrix products over blocks of queries, a group of heads at a time.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::device::cpu::{self, Strides};
@@ -11,6 +13,11 @@ const SCORES: usize = 1 << 18;
 const MAX_TOKENS: usize = 64;
 
 impl Sizes {
+    /// The keys that the query at `t` reads, counted from key `low` on.
+    #[inline(always)]
+    fn read(self, t: usize, low: usize) -> Range<usize> {
+        self.first_key(t) - low..t + 1 - low
+    }
     /// Tokens whose queries are worked on together; depends on the shape alone, so results do not depend on the threads.
     fn block(self) -> usize {
         (SCORES / (self.group() * self.seq)).clamp(8, MAX_TOKENS).min(self.seq)
@@ -25,6 +32,14 @@ fn pack(to: &mut [f32], x: &[f32], n: Sizes, (b, kv, first): (usize, usize, usiz
         let from = &x[n.at(b, first + i, kv * n.group(), n.heads)..][..width];
         to.iter_mut().zip(from).for_each(|(to, x)| *to = scale * x);
     }
+}
+
+/// Parts of the scores of one query: keys in front of its window, those it reads, those behind it.
+#[inline(always)]
+pub(crate) fn row_parts(s: &mut [f32], read: Range<usize>) -> [&mut [f32]; 3] {
+    let (s, after) = s.split_at_mut(read.end);
+    let (before, read) = s.split_at_mut(read.start);
+    [before, read, after]
 }
 
 /// `s [rows, keys] = q k[..keys]ᵀ` for packed queries, where k belongs to one head of one sequence.
@@ -51,13 +66,15 @@ pub(super) fn forward(q: &[f32], k: &[f32], v: &[f32], n: Sizes) -> (Vec<f32>, V
         .map_init(scratch, |(s, qo), (b, i, o)| {
             let first = i * block;
             let tokens = o.len() / width;
-            let (rows, keys) = (group * tokens, first + tokens);
+            // The first key that any query of the block reads, and from there on.
+            let low = n.first_key(first);
+            let (rows, keys) = (group * tokens, first + tokens - low);
             let s = &mut s[..rows * keys];
             let (packed, out) = qo.split_at_mut(group * block * n.dim);
             let (packed, out) = (&mut packed[..rows * n.dim], &mut out[..rows * n.dim]);
             let mut lse = vec![0f32; n.heads * tokens];
             for kv in 0..n.kv_heads {
-                let at = n.at(b, 0, kv, n.kv_heads);
+                let at = n.at(b, low, kv, n.kv_heads);
                 cpu::simd(
                     #[inline(always)]
                     || pack(packed, q, n, (b, kv, first), n.scale() as f32),
@@ -68,10 +85,11 @@ pub(super) fn forward(q: &[f32], k: &[f32], v: &[f32], n: Sizes) -> (Vec<f32>, V
                     || {
                         for (r, s) in s.chunks_mut(keys).enumerate() {
                             let (token, head) = (r / group, kv * group + r % group);
-                            let (seen, masked) = s.split_at_mut(first + token + 1);
+                            let [before, seen, after] = row_parts(s, n.read(first + token, low));
                             let max = cpu::max(seen);
                             let sum = cpu::exp_sum(seen, max);
-                            masked.fill(0.0);
+                            before.fill(0.0);
+                            after.fill(0.0);
                             lse[head * tokens + token] = max + sum.ln();
                             // o is divided once it is there.
                             packed[r * n.dim] = 1.0 / sum;
@@ -123,16 +141,17 @@ pub(super) fn backward(dout: &[f32], x: Kept, n: Sizes) -> (Vec<f32>, Vec<f32>, 
     let tasks = dq.par_chunks_mut(group * size).zip(dk.par_chunks_mut(size)).zip(dv.par_chunks_mut(size));
     tasks.enumerate().with_max_len(1).for_each(|(task, ((dq, dk), dv))| {
         let (b, kv) = (task / n.kv_heads, task % n.kv_heads);
-        let at = n.at(b, 0, kv, n.kv_heads);
-        let (k, v) = (&x.k[at..], &x.v[at..]);
         let (mut s, mut dp) = (vec![0f32; group * block * n.seq], vec![0f32; group * block * n.seq]);
         let (mut q, mut dout_packed) = (vec![0f32; group * block * n.dim], vec![0f32; group * block * n.dim]);
         dk.fill(0.0);
         dv.fill(0.0);
         for (i, dq) in dq.chunks_mut(block * group * n.dim).enumerate() {
             let first = i * block;
+            let low = n.first_key(first);
             let rows = dq.len() / n.dim;
-            let keys = first + rows / group;
+            let keys = first + rows / group - low;
+            let at = n.at(b, low, kv, n.kv_heads);
+            let (k, v) = (&x.k[at..], &x.v[at..]);
             let (s, dp) = (&mut s[..rows * keys], &mut dp[..rows * keys]);
             let (q, dout_packed) = (&mut q[..rows * n.dim], &mut dout_packed[..rows * n.dim]);
             cpu::simd(
@@ -153,19 +172,19 @@ pub(super) fn backward(dout: &[f32], x: Kept, n: Sizes) -> (Vec<f32>, Vec<f32>, 
                         let (token, head) = (first + r / group, kv * group + r % group);
                         let lse = x.lse[(b * n.heads + head) * n.seq + token];
                         let mean = cpu::sum2(dout, &x.o[n.at(b, token, head, n.heads)..][..n.dim], |a, b| a * b);
-                        let (s, masked) = s.split_at_mut(token + 1);
-                        let (dp, dp_masked) = dp.split_at_mut(token + 1);
+                        let [s_before, s, s_after] = row_parts(s, n.read(token, low));
+                        let [dp_before, dp, dp_after] = row_parts(dp, n.read(token, low));
                         for (s, dp) in s.iter_mut().zip(dp) {
                             *s = cpu::exp_f32(*s - lse);
                             *dp = *s * (*dp - mean);
                         }
-                        masked.fill(0.0);
-                        dp_masked.fill(0.0);
+                        [s_before, s_after, dp_before, dp_after].into_iter().for_each(|hidden| hidden.fill(0.0));
                     }
                 },
             );
             let packed = Strides::new(n.dim, false);
             let (p, pt) = (Strides::new(keys, false), Strides::new(keys, true));
+            let (dv, dk) = (&mut dv[low * n.dim..], &mut dk[low * n.dim..]);
             cpu::gemm((keys, n.dim, rows), dv, packed, 1.0, s, pt, dout_packed, packed, 1.0, false);
             cpu::gemm((keys, n.dim, rows), dk, packed, 1.0, dp, pt, q, packed, 1.0, false);
             let heads = Strides::new(n.kv_heads * n.dim, false);

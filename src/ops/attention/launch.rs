@@ -27,6 +27,9 @@ impl Extents {
         if n.heads == 0 || n.kv_heads == 0 || n.dim == 0 || !n.heads.is_multiple_of(n.kv_heads) {
             return Err(error("unusable sizes"));
         }
+        if n.window.is_some_and(|w| w < n.seq) {
+            return Err(error("no window on a GPU"));
+        }
         let product = |extents: [usize; 4]| {
             let product = extents.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
             product.filter(|&n| n <= i64::MAX as usize).ok_or_else(|| error("more values than can be counted"))
