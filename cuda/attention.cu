@@ -1,6 +1,6 @@
 // Causal attention with grouped query heads, without the seq x seq matrix in memory.
 //
-//   S = scale Q K^T (key <= query),  lse = log(rowsum exp S),  P = exp(S - lse),  O = P V
+//   S = scale Q K^T (key <= query, and query - key < window where there is one),  lse = log(rowsum exp S),  P = exp(S - lse),  O = P V
 //
 //   dV = P^T dO,  dP = dO V^T,  delta = rowsum(dO * O) = rowsum(P * dP),
 //   dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
@@ -8,7 +8,7 @@
 // The forward kernels walk the keys of a block of queries once, with a running row maximum and sum, and save lse. The
 // backward kernels make P again from it: one kernel owns a block of keys and walks the queries that see it, for every query
 // head of the group (dK, dV); another owns a block of queries and walks its keys (dQ). So every sum has one owner and one
-// order, and equal inputs give equal bits; the price is that S and dP are made twice.
+// order, and equal inputs give equal bits; the price is that S and dP are made twice. Tiles that a window hides are not walked.
 //
 // This file chooses the kernels. attention_plain.cu serves every dtype and dim in float arithmetic, attention_forward.cu and
 // attention_backward.cu serve f16 and bf16 with dims up to 128 (multiples of 8, padded in shared memory to 64 or 128) on tensor
@@ -59,8 +59,11 @@ __global__ void __launch_bounds__(kDeltaThreads) delta_kernel(Problem p, float *
 // The running maximum is taken before scaling, so scale must be positive.
 bool supported(const Problem &p, sq_dtype dtype) {
   return p.batch >= 0 && p.seq >= 0 && p.seq <= 0x7fffff00 && p.heads > 0 && p.kv_heads > 0 && p.heads % p.kv_heads == 0 &&
-         p.dim > 0 && p.dim <= 256 && p.scale > 0 && (dtype == SQ_F32 || dtype == SQ_F16 || dtype == SQ_BF16);
+         p.dim > 0 && p.dim <= 256 && p.scale > 0 && p.window > 0 && (dtype == SQ_F32 || dtype == SQ_F16 || dtype == SQ_BF16);
 }
+
+// What is launched without a window, for which the contract has 0: one that hides nothing.
+int32_t window_of(int32_t window) { return window == 0 ? INT32_MAX : window; }
 
 // Forward or Backward, by the kernels for the problem, the dtype and the GPU.
 template <class Pass> int run(const Problem &p, const Pass &pass, sq_dtype dtype, cudaStream_t stream) {
@@ -72,24 +75,24 @@ template <class Pass> int run(const Problem &p, const Pass &pass, sq_dtype dtype
 }  // namespace
 
 extern "C" int sq_attention_forward(void *o, float *lse, const void *q, const void *k, const void *v, int64_t batch,
-                                    int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype,
-                                    sq_stream stream) {
-  const Problem p{batch, seq, heads, kv_heads, dim, scale};
+                                    int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, int32_t window, float scale,
+                                    sq_dtype dtype, sq_stream stream) {
+  const Problem p{batch, seq, heads, kv_heads, dim, scale, window_of(window)};
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
   return run(p, Forward{o, lse, q, k, v}, dtype, cuda_stream(stream));
 }
 
 extern "C" int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, sq_dtype) {
-  const Problem p{batch, seq, heads, kv_heads, dim, 1.f};
+  const Problem p{batch, seq, heads, kv_heads, dim, 1.f, window_of(0)};
   return 2 * batch * heads * p.padded_seq() * (int64_t)sizeof(float);  // delta and lse2
 }
 
 extern "C" int sq_attention_backward(void *dq, void *dk, void *dv, void *workspace, const void *dout, const void *q,
                                      const void *k, const void *v, const void *o, const float *lse, int64_t batch,
-                                     int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype,
-                                     sq_stream stream) {
-  const Problem p{batch, seq, heads, kv_heads, dim, scale};
+                                     int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, int32_t window, float scale,
+                                     sq_dtype dtype, sq_stream stream) {
+  const Problem p{batch, seq, heads, kv_heads, dim, scale, window_of(window)};
   if (!supported(p, dtype)) return cudaErrorInvalidValue;
   if (batch == 0 || seq == 0) return cudaSuccess;
   float *delta = (float *)workspace, *lse2 = delta + batch * heads * p.padded_seq();

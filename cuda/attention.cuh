@@ -13,6 +13,7 @@ struct Problem {
   int64_t batch, seq;
   int32_t heads, kv_heads, dim;
   float scale;
+  int32_t window;  // keys that a query sees at most, its own the last of them; seq or more hides none
 
   __host__ __device__ int32_t group() const { return heads / kv_heads; }
   __host__ __device__ int64_t query_stride() const { return (int64_t)heads * dim; }
@@ -30,6 +31,15 @@ struct Problem {
   __host__ __device__ int64_t padded_seq() const { return (seq + 127) / 128 * 128; }
   __host__ __device__ int64_t padded_offset(int64_t b, int64_t t, int32_t h) const {
     return (b * heads + h) * padded_seq() + t;
+  }
+  // The first tile of TILE keys of which the query at t sees some, where there is a window.
+  template <int TILE> __device__ __forceinline__ int first_tile(int64_t t) const {
+    return t < window ? 0 : int(t + 1 - window) / TILE;
+  }
+  // Queries from the first of `keys` keys at k0 on, up to the last that sees one of them, where there is a window.
+  __device__ __forceinline__ int64_t queries_of(int64_t k0, int keys) const {
+    const int64_t all = seq - k0, seen = (int64_t)keys + window - 1;
+    return seen < all ? seen : all;
   }
 };
 
@@ -77,14 +87,22 @@ constexpr bool kOnlyHopper = true;
 constexpr bool kOnlyHopper = false;
 #endif
 
-// Calls f(Type<T>{}, D) for the 16-bit type and the dim, padded to 64 or 128 in shared memory.
+// Calls f(Type<T>{}, D, WINDOW) for the 16-bit type, the dim, padded to 64 or 128 in shared memory, and whether a window hides keys:
+// kernels without one are compiled without it.
 template <typename F>
-int dispatch_tensor(sq_dtype dtype, int32_t dim, F &&f) {
-  const auto with_dim = [&](auto t) {
-    return dim <= 64 ? f(t, std::integral_constant<int, 64>{}) : f(t, std::integral_constant<int, 128>{});
+int dispatch_tensor(sq_dtype dtype, const Problem &p, F &&f) {
+  const auto with_dim = [&](auto t, auto dim) {
+    return p.window < p.seq ? f(t, dim, std::true_type{}) : f(t, dim, std::false_type{});
   };
-  return dtype == SQ_F16 ? with_dim(Type<__half>{}) : with_dim(Type<__nv_bfloat16>{});
+  const auto with_type = [&](auto t) {
+    return p.dim <= 64 ? with_dim(t, std::integral_constant<int, 64>{}) : with_dim(t, std::integral_constant<int, 128>{});
+  };
+  return dtype == SQ_F16 ? with_type(Type<__half>{}) : with_type(Type<__nv_bfloat16>{});
 }
+
+// Where a running maximum starts. Behind a window, a query may see no key of the first tiles that are walked: its maximum must then
+// be a number, so that hidden scores, of -infinity, count for nothing.
+template <bool WINDOW> constexpr float kNoScore = WINDOW ? -1e30f : -INFINITY;
 
 // Blocks of a one-dimensional grid of `tiles` tiles for each (batch, head); 0 if that is more than a grid holds.
 inline int64_t grid_size(int64_t tiles, int64_t batch, int64_t heads) {
@@ -202,6 +220,16 @@ template <int N> __device__ __forceinline__ void mask(float (&s)[N][4], int ahea
       if (n * 8 + lane % 4 * 2 + e % 2 > ahead + lane / 4 + e / 2 * 8) s[n][e] = hidden;
 }
 
+// Puts `hidden` where a key is before its query's window: `before` is `ahead` less the window.
+template <int N> __device__ __forceinline__ void mask_before(float (&s)[N][4], int before, float hidden) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (n * 8 + lane % 4 * 2 + e % 2 <= before + lane / 4 + e / 2 * 8) s[n][e] = hidden;
+}
+
 // The same of scores held transposed, keys in rows: 0 where a key is after its query. The query of column 0 is `ahead`
 // positions after the key of row 0.
 template <int N> __device__ __forceinline__ void mask_transposed(float (&s)[N][4], int ahead) {
@@ -213,6 +241,16 @@ template <int N> __device__ __forceinline__ void mask_transposed(float (&s)[N][4
       if (lane / 4 + e / 2 * 8 > ahead + n * 8 + lane % 4 * 2 + e % 2) s[n][e] = 0;
 }
 
+// And 0 where a key is before its query's window.
+template <int N> __device__ __forceinline__ void mask_before_transposed(float (&s)[N][4], int before) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (lane / 4 + e / 2 * 8 <= before + n * 8 + lane % 4 * 2 + e % 2) s[n][e] = 0;
+}
+
 // One step of the running softmax, over the scores s of a tile of keys, which become exponentials; shrink receives what the earlier
 // sums must be scaled by. Returns whether a maximum of this lane's rows has grown.
 template <int N>
@@ -220,7 +258,7 @@ __device__ __forceinline__ bool softmax_step(float (&s)[N][4], float (&maximum)[
   bool grown = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = maximum[half];  // finite from the first step on: key 0 is visible to every query
+    float top = maximum[half];  // finite from the first step on: a key of it is visible, or see kNoScore
 #pragma unroll
     for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));

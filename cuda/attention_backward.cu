@@ -75,9 +75,9 @@ template <int M, int N> __device__ __forceinline__ void multiply_each(float (&dp
 }
 
 // Adds what the queries of one stage give, of which the first is `ahead` positions after the warp's first key.
-template <class T, int D, int WARPS>
+template <class T, int D, int WARPS, bool WINDOW>
 __device__ __forceinline__ void add_queries(KeyRows<D> &r, const unsigned char *shared, int stage, uint32_t key_operand,
-                                            uint32_t value_operand, int ahead, float c) {
+                                            uint32_t value_operand, int ahead, int window, float c) {
   using S = KeyShared<D, WARPS>;
   const uint32_t base = shared_address(shared);
   const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
@@ -87,6 +87,7 @@ __device__ __forceinline__ void add_queries(KeyRows<D> &r, const unsigned char *
   multiply_rows<T, D>(s, key_operand, address_b<D>(queries, 0));
   probabilities_transposed(s[0], lse2, c);
   if (ahead < 15) mask_transposed(s[0], ahead);
+  if (WINDOW && ahead + kQueryStep - 1 >= window) mask_before_transposed(s[0], ahead - window);
   multiply_registers<T, D>(r.dv, s, address_a<D>(douts, 0));
   start_transposed(dp[0], delta);
   multiply_rows<T, D>(dp, value_operand, address_b<D>(douts, 0));
@@ -94,7 +95,7 @@ __device__ __forceinline__ void add_queries(KeyRows<D> &r, const unsigned char *
   multiply_registers<T, D>(r.dk, dp, address_a<D>(queries, 0));
 }
 
-template <class T, int D, int WARPS>
+template <class T, int D, int WARPS, bool WINDOW>
 __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward g) {
   using S = KeyShared<D, WARPS>;
   constexpr int kKeys = S::kKeys;
@@ -106,6 +107,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
   const int32_t kv = (int32_t)(blockIdx.x / tiles % p.kv_heads);
   const int64_t b = blockIdx.x / tiles / p.kv_heads;
   const int seq = (int)p.seq, row = threadIdx.x / 32 * 16;  // the warp's first key in the tile
+  const int end = WINDOW ? k0 + (int)p.queries_of(k0, kKeys) : seq;  // behind the last query that sees a key
 
   const int64_t key = p.key_offset(b, k0, kv);
   copy_tile<kKeys, D, WARPS * 32>(base + S::kKey, (const T *)g.k + key, p.key_stride(), seq - k0, p.dim);
@@ -123,12 +125,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) keys_kernel(Problem p, Backward
     __syncthreads();  // this step is here; nobody reads the last one any more
     int next_q0 = q0 + kQueryStep;
     int32_t next_h = h;
-    if (next_q0 >= seq) next_q0 = k0, ++next_h;
+    if (next_q0 >= end) next_q0 = k0, ++next_h;
     const bool more = next_h <= last_head;
     if (more) copy_queries<T, D, WARPS>(base, stage ^ 1, p, g, b, next_h, next_q0);
     const int ahead = q0 - k0 - row;
     // If some query of this step sees some key of this warp.
-    if (ahead + kQueryStep - 1 >= 0) add_queries<T, D, WARPS>(r, shared, stage, key_operand, value_operand, ahead, c);
+    if (ahead + kQueryStep - 1 >= 0 && (!WINDOW || ahead - 15 < p.window)) {
+      add_queries<T, D, WARPS, WINDOW>(r, shared, stage, key_operand, value_operand, ahead, p.window, c);
+    }
     if (!more) break;
     q0 = next_q0, h = next_h, stage ^= 1;
   }
@@ -171,9 +175,9 @@ template <int N> __device__ __forceinline__ void start(float (&c)[N][4], const f
 }
 
 // Adds what the keys of one stage give. The warp's first query is `ahead` positions after the first of them.
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, int stage, uint32_t query_operand, uint32_t dout_operand,
-                                         int ahead, float c) {
+                                         int ahead, int window, float c) {
   using S = QueryShared<D>;
   const uint32_t keys = base + S::kKey + stage * S::kStep, values = base + S::kValue + stage * S::kStep;
   float s[kOperands][kKeyStep / 8][4] = {}, dp[kOperands][kKeyStep / 8][4];
@@ -182,6 +186,7 @@ __device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, int sta
   for (int m = 0; m < kOperands; ++m) {
     probabilities(s[m], r.lse2[m], c);
     if (kKeyStep - 1 > ahead) mask(s[m], ahead + m * 16, 0);
+    if (WINDOW && ahead + kOperands * 16 - 1 >= window) mask_before(s[m], ahead + m * 16 - window, 0);
     start(dp[m], r.delta[m]);
   }
   multiply_rows<T, D>(dp, dout_operand, address_b<D>(values, 0));
@@ -197,7 +202,7 @@ __device__ __forceinline__ void copy_keys(uint32_t base, int stage, const Proble
   copy_tile<kKeyStep, D, kQueryThreads>(base + S::kValue + stage * S::kStep, v, p.key_stride(), rows, p.dim);
 }
 
-template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) queries_kernel(Problem p, Backward g) {
+template <class T, int D, bool WINDOW> __global__ void __launch_bounds__(kQueryThreads, 2) queries_kernel(Problem p, Backward g) {
   using S = QueryShared<D>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
@@ -210,7 +215,8 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
   const T *k = (const T *)g.k + key, *v = (const T *)g.v + key;
   copy_tile<kQueries, D, kQueryThreads>(base + S::kQuery, (const T *)g.q + query, p.query_stride(), seq - q0, p.dim);
   copy_tile<kQueries, D, kQueryThreads>(base + S::kDout, (const T *)g.dout + query, p.query_stride(), seq - q0, p.dim);
-  copy_keys<T, D>(base, 0, p, k, v, seq);
+  const int first = WINDOW ? p.first_tile<kKeyStep>(q0) * kKeyStep : 0;
+  copy_keys<T, D>(base, 0, p, k + first * stride, v + first * stride, seq - first);
   copy_async_commit();
   QueryRows<D> r;
 #pragma unroll
@@ -220,14 +226,15 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
   const float c = p.scale * kLog2e;
   const int end = min(seq, q0 + kQueries);
   int stage = 0;
-  for (int k0 = 0; k0 < end; k0 += kKeyStep, stage ^= 1) {
+  for (int k0 = first; k0 < end; k0 += kKeyStep, stage ^= 1) {
     copy_async_wait<0>();
     __syncthreads();  // this step is here; nobody reads the last one any more
     const int next = k0 + kKeyStep;
     if (next < end) copy_keys<T, D>(base, stage ^ 1, p, k + next * stride, v + next * stride, seq - next);
     copy_async_commit();
     if (k0 > q0 + row + kOperands * 16 - 1) continue;  // no query of this warp sees these keys
-    add_keys<T, D>(r, base, stage, query_operand, dout_operand, q0 + row - k0, c);
+    if (WINDOW && q0 + row - (k0 + kKeyStep - 1) >= p.window) continue;
+    add_keys<T, D, WINDOW>(r, base, stage, query_operand, dout_operand, q0 + row - k0, p.window, c);
   }
 
   const float scale[kOperands][2] = {{p.scale, p.scale}, {p.scale, p.scale}};
@@ -237,26 +244,29 @@ template <class T, int D> __global__ void __launch_bounds__(kQueryThreads, 2) qu
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-template <class T, int D, int WARPS>
+template <class T, int D, int WARPS, bool WINDOW>
 int launch_keys(const Problem &p, const Backward &g, cudaStream_t stream) {
   using S = KeyShared<D, WARPS>;
   const int64_t tiles = ceil_div(p.seq, int64_t(S::kKeys));
-  return launch(keys_kernel<T, D, WARPS>, grid_size(tiles, p.batch, p.kv_heads), WARPS * 32, S::kBytes, stream, p, g);
+  return launch(keys_kernel<T, D, WARPS, WINDOW>, grid_size(tiles, p.batch, p.kv_heads), WARPS * 32, S::kBytes, stream, p, g);
 }
 
 }  // namespace
 
 int sq::tensor_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+  return dispatch_tensor(dtype, p, [&](auto t, auto dim, auto window) -> int {
     if constexpr (kOnlyHopper) {
       return cudaErrorInvalidValue;
     } else {
       using T = typename decltype(t)::type;
       constexpr int D = decltype(dim)::value;
+      constexpr bool kWindow = decltype(window)::value;
       const bool eight = current_gpu().shared_bytes >= KeyShared<D, 8>::kBytes;
-      if (const int status = eight ? launch_keys<T, D, 8>(p, g, stream) : launch_keys<T, D, 4>(p, g, stream)) return status;
+      const int status = eight ? launch_keys<T, D, 8, kWindow>(p, g, stream) : launch_keys<T, D, 4, kWindow>(p, g, stream);
+      if (status != cudaSuccess) return status;
       const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
-      return launch(queries_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kQueryThreads, QueryShared<D>::kBytes, stream, p, g);
+      return launch(queries_kernel<T, D, kWindow>, grid_size(tiles, p.batch, p.heads), kQueryThreads, QueryShared<D>::kBytes, stream, p,
+                    g);
     }
   });
 }

@@ -23,20 +23,24 @@ constexpr int kKeys = 64;
 template <int D> constexpr size_t kSharedBytes = (kQueries + 2 * kKeys) * D * 2;
 
 // What a warp keeps of its rows.
-template <int D> struct Rows {
+template <int D, bool WINDOW> struct Rows {
   float out[kOperands][D / 8][4] = {}, maximum[kOperands][2], sum[kOperands][2] = {};
   __device__ __forceinline__ Rows() {
 #pragma unroll
-    for (int m = 0; m < kOperands; ++m) maximum[m][0] = maximum[m][1] = -INFINITY;
+    for (int m = 0; m < kOperands; ++m) maximum[m][0] = maximum[m][1] = kNoScore<WINDOW>;
   }
 };
 
 // Turns the scores s of a tile of keys into exponentials. `ahead`: how far the warp's first query is after the first key.
-template <int D>
-__device__ __forceinline__ void softmax(Rows<D> &r, float (&s)[kOperands][kKeys / 8][4], int ahead, float c) {
+template <int D, bool WINDOW>
+__device__ __forceinline__ void softmax(Rows<D, WINDOW> &r, float (&s)[kOperands][kKeys / 8][4], int ahead, int window, float c) {
   if (kKeys - 1 > ahead) {
 #pragma unroll
     for (int m = 0; m < kOperands; ++m) mask(s[m], ahead + m * 16, -INFINITY);
+  }
+  if (WINDOW && ahead + kOperands * 16 - 1 >= window) {
+#pragma unroll
+    for (int m = 0; m < kOperands; ++m) mask_before(s[m], ahead + m * 16 - window, -INFINITY);
   }
   float shrink[kOperands][2];
   bool grown = false;
@@ -48,7 +52,7 @@ __device__ __forceinline__ void softmax(Rows<D> &r, float (&s)[kOperands][kKeys 
   }
 }
 
-template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Problem p, Forward f) {
+template <class T, int D, bool WINDOW> __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Problem p, Forward f) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t queries = shared_address(shared), keys = queries + kQueries * D * 2, values = keys + kKeys * D * 2;
   const Tile tile = query_tile<kQueries>(p);
@@ -59,24 +63,26 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
   const int64_t stride = p.key_stride(), key = p.key_offset(b, 0, h / p.group());
   const T *k = (const T *)f.k + key, *v = (const T *)f.v + key;
   copy_tile<kQueries, D, kThreads>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), seq - q0, p.dim);
-  copy_tile<kKeys, D, kThreads>(keys, k, stride, seq, p.dim);
+  const int first = WINDOW ? p.first_tile<kKeys>(q0) * kKeys : 0;
+  copy_tile<kKeys, D, kThreads>(keys, k + first * stride, stride, seq - first, p.dim);
   copy_async_commit();
 
   const uint32_t query_operand = address_a<D>(queries, row), key_operand = address_b<D>(keys, 0),
                  value_operand = address_a<D>(values, 0);
   const float c = p.scale * kLog2e;
-  Rows<D> r;
+  Rows<D, WINDOW> r;
   const int end = min(seq, q0 + kQueries);
-  for (int k0 = 0; k0 < end; k0 += kKeys) {
+  for (int k0 = first; k0 < end; k0 += kKeys) {
     copy_async_wait<0>();
     __syncthreads();  // K is here; nobody reads the last V any more
     copy_tile<kKeys, D, kThreads>(values, v + k0 * stride, stride, seq - k0, p.dim);
     copy_async_commit();
-    const bool visible = k0 <= q0 + row + kOperands * 16 - 1;  // to any row of this warp
+    // To any row of this warp.
+    const bool visible = k0 <= q0 + row + kOperands * 16 - 1 && (!WINDOW || q0 + row - (k0 + kKeys - 1) < p.window);
     float s[kOperands][kKeys / 8][4] = {};
     if (visible) {
       multiply_rows<T, D>(s, query_operand, key_operand);
-      softmax(r, s, q0 + row - k0, c);
+      softmax(r, s, q0 + row - k0, p.window, c);
     }
     copy_async_wait<0>();
     __syncthreads();  // V is here; nobody reads this K any more
@@ -96,14 +102,15 @@ template <class T, int D> __global__ void __launch_bounds__(kThreads, 2) forward
 }  // namespace
 
 int sq::tensor_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+  return dispatch_tensor(dtype, p, [&](auto t, auto dim, auto window) -> int {
     if constexpr (kOnlyHopper) {
       return cudaErrorInvalidValue;
     } else {
       using T = typename decltype(t)::type;
       constexpr int D = decltype(dim)::value;
       const int64_t tiles = ceil_div(p.seq, int64_t(kQueries));
-      return launch(forward_kernel<T, D>, grid_size(tiles, p.batch, p.heads), kThreads, kSharedBytes<D>, stream, p, f);
+      constexpr bool kWindow = decltype(window)::value;
+      return launch(forward_kernel<T, D, kWindow>, grid_size(tiles, p.batch, p.heads), kThreads, kSharedBytes<D>, stream, p, f);
     }
   });
 }

@@ -138,13 +138,18 @@ __device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap &map, u
   for (int part = 0; part < D / 64; ++part) copy_tensor(dst + part * ROWS * 128, &map, barrier, part * 64, head, token, batch);
 }
 
-// Copies the keys and values that queries up to those of tile `tile` see, kOwn at a time; turn counts on. Not unrolled: the
-// copying warp has few registers.
+// The first step of kOwn keys that a tile of kOwn queries walks; the last is that of the tile itself.
+template <bool WINDOW> __device__ __forceinline__ int first_step(const Problem &p, int tile) {
+  return WINDOW ? p.first_tile<kOwn>((int64_t)tile * kOwn) : 0;
+}
+
+// Copies the keys and values that the queries of tile `tile` see, from step `first` on, kOwn at a time; turn counts on. Not unrolled:
+// the copying warp has few registers.
 template <int D, class S, int STAGES>
 __device__ __forceinline__ void copy_keys(uint32_t base, const KeyRings<STAGES> &rings, const CUtensorMap &k, const CUtensorMap &v,
-                                          uint32_t &turn, int tile, int32_t kv, int32_t b) {
+                                          uint32_t &turn, int first, int tile, int32_t kv, int32_t b) {
 #pragma unroll 1
-  for (int step = 0; step <= tile; ++step, ++turn) {
+  for (int step = first; step <= tile; ++step, ++turn) {
     const uint32_t at = base + turn % STAGES * S::kTile;
     copy_box<kOwn, D>(at + S::kKey, k, rings.keys.fill(turn, S::kTile), kv, step * kOwn, b);
     copy_box<kOwn, D>(at + S::kValue, v, rings.values.fill(turn, S::kTile), kv, step * kOwn, b);

@@ -53,8 +53,13 @@ struct QueryRings {
   __device__ __forceinline__ void init() const { own.init(), queries.init(); }
 };
 
+// Behind the last query that sees a tile of keys from k0 on.
+template <bool WINDOW> __device__ __forceinline__ int end_of_queries(const Problem &p, int k0) {
+  return WINDOW ? k0 + (int)p.queries_of(k0, kOwn) : (int)p.seq;
+}
+
 // The copying warp: tiles of keys and values, and for each the queries that see it, of all heads of its group.
-template <int D>
+template <int D, bool WINDOW>
 __device__ __forceinline__ void copy_for_keys(uint32_t base, const QueryRings &rings, const Maps &maps, const Problem &p,
                                               const Schedule &schedule, const Backward &g) {
   using S = KeyShared<D>;
@@ -64,13 +69,13 @@ __device__ __forceinline__ void copy_for_keys(uint32_t base, const QueryRings &r
   for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
     for (int i = 0; i < schedule.count(unit); ++i) {
       const Schedule::Work work = schedule.work(unit, i);
-      const int k0 = work.rank * kOwn, kv = work.head, b = work.batch;
+      const int k0 = work.rank * kOwn, kv = work.head, b = work.batch, end = end_of_queries<WINDOW>(p, k0);
       const uint32_t own = rings.own.fill(tile_turn++, 2 * S::kTile);
       copy_box<kOwn, D>(base + S::kKey, maps.k, own, kv, k0, b);
       copy_box<kOwn, D>(base + S::kValue, maps.v, own, kv, k0, b);
       for (int h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
         const int64_t rows = p.padded_offset(b, 0, h);
-        for (int q0 = k0; q0 < (int)p.seq; q0 += kQueryStep, ++turn) {
+        for (int q0 = k0; q0 < end; q0 += kQueryStep, ++turn) {
           const uint32_t stage = turn % kQueryStages, barrier = rings.queries.fill(turn, 2 * S::kStep + 2 * S::kRowStep);
           copy_box<kQueryStep, D>(base + S::kQuery + stage * S::kStep, maps.q, barrier, h, q0, b);
           copy_box<kQueryStep, D>(base + S::kDout + stage * S::kStep, maps.dout, barrier, h, q0, b);
@@ -100,10 +105,10 @@ __device__ __forceinline__ void score_gradients_transposed(float (&dp)[N][4], co
 
 // Adds what the queries of one stage give. `pending` is the stage whose products may still be running, or -1. The first query is
 // `ahead` positions after the warp's first key; `diagonal`: some key of the warpgroup may be after it.
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __device__ __forceinline__ void add_queries(KeyRows<D> &r, uint32_t base, const unsigned char *aligned, const QueryRings &rings,
                                             uint32_t keys, uint32_t values, int stage, int pending, int ahead, bool diagonal,
-                                            float c) {
+                                            int window, float c) {
   using S = KeyShared<D>;
   const uint32_t queries = base + S::kQuery + stage * S::kStep, douts = base + S::kDout + stage * S::kStep;
   const int column = threadIdx.x % 4 * 2;
@@ -119,6 +124,7 @@ __device__ __forceinline__ void add_queries(KeyRows<D> &r, uint32_t base, const 
   start_rows<T, D, kOwn>(dp, values, douts);
   probabilities_transposed(s, lse2, c);
   if (diagonal) mask_transposed(s, ahead);
+  if (WINDOW && ahead + kQueryStep - 1 >= window) mask_before_transposed(s, ahead - window);
   pack_operands<T>(left, s);
   start_registers<T, D>(r.dv[0], left, douts);
   group_wait<1>();  // dP^T
@@ -131,7 +137,7 @@ __device__ __forceinline__ void add_queries(KeyRows<D> &r, uint32_t base, const 
 }
 
 // A computing warp: its rows of every tile of keys.
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __device__ __forceinline__ void compute_for_keys(uint32_t base, const unsigned char *aligned, const QueryRings &rings, int group,
                                                  const Problem &p, const Schedule &schedule, const Backward &g) {
   using S = KeyShared<D>;
@@ -143,7 +149,7 @@ __device__ __forceinline__ void compute_for_keys(uint32_t base, const unsigned c
   for (unsigned unit = blockIdx.x; unit < schedule.units; unit = schedule.next(unit)) {
     for (int i = 0; i < schedule.count(unit); ++i) {
       const Schedule::Work work = schedule.work(unit, i);
-      const int k0 = work.rank * kOwn;
+      const int k0 = work.rank * kOwn, end = end_of_queries<WINDOW>(p, k0);
       KeyRows<D> r;
       rings.own.wait(tile_turn++);
       for (int h = 0; h < p.group(); ++h) {
@@ -153,10 +159,11 @@ __device__ __forceinline__ void compute_for_keys(uint32_t base, const unsigned c
           rings.queries.release(turn++);
           q0 += kQueryStep;
         }
-        for (; q0 < seq; q0 += kQueryStep, ++turn) {
+        for (; q0 < end; q0 += kQueryStep, ++turn) {
           const int stage = (int)(turn % kQueryStages);
           rings.queries.wait(turn);
-          add_queries<T, D>(r, base, aligned, rings, keys, values, stage, pending, q0 - k0 - row, k0 + first + 63 > q0, c);
+          add_queries<T, D, WINDOW>(r, base, aligned, rings, keys, values, stage, pending, q0 - k0 - row, k0 + first + 63 > q0,
+                                    p.window, c);
           pending = stage;
         }
         group_wait<0>();
@@ -174,7 +181,7 @@ __device__ __forceinline__ void compute_for_keys(uint32_t base, const unsigned c
 
 #endif  // SQ_HOPPER
 
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __global__ void __launch_bounds__(kThreads, 1)
     keys_kernel(const __grid_constant__ Maps maps, Problem p, Schedule schedule, Backward g) {
 #if SQ_HOPPER
@@ -184,8 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const QueryRings rings(barriers);
   init_barriers(rings);
   const int group = warpgroup();
-  if (group == 0) return copy_for_keys<D>(base, rings, maps, p, schedule, g);
-  compute_for_keys<T, D>(base, dynamic + (base - shared_address(dynamic)), rings, group, p, schedule, g);
+  if (group == 0) return copy_for_keys<D, WINDOW>(base, rings, maps, p, schedule, g);
+  compute_for_keys<T, D, WINDOW>(base, dynamic + (base - shared_address(dynamic)), rings, group, p, schedule, g);
 #endif
 }
 
@@ -208,7 +215,7 @@ template <int D> struct QueryShared {  // byte offsets
 #if SQ_HOPPER
 
 // The copying warp: tiles of queries, and for each the keys and values that it sees.
-template <int D>
+template <int D, bool WINDOW>
 __device__ __forceinline__ void copy_for_queries(uint32_t base, const KeyRings<kKeyStages> &rings, const Maps &maps,
                                                  const Problem &p, const Schedule &schedule) {
   using S = QueryShared<D>;
@@ -222,7 +229,7 @@ __device__ __forceinline__ void copy_for_queries(uint32_t base, const KeyRings<k
       const uint32_t own = rings.own.fill(tile_turn++, 2 * S::kTile);
       copy_box<kOwn, D>(base + S::kQuery, maps.q, own, h, tile * kOwn, b);
       copy_box<kOwn, D>(base + S::kDout, maps.dout, own, h, tile * kOwn, b);
-      copy_keys<D, S>(base, rings, maps.k, maps.v, turn, tile, h / p.group(), b);
+      copy_keys<D, S>(base, rings, maps.k, maps.v, turn, first_step<WINDOW>(p, tile), tile, h / p.group(), b);
     }
   }
 }
@@ -242,9 +249,10 @@ __device__ __forceinline__ void score_gradients(float (&dp)[N][4], const float (
 }
 
 // Adds what the keys of `turn` give, the first of the tile's or not. `row`: the warp's first row in the tile.
-template <class T, int D>
+// `before`: how far that row's query is after the first key, less the window.
+template <class T, int D, bool WINDOW>
 __device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, const KeyRings<kKeyStages> &rings, uint32_t queries,
-                                         uint32_t douts, uint32_t turn, bool first, bool diagonal, int row, float c) {
+                                         uint32_t douts, uint32_t turn, bool first, bool diagonal, int row, int before, float c) {
   using S = QueryShared<D>;
   const uint32_t stage = turn % kKeyStages, keys = base + S::kKey + stage * S::kTile, values = base + S::kValue + stage * S::kTile;
   float s[kOwn / 8][4], dp[kOwn / 8][4];
@@ -259,6 +267,7 @@ __device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, const K
   start_rows<T, D, kOwn>(dp, douts, values);
   probabilities(s, r.lse2, c);
   if (diagonal) mask(s, row, 0);
+  if (WINDOW && before + 15 >= 0) mask_before(s, before, 0);
   group_wait<0>();  // dP
   pin(dp);
   rings.values.release(turn);
@@ -268,7 +277,7 @@ __device__ __forceinline__ void add_keys(QueryRows<D> &r, uint32_t base, const K
 }
 
 // A computing warp: its rows of every tile of queries.
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __device__ __forceinline__ void compute_for_queries(uint32_t base, const KeyRings<kKeyStages> &rings, int group, const Problem &p,
                                                     const Schedule &schedule, const Backward &g) {
   using S = QueryShared<D>;
@@ -284,8 +293,10 @@ __device__ __forceinline__ void compute_for_queries(uint32_t base, const KeyRing
       QueryRows<D> r;
       load_statistics(r.lse2, r.delta, p, g, b, (int64_t)tile * kOwn + row, h);
       rings.own.wait(tile_turn++);
-      for (int step = 0; step <= tile; ++step, ++turn) {
-        add_keys<T, D>(r, base, rings, queries, douts, turn, step == 0, step == tile, row, c);
+      const int start = first_step<WINDOW>(p, tile);
+      for (int step = start; step <= tile; ++step, ++turn) {
+        const int before = (tile - step) * kOwn + row - p.window;
+        add_keys<T, D, WINDOW>(r, base, rings, queries, douts, turn, step == start, step == tile, row, before, c);
       }
       group_wait<0>();
       pin(r.dq[0]);
@@ -300,7 +311,7 @@ __device__ __forceinline__ void compute_for_queries(uint32_t base, const KeyRing
 
 #endif  // SQ_HOPPER
 
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __global__ void __launch_bounds__(kThreads, 1)
     queries_kernel(const __grid_constant__ Maps maps, Problem p, Schedule schedule, Backward g) {
 #if SQ_HOPPER
@@ -310,8 +321,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const KeyRings<kKeyStages> rings(barriers);
   init_barriers(rings);
   const int group = warpgroup();
-  if (group == 0) return copy_for_queries<D>(base, rings, maps, p, schedule);
-  compute_for_queries<T, D>(base, rings, group, p, schedule, g);
+  if (group == 0) return copy_for_queries<D, WINDOW>(base, rings, maps, p, schedule);
+  compute_for_queries<T, D, WINDOW>(base, rings, group, p, schedule, g);
 #endif
 }
 
@@ -331,16 +342,19 @@ int prepare(Maps &maps, Schedule &schedule, unsigned &blocks, const Problem &p, 
 }  // namespace
 
 int sq::hopper_attention(const Problem &p, const Backward &g, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+  return dispatch_tensor(dtype, p, [&](auto t, auto dim, auto window) -> int {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(dim)::value;
     Maps maps;
     Schedule schedule;
     unsigned blocks = 0;
+    constexpr bool kWindow = decltype(window)::value;
     int status = prepare(maps, schedule, blocks, p, g, dtype, p.kv_heads, kQueryStep, kOwn);
-    if (status == 0) status = launch(keys_kernel<T, D>, blocks, kThreads, KeyShared<D>::kBytes, stream, maps, p, schedule, g);
+    if (status == 0) status = launch(keys_kernel<T, D, kWindow>, blocks, kThreads, KeyShared<D>::kBytes, stream, maps, p, schedule, g);
     if (status == 0) status = prepare(maps, schedule, blocks, p, g, dtype, p.heads, kOwn, kOwn);
-    if (status == 0) status = launch(queries_kernel<T, D>, blocks, kThreads, QueryShared<D>::kBytes, stream, maps, p, schedule, g);
+    if (status == 0) {
+      status = launch(queries_kernel<T, D, kWindow>, blocks, kThreads, QueryShared<D>::kBytes, stream, maps, p, schedule, g);
+    }
     return status;
   });
 }

@@ -36,7 +36,7 @@ struct Maps {
 using Rings = KeyRings<kStages>;
 
 // The copying warp: tiles of queries, and for each the keys and values that it sees.
-template <int D>
+template <int D, bool WINDOW>
 __device__ __forceinline__ void copy(uint32_t base, const Rings &rings, const Maps &maps, const Problem &p,
                                      const Schedule &schedule) {
   using S = Shared<D>;
@@ -48,21 +48,28 @@ __device__ __forceinline__ void copy(uint32_t base, const Rings &rings, const Ma
       const Schedule::Work work = schedule.work(unit, i);
       const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
       copy_box<kQueries, D>(base + S::kQuery, maps.q, rings.own.fill(tile_turn++, S::kTile), h, tile * kQueries, b);
-      copy_keys<D, S>(base, rings, maps.k, maps.v, turn, tile, h / p.group(), b);
+      copy_keys<D, S>(base, rings, maps.k, maps.v, turn, first_step<WINDOW>(p, tile), tile, h / p.group(), b);
     }
   }
 }
 
 // What a computing warp keeps of its rows of one tile of queries.
-template <int D> struct Rows {
-  float out[1][D / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+template <int D, bool WINDOW> struct Rows {
+  float out[1][D / 8][4] = {}, maximum[2] = {kNoScore<WINDOW>, kNoScore<WINDOW>}, sum[2] = {};
   uint32_t weights[kKeys / 16][4];  // of the step whose product with V is to come
 };
 
-// Scores of the first keys, and their weights. `row`: the warp's first row in the tile.
-template <class T, int D>
-__device__ __forceinline__ void first_step(Rows<D> &r, uint32_t base, const Rings &rings, uint32_t queries, uint32_t turn,
-                                           bool diagonal, int row, float c) {
+// Hides what the queries of a warp do not see. `row`: the warp's first row in the tile. `before`: how far its query is after the first
+// key, less the window.
+template <bool WINDOW> __device__ __forceinline__ void hide(float (&s)[kKeys / 8][4], bool diagonal, int row, int before) {
+  if (diagonal) mask(s, row, -INFINITY);
+  if (WINDOW && before + 15 >= 0) mask_before(s, before, -INFINITY);
+}
+
+// Scores of the first keys, and their weights.
+template <class T, int D, bool WINDOW>
+__device__ __forceinline__ void start_keys(Rows<D, WINDOW> &r, uint32_t base, const Rings &rings, uint32_t queries, uint32_t turn,
+                                           bool diagonal, int row, int before, float c) {
   using S = Shared<D>;
   float s[kKeys / 8][4], shrink[2];
   rings.keys.wait(turn);
@@ -70,15 +77,15 @@ __device__ __forceinline__ void first_step(Rows<D> &r, uint32_t base, const Ring
   group_wait<0>();
   pin(s);
   rings.keys.release(turn);
-  if (diagonal) mask(s, row, -INFINITY);
+  hide<WINDOW>(s, diagonal, row, before);
   softmax_step(s, r.maximum, r.sum, shrink, c);
   pack_operands<T>(r.weights, s);
 }
 
 // Scores and weights of the keys of `turn`, while the values of the turn before are added up.
-template <class T, int D>
-__device__ __forceinline__ void next_step(Rows<D> &r, uint32_t base, const Rings &rings, uint32_t queries, uint32_t turn,
-                                          bool diagonal, int row, float c) {
+template <class T, int D, bool WINDOW>
+__device__ __forceinline__ void next_keys(Rows<D, WINDOW> &r, uint32_t base, const Rings &rings, uint32_t queries, uint32_t turn,
+                                          bool diagonal, int row, int before, float c) {
   using S = Shared<D>;
   float s[kKeys / 8][4], shrink[2];
   const uint32_t last = turn - 1;
@@ -89,7 +96,7 @@ __device__ __forceinline__ void next_step(Rows<D> &r, uint32_t base, const Rings
   group_wait<1>();
   pin(s);
   rings.keys.release(turn);
-  if (diagonal) mask(s, row, -INFINITY);
+  hide<WINDOW>(s, diagonal, row, before);
   const bool grown = __any_sync(~0u, softmax_step(s, r.maximum, r.sum, shrink, c));
   group_wait<0>();
   pin(r.out[0]);
@@ -99,7 +106,7 @@ __device__ __forceinline__ void next_step(Rows<D> &r, uint32_t base, const Rings
 }
 
 // A computing warp: its rows of every tile of queries.
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __device__ __forceinline__ void compute(uint32_t base, const Rings &rings, int group, const Problem &p, const Schedule &schedule,
                                         T *o, float *lse) {
   using S = Shared<D>;
@@ -113,10 +120,13 @@ __device__ __forceinline__ void compute(uint32_t base, const Rings &rings, int g
       const Schedule::Work work = schedule.work(unit, i);
       const int tile = schedule.tiles - 1 - work.rank, h = work.head, b = work.batch;
       const int64_t first = (int64_t)tile * kQueries + row;
-      Rows<D> r;
+      const int start = first_step<WINDOW>(p, tile);
+      const auto before = [&](int step) { return (tile - step) * kKeys + row - p.window; };
+      Rows<D, WINDOW> r;
       rings.own.wait(tile_turn++);
-      first_step<T, D>(r, base, rings, queries, turn, tile == 0, row, c);
-      for (int step = 1; step <= tile; ++step) next_step<T, D>(r, base, rings, queries, ++turn, step == tile, row, c);
+      start_keys<T, D>(r, base, rings, queries, turn, tile == start, row, before(start), c);
+      for (int step = start + 1; step <= tile; ++step)
+        next_keys<T, D>(r, base, rings, queries, ++turn, step == tile, row, before(step), c);
       rings.own.release(0);
   
       rings.values.wait(turn);
@@ -134,7 +144,7 @@ __device__ __forceinline__ void compute(uint32_t base, const Rings &rings, int g
 
 #endif  // SQ_HOPPER
 
-template <class T, int D>
+template <class T, int D, bool WINDOW>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Maps maps, Problem p, Schedule schedule,
                                                               T *o, float *lse) {
 #if SQ_HOPPER
@@ -144,15 +154,15 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   const Rings rings(barriers);
   init_barriers(rings);
   const int group = warpgroup();
-  if (group == 0) return copy<D>(base, rings, maps, p, schedule);
-  compute<T, D>(base, rings, group, p, schedule, o, lse);
+  if (group == 0) return copy<D, WINDOW>(base, rings, maps, p, schedule);
+  compute<T, D, WINDOW>(base, rings, group, p, schedule, o, lse);
 #endif
 }
 
 }  // namespace
 
 int sq::hopper_attention(const Problem &p, const Forward &f, sq_dtype dtype, cudaStream_t stream) {
-  return dispatch_tensor(dtype, p.dim, [&](auto t, auto dim) -> int {
+  return dispatch_tensor(dtype, p, [&](auto t, auto dim, auto window) -> int {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(dim)::value;
     Maps maps;
@@ -163,6 +173,7 @@ int sq::hopper_attention(const Problem &p, const Forward &f, sq_dtype dtype, cud
     if (status == 0) status = make_map(maps.k, f.k, dtype, p, p.kv_heads, kKeys);
     if (status == 0) status = make_map(maps.v, f.v, dtype, p, p.kv_heads, kKeys);
     if (status != 0) return status;
-    return launch(forward_kernel<T, D>, blocks, kThreads, Shared<D>::kBytes, stream, maps, p, schedule, (T *)f.o, f.lse);
+    constexpr bool kWindow = decltype(window)::value;
+    return launch(forward_kernel<T, D, kWindow>, blocks, kThreads, Shared<D>::kBytes, stream, maps, p, schedule, (T *)f.o, f.lse);
   });
 }

@@ -143,10 +143,14 @@ __device__ __forceinline__ float row_sum(float x) {
   return x;
 }
 
-// Whether the key of the thread's column j, in a tile from k0 on, is after the query of its row i, in one from q0 on.
-__device__ __forceinline__ bool hidden(int64_t q0, int i, int64_t k0, int j) {
-  return k0 + threadIdx.x % 16 + 16 * j > q0 + threadIdx.x / 16 + 16 * i;
+// Whether a query does not see a key: it is after the query, or before its window.
+template <bool WINDOW> __device__ __forceinline__ bool hidden(int64_t query, int64_t key, int window) {
+  return key > query || (WINDOW && query - key >= window);
 }
+
+// The place of a thread's i-th row, and of its j-th column, in tiles from `first` on.
+__device__ __forceinline__ int64_t row_at(int64_t first, int i) { return first + threadIdx.x / 16 + 16 * i; }
+__device__ __forceinline__ int64_t column_at(int64_t first, int j) { return first + threadIdx.x % 16 + 16 * j; }
 
 template <int N> __device__ __forceinline__ void fill(float (&c)[N], float x) {
 #pragma unroll
@@ -168,23 +172,23 @@ __device__ __forceinline__ void load_statistics(float (&lse)[N], float (&delta)[
 // Forward: one block a tile of queries, the longest rows first ---------------------------------------------------
 
 // What a thread keeps of its rows.
-template <class G> struct Rows {
+template <class G, bool WINDOW> struct Rows {
   float out[G::kOwn][G::kColumns] = {}, maximum[G::kOwn], sum[G::kOwn];
   __device__ __forceinline__ Rows() {
-    fill(maximum, -INFINITY);
+    fill(maximum, kNoScore<WINDOW>);
     fill(sum, 0);
   }
 };
 
 // The running softmax over the scores s of a tile of keys from k0 on, which become exponentials.
-template <class G>
-__device__ __forceinline__ void softmax(Rows<G> &r, float (&s)[G::kOwn][G::kOwn], int64_t q0, int64_t k0, float scale) {
+template <class G, bool WINDOW>
+__device__ __forceinline__ void softmax(Rows<G, WINDOW> &r, float (&s)[G::kOwn][G::kOwn], int64_t q0, int64_t k0, const Problem &p) {
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) {
-    float top = r.maximum[i];  // finite from the first tile on: key 0 is visible to every query
+    float top = r.maximum[i];  // finite from the first tile on: a key of it is visible, or see kNoScore
 #pragma unroll
     for (int j = 0; j < G::kOwn; ++j) {
-      s[i][j] = hidden(q0, i, k0, j) ? -INFINITY : s[i][j] * scale;
+      s[i][j] = hidden<WINDOW>(row_at(q0, i), column_at(k0, j), p.window) ? -INFINITY : s[i][j] * p.scale;
       top = fmaxf(top, s[i][j]);
     }
     top = row_max(top);
@@ -200,8 +204,8 @@ __device__ __forceinline__ void softmax(Rows<G> &r, float (&s)[G::kOwn][G::kOwn]
 }
 
 // Its end: factor = 1 / sum, and lse of the rows from query q0 on.
-template <class G>
-__device__ __forceinline__ void softmax_end(float (&factor)[G::kOwn], const Rows<G> &r, float *lse, const Problem &p, int64_t b,
+template <class G, bool WINDOW>
+__device__ __forceinline__ void softmax_end(float (&factor)[G::kOwn], const Rows<G, WINDOW> &r, float *lse, const Problem &p, int64_t b,
                                             int64_t q0, int32_t h) {
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i) {
@@ -212,7 +216,12 @@ __device__ __forceinline__ void softmax_end(float (&factor)[G::kOwn], const Rows
   }
 }
 
-template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Forward f) {
+// Where the keys begin that the queries from q0 on walk, at a whole tile.
+template <int TILE, bool WINDOW> __device__ __forceinline__ int64_t begin_of_keys(const Problem &p, int64_t q0) {
+  return WINDOW ? (int64_t)p.first_tile<TILE>(q0) * TILE : 0;
+}
+
+template <class T, int D, int TILE, bool WINDOW> __global__ void __launch_bounds__(kThreads) forward_kernel(Problem p, Forward f) {
   using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *queries = shared, *keys = queries + G::kTileFloats, *scores = keys + G::kTileFloats;
@@ -220,15 +229,15 @@ template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) 
   const int64_t q0 = tile.first, b = tile.batch;
   const int32_t h = tile.head, kv = h / p.group();
   load_tile<G, D>(queries, (const T *)f.q + p.query_offset(b, q0, h), p.query_stride(), p.seq - q0, p.dim);
-  Rows<G> r;
-  for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
+  Rows<G, WINDOW> r;
+  for (int64_t k0 = begin_of_keys<TILE, WINDOW>(p, q0); k0 <= q0; k0 += TILE) {
     const int64_t key = p.key_offset(b, k0, kv);
     __syncthreads();
     load_tile<G, D>(keys, (const T *)f.k + key, p.key_stride(), p.seq - k0, p.dim);
     __syncthreads();
     float s[G::kOwn][G::kOwn];
     dot_rows<G, D>(s, queries, keys);
-    softmax(r, s, q0, k0, p.scale);
+    softmax(r, s, q0, k0, p);
     put_scores<G>(scores, s);
     __syncthreads();
     load_tile<G, D>(keys, (const T *)f.v + key, p.key_stride(), p.seq - k0, p.dim);
@@ -248,18 +257,17 @@ template <class G> struct KeyRows {
 };
 
 // Adds what a tile of queries from q0 on gives, with lse and delta of the thread's columns. The tiles are in shared memory.
-template <class G, int D>
+template <class G, int D, bool WINDOW>
 __device__ __forceinline__ void add_queries(KeyRows<G> &r, const float *keys, const float *values, const float *queries,
                                             const float *douts, float *scores, const float (&lse)[G::kOwn],
-                                            const float (&delta)[G::kOwn], int64_t k0, int64_t q0, float scale) {
+                                            const float (&delta)[G::kOwn], int64_t k0, int64_t q0, const Problem &p) {
   float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
   dot_rows<G, D>(s, keys, queries);
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i)
 #pragma unroll
     for (int j = 0; j < G::kOwn; ++j) {
-      const bool after = k0 + threadIdx.x / 16 + 16 * i > q0 + threadIdx.x % 16 + 16 * j;
-      s[i][j] = after ? 0.f : expf(s[i][j] * scale - lse[j]);
+      s[i][j] = hidden<WINDOW>(column_at(q0, j), row_at(k0, i), p.window) ? 0.f : expf(s[i][j] * p.scale - lse[j]);
     }
   put_scores<G>(scores, s);
   dot_rows<G, D>(dp, values, douts);
@@ -275,7 +283,7 @@ __device__ __forceinline__ void add_queries(KeyRows<G> &r, const float *keys, co
   accumulate<G>(r.dk, scores, queries);
 }
 
-template <class T, int D, int TILE>
+template <class T, int D, int TILE, bool WINDOW>
 __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kernel(Problem p, Backward g) {
   using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
@@ -288,9 +296,10 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kerne
   const int64_t b = blockIdx.x % all / p.kv_heads, key = p.key_offset(b, k0, kv);
   load_tile<G, D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
   load_tile<G, D>(values, (const T *)g.v + key, p.key_stride(), p.seq - k0, p.dim);
+  const int64_t end = WINDOW ? k0 + p.queries_of(k0, TILE) : p.seq;
   KeyRows<G> r;
   for (int32_t h = kv * p.group(); h < (kv + 1) * p.group(); ++h) {
-    for (int64_t q0 = k0; q0 < p.seq; q0 += TILE) {
+    for (int64_t q0 = k0; q0 < end; q0 += TILE) {
       const int64_t query = p.query_offset(b, q0, h);
       __syncthreads();
       load_tile<G, D>(queries, (const T *)g.q + query, p.query_stride(), p.seq - q0, p.dim);
@@ -298,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kerne
       float lse[G::kOwn], delta[G::kOwn];
       load_statistics(lse, delta, p, g, b, q0, threadIdx.x % 16, h);
       __syncthreads();
-      add_queries<G, D>(r, keys, values, queries, douts, scores, lse, delta, k0, q0, p.scale);
+      add_queries<G, D, WINDOW>(r, keys, values, queries, douts, scores, lse, delta, k0, q0, p);
     }
   }
   float one[G::kOwn], scale[G::kOwn];
@@ -311,18 +320,20 @@ __global__ void __launch_bounds__(kThreads, D <= 64 ? 2 : 1) backward_keys_kerne
 // dQ: one block a tile of queries --------------------------------------------------------------------------------
 
 // dS = P * (dP - delta) of a tile of keys from k0 on, in place of the scores s.
-template <class G>
+template <class G, bool WINDOW>
 __device__ __forceinline__ void score_gradients(float (&s)[G::kOwn][G::kOwn], const float (&dp)[G::kOwn][G::kOwn],
                                                 const float (&lse)[G::kOwn], const float (&delta)[G::kOwn], int64_t q0, int64_t k0,
-                                                float scale) {
+                                                const Problem &p) {
 #pragma unroll
   for (int i = 0; i < G::kOwn; ++i)
 #pragma unroll
-    for (int j = 0; j < G::kOwn; ++j)
-      s[i][j] = hidden(q0, i, k0, j) ? 0.f : expf(s[i][j] * scale - lse[i]) * (dp[i][j] - delta[i]);
+    for (int j = 0; j < G::kOwn; ++j) {
+      const bool not_seen = hidden<WINDOW>(row_at(q0, i), column_at(k0, j), p.window);
+      s[i][j] = not_seen ? 0.f : expf(s[i][j] * p.scale - lse[i]) * (dp[i][j] - delta[i]);
+    }
 }
 
-template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) backward_queries_kernel(Problem p, Backward g) {
+template <class T, int D, int TILE, bool WINDOW> __global__ void __launch_bounds__(kThreads) backward_queries_kernel(Problem p, Backward g) {
   using G = Geometry<D, TILE>;
   extern __shared__ __align__(16) float shared[];
   float *queries = shared, *douts = queries + G::kTileFloats, *keys = douts + G::kTileFloats,
@@ -336,7 +347,7 @@ template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) 
   float lse[G::kOwn], delta[G::kOwn], scale[G::kOwn];
   load_statistics(lse, delta, p, g, b, q0, threadIdx.x / 16, h);
   float dq[G::kOwn][G::kColumns] = {};
-  for (int64_t k0 = 0; k0 <= q0; k0 += TILE) {
+  for (int64_t k0 = begin_of_keys<TILE, WINDOW>(p, q0); k0 <= q0; k0 += TILE) {
     const int64_t key = p.key_offset(b, k0, kv);
     __syncthreads();
     load_tile<G, D>(keys, (const T *)g.k + key, p.key_stride(), p.seq - k0, p.dim);
@@ -345,7 +356,7 @@ template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) 
     float s[G::kOwn][G::kOwn], dp[G::kOwn][G::kOwn];
     dot_rows<G, D>(s, queries, keys);
     dot_rows<G, D>(dp, douts, values);
-    score_gradients<G>(s, dp, lse, delta, q0, k0, p.scale);
+    score_gradients<G, WINDOW>(s, dp, lse, delta, q0, k0, p);
     put_scores<G>(scores, s);
     __syncthreads();
     accumulate<G>(dq, scores, keys);
@@ -356,39 +367,43 @@ template <class T, int D, int TILE> __global__ void __launch_bounds__(kThreads) 
 
 // Launchers ------------------------------------------------------------------------------------------------------
 
-template <class T, int D, int TILE> int launch_tiles(const Problem &p, const Forward &f, cudaStream_t stream) {
+template <class T, int D, int TILE, bool WINDOW> int launch_tiles(const Problem &p, const Forward &f, cudaStream_t stream) {
   const int64_t blocks = grid_size(ceil_div(p.seq, int64_t(TILE)), p.batch, p.heads);
-  return launch(forward_kernel<T, D, TILE>, blocks, kThreads, Geometry<D, TILE>::bytes(kForwardTiles), stream, p, f);
+  return launch(forward_kernel<T, D, TILE, WINDOW>, blocks, kThreads, Geometry<D, TILE>::bytes(kForwardTiles), stream, p, f);
 }
 
-template <class T, int D, int TILE> int launch_tiles(const Problem &p, const Backward &g, cudaStream_t stream) {
+template <class T, int D, int TILE, bool WINDOW> int launch_tiles(const Problem &p, const Backward &g, cudaStream_t stream) {
   constexpr int kBytes = Geometry<D, TILE>::bytes(kBackwardTiles);
   const int64_t tiles = ceil_div(p.seq, int64_t(TILE));
   const int64_t keys = grid_size(tiles, p.batch, p.kv_heads), queries = grid_size(tiles, p.batch, p.heads);
-  if (const int status = launch(backward_keys_kernel<T, D, TILE>, keys, kThreads, kBytes, stream, p, g)) return status;
-  return launch(backward_queries_kernel<T, D, TILE>, queries, kThreads, kBytes, stream, p, g);
+  if (const int status = launch(backward_keys_kernel<T, D, TILE, WINDOW>, keys, kThreads, kBytes, stream, p, g)) return status;
+  return launch(backward_queries_kernel<T, D, TILE, WINDOW>, queries, kThreads, kBytes, stream, p, g);
 }
 
 // Smaller tiles of long rows in the backward pass where the device has no shared memory for the larger.
-template <class T, int D, class Pass> int choose_tile(const Problem &p, const Pass &pass, cudaStream_t stream) {
+template <class T, int D, bool WINDOW, class Pass> int choose_tile(const Problem &p, const Pass &pass, cudaStream_t stream) {
   constexpr int kTile = D <= 128 ? 64 : 32;
   if constexpr (!kOnlyHopper && D >= 128 && std::is_same_v<Pass, Backward>) {
     const bool fits = Geometry<D, kTile>::bytes(kBackwardTiles) <= current_gpu().shared_bytes;
-    if (!fits) return launch_tiles<T, D, kTile / 2>(p, pass, stream);
+    if (!fits) return launch_tiles<T, D, kTile / 2, WINDOW>(p, pass, stream);
   }
-  return launch_tiles<T, D, kTile>(p, pass, stream);
+  return launch_tiles<T, D, kTile, WINDOW>(p, pass, stream);
 }
 
 // Forward or Backward. In 16 bits a short row comes here only if its dim is no multiple of 8: not worth kernels of its own.
-template <class Pass> int run(const Problem &p, const Pass &pass, sq_dtype dtype, cudaStream_t stream) {
+template <bool WINDOW, class Pass> int choose(const Problem &p, const Pass &pass, sq_dtype dtype, cudaStream_t stream) {
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if constexpr (sizeof(T) == 4) {
-      if (p.dim <= 32) return choose_tile<T, 32>(p, pass, stream);
-      if (p.dim <= 64) return choose_tile<T, 64>(p, pass, stream);
+      if (p.dim <= 32) return choose_tile<T, 32, WINDOW>(p, pass, stream);
+      if (p.dim <= 64) return choose_tile<T, 64, WINDOW>(p, pass, stream);
     }
-    return p.dim <= 128 ? choose_tile<T, 128>(p, pass, stream) : choose_tile<T, 256>(p, pass, stream);
+    return p.dim <= 128 ? choose_tile<T, 128, WINDOW>(p, pass, stream) : choose_tile<T, 256, WINDOW>(p, pass, stream);
   });
+}
+
+template <class Pass> int run(const Problem &p, const Pass &pass, sq_dtype dtype, cudaStream_t stream) {
+  return p.window < p.seq ? choose<true>(p, pass, dtype, stream) : choose<false>(p, pass, dtype, stream);
 }
 
 }  // namespace

@@ -146,25 +146,27 @@ int sq_rope(void *y, const void *x, const float *cosine, const float *sine, int6
 /* attention.cu, attention_*.cu -------------------------------------------------------------------------------- */
 
 /* Causal attention. q, o [batch*seq, heads, dim]; k, v [batch*seq, kv_heads, dim]; query head h reads kv head
- * h / (heads / kv_heads). lse [batch, heads, seq] receives the natural log-sum-exp of the scaled scores.
- * dim in {8, 16, 32, 64, 80, 96, 128, 256} at least; scale is the factor on q k^T. */
+ * h / (heads / kv_heads). A query sees the last `window` keys up to its own; all of them for 0. lse [batch, heads, seq] receives the
+ * natural log-sum-exp of the scaled scores. dim in {8, 16, 32, 64, 80, 96, 128, 256} at least; scale is the factor on q k^T. */
 int sq_attention_forward(void *o, float *lse, const void *q, const void *k, const void *v, int64_t batch, int64_t seq,
-                         int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
+                         int32_t heads, int32_t kv_heads, int32_t dim, int32_t window, float scale, sq_dtype dtype,
+                         sq_stream stream);
 
 /* Gradients of the above, deterministic. workspace: sq_attention_workspace(..) bytes. */
 int64_t sq_attention_workspace(int64_t batch, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, sq_dtype dtype);
 int sq_attention_backward(void *dq, void *dk, void *dv, void *workspace, const void *dout, const void *q, const void *k,
                           const void *v, const void *o, const float *lse, int64_t batch, int64_t seq, int32_t heads,
-                          int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
+                          int32_t kv_heads, int32_t dim, int32_t window, float scale, sq_dtype dtype, sq_stream stream);
 
 /* segment_attention.cu ---------------------------------------------------------------------------------------- */
 
 /* Attention of segments that may share a prefix, without gradients. q, o [tokens, heads, dim]; k, v [rows, kv_heads, dim], dim at
  * most 256. chunks [count, 6]: up to 8 queries of one segment each: first query, queries, first row of the prefix in k and v, rows of
  * the prefix, row of the segment's first own key, queries of the segment before the chunk. A query reads its segment's prefix, then
- * the own keys up to its place. */
+ * the own keys up to its place; of all these the last `window`, or all for 0. */
 int sq_segment_attention(void *o, const void *q, const void *k, const void *v, const uint32_t *chunks, int64_t count,
-                         int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream);
+                         int32_t heads, int32_t kv_heads, int32_t dim, int32_t window, float scale, sq_dtype dtype,
+                         sq_stream stream);
 
 /* swiglu.cu --------------------------------------------------------------------------------------------------- */
 

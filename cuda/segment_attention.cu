@@ -2,6 +2,8 @@
 //
 // A row is a query of one head of the group that reads this key-value head. Eight warps own four rows each, and take the keys
 // thirty-two at a time: for scores a lane is a key, for sums a lane is columns lane, lane + 32, ...
+#include <climits>
+
 #include "common.cuh"
 
 namespace {
@@ -26,7 +28,9 @@ struct Chunk {
   __device__ explicit Chunk(const uint32_t *fields)
       : first(fields[0]), count(int(fields[1])), prefix(fields[2]), prefix_keys(int(fields[3])), own(fields[4]),
         offset(int(fields[5])) {}
+  // Behind the last key that a query sees; the first is less than `window` before it.
   __device__ int keys_of(int query) const { return prefix_keys + offset + query + 1; }
+  __device__ int first_of(int query, int window) const { return max(keys_of(query) - window, 0); }
   __device__ int64_t row_of(int key) const { return key < prefix_keys ? prefix + key : own + (key - prefix_keys); }
 };
 
@@ -113,7 +117,7 @@ template <int C> struct Row {
 // C: columns of a lane, dim <= 32 C.
 template <class T, int C>
 __global__ void __launch_bounds__(kThreads)
-    segment_kernel(T *o, const T *q, const T *k, const T *v, const uint32_t *chunks, Heads h, float scale) {
+    segment_kernel(T *o, const T *q, const T *k, const T *v, const uint32_t *chunks, Heads h, int window, float scale) {
   extern __shared__ __align__(16) float shared[];
   const Tiles tiles(shared, h.dim);
   const Chunk chunk(chunks + int64_t(blockIdx.x) / h.kv * kFields);
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
     Row<C> state[kOwn];
     __syncthreads();  // the pass before has read its queries
     load_queries(tiles.queries, q, chunk, h, kv, row, rows, scale);
-    for (int first = 0; first < keys; first += kKeys) {
+    for (int first = chunk.first_of(row / h.group, window); first < keys; first += kKeys) {
       __syncthreads();  // the tile before is read
       load_keys(tiles, k, v, chunk, h, kv, first, keys);
       __syncthreads();
@@ -132,8 +136,9 @@ __global__ void __launch_bounds__(kThreads)
       scores(s, tiles.queries + own * h.dim, tiles.keys + lane * (h.dim + 1), h.dim);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        const int r = row + own + i, seen = chunk.keys_of(r / h.group);
-        if (r < rows && first < seen) state[i].add(first + lane < seen ? s[i] : -INFINITY, tiles.values, h.dim);
+        const int r = row + own + i, begin = chunk.first_of(r / h.group, window), end = chunk.keys_of(r / h.group);
+        const bool seen = first + lane >= begin && first + lane < end;
+        if (r < rows && first < end && first + kKeys > begin) state[i].add(seen ? s[i] : -INFINITY, tiles.values, h.dim);
       }
     }
 #pragma unroll
@@ -143,10 +148,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int C>
-int start(void *o, const void *q, const void *k, const void *v, const uint32_t *chunks, int64_t count, Heads h, float scale,
-          cudaStream_t stream) {
+int start(void *o, const void *q, const void *k, const void *v, const uint32_t *chunks, int64_t count, Heads h, int window,
+          float scale, cudaStream_t stream) {
   return launch(segment_kernel<T, C>, count * h.kv, kThreads, tile_bytes(h.dim), stream, static_cast<T *>(o),
-                static_cast<const T *>(q), static_cast<const T *>(k), static_cast<const T *>(v), chunks, h, scale);
+                static_cast<const T *>(q), static_cast<const T *>(k), static_cast<const T *>(v), chunks, h, window, scale);
 }
 
 }  // namespace
@@ -154,16 +159,18 @@ int start(void *o, const void *q, const void *k, const void *v, const uint32_t *
 extern "C" {
 
 int sq_segment_attention(void *o, const void *q, const void *k, const void *v, const uint32_t *chunks, int64_t count,
-                         int32_t heads, int32_t kv_heads, int32_t dim, float scale, sq_dtype dtype, sq_stream stream) {
-  if (count < 0 || kv_heads < 1 || heads < 1 || heads % kv_heads != 0 || dim < 1 || dim > 256) return cudaErrorInvalidValue;
+                         int32_t heads, int32_t kv_heads, int32_t dim, int32_t window, float scale, sq_dtype dtype,
+                         sq_stream stream) {
+  if (window < 0 || count < 0 || kv_heads < 1 || heads < 1 || heads % kv_heads != 0 || dim < 1 || dim > 256) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
   const Heads h = {heads, kv_heads, dim, heads / kv_heads};
+  const int w = window == 0 ? INT_MAX : window;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const auto s = cuda_stream(stream);
-    if (dim <= 64) return start<T, 2>(o, q, k, v, chunks, count, h, scale, s);
-    if (dim <= 128) return start<T, 4>(o, q, k, v, chunks, count, h, scale, s);
-    return start<T, 8>(o, q, k, v, chunks, count, h, scale, s);
+    if (dim <= 64) return start<T, 2>(o, q, k, v, chunks, count, h, w, scale, s);
+    if (dim <= 128) return start<T, 4>(o, q, k, v, chunks, count, h, w, scale, s);
+    return start<T, 8>(o, q, k, v, chunks, count, h, w, scale, s);
   });
 }
 

@@ -370,7 +370,8 @@ pub fn swiglu_backward<T: Float>(
     gated::launch_backward(Queue::of(stream), [dgate.view, dup.view], dy.view, gate.view, up.view)
 }
 
-/// Causal attention of q `[batch·seq, heads, dim]` over k, v `[batch·seq, kv_heads, dim]` with the scale 1/√dim; `lse`
+/// Causal attention of q `[batch·seq, heads, dim]` over k, v `[batch·seq, kv_heads, dim]` with the scale 1/√dim, each query over its
+/// window of keys where [`Sizes::window`] is set; `lse`
 /// `[batch, heads, seq]` receives the log-sum-exp of every row's scaled scores.
 ///
 /// # Errors

@@ -208,9 +208,6 @@ unsafe fn launch(
     window: Option<usize>,
 ) -> Result<()> {
     let c = Check::new("segment attention", queue);
-    if window.is_some() {
-        return Err(Error::argument("segment attention", "no window on a GPU"));
-    }
     let Heads { query, kv, dim } = heads;
     let (kind, scale) = (q.kind(), heads.scale() as f32);
     let queries = c.product(&[segments.tokens, query, dim])?;
@@ -220,9 +217,11 @@ unsafe fn launch(
     let count = segments.chunks.rows();
     let chunks = c.operand("chunks", segments.chunks.view()?, Kind::U32, count * FIELDS)?;
     let work = Work::computing("attention", 4.0 * segments.pairs(window) * (query * dim) as f64);
+    // A window that 32 bits do not count hides nothing.
+    let window = window.and_then(|w| i32::try_from(w).ok()).unwrap_or(0);
     let (count, query, kv, dim, dtype) = (c.long(count)?, c.int(query)?, c.int(kv)?, c.int(dim)?, c.code(kind)?);
     // SAFETY: the operands have the values that the sizes ask for; that chunks name rows of them is the caller's word.
-    c.launch(work, |s| unsafe { ffi!(sq_segment_attention(o, q, k, v, chunks, count, query, kv, dim, scale, dtype, s)) })
+    c.launch(work, |s| unsafe { ffi!(sq_segment_attention(o, q, k, v, chunks, count, query, kv, dim, window, scale, dtype, s)) })
 }
 
 /// The row of the j-th key that a segment reads.

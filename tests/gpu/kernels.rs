@@ -89,23 +89,9 @@ fn kernels_are_the_operations() {
     let want = wide(&x).chunks(8).flat_map(|h| (0..8).map(|i| if i < 4 { -h[i + 4] } else { h[i - 4] })).collect::<Vec<_>>();
     close(s, &gy, &want, 1e-6);
 
-    let sizes = Sizes { batch: 2, seq: 9, heads: 4, kv_heads: 2, dim: 16, window: None };
-    let (q_len, k_len) = (2 * 9 * 4 * 16, 2 * 9 * 2 * 16);
-    let (q, k, v) = (values(3, q_len), values(4, k_len), values(5, k_len));
-    let [gq, gk, gv] = [&q, &k, &v].map(|x| s.clone_htod(x).unwrap());
-    let (mut o, mut lse) = (s.alloc_zeros::<f32>(q_len).unwrap(), s.alloc_zeros::<f32>(2 * 4 * 9).unwrap());
-    kernels::attention(s, &mut o, &mut lse, &gq, &gk, &gv, &sizes).unwrap();
-    let (want, want_lse) = attention::reference(&wide(&q), &wide(&k), &wide(&v), sizes);
-    close(s, &o, &want, 1e-4);
-    close(s, &lse, &want_lse, 1e-4);
-    let [mut dq, mut dk, mut dv] = [q_len, k_len, k_len].map(|n| s.alloc_zeros::<f32>(n).unwrap());
-    let bytes = kernels::attention_workspace(&sizes, DType::F32).unwrap().max(1);
-    let mut workspace = s.alloc_zeros::<u8>(bytes).unwrap();
-    kernels::attention_backward(s, [&mut dq, &mut dk, &mut dv], &mut workspace, &gq, [&gq, &gk, &gv], &o, &lse, &sizes).unwrap();
-    let want = attention::reference_backward(&wide(&q), &wide(&q), &wide(&k), &wide(&v), sizes);
-    close(s, &dq, &want.0, 1e-3);
-    close(s, &dk, &want.1, 1e-3);
-    close(s, &dv, &want.2, 1e-3);
+    for window in [None, Some(4)] {
+        attention_is_the_operation(s, Sizes { batch: 2, seq: 9, heads: 4, kv_heads: 2, dim: 16, window });
+    }
 
     let (mut logits, mut loss) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows).unwrap());
     let targets = s.clone_htod(&[0i32, 1, 2, 3, -1, 343]).unwrap();
@@ -122,6 +108,26 @@ fn kernels_are_the_operations() {
     assert!(kernels::add_bias(s, &mut gy, &gx, &s.alloc_zeros::<f32>(n - 1).unwrap()).is_err());
     assert!(kernels::swiglu(s, &mut gy.slice_mut(1..), &gx.slice(1..), &up.slice(1..)).is_err());
     assert!(kernels::fake_quant(s, &mut gy, &gx, n - 1, &QuantSpec::activation(4, false)).is_err());
+}
+
+fn attention_is_the_operation(s: &Arc<CudaStream>, sizes: Sizes) {
+    let tokens = sizes.batch * sizes.seq;
+    let (q_len, k_len) = (tokens * sizes.heads * sizes.dim, tokens * sizes.kv_heads * sizes.dim);
+    let (q, k, v) = (values(3, q_len), values(4, k_len), values(5, k_len));
+    let [gq, gk, gv] = [&q, &k, &v].map(|x| s.clone_htod(x).unwrap());
+    let (mut o, mut lse) = (s.alloc_zeros::<f32>(q_len).unwrap(), s.alloc_zeros::<f32>(tokens * sizes.heads).unwrap());
+    kernels::attention(s, &mut o, &mut lse, &gq, &gk, &gv, &sizes).unwrap();
+    let (want, want_lse) = attention::reference(&wide(&q), &wide(&k), &wide(&v), sizes);
+    close(s, &o, &want, 1e-4);
+    close(s, &lse, &want_lse, 1e-4);
+    let [mut dq, mut dk, mut dv] = [q_len, k_len, k_len].map(|n| s.alloc_zeros::<f32>(n).unwrap());
+    let bytes = kernels::attention_workspace(&sizes, DType::F32).unwrap().max(1);
+    let mut workspace = s.alloc_zeros::<u8>(bytes).unwrap();
+    kernels::attention_backward(s, [&mut dq, &mut dk, &mut dv], &mut workspace, &gq, [&gq, &gk, &gv], &o, &lse, &sizes).unwrap();
+    let want = attention::reference_backward(&wide(&q), &wide(&q), &wide(&k), &wide(&v), sizes);
+    close(s, &dq, &want.0, 1e-3);
+    close(s, &dk, &want.1, 1e-3);
+    close(s, &dv, &want.2, 1e-3);
 }
 
 /// Gradients of the gated activation, the rounded sum, and what Cayley steps are made of.

@@ -3,7 +3,7 @@
 use crate::device::cuda::Queue;
 use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work, code};
-use crate::ops::attention::Sizes;
+use crate::ops::attention::{Sizes, check_window};
 use crate::{Error, Result};
 
 /// [`Sizes`] as the launchers take them, and the values of q, k and lse.
@@ -13,11 +13,13 @@ struct Extents {
     heads: i32,
     kv_heads: i32,
     dim: i32,
+    /// 0 where no key is hidden by a window.
+    window: i32,
     scale: f32,
     q: usize,
     k: usize,
     lse: usize,
-    /// Additions and multiplications of one product of a causal attention: half of B·H·T²·D times 2.
+    /// Additions and multiplications of one product of a causal attention: half of B·H·T²·D times 2, less what a window hides.
     flops: f64,
 }
 
@@ -27,25 +29,26 @@ impl Extents {
         if n.heads == 0 || n.kv_heads == 0 || n.dim == 0 || !n.heads.is_multiple_of(n.kv_heads) {
             return Err(error("unusable sizes"));
         }
-        if n.window.is_some_and(|w| w < n.seq) {
-            return Err(error("no window on a GPU"));
-        }
+        check_window("attention", n.window)?;
         let product = |extents: [usize; 4]| {
             let product = extents.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
             product.filter(|&n| n <= i64::MAX as usize).ok_or_else(|| error("more values than can be counted"))
         };
         let int = |n: usize| i32::try_from(n).map_err(|_| error("too large"));
+        let window = n.window.filter(|&w| w < n.seq);
+        let (seq, hidden) = (n.seq as f64, window.map_or(0.0, |w| (n.seq - w) as f64));
         Ok(Self {
             batch: n.batch as i64,
             seq: n.seq as i64,
             heads: int(n.heads)?,
             kv_heads: int(n.kv_heads)?,
             dim: int(n.dim)?,
+            window: int(window.unwrap_or(0))?,
             scale: n.scale() as f32,
             q: product([n.batch, n.seq, n.heads, n.dim])?,
             k: product([n.batch, n.seq, n.kv_heads, n.dim])?,
             lse: product([n.batch, n.seq, n.heads, 1])?,
-            flops: n.batch as f64 * n.heads as f64 * (n.seq as f64 * n.seq as f64) * n.dim as f64,
+            flops: n.batch as f64 * n.heads as f64 * (seq * seq - hidden * hidden) * n.dim as f64,
         })
     }
 }
@@ -56,11 +59,11 @@ pub(crate) fn forward(queue: Queue<'_>, o: View<'_>, lse: View<'_>, [q, k, v]: [
     let (n, kind) = (Extents::new(sizes)?, q.kind());
     let (o, lse) = (c.operand("o", o, kind, n.q)?, c.operand("lse", lse, Kind::F32, n.lse)?);
     let (q, k, v) = (c.operand("q", q, kind, n.q)?, c.operand("k", k, kind, n.k)?, c.operand("v", v, kind, n.k)?);
-    let Extents { batch, seq, heads, kv_heads, dim, scale, .. } = n;
+    let Extents { batch, seq, heads, kv_heads, dim, window, scale, .. } = n;
     let dtype = c.code(kind)?;
     // SAFETY: every operand has the values that the sizes ask for.
     c.launch(Work::computing("attention", 2.0 * n.flops), |s| unsafe {
-        ffi!(sq_attention_forward(o, lse, q, k, v, batch, seq, heads, kv_heads, dim, scale, dtype, s))
+        ffi!(sq_attention_forward(o, lse, q, k, v, batch, seq, heads, kv_heads, dim, window, scale, dtype, s))
     })
 }
 
@@ -96,10 +99,12 @@ pub(crate) fn backward(
     let (dout, o) = (c.operand("do", dout, kind, n.q)?, c.operand("o", o, kind, n.q)?);
     let lse = c.operand("lse", lse, Kind::F32, n.lse)?;
     let work = c.operand("workspace", space, space.kind(), space.len())?;
-    let Extents { batch, seq, heads, kv_heads, dim, scale, .. } = n;
+    let Extents { batch, seq, heads, kv_heads, dim, window, scale, .. } = n;
     let dtype = c.code(kind)?;
     // SAFETY: every operand has the values that the sizes ask for, the workspace its bytes.
     c.launch(Work::computing("attention", 5.0 * n.flops), |s| unsafe {
-        ffi!(sq_attention_backward(dq, dk, dv, work, dout, q, k, v, o, lse, batch, seq, heads, kv_heads, dim, scale, dtype, s))
+        ffi!(sq_attention_backward(
+            dq, dk, dv, work, dout, q, k, v, o, lse, batch, seq, heads, kv_heads, dim, window, scale, dtype, s
+        ))
     })
 }
