@@ -47,60 +47,92 @@ __device__ __forceinline__ void exchange_warps(float (&v)[B::E], float *shared, 
   }
 }
 
+// Where a thread is in its row, and the row among the rows.
+template <typename B>
+struct Position {
+  int lane, warp;
+  int64_t row;
+
+  __device__ __forceinline__ Position() {
+    const int thread = threadIdx.x % B::kRowThreads;
+    lane = thread % B::kLanes, warp = thread / B::kLanes;
+    row = int64_t(blockIdx.x) * B::kRowsPerBlock + threadIdx.x / B::kRowThreads;
+  }
+  // Where the thread's pack c lies in the row, before and after the exchange.
+  __device__ __forceinline__ int before(int c) const { return ((c * B::W + warp) * B::kLanes + lane) * B::V; }
+  __device__ __forceinline__ int after(int c) const {
+    return (((c / B::W * B::W + warp) * B::W + c % B::W) * B::kLanes + lane) * B::V;
+  }
+};
+
+// The thread's values of its row, with their signs; of a row that is none, zeros.
+template <typename B>
+__device__ __forceinline__ void load_row(float (&v)[B::E], const typename B::T *x, const Position<B> &at, bool live,
+                                         const int8_t *signs) {
+  using T = typename B::T;
+  Pack<T> packs[B::C];
+#pragma unroll
+  for (int c = 0; c < B::C; ++c) packs[c] = live ? load_pack(x + at.row * B::N + at.before(c)) : Pack<T>{};
+#pragma unroll
+  for (int c = 0; c < B::C; ++c) {
+#pragma unroll
+    for (int i = 0; i < B::V; ++i) v[c * B::V + i] = to_float(packs[c].v[i]);
+    if (signs) apply_signs<B::V>(v + c * B::V, signs + at.before(c));
+  }
+}
+
+// All levels: those inside a thread, across lanes, and across warps; then the scale and the signs of the result.
+template <typename B>
+__device__ __forceinline__ void transform(float (&v)[B::E], float *exchange, const Position<B> &at, const Map &map) {
+  butterflies<1, B::E>(v);
+#pragma unroll
+  for (int offset = 1; offset < B::kLanes; offset *= 2) lane_butterfly(v, offset);
+  if constexpr (B::W > 1) {
+    exchange_warps<B>(v, exchange, at.warp, at.lane);
+    butterflies<B::V, B::V * B::W>(v);
+  }
+#pragma unroll
+  for (int i = 0; i < B::E; ++i) v[i] *= map.scale;
+  if (map.signs_out) {
+#pragma unroll
+    for (int c = 0; c < B::C; ++c) apply_signs<B::V>(v + c * B::V, map.signs_out + at.after(c));
+  }
+}
+
+// Quantises the row by its range; every thread of the row must be here.
+template <typename B>
+__device__ __forceinline__ void quantise_row(float (&v)[B::E], const Quantiser &q, Range *scratch) {
+  Range range = Range::empty();
+#pragma unroll
+  for (int i = 0; i < B::E; ++i) range.add(v[i]);
+  range = B::W > 1 ? block_range(range, scratch) : warp_range<B::kLanes>(range);
+  const NearCoder coder(q, find_step(q, range, q.clip), q.clip);
+  coder.fake_quant(v);
+}
+
+template <typename B>
+__device__ __forceinline__ void store_row(typename B::T *y, const float (&v)[B::E], const Position<B> &at) {
+#pragma unroll
+  for (int c = 0; c < B::C; ++c) {
+    float part[B::V];
+#pragma unroll
+    for (int i = 0; i < B::V; ++i) part[i] = v[c * B::V + i];
+    store_global(y + at.row * B::N + at.after(c), narrow<typename B::T>(part));
+  }
+}
+
 template <typename B, bool kQuantised>
 __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
     butterfly_kernel(typename B::T *y, const typename B::T *x, int64_t rows, Map map, Quantiser q) {
-  using T = typename B::T;
-  constexpr int V = B::V, C = B::C, E = B::E, W = B::W;
   extern __shared__ float4 exchange[];
   __shared__ Range scratch[32];
-  const int thread = threadIdx.x % B::kRowThreads, lane = thread % B::kLanes, warp = thread / B::kLanes;
-  const int64_t row = int64_t(blockIdx.x) * B::kRowsPerBlock + threadIdx.x / B::kRowThreads;
-  const bool live = row < rows;  // lanes past the last row still take part in the shuffles
-
-  // Where this thread's pack c lies in the row, before and after the exchange.
-  const auto before = [&](int c) { return ((c * W + warp) * B::kLanes + lane) * V; };
-  const auto after = [&](int c) { return (((c / W * W + warp) * W + c % W) * B::kLanes + lane) * V; };
-
-  Pack<T> packs[C];
-#pragma unroll
-  for (int c = 0; c < C; ++c) packs[c] = live ? load_pack(x + row * B::N + before(c)) : Pack<T>{};
-  float v[E];
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) v[c * V + i] = to_float(packs[c].v[i]);
-    if (map.signs_in) apply_signs<V>(v + c * V, map.signs_in + before(c));
-  }
-  butterflies<1, E>(v);
-#pragma unroll
-  for (int offset = 1; offset < B::kLanes; offset *= 2) lane_butterfly(v, offset);
-  if constexpr (W > 1) {
-    exchange_warps<B>(v, reinterpret_cast<float *>(exchange), warp, lane);
-    butterflies<V, V * W>(v);
-  }
-#pragma unroll
-  for (int i = 0; i < E; ++i) v[i] *= map.scale;
-  if (map.signs_out) {
-#pragma unroll
-    for (int c = 0; c < C; ++c) apply_signs<V>(v + c * V, map.signs_out + after(c));
-  }
-  if constexpr (kQuantised) {
-    Range range = Range::empty();
-#pragma unroll
-    for (int i = 0; i < E; ++i) range.add(v[i]);
-    range = W > 1 ? block_range(range, scratch) : warp_range<B::kLanes>(range);
-    const NearCoder coder(q, find_step(q, range, q.clip), q.clip);
-    coder.fake_quant(v);
-  }
-  if (!live) return;
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    float part[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) part[i] = v[c * V + i];
-    store_global(y + row * B::N + after(c), narrow<T>(part));
-  }
+  const Position<B> at;
+  const bool live = at.row < rows;  // lanes past the last row still take part in the shuffles
+  float v[B::E];
+  load_row<B>(v, x, at, live, map.signs_in);
+  transform<B>(v, reinterpret_cast<float *>(exchange), at, map);
+  if constexpr (kQuantised) quantise_row<B>(v, q, scratch);
+  if (live) store_row<B>(y, v, at);
 }
 
 }  // namespace

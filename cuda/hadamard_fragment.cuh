@@ -179,6 +179,24 @@ __device__ __forceinline__ void finish_row(typename F::T *y, int64_t row, typena
   }
 }
 
+// Makes the block ready: a row of zeros in shared memory, for operands past p, and A where the thread finds it.
+template <typename F>
+__device__ __forceinline__ void prepare(typename F::Packed &packed, uint32_t &h16, unsigned char *shared, const FragmentThread<F> &at,
+                                        const Map &map) {
+  for (int i = threadIdx.x; i < F::kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(shared)[i] = 0;
+  load_left<F>(packed, h16, shared, at, map);
+  __syncthreads();
+}
+
+// Waits until the row that was fetched last is there for all its warps, with its signs, and that of before has been read.
+template <typename F>
+__device__ __forceinline__ void wait_row(const FragmentThread<F> &at, unsigned char *raw, const Map &map) {
+  copy_async_wait<0>();
+  if (map.signs_in) flip_row<F>(at, raw, map.signs_in);
+  if constexpr (F::kWarpgroups) group_visible();
+  row_sync<F>(at.group);
+}
+
 template <typename F>
 __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
     fragment_kernel(typename F::T *y, const typename F::T *x, int64_t rows, Map map, Quantiser q) {
@@ -192,22 +210,16 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks)
   SignedRange *const scratch = reinterpret_cast<SignedRange *>(shared + F::kZeros + at.group * kFragmentScratch);
   const int64_t begin = int64_t(blockIdx.x) * F::kRows + at.group, stride = int64_t(gridDim.x) * F::kRows;
   fetch<F>(at, shared, 0, x, begin, rows, map.n);
-
-  for (int i = threadIdx.x; i < F::kZeros / 4; i += blockDim.x) reinterpret_cast<uint32_t *>(shared)[i] = 0;
   [[maybe_unused]] uint32_t h16 = 0;
   [[maybe_unused]] typename F::Packed packed;
-  load_left<F>(packed, h16, shared, at, map);
-  __syncthreads();
+  prepare<F>(packed, h16, shared, at, map);
 
   const FragmentPlaces<F> to(at);
   const uint32_t b_zeros = shared_address(shared);
   int slot = 0;
   for (int64_t row = begin; row < rows; row += stride) {
     const int raw = at.first + slot * F::kSlot;
-    copy_async_wait<0>();
-    if (map.signs_in) flip_row<F>(at, shared + raw, map.signs_in);
-    if constexpr (F::kWarpgroups) group_visible();
-    row_sync<F>(at.group);  // the row is there, and that of before has been read
+    wait_row<F>(at, shared + raw, map);
     slot ^= 1;
     fetch<F>(at, shared, slot, x, row + stride, rows, map.n);
 

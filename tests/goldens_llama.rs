@@ -11,7 +11,7 @@ use serde_json::Value;
 use spinquant::llama::{Llama, Recompute, RotationVars};
 use spinquant::ops::fake_quant::quantize;
 use spinquant::optim::{CayleySgd, Mode, Optimizer};
-use spinquant::quant::{Clip, Scheme, Site};
+use spinquant::quant::{Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor};
 
@@ -39,18 +39,7 @@ fn setup(name: &str, path: &PathBuf, dtype: DType, device: &Device) -> (Golden, 
 }
 
 fn scheme(mode: &Value) -> Scheme {
-    let bits = |field| number(mode, field) as u32;
-    let flag = |field: &str| mode[field].as_bool().unwrap();
-    Scheme {
-        weight_bits: bits("w_bits"),
-        activation_bits: bits("a_bits"),
-        key_bits: bits("k_bits"),
-        value_bits: bits("v_bits"),
-        symmetric_weights: flag("symmetric_weights"),
-        symmetric_activations: flag("symmetric_activations"),
-        weight_clip: if flag("weight_clip_search") { Clip::Search } else { Clip::Ratio(1.0) },
-        ..Scheme::FULL_PRECISION
-    }
+    spinquant::bench::goldens::scheme(mode).unwrap()
 }
 
 fn modes(golden: &Golden) -> Vec<Value> {

@@ -99,7 +99,7 @@ fn of_folder(folder: &Path, device: &Device) -> Result<Agreement> {
             let id = mode["name"].as_str().unwrap_or_default();
             let tape = Tape::new();
             let vars = RotationVars::variables(&tape, &rotations)?;
-            let run = Arc::new(model.run(&golden_scheme(mode), seq)?);
+            let run = Arc::new(model.run(&scheme(mode)?, seq)?);
             let logits = model.logits(&vars, &tokens, run, Recompute::All)?;
             let loss = logits.cross_entropy(targets(&tokens, seq).into())?;
             let error = (loss.value().item()? / get(&format!("{id}.loss"))?.item()? - 1.0).abs();
@@ -121,17 +121,24 @@ fn of_folder(folder: &Path, device: &Device) -> Result<Agreement> {
     Ok(worst)
 }
 
-fn golden_scheme(mode: &Value) -> Scheme {
-    let bits = |field: &str| mode[field].as_u64().unwrap_or(16) as u32;
-    let flag = |field: &str| mode[field].as_bool().unwrap_or_default();
-    Scheme {
-        weight_bits: bits("w_bits"),
-        activation_bits: bits("a_bits"),
-        key_bits: bits("k_bits"),
-        value_bits: bits("v_bits"),
-        symmetric_weights: flag("symmetric_weights"),
-        symmetric_activations: flag("symmetric_activations"),
-        weight_clip: if flag("weight_clip_search") { Clip::Search } else { Clip::Ratio(1.0) },
+/// The scheme of one mode of a golden file, an entry of the `modes` of its metadata.
+///
+/// # Errors
+/// A field that is missing or of another kind.
+pub fn scheme(mode: &Value) -> Result<Scheme> {
+    let bad = |field: &str, kind| Error::argument("mode of a golden", format!("expected {kind} in {field}, got {mode}"));
+    let bits = |field: &str| {
+        mode[field].as_u64().and_then(|bits| u32::try_from(bits).ok()).ok_or_else(|| bad(field, "a number of bits"))
+    };
+    let flag = |field: &str| mode[field].as_bool().ok_or_else(|| bad(field, "true or false"));
+    Ok(Scheme {
+        weight_bits: bits("w_bits")?,
+        activation_bits: bits("a_bits")?,
+        key_bits: bits("k_bits")?,
+        value_bits: bits("v_bits")?,
+        symmetric_weights: flag("symmetric_weights")?,
+        symmetric_activations: flag("symmetric_activations")?,
+        weight_clip: if flag("weight_clip_search")? { Clip::Search } else { Clip::Ratio(1.0) },
         ..Scheme::FULL_PRECISION
-    }
+    })
 }

@@ -45,6 +45,26 @@ pub fn rows(
     Ok(())
 }
 
+/// Every result is close to what `want` makes of the same rows of n of the operands: a row for each name.
+///
+/// # Errors
+/// [`Error::Numeric`] that names the first value that is not; another number of results, operands of another size.
+pub fn every(
+    names: &[&str],
+    n: usize,
+    operands: &[Tensor],
+    results: &[Tensor],
+    want: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
+) -> Result<()> {
+    if names.len() != results.len() {
+        return Err(Error::numeric("wrong answer", format!("{names:?}: {} results", results.len())));
+    }
+    for (i, (name, result)) in names.iter().zip(results).enumerate() {
+        rows(n, operands, result, |_, got, x| close(name, got, &want(x)[i], result.dtype(), 1.0))?;
+    }
+    Ok(())
+}
+
 /// `H x` of one row by f64 butterflies: the definition takes n² steps, too long at n = 32768.
 pub fn hadamard(x: &[f64], map: &Hadamard) -> Vec<f64> {
     let (k, size) = (map.k(), map.n() / map.blocks());

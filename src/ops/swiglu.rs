@@ -195,20 +195,17 @@ fn graph() -> Run {
 
 fn timed(n: usize, rows: usize) -> Case {
     Case::timed(("swiglu", "swiglu", "SwiGLU of rows of n"), (n, rows), vec![vec![rows, n]; 2], graph(), move |x, y| {
-        exact::rows(n, x, &y[0], |_, got, x| exact::close("swiglu", got, &reference(&x[0], &x[1]), y[0].dtype(), 1.0))
+        exact::every(&["swiglu"], n, x, y, |x| vec![reference(&x[0], &x[1])])
     })
 }
 
 fn timed_backward(n: usize, rows: usize) -> Case {
     let what = ("swiglu", "swiglu-backward", "Its gradients");
     Case::timed(what, (n, rows), vec![vec![rows, n]; 2], graph(), move |x, dx| {
-        for (i, name) in ["swiglu: dgate", "swiglu: dup"].into_iter().enumerate() {
-            exact::rows(n, x, &dx[i], |_, got, x| {
-                let (dgate, dup) = reference_backward(&x[2], &x[0], &x[1]);
-                exact::close(name, got, &[dgate, dup][i], dx[i].dtype(), 1.0)
-            })?;
-        }
-        Ok(())
+        exact::every(&["swiglu: dgate", "swiglu: dup"], n, x, dx, |x| {
+            let (dgate, dup) = reference_backward(&x[2], &x[0], &x[1]);
+            vec![dgate, dup]
+        })
     })
     .pass(Pass::Backward)
     .moves(5.0 * n as f64 * rows as f64)
