@@ -39,6 +39,28 @@ impl DType {
         self != Self::U32
     }
 
+    /// A number rounded to the nearest of this type, ties to even.
+    pub fn round(self, x: f64) -> f64 {
+        match self {
+            Self::F64 => x,
+            Self::F32 => f32::from_f64(x).into(),
+            Self::F16 => f16::from_f64(x).to_f64(),
+            Self::BF16 => bf16::from_f64(x).to_f64(),
+            Self::U32 => u32::from_f64(x).into(),
+        }
+    }
+
+    /// The smallest positive number (subnormal; 1 for integers).
+    pub fn least(self) -> f64 {
+        match self {
+            Self::F64 => f64::from_bits(1),
+            Self::F32 => f32::from_bits(1).into(),
+            Self::F16 => f16::from_bits(1).into(),
+            Self::BF16 => bf16::from_bits(1).into(),
+            Self::U32 => 1.0,
+        }
+    }
+
     /// The distance from 1 to the next representable number (0 for integers).
     pub fn epsilon(self) -> f64 {
         match self {

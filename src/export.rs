@@ -1,8 +1,10 @@
-//! Quantised models as files, in two formats.
+//! Quantised models as files, in three formats.
 //!
 //! - [`Format::Hf`]: the standard Hugging Face layout, for any runtime. R1 and R2 are merged into the weights and every RMSNorm
 //!   gain is 1; nothing runs online, so the scheme must be without R3 and R4. Quantised weights are written as the values of
 //!   their grid. A tied head is written out.
+//! - [`Format::CompressedTensors`]: the same with quantised weights as packed integers and their scales, and how inputs of linears are
+//!   quantised, for transformers and vLLM; the layout is in [`compressed_tensors`](crate::compressed_tensors).
 //! - [`Format::Native`]: everything the quantised network needs and what was done, in `spinquant.json` and `model.safetensors`.
 //!
 //! A [`Writer`] takes one layer at a time, in any order, into a temporary folder beside the output (`.NAME.partial`) and moves it into
@@ -35,11 +37,13 @@
 //! apply the natural-order Sylvester transform along the last axis, multiply by `H_K` from the left along the middle one, divide
 //! by √(n/blocks).
 
+mod compressed;
 mod native;
 mod parts;
 mod place;
 mod write;
 
+pub use compressed::{Target, notes};
 pub use native::{Native, Record, is_native, load_native};
 pub use write::{write_hf, write_quantized, write_rtn};
 
@@ -51,6 +55,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::compressed_tensors::Quantization;
 use crate::grid::Quantized;
 use crate::llama::{Affine, EMBEDDING, FINAL_NORM, HEAD, LayerWeights, Linears, LlamaConfig, NORMS};
 use crate::ops::fake_quant::quantize;
@@ -62,6 +67,8 @@ use place::{Place, RUN, copy};
 
 /// The file that says what an output folder is.
 pub const RECORD: &str = "spinquant.json";
+/// What a folder of [`Format::CompressedTensors`] says to people.
+const README: &str = "README.md";
 /// Tensors of one shard at most, unless asked otherwise.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 /// Files that are copied from the source as they are, where it has them.
@@ -85,6 +92,8 @@ pub enum Format {
     Hf,
     /// This crate, and whoever reads the layout above.
     Native,
+    /// Runtimes with the compressed-tensors library.
+    CompressedTensors,
 }
 
 impl Format {
@@ -92,14 +101,22 @@ impl Format {
         match self {
             Self::Hf => "spinquant-hf",
             Self::Native => native::FORMAT,
+            Self::CompressedTensors => "spinquant-compressed-tensors",
         }
     }
 
+    /// True where the folder is a model to transformers: a `config.json`, shards, norms with their gains of 1.
+    pub fn is_hugging_face(self) -> bool {
+        self != Self::Native
+    }
+
     /// What of a scheme an output in this format holds: a Hugging Face folder has weights only, and whoever runs it computes
-    /// activations, K and V at 16 bits or as it likes.
+    /// activations, K and V at 16 bits or as it likes; one of compressed-tensors says how inputs of linears are quantised, by a clip ratio
+    /// of its own.
     pub fn holds(self, scheme: &Scheme) -> Scheme {
         match self {
             Self::Native => *scheme,
+            Self::CompressedTensors => compressed::holds(scheme),
             Self::Hf => Scheme {
                 activation_bits: 16,
                 key_bits: 16,
@@ -118,7 +135,8 @@ impl std::str::FromStr for Format {
         match s {
             "hf" => Ok(Self::Hf),
             "native" => Ok(Self::Native),
-            _ => Err(Error::argument("format", format!("expected hf or native, got {s:?}"))),
+            "compressed-tensors" => Ok(Self::CompressedTensors),
+            _ => Err(Error::argument("format", format!("expected native, hf or compressed-tensors, got {s:?}"))),
         }
     }
 }
@@ -262,12 +280,15 @@ impl<'a> Writer<'a> {
         let scheme = match (rotations, output.format) {
             (Some(_), _) => *scheme,
             (None, Format::Native) => scheme.unrotated(),
-            (None, Format::Hf) => scheme.online(Online::NONE),
+            (None, Format::Hf | Format::CompressedTensors) => scheme.online(Online::NONE),
         };
-        if output.format == Format::Hf && scheme.online != Online::NONE {
+        if output.format == Format::CompressedTensors {
+            compressed::check(&scheme)?;
+        }
+        if output.format.is_hugging_face() && scheme.online != Online::NONE {
             let online = scheme.online;
             return Err(Error::argument(
-                "format hf",
+                if output.format == Format::Hf { "format hf" } else { "format compressed-tensors" },
                 format!("expected no online rotations (nothing would run them), got {online}; give --online none"),
             ));
         }
@@ -287,7 +308,7 @@ impl<'a> Writer<'a> {
             ("provenance".into(), serde_json::to_value(&output.provenance).expect("JSON")),
         ]);
         record["provenance"]["command"] = Value::Null;
-        if output.format == Format::Hf {
+        if output.format.is_hugging_face() {
             // What weights were calibrated for: a run for another scheme does not continue this one.
             record.insert("made_for".into(), serde_json::to_value(scheme).expect("JSON"));
         }
@@ -325,19 +346,24 @@ impl<'a> Writer<'a> {
         Part::open(&self.part(layer)).is_ok()
     }
 
-    /// A layer that was written before: the codes of a native output, the values of a Hugging Face one. What a continued GPTQ run
-    /// feeds the next layer with.
+    /// A layer that was written before: its codes, or the values of a [`Format::Hf`] output. What a continued GPTQ run feeds the next
+    /// layer with.
     ///
     /// # Errors
     /// It is missing or damaged.
     pub fn read_layer(&self, layer: usize) -> Result<StoredLayer> {
         let part = Part::open(&self.part(layer))?;
-        let spec = if self.output.format == Format::Native { self.spec() } else { QuantSpec::NONE };
-        native::read_layer(&part, &self.config, &spec, self.dtype, layer)
+        let (config, spec) = (&self.config, self.spec());
+        match self.output.format {
+            Format::Native => native::read_layer(&part, config, &spec, self.dtype, layer),
+            Format::Hf => native::read_layer(&part, config, &QuantSpec::NONE, self.dtype, layer),
+            Format::CompressedTensors => compressed::read_layer(&part, config, &spec, self.dtype, layer),
+        }
     }
 
     fn spec(&self) -> QuantSpec {
-        self.scheme.sites(self.config.head_dim).weight
+        let spec = self.scheme.sites(self.config.head_dim).weight;
+        if self.output.format == Format::CompressedTensors { spec.stored(self.dtype) } else { spec }
     }
 
     /// Writes a layer.
@@ -369,10 +395,11 @@ impl<'a> Writer<'a> {
             }
             match self.output.format {
                 Format::Hf => raws.push(Raw::new(format!("{name}.weight"), &w.values(self.dtype)?)?),
+                Format::CompressedTensors => compressed::pack(&mut raws, &name, w, &self.spec())?,
                 Format::Native => native::pack(&mut raws, &name, w, &self.spec(), self.dtype)?,
             }
         }
-        if self.output.format == Format::Hf {
+        if self.output.format.is_hugging_face() {
             let ones = ones(self.config.hidden_size, self.dtype)?;
             for norm in NORMS {
                 raws.push(Raw::new(format!("model.layers.{layer}.{norm}.weight"), &ones)?);
@@ -404,7 +431,7 @@ impl<'a> Writer<'a> {
         }
         fs::create_dir(&done).map_err(Error::io(&done))?;
         let limit = match self.output.format {
-            Format::Hf => {
+            Format::Hf | Format::CompressedTensors => {
                 raws.push(Raw::new(format!("{FINAL_NORM}.weight"), &ones(config.hidden_size, self.dtype)?)?);
                 metadata.insert("format", "pt".into());
                 write_text(&done.join("config.json"), &self.hf_config()?)?;
@@ -423,11 +450,20 @@ impl<'a> Writer<'a> {
         parts::join(&files, &done, limit, &metadata)?;
         drop(files);
         write_text(&done.join(RECORD), &format!("{:#}\n", Value::from(record)))?;
+        if self.output.format == Format::CompressedTensors {
+            let Provenance { model, weights, .. } = &self.output.provenance;
+            write_text(&done.join(README), &compressed::readme(&self.written(), self.dtype, model, weights))?;
+        }
         for name in COPIED {
             let Some(from) = self.output.source.map(|s| s.join(name)).filter(|p| p.is_file()) else { continue };
             copy(&from, &done.join(name))?;
         }
         self.place.publish(&done, &self.output)
+    }
+
+    /// The scheme of the network that is written.
+    fn written(&self) -> Scheme {
+        self.output.format.holds(&self.scheme)
     }
 
     /// The source's `config.json` with what has changed, or one of our own.
@@ -440,6 +476,10 @@ impl<'a> Writer<'a> {
             None => serde_json::from_str(&self.config.to_json()).expect("JSON"),
         };
         config.insert("tie_word_embeddings".into(), false.into());
+        if self.output.format == Format::CompressedTensors {
+            let quantization = Quantization::of(&self.written()).to_json(self.config.head_dim);
+            config.insert("quantization_config".into(), quantization);
+        }
         let dtype = match self.dtype {
             DType::F64 => "float64",
             DType::F16 => "float16",

@@ -46,15 +46,19 @@ pub struct QuantSpec {
     pub clip: Clip,
     /// Activation or weight.
     pub target: Target,
+    /// For files that keep scales in this type, and zero points in as many bits as codes: a scale is rounded to the type before codes
+    /// are found, and an asymmetric range includes 0 in groups too, so that the zero point is one of the codes. `None`: neither.
+    pub stored: Option<DType>,
 }
 
 impl QuantSpec {
     /// Leaves its tensor alone.
-    pub const NONE: Self = Self { bits: 16, symmetric: true, group: None, clip: Clip::Ratio(1.0), target: Target::Activation };
+    pub const NONE: Self =
+        Self { bits: 16, symmetric: true, group: None, clip: Clip::Ratio(1.0), target: Target::Activation, stored: None };
 
     /// Dynamic per-row activation quantisation.
     pub fn activation(bits: u32, symmetric: bool) -> Self {
-        Self { bits, symmetric, group: None, clip: Clip::Ratio(1.0), target: Target::Activation }
+        Self { bits, symmetric, ..Self::NONE }
     }
 
     /// Per-output-channel weight quantisation.
@@ -70,6 +74,23 @@ impl QuantSpec {
     /// The same with a clip rule.
     pub fn clipped(self, clip: Clip) -> Self {
         Self { clip, ..self }
+    }
+
+    /// The same for files that keep scales in this type.
+    pub fn stored(self, dtype: DType) -> Self {
+        Self { stored: Some(dtype), ..self }
+    }
+
+    /// A scale as it is used: rounded where it is [`stored`](Self::stored), and never to 0.
+    #[inline(always)]
+    pub(crate) fn scale<T: GridFloat>(&self, scale: T) -> T {
+        match self.stored {
+            None => scale,
+            Some(dtype) => match dtype.round(scale.to_f64()) {
+                0.0 => T::of(dtype.least()),
+                rounded => T::of(rounded),
+            },
+        }
     }
 
     /// False when this leaves its tensor alone.
@@ -184,6 +205,12 @@ impl<T: GridFloat> Grid<T> {
         Self { scale, zero: (-lo / scale).round(), min, max }
     }
 
+    /// The same with its scale as it is used ([`QuantSpec::stored`]).
+    #[inline(always)]
+    fn rounded(self, spec: &QuantSpec) -> Self {
+        Self { scale: spec.scale(self.scale), ..self }
+    }
+
     /// The code nearest to `x`, as a float.
     #[inline(always)]
     pub fn code(&self, x: T) -> T {
@@ -215,7 +242,7 @@ impl QuantSpec {
             let most = max(lo.abs(), hi.abs());
             return (T::ZERO, if self.target == Target::Weight { max(most, T::of(1e-5)) } else { most });
         }
-        if self.group.is_none() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
+        if self.group.is_none() || self.stored.is_some() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
     }
 }
 
@@ -281,7 +308,7 @@ pub(crate) fn candidate(i: usize) -> f64 {
 /// The grid of one group by the definition, in double.
 pub fn reference_grid(spec: &QuantSpec, x: &[f64]) -> Grid<f64> {
     let (lo, hi) = extent(x);
-    match spec.clip {
+    let grid = match spec.clip {
         Clip::Ratio(p) => Grid::new(spec, lo, hi, p),
         Clip::Search => {
             let error = |g: &Grid<f64>| x.iter().map(|&v| (v - g.nearest(v)).abs().powf(SEARCH_NORM)).sum::<f64>();
@@ -294,7 +321,8 @@ pub fn reference_grid(spec: &QuantSpec, x: &[f64]) -> Grid<f64> {
             }
             best.1
         }
-    }
+    };
+    grid.rounded(spec)
 }
 
 /// The grid of one group in single precision.
@@ -306,7 +334,7 @@ pub fn vector_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
 #[inline(always)]
 pub(crate) fn fast_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
     let (lo, hi) = fast_extent(x);
-    match spec.clip {
+    let grid = match spec.clip {
         Clip::Ratio(p) => Grid::new(spec, lo, hi, p as f32),
         Clip::Search => {
             let mut best = (f32::INFINITY, Grid::new(spec, lo, hi, 1.0));
@@ -319,7 +347,8 @@ pub(crate) fn fast_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
             }
             best.1
         }
-    }
+    };
+    grid.rounded(spec)
 }
 
 /// [`extent`] in lanes, which the compiler turns into vector minima and maxima.

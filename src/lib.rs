@@ -87,6 +87,7 @@ pub mod calibrate;
 pub mod chat;
 pub mod check;
 pub mod compare;
+pub mod compressed_tensors;
 pub mod data;
 pub mod demo;
 pub mod device;

@@ -4,7 +4,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::{COPIED, Output, RECORD, write_text};
+use super::{COPIED, Output, README, RECORD, write_text};
 use crate::{Error, Result, io};
 
 /// What must agree for a run to continue.
@@ -219,7 +219,7 @@ fn real(path: &Path) -> Result<PathBuf> {
 /// The name of a file that an output folder may hold.
 fn is_ours(name: &str) -> bool {
     let shard = name.strip_prefix("model-").and_then(|rest| rest.strip_suffix(".safetensors"));
-    [RECORD, CONFIG, "model.safetensors", "model.safetensors.index.json"].contains(&name)
+    [RECORD, CONFIG, README, "model.safetensors", "model.safetensors.index.json"].contains(&name)
         || COPIED.contains(&name)
         || shard.is_some_and(|s| s.bytes().all(|b| b.is_ascii_digit() || b"-of".contains(&b)))
 }

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use super::compressed::WithStoredScales;
 use super::{Format, Output, Stored, Writer};
 use crate::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers};
 use crate::llama::{Affine, Linears, Llama, LlamaConfig, Rotated, Source};
@@ -26,6 +27,8 @@ pub fn write_quantized(
     }
     let (dtype, rotations) = (rotated.dtype(), rotated.rotations());
     let writer = Writer::create(output, rotated.config(), rotated.scheme(), dtype, rotations, &rotated.sha256()?)?;
+    let with_stored_scales = WithStoredScales { quantizer, dtype };
+    let quantizer = if writer.output.format == Format::CompressedTensors { &with_stored_scales } else { quantizer };
     quantize_layers(rotated, quantizer, calibration, &mut Layers(&writer), progress, drop)?;
     writer.finish(&rotated.embedding()?, &rotated.head()?)
 }

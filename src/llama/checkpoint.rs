@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
-use safetensors::tensor::{Dtype, Metadata};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 
 use super::folder;
@@ -224,15 +224,20 @@ impl Checkpoint {
         self.find(name).map(|(name, _)| name)
     }
 
-    pub(super) fn entry(&self, name: &str, expected_shape: &[usize]) -> Result<Entry<'_>> {
+    /// A tensor's name in the files, its shard and what the header says of it.
+    fn locate(&self, name: &str) -> Result<(&str, &Shard, &TensorInfo)> {
         let Some((name, shard)) = self.find(name) else {
             if let Some(path) = self.absent.get(name) {
                 return Err(Error::format(path, format!("lacks the tensor {name}, which {INDEX} says is here")));
             }
             return Err(Error::format(&self.dir, format!("the tensor {name} is missing from the model's safetensors")));
         };
-        let Shard { path, map, metadata, start, stamp } = &self.shards[shard];
-        let info = metadata.info(name).expect("checked when opened");
+        let shard = &self.shards[shard];
+        Ok((name, shard, shard.metadata.info(name).expect("checked when opened")))
+    }
+
+    pub(super) fn entry(&self, name: &str, expected_shape: &[usize]) -> Result<Entry<'_>> {
+        let (name, Shard { path, map, start, stamp, .. }, info) = self.locate(name)?;
         let bad = |message: String| Error::format(path, format!("{name}: {message}"));
         let dtype = match info.dtype {
             Dtype::F64 => DType::F64,
@@ -247,6 +252,21 @@ impl Checkpoint {
         let (from, to) = info.data_offsets;
         // The header was checked against the file's length and every shape against its bytes.
         Ok(Entry { path, stamp: *stamp, name, dtype, shape: &info.shape, bytes: &map[start + from..start + to] })
+    }
+
+    /// The bytes of a tensor of whole numbers.
+    ///
+    /// # Errors
+    /// Naming file and tensor: it is absent, of another shape or element type, or its file changed since it was opened.
+    pub(super) fn integers(&self, name: &str, dtype: Dtype, expected_shape: &[usize]) -> Result<&[u8]> {
+        let (name, shard, info) = self.locate(name)?;
+        if info.dtype != dtype || info.shape != expected_shape {
+            let message = format!("{name}: expected {dtype} {expected_shape:?}, got {} {:?}", info.dtype, info.shape);
+            return Err(Error::format(&shard.path, message));
+        }
+        unchanged(&shard.path, shard.stamp, name)?;
+        let (from, to) = info.data_offsets;
+        Ok(&shard.map[shard.start + from..shard.start + to])
     }
 }
 
@@ -273,7 +293,7 @@ impl Entry<'_> {
     /// The file is looked at before and behind: one that was written to since it was opened holds another model, and one that was cut
     /// short has no bytes where the map says so.
     pub(super) fn read(&self, dtype: DType, gain: Option<&[f64]>) -> Result<Tensor> {
-        self.unchanged()?;
+        unchanged(self.path, self.stamp, self.name)?;
         let values = match dtype {
             DType::F64 => self.read_as::<f64>(gain),
             DType::F32 => self.read_as::<f32>(gain),
@@ -281,23 +301,10 @@ impl Entry<'_> {
             DType::BF16 => self.read_as::<bf16>(gain),
             DType::U32 => Err(Error::dtype("weights", "f64, f32, f16 or bf16", dtype)),
         };
-        self.unchanged()?;
+        unchanged(self.path, self.stamp, self.name)?;
         values
     }
 
-    fn unchanged(&self) -> Result<()> {
-        let Some(then) = self.stamp else { return Ok(()) };
-        let now = stamp(self.path)?;
-        if now == then {
-            return Ok(());
-        }
-        let what = if now.0 < then.0 { "was cut short" } else { "was written to" };
-        let (before, after) = (then.0, now.0);
-        Err(Error::format(
-            self.path,
-            format!("{}: the file {what} after it was opened ({before} bytes then, {after} now)", self.name),
-        ))
-    }
 
     fn read_as<T: Element>(&self, gain: Option<&[f64]>) -> Result<Tensor> {
         let cols = self.shape.last().copied().unwrap_or(1).max(1);
@@ -336,6 +343,18 @@ impl Entry<'_> {
         }
         Tensor::from_vec(values, self.shape)
     }
+}
+
+/// Fails where a file is another than when it was opened; `name` is the tensor that is read.
+fn unchanged(path: &Path, then: Option<Stamp>, name: &str) -> Result<()> {
+    let Some(then) = then else { return Ok(()) };
+    let now = stamp(path)?;
+    if now == then {
+        return Ok(());
+    }
+    let what = if now.0 < then.0 { "was cut short" } else { "was written to" };
+    let (before, after) = (then.0, now.0);
+    Err(Error::format(path, format!("{name}: the file {what} after it was opened ({before} bytes then, {after} now)")))
 }
 
 /// Widens little-endian values, exactly.

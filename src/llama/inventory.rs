@@ -34,8 +34,11 @@ impl Source {
         }
         for l in 0..c.layers {
             NORMS.iter().for_each(|norm| weight(&format!("model.layers.{l}.{norm}"), vec![c.hidden_size]));
-            Linear::ALL.iter().for_each(|linear| weight(&linear.path(l), linear.shape(c).to_vec()));
+            if self.packed.is_none() {
+                Linear::ALL.iter().for_each(|linear| weight(&linear.path(l), linear.shape(c).to_vec()));
+            }
         }
+        needed.extend(self.packed.iter().flat_map(|packing| packing.scales(c)));
         let biased = Linear::ALL.into_iter().filter(|linear| linear.has_bias(c));
         needed.extend(biased.flat_map(|b| (0..c.layers).map(move |l| (format!("{}.bias", b.path(l)), vec![b.shape(c)[0]]))));
         needed
@@ -43,7 +46,9 @@ impl Source {
 
     /// Fails where a tensor that will be read is not there, before any is.
     pub(super) fn check(&self) -> Result<()> {
-        self.needed().iter().try_for_each(|(name, shape)| self.checkpoint.entry(name, shape).map(drop))
+        self.needed().iter().try_for_each(|(name, shape)| self.checkpoint.entry(name, shape).map(drop))?;
+        let integers = self.packed.iter().flat_map(|packing| packing.integers(&self.config));
+        integers.into_iter().try_for_each(|(name, dtype, shape)| self.checkpoint.integers(&name, dtype, &shape).map(drop))
     }
 
     /// The tensors that are in the files and are not read, sorted: biases that `config.json` does not mention, layers beyond
@@ -52,6 +57,7 @@ impl Source {
     pub fn unread(&self) -> Vec<String> {
         let mut known = self.needed();
         known.push((format!("{HEAD}.weight"), vec![]));
+        known.extend(self.packed.iter().flat_map(|packing| packing.integers(&self.config)).map(|(name, _, shape)| (name, shape)));
         let known: BTreeSet<&str> = known.iter().filter_map(|(name, _)| self.checkpoint.resolve(name)).collect();
         let unread = self.checkpoint.names().filter(|name| !known.contains(name) && !name.ends_with(NOT_MISSED));
         unread.map(str::to_string).collect()

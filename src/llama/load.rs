@@ -6,6 +6,7 @@ use rand::SeedableRng;
 use rayon::prelude::*;
 
 use super::checkpoint::{Checkpoint, Entry};
+use super::compressed::{self, Packing};
 use super::{Affine, LayerWeights, Linear, Linears, LlamaConfig};
 use crate::{DType, Result, Tensor};
 
@@ -27,6 +28,8 @@ pub struct Source {
     pub(super) config: LlamaConfig,
     /// The configuration ties the head to the embedding, and yet the files hold another.
     pub(super) own_head: bool,
+    /// The linears' weights are packed integers.
+    pub(super) packed: Option<Packing>,
 }
 
 impl Source {
@@ -52,8 +55,13 @@ impl Source {
     /// # Errors
     /// Those of [`LlamaConfig::validate`]; a tensor that is missing, of another shape, or not floating-point.
     pub fn new(checkpoint: Checkpoint, config: &LlamaConfig) -> Result<Self> {
+        Self::of(checkpoint, config, None)
+    }
+
+    /// [`Source::new`] of a checkpoint whose linears are packed as told.
+    pub(super) fn of(checkpoint: Checkpoint, config: &LlamaConfig, packed: Option<Packing>) -> Result<Self> {
         config.validate()?;
-        let mut source = Self { checkpoint, config: config.clone(), own_head: false };
+        let mut source = Self { checkpoint, config: config.clone(), own_head: false, packed };
         source.untie()?;
         source.check()?;
         Ok(source)
@@ -130,7 +138,10 @@ impl Source {
             let (row, shape) = (linear.row(), linear.shape(&self.config));
             let name = linear.path(l);
             let gain = row.norm.filter(|_| fold).map(|i| &gains[i][..]);
-            let weight = self.entry(&name, &shape)?.read(dtype, gain)?;
+            let weight = match &self.packed {
+                Some(packing) => compressed::read(&self.checkpoint, &name, shape, packing, dtype, gain)?,
+                None => self.entry(&name, &shape)?.read(dtype, gain)?,
+            };
             let bias = linear.has_bias(&self.config).then(|| bias(&name, shape[0])).transpose()?;
             Ok(Affine { weight, bias })
         };

@@ -2,6 +2,7 @@
 
 mod block;
 mod checkpoint;
+mod compressed;
 mod config;
 mod decoder;
 mod fit;
@@ -20,6 +21,7 @@ mod walk;
 pub(crate) use block::plus;
 pub use block::{Attend, Block, Observer, Patch, Run};
 pub use checkpoint::Checkpoint;
+pub use compressed::Compressed;
 pub use config::{LlamaConfig, RopeScaling};
 pub use decoder::Decoder;
 pub use layer::Plan;

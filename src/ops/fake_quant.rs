@@ -10,7 +10,7 @@ use crate::device::cuda::ffi::sq_quant;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work, int};
 use crate::device::{Device, cpu, ffi};
-use crate::grid::{Clip, GridFloat, QuantSpec, Quantized, SEARCH_NORM, Target, fast_grid, reference_grid};
+use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, SEARCH_NORM, Target, fast_grid, reference_grid};
 use crate::ops::{At, Case, Place, Run, exact, few_rows, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
@@ -104,6 +104,11 @@ pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
 /// Codes and grids, brought to the CPU.
 fn gpu_codes(device: &CudaDevice, x: &Tensor, spec: &QuantSpec, group: usize) -> Result<Quantized> {
     let x = x.clone().aligned()?;
+    let cpu = Device::Cpu;
+    if spec.stored.is_some() {
+        let [scale, zero] = gpu_grids(device, &x, spec)?;
+        return with_grids(&x.to_device(&cpu)?, spec, group, [scale.to_device(&cpu)?, zero.to_device(&cpu)?]);
+    }
     let shape = [x.rows(), x.cols().div_ceil(group)];
     let (scale, zero) = (Tensor::on(device, &shape, DType::F32)?, Tensor::on(device, &shape, DType::F32)?);
     let raw = device.buffer(x.len(), Kind::I16, "quantised codes")?;
@@ -111,8 +116,36 @@ fn gpu_codes(device: &CudaDevice, x: &Tensor, spec: &QuantSpec, group: usize) ->
     launch(device.queue(), out, x.view()?, x.cols(), spec)?;
     let mut codes = vec![0i16; x.len()];
     raw.download(0, bytemuck::cast_slice_mut(&mut codes))?;
-    let cpu = Device::Cpu;
     Ok(Quantized { shape: x.shape().to_vec(), group, codes, scale: scale.to_device(&cpu)?, zero: zero.to_device(&cpu)? })
+}
+
+/// Scale and zero point of every group of x on a GPU, `[rows, cols/group]` each in `f32`, there too.
+pub(crate) fn gpu_grids(device: &CudaDevice, x: &Tensor, spec: &QuantSpec) -> Result<[Tensor; 2]> {
+    let group = spec.group_size(x.cols())?;
+    let shape = [x.rows(), x.cols().div_ceil(group)];
+    let [scale, zero] = [Tensor::on(device, &shape, DType::F32)?, Tensor::on(device, &shape, DType::F32)?];
+    let out = Outputs { scale: Some(scale.view()?), zero: Some(zero.view()?), ..Outputs::default() };
+    if spec.stored.is_none() {
+        launch(device.queue(), out, x.view()?, x.cols(), spec)?;
+        return Ok([scale, zero]);
+    }
+    // Ranges that include 0 are those of whole rows to the kernel: every group is one.
+    launch(device.queue(), out, x.view()?, group, &QuantSpec { group: None, stored: None, ..*spec })?;
+    let rounded = scale.to_vec::<f32>()?.into_iter().map(|s| spec.scale(s)).collect();
+    Ok([Tensor::from_vec(rounded, shape)?.to_device(&Device::Cuda(device.clone()))?, zero])
+}
+
+/// The codes of x on the CPU, on grids of given scales and zero points (`f32`, one a group).
+fn with_grids(x: &Tensor, spec: &QuantSpec, group: usize, [scale, zero]: [Tensor; 2]) -> Result<Quantized> {
+    let (min, max) = (spec.min_code() as f32, spec.max_code() as f32);
+    let wide = x.to_dtype(DType::F32)?;
+    let grids = scale.as_slice::<f32>()?.par_iter().zip(zero.as_slice::<f32>()?);
+    let codes = wide.as_slice::<f32>()?.par_chunks(group).zip(grids).flat_map_iter(|(x, (&scale, &zero))| {
+        let grid = Grid { scale, zero, min, max };
+        x.iter().map(move |&v| grid.code(v) as i16)
+    });
+    let codes = codes.collect();
+    Ok(Quantized { shape: x.shape().to_vec(), group, codes, scale, zero })
 }
 
 /// What the kernel writes, each where wanted: as many values as x, or one a group of a row.
@@ -134,6 +167,9 @@ pub(crate) struct Outputs<'a> {
 pub(crate) fn launch(queue: Queue<'_>, out: Outputs<'_>, x: View<'_>, cols: usize, spec: &QuantSpec) -> Result<()> {
     let search = spec.clip == Clip::Search;
     let c = Check::new("fake_quant", queue);
+    if let Some(dtype) = spec.stored {
+        return Err(Error::argument("fake_quant", format!("expected scales as computed, got scales stored as {dtype}")));
+    }
     let (n, kind) = (x.len(), x.kind());
     let rows = c.rows(n, cols)?;
     let groups = c.product(&[rows, cols.div_ceil(spec.group_size(cols)?)])?;

@@ -8,7 +8,7 @@ use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::grid::{QuantSpec, Quantized};
 use crate::linalg::{factor as cpu_factor, matmul};
-use crate::ops::fake_quant::{self, Outputs, launch_spec};
+use crate::ops::fake_quant::{gpu_grids, launch_spec};
 use crate::quant::QuantizedLinear;
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -190,11 +190,7 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
     let dead = dead.as_ref().map(|b| b.view());
 
     let new = |shape: [usize; 2]| Tensor::on(d, &shape, DType::F32);
-    let (scale, zero) = (new([rows, groups])?, new([rows, groups])?);
-    let grids = |from: &Tensor, scale: &Tensor, zero: &Tensor| {
-        let out = Outputs { scale: Some(scale.view()?), zero: Some(zero.view()?), ..Outputs::default() };
-        fake_quant::launch(d.queue(), out, from.view()?, from.cols(), spec)
-    };
+    let (mut scale, mut zero) = (new([rows, groups])?, new([rows, groups])?);
     let gather = |order: Option<View<'_>>| -> Result<Tensor> {
         let w = new([rows, n])?;
         // SAFETY: the order is one of the columns.
@@ -204,7 +200,7 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
     let mut w = None;
     if !s.grids_on_the_way {
         let own = gather(None)?;
-        grids(&own, &scale, &zero)?;
+        [scale, zero] = gpu_grids(d, &own, spec)?;
         w = s.order.0.is_none().then_some(own);
     }
     let w = w.map_or_else(|| gather(s.order.view()), Ok)?;
@@ -219,9 +215,8 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
             let count = end.saturating_sub(first).div_ceil(group);
             if count > 0 {
                 let tile = new([rows, count * group])?;
-                let part = [new([rows, count])?, new([rows, count])?];
                 d.copy_columns((tile.view()?, count * group, 0), (w.view()?, n, first), count * group)?;
-                grids(&tile, &part[0], &part[1])?;
+                let part = gpu_grids(d, &tile, spec)?;
                 for (whole, part) in [&scale, &zero].into_iter().zip(&part) {
                     d.copy_columns((whole.view()?, groups, first / group), (part.view()?, count, 0), count)?;
                 }

@@ -13,7 +13,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("maths", &["grid", "hadamard", "linalg", "manifold"]),
     ("tape", &["tape"]),
     ("operations", &["kernels", "ops"]),
-    ("what a layer is told", &["quant", "rotation"]),
+    ("what a layer is told", &["compressed_tensors", "quant", "rotation"]),
     ("model", &["llama"]),
     ("around a model", &["check", "laws", "memory", "objective", "optim", "outliers", "plot"]),
     (

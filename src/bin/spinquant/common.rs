@@ -206,7 +206,8 @@ impl ModelArgs {
         device(&self.device)
     }
 
-    fn place(&self) -> Result<(Device, DType)> {
+    /// The device and the element type.
+    pub fn place(&self) -> Result<(Device, DType)> {
         let device = self.device()?;
         let dtype = self.dtype.unwrap_or(if device.is_cpu() { DType::F32 } else { DType::BF16 });
         if dtype == DType::F64 && !device.is_cpu() {

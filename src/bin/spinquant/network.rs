@@ -6,7 +6,7 @@ use spinquant::Result;
 use spinquant::compare::quantized;
 use spinquant::data::Windows;
 use spinquant::export::{Record, is_native, load_native};
-use spinquant::llama::{LlamaConfig, Merged};
+use spinquant::llama::{Compressed, LlamaConfig, Merged};
 use spinquant::quant::Scheme;
 use spinquant::rotation::{Rotations, Start};
 
@@ -50,6 +50,8 @@ pub struct Network<'a> {
 enum From {
     /// A folder that `quantize` wrote.
     Written,
+    /// A folder of compressed-tensors.
+    Compressed(Box<Compressed>),
     /// A model's own files.
     Model { plain: bool, rotations: Option<Rotations>, calibration: Option<Windows> },
 }
@@ -63,6 +65,9 @@ impl NetworkArgs {
     pub fn checked(&self, seq_len: usize, scores_windows: bool) -> Result<Network<'_>> {
         if is_native(&self.model.model) {
             return self.written(scores_windows.then_some(seq_len));
+        }
+        if Compressed::is_in(&self.model.model) {
+            return self.compressed(scores_windows.then_some(seq_len));
         }
         let start = self.rotations.clone().unwrap_or(Start::None);
         let weights = self.weights.unwrap_or(Method::Rtn);
@@ -89,20 +94,38 @@ impl NetworkArgs {
     fn written(&self, seq_len: Option<usize>) -> Result<Network<'_>> {
         let dir = &self.model.model;
         let written = Record::read(dir)?;
-        self.scheme.check_written(&written.scheme, dir)?;
-        let given = [
-            ("--rotations", self.rotations.as_ref().map(Start::to_string), written.rotations.clone()),
-            ("--weights", self.weights.map(|method| method.name().to_string()), written.weights.clone()),
-            ("--dtype", self.model.given_dtype().map(|dtype| dtype.to_string()), written.dtype.to_string()),
-        ];
-        for (name, given, written) in given {
-            if let Some(given) = given.filter(|given| *given != written) {
-                return Err(contradicts(name, dir, &written, &given));
-            }
+        self.agrees(&written.scheme, &written.rotations, &written.weights)?;
+        let dtype = written.dtype.to_string();
+        if let Some(given) = self.model.given_dtype().map(|given| given.to_string()).filter(|given| *given != dtype) {
+            return Err(contradicts("--dtype", dir, &dtype, &given));
         }
         seq_len.map_or(Ok(()), |seq_len| check_length(&written.config, seq_len))?;
         let Record { config, scheme, rotations, weights, .. } = written;
         Ok(Network { args: self, config, scheme, rotations, weights, from: From::Written })
+    }
+
+    /// A model of compressed-tensors, whoever packed it; arguments may repeat what it says.
+    fn compressed(&self, seq_len: Option<usize>) -> Result<Network<'_>> {
+        let read = Compressed::read(&self.model.model)?;
+        let unknown = "what compressed-tensors does not say";
+        self.agrees(&read.scheme, unknown, unknown)?;
+        self.model.place()?;
+        seq_len.map_or(Ok(()), |seq_len| check_length(&read.config, seq_len))?;
+        let (config, scheme) = (read.config.clone(), read.scheme);
+        let (rotations, weights) = ("merged".to_string(), "compressed-tensors".to_string());
+        Ok(Network { args: self, config, scheme, rotations, weights, from: From::Compressed(Box::new(read)) })
+    }
+
+    /// Fails where an argument contradicts what a model was written with.
+    fn agrees(&self, scheme: &Scheme, rotations: &str, weights: &str) -> Result<()> {
+        let dir = &self.model.model;
+        self.scheme.check_written(scheme, dir)?;
+        let given = [
+            ("--rotations", self.rotations.as_ref().map(Start::to_string), rotations),
+            ("--weights", self.weights.map(|method| method.name().to_string()), weights),
+        ];
+        let differs = given.into_iter().find_map(|(name, given, written)| Some((name, given.filter(|g| g != written)?, written)));
+        differs.map_or(Ok(()), |(name, given, written)| Err(contradicts(name, dir, written, &given)))
     }
 }
 
@@ -110,7 +133,7 @@ impl Network<'_> {
     /// Rotations and weights in words.
     pub fn how(&self) -> String {
         match self.from {
-            From::Written => "as written".into(),
+            From::Written | From::Compressed(_) => "as written".into(),
             From::Model { .. } => format!("rotations {}, weights {}", self.rotations, self.weights),
         }
     }
@@ -121,8 +144,13 @@ impl Network<'_> {
     /// Weights that cannot be read, merged or quantised; [`Error::Interrupted`](spinquant::Error::Interrupted).
     pub fn load(&self, progress: &Progress) -> Result<Merged> {
         let NetworkArgs { model: files, gptq, .. } = self.args;
-        let From::Model { plain, rotations, calibration } = &self.from else {
-            return Ok(load_native(&files.model, &files.device()?)?.model);
+        let (plain, rotations, calibration) = match &self.from {
+            From::Written => return Ok(load_native(&files.model, &files.device()?)?.model),
+            From::Compressed(read) => {
+                let (device, dtype) = files.place()?;
+                return read.load(dtype, &device);
+            }
+            From::Model { plain, rotations, calibration } => (plain, rotations, calibration),
         };
         let model = if *plain { files.load_plain(progress)? } else { files.load(progress)? };
         match calibration {

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use spinquant::Result;
 use spinquant::calibrate::LayerReport;
 use spinquant::compare::gptq_layer;
 use spinquant::data::Windows;
-use spinquant::export::{Format, Output, Provenance, write_quantized};
+use spinquant::export::{self, Format, Output, Provenance, Target, write_quantized};
 use spinquant::learn::Watch;
 use spinquant::llama::Rotated;
-use spinquant::quant::Rtn;
+use spinquant::quant::{ClipRatios, Rtn, Scheme};
 use spinquant::rotation::Start;
+use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, SchemeArgs, note, open_model, rotations};
 use crate::stop;
@@ -35,10 +35,14 @@ pub struct Args {
     /// Tokens of a calibration window.
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
-    /// native: packed codes, for `spinquant eval`; hf: a Hugging Face folder for any runtime, in the type of the
-    /// model's files (with --online none).
-    #[arg(long, value_name = "native|hf", default_value = "native")]
+    /// native: packed codes, for `spinquant eval`; hf: a Hugging Face folder for any runtime, weights as values in the
+    /// type of the model's files; compressed-tensors: one with packed weights and what is known of activations, for
+    /// transformers and vLLM (both with --online none).
+    #[arg(long, value_name = "native|hf|compressed-tensors", default_value = "native")]
     format: Format,
+    /// The runtime that a compressed-tensors folder is for: what it cannot run is refused.
+    #[arg(long, value_name = "transformers|vllm")]
+    target: Option<Target>,
     /// The folder to write; absent or empty.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -54,12 +58,20 @@ pub fn run(args: &Args) -> Result<()> {
 fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     let hf_device = match args.format {
         Format::Hf => Some(args.model.device_in_file_type("--format hf")?),
+        Format::CompressedTensors => Some(args.model.device_in_file_type("--format compressed-tensors")?),
         Format::Native => None,
     };
+    if args.target.is_some() && args.format != Format::CompressedTensors {
+        return Err(Error::argument("--target", "is for --format compressed-tensors"));
+    }
     let reads_text = args.weights == Method::Gptq;
     let config = args.model.checked(&args.scheme.scheme(), reads_text.then_some(args.seq_len))?;
     let rotations = rotations(&args.rotations, &config)?;
     let scheme = args.scheme.scheme_with(rotations.as_ref());
+    let scheme = match args.format {
+        Format::CompressedTensors => args.compressed(&scheme)?,
+        _ => scheme,
+    };
     let rotations = rotations.map(|file| file.rotations);
     let text = match args.weights {
         Method::Rtn => None,
@@ -80,6 +92,30 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     }
     out!("{written}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());
     Ok(())
+}
+
+impl Args {
+    /// What a folder of compressed-tensors makes of a scheme, its departures said.
+    fn compressed(&self, scheme: &Scheme) -> Result<Scheme> {
+        let held = self.format.holds(scheme);
+        for line in export::notes(&held, self.target)? {
+            note(&line);
+        }
+        if scheme.activation_clip != held.activation_clip {
+            let (wanted, held) = (scheme.activation_clip, held.activation_clip);
+            if self.scheme.given_clip(None).is_some() {
+                let message = format!("compressed-tensors clips activations at {held} and nowhere else, got {wanted}");
+                return Err(Error::argument("--activation-clip", message));
+            }
+            if wanted != ClipRatios::NONE {
+                note(&format!("compressed-tensors clips activations at {held}, not where the rotations' file says: {wanted}"));
+            }
+        }
+        if (scheme.key_bits, scheme.value_bits) != (16, 16) {
+            note(&format!("the KV cache is none of a compressed-tensors folder's business, so this is {held}, not {scheme}"));
+        }
+        Ok(held)
+    }
 }
 
 fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &Progress) -> Result<()> {

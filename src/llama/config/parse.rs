@@ -109,7 +109,8 @@ pub(super) fn parse(map: &Map<String, Value>) -> Parsed<LlamaConfig> {
     let f = Fields { map, prefix: "" };
     check_architecture(f)?;
     f.get("hidden_act", "\"silu\"", |v| matches!(v.as_str(), Some("silu" | "swish")).then_some(()))?;
-    f.get("quantization_config", "none (unquantised weights)", |_| None::<()>)?;
+    let unquantised = "none (of quantised weights, only those of compressed-tensors are read, and only to run the network)";
+    f.get("quantization_config", unquantised, |_| None::<()>)?;
 
     let hidden_size = f.need_size("hidden_size")?;
     let heads = f.need_size("num_attention_heads")?;

@@ -1,0 +1,185 @@
+//! Folders in the format of compressed-tensors: the tensors, what is refused, the README inside. The layout is in
+//! [`compressed_tensors`](crate::compressed_tensors).
+
+use safetensors::tensor::Dtype;
+
+use super::parts::{Part, Raw};
+use super::{Stored, StoredLayer};
+use crate::compressed_tensors::{Packed, activation_ratio, words};
+use crate::grid::Quantized;
+use crate::llama::{Affine, Linears, LlamaConfig};
+use crate::quant::{ClipRatios, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer};
+use crate::{DType, Error, Result, Tensor};
+
+/// The runtime that a folder is for, where it is for one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Hugging Face transformers with the compressed-tensors library.
+    Transformers,
+    /// vLLM.
+    Vllm,
+}
+
+impl std::str::FromStr for Target {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "transformers" => Ok(Self::Transformers),
+            "vllm" => Ok(Self::Vllm),
+            _ => Err(Error::argument("target", format!("expected transformers or vllm, got {s:?}"))),
+        }
+    }
+}
+
+/// What of a scheme the format holds: K and V at 16 bits, and activations on the grid of compressed-tensors.
+pub(super) fn holds(scheme: &Scheme) -> Scheme {
+    let ratio = match scheme.activation_bits {
+        16.. => 1.0,
+        bits => activation_ratio(bits, scheme.symmetric_activations),
+    };
+    let activation_clip = ClipRatios::uniform(ratio).expect("at most 1");
+    Scheme { key_bits: 16, value_bits: 16, activation_clip, ..*scheme }
+}
+
+/// Checks that the format can hold a scheme.
+pub(super) fn check(scheme: &Scheme) -> Result<()> {
+    if scheme.weight_bits >= 16 {
+        return Err(Error::argument("format compressed-tensors", "expected weights of 2 to 8 bits, got 16; format hf holds those"));
+    }
+    Ok(())
+}
+
+/// Checks a scheme against the runtime that its folder is for, and says what that runtime will do otherwise than asked, a line each.
+///
+/// # Errors
+/// A scheme that the runtime refuses, or runs as another network.
+pub fn notes(scheme: &Scheme, target: Option<Target>) -> Result<Vec<String>> {
+    let refuse = |message: &str| Err(Error::argument("target", message));
+    let mut notes = vec![];
+    if target == Some(Target::Vllm) && scheme.activation_bits < 16 {
+        if !scheme.symmetric_activations {
+            return refuse("vLLM takes symmetric activations only: give --symmetric-activations, or --target transformers");
+        }
+        if ![4, 8].contains(&scheme.activation_bits) {
+            return refuse(&format!("vLLM takes activations of 4, 8 or 16 bits, got {}", scheme.activation_bits));
+        }
+        if scheme.activation_bits == 8 && scheme.weight_group.is_some() {
+            notes.push("vLLM runs 8-bit activations with 16 bits where weights have groups; without --weight-group it does not".into());
+        }
+    }
+    if let Some(group) = scheme.weight_group
+        && target == Some(Target::Vllm)
+        && ![32, 64, 128].contains(&group)
+    {
+        notes.push(format!("vLLM has fast kernels for groups of 32, 64 and 128 or whole rows, not for groups of {group}"));
+    }
+    Ok(notes)
+}
+
+/// Finds the grids of another quantiser with scales of the file's type.
+pub(super) struct WithStoredScales<'a> {
+    pub quantizer: &'a dyn WeightQuantizer,
+    pub dtype: DType,
+}
+
+impl WeightQuantizer for WithStoredScales<'_> {
+    fn name(&self) -> &'static str {
+        self.quantizer.name()
+    }
+    fn needs_hessian(&self) -> bool {
+        self.quantizer.needs_hessian()
+    }
+    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, hessian: Option<&Tensor>) -> Result<Vec<QuantizedLinear>> {
+        self.quantizer.quantize(weights, &spec.stored(self.dtype), hessian)
+    }
+}
+
+/// The tensors that hold one weight.
+pub(super) fn pack(raws: &mut Vec<Raw>, name: &str, weight: &Stored, spec: &QuantSpec) -> Result<()> {
+    let Stored::Codes(q) = weight else {
+        return Err(Error::argument(name, format!("expected codes of {} bits, got values", spec.bits)));
+    };
+    let Packed { shape: [rows, cols], weight, scale, zero_point } = Packed::new(name, q, spec)?;
+    let groups = scale.cols();
+    let mut integers = |what: &str, words: &[u32], shape: [usize; 2]| {
+        let bytes = bytemuck::cast_slice(words).to_vec().into();
+        raws.push(Raw { name: format!("{name}.{what}"), dtype: Dtype::I32, shape: shape.to_vec(), bytes });
+    };
+    integers("weight_packed", &weight, [rows, words(cols, spec.bits)]);
+    if let Some(zero) = zero_point {
+        integers("weight_zero_point", &zero, [words(rows, spec.bits), groups]);
+    }
+    raws.push(Raw::new(format!("{name}.weight_scale"), &scale)?);
+    let shape = [rows as i64, cols as i64].map(i64::to_le_bytes).concat();
+    raws.push(Raw { name: format!("{name}.weight_shape"), dtype: Dtype::I64, shape: vec![2], bytes: shape.into() });
+    Ok(())
+}
+
+/// One weight, back from [`pack`].
+fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: DType) -> Result<Quantized> {
+    let [rows, cols] = shape;
+    let groups = cols / spec.group_size(cols)?;
+    let integers = |what: &str, shape: [usize; 2]| -> Result<Vec<u32>> {
+        Ok(bytemuck::pod_collect_to_vec(part.get(&format!("{name}.{what}"), Dtype::I32, &shape)?))
+    };
+    let weight = integers("weight_packed", [rows, words(cols, spec.bits)])?;
+    let zero_point = (!spec.symmetric).then(|| integers("weight_zero_point", [words(rows, spec.bits), groups])).transpose()?;
+    let scale = part.tensor(&format!("{name}.weight_scale"), dtype, &[rows, groups])?;
+    Packed { shape, weight, scale, zero_point }.quantized(name, spec)
+}
+
+/// A layer's weights and biases.
+pub(super) fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DType, layer: usize) -> Result<StoredLayer> {
+    Linears::try_from_fn(|linear| {
+        let (shape, name) = (linear.shape(config), linear.path(layer));
+        let bias = linear.has_bias(config).then(|| part.tensor(&format!("{name}.bias"), dtype, &shape[..1]));
+        Ok(Affine { weight: Stored::Codes(unpack(part, &name, shape, spec, dtype)?), bias: bias.transpose()? })
+    })
+}
+
+/// The folder's README: what it is, and what runs it.
+pub(super) fn readme(scheme: &Scheme, dtype: DType, model: &str, weights: &str) -> String {
+    let Scheme { weight_bits, activation_bits, symmetric_weights, symmetric_activations, weight_group, .. } = *scheme;
+    let kind = |symmetric: bool| if symmetric { "symmetric" } else { "asymmetric" };
+    let scales = weight_group.map_or("one scale an output channel".to_string(), |g| format!("one scale for {g} input channels"));
+    let inputs = match activation_bits {
+        16.. => "not quantised".to_string(),
+        bits => format!(
+            "{bits} bits, {}, found while the network runs: a scale a token, and in front of o_proj a scale a token and head",
+            kind(symmetric_activations)
+        ),
+    };
+    let vllm = match (activation_bits, symmetric_activations) {
+        (16.., _) => "yes: `vllm serve DIR`".to_string(),
+        (_, false) => "no: it takes symmetric activations only".to_string(),
+        (8, true) if weight_group.is_some() => {
+            "`vllm serve DIR --linear-backend humming`; weights in groups make it compute inputs with 16 bits".to_string()
+        }
+        (4, true) => "`vllm serve DIR --linear-backend humming` (other backends leave inputs at 16 bits without a word); GPUs from compute \
+            capability 9.0 (H100) on compute inputs of 4 bits with 8"
+            .to_string(),
+        (8, true) => "`vllm serve DIR --linear-backend humming` (other backends may leave inputs at 16 bits without a word); the inputs of \
+            o_proj, which have a scale a head, stay at 16 bits"
+            .to_string(),
+        (bits, true) => format!("no: it takes activations of 4, 8 or 16 bits, not {bits}"),
+    };
+    let transformers = match activation_bits {
+        16.. => "yes, on CPUs too: weights are unpacked when they are first used",
+        _ => "yes, on CPUs too: weights are unpacked when they are first used, inputs are rounded to their grids and computed with in the model's type",
+    };
+    format!(
+        "# {scheme}, compressed-tensors\n\n\
+        Made from `{model}` by spinquant {version}, whose rotations R1 and R2 are merged into the weights; `spinquant.json` says how.\n\n\
+        | | |\n|---|---|\n\
+        | weights of the decoder layers | {weight_bits} bits, {}, {scales} ({dtype}), by {weights}; `pack-quantized` |\n\
+        | inputs of those linears | {inputs} |\n\
+        | embedding, head, norms | {dtype}, not quantised |\n\
+        | KV cache | not quantised; runtimes have flags of their own |\n\n\
+        | runtime | |\n|---|---|\n\
+        | transformers with compressed-tensors | {transformers} |\n\
+        | vLLM | {vllm} |\n\
+        | spinquant | `spinquant eval --model DIR --text FILE` |\n",
+        kind(symmetric_weights),
+        version = env!("CARGO_PKG_VERSION"),
+    )
+}
