@@ -4,6 +4,7 @@
 //! cargo run --release --example interop -- write DIR
 //! cargo run --release --example interop -- read DIR     # rotations that torch.save wrote into DIR
 //! cargo run --release --example interop -- tokens MODEL TEXT FILE     # the text's ids, little-endian u32
+//! cargo run --release --example interop -- compressed DIR     # folders of compressed-tensors
 //! ```
 
 #[path = "../tests/common/tiny.rs"]
@@ -13,12 +14,14 @@ mod tiny;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use spinquant::calibrate::{Calibration, LayerReport};
 use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export::{Format, Output, write_hf, write_quantized, write_rtn};
-use spinquant::llama::{Llama, LlamaConfig, Rotated, Source};
-use spinquant::quant::{Gptq, Online, Scheme};
+use spinquant::llama::{Compressed, Llama, LlamaConfig, Rotated, Source};
+use spinquant::ops::fake_quant::quantize;
+use spinquant::quant::{Gptq, Online, Rtn, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 
@@ -30,7 +33,8 @@ fn main() -> Result<()> {
         ["write", dir] => write(Path::new(dir)),
         ["read", dir] => read(Path::new(dir)),
         ["tokens", model, text, file] => tokens(Path::new(model), Path::new(text), Path::new(file)),
-        _ => Err(Error::argument("arguments", "expected write DIR, read DIR or tokens MODEL TEXT FILE")),
+        ["compressed", dir] => compressed(Path::new(dir)),
+        _ => Err(Error::argument("arguments", "expected write DIR, read DIR, compressed DIR or tokens MODEL TEXT FILE")),
     }
 }
 
@@ -113,6 +117,72 @@ fn write_seed(dir: &Path) -> Result<()> {
     let seed = [&read("spinquant.json")?, &[0][..], &read("model.safetensors")?].concat();
     let path = dir.join("seed/small");
     std::fs::write(&path, seed).map_err(Error::io(&path))
+}
+
+/// Folders of compressed-tensors, each with the weights that it stands for, the codes of its activations and its logits in f32.
+fn compressed(dir: &Path) -> Result<()> {
+    let base = LlamaConfig { hidden_size: 64, intermediate_size: 96, layers: 3, vocab_size: 97, ..tiny::config(8, 2, false) };
+    let rotations = Rotations::random_hadamard(base.hidden_size, base.head_dim, base.layers, 2)?;
+    let scheme = |weights, activations| Scheme::new(weights, activations, 16).online(Online::NONE);
+    let grouped = |scheme| Scheme { weight_group: Some(32), ..scheme };
+    let zeros = |scheme| Scheme { symmetric_weights: false, ..scheme };
+    let symmetric = |scheme| Scheme { symmetric_activations: true, ..scheme };
+    let cases = [
+        ("channel", scheme(4, 16), false),
+        ("group", grouped(scheme(4, 16)), false),
+        ("channel-asymmetric", zeros(scheme(4, 16)), false),
+        ("group-asymmetric", zeros(grouped(scheme(4, 16))), false),
+        ("group-gptq", grouped(scheme(4, 16)), true),
+        ("group-8-bits", grouped(scheme(8, 16)), false),
+        ("channel-3-bits", scheme(3, 16), false),
+        ("w4a8", symmetric(scheme(4, 8)), false),
+        ("w4a4", symmetric(scheme(4, 4)), false),
+        ("w4a4-group", symmetric(grouped(scheme(4, 4))), true),
+        ("w4a4-asymmetric", scheme(4, 4), false),
+    ];
+    for (name, scheme, gptq) in cases {
+        for dtype in [DType::F32, DType::BF16] {
+            let config = if name == "channel" { tiny::with_biases(base.clone()) } else { base.clone() };
+            let folder = dir.join(format!("{name}-{dtype}"));
+            let (source, out) = (folder.join("source"), folder.join("compressed"));
+            tiny::write(&source, &config, dtype, 1, true);
+            let files = Source::open(&source, &config)?;
+            let scheme = Format::CompressedTensors.holds(&scheme);
+            let rotated = Rotated::open(&files, Some(&rotations), &scheme, &Device::Cpu)?;
+            let output = Output { overwrite: true, source: Some(&source), ..Output::new(&out, Format::CompressedTensors) };
+            let ids = |n: u32| (0..n).map(|i| (i * i * 5 + i / 3) % config.vocab_size as u32).collect::<Vec<_>>();
+            let text = Windows::new(ids(8 * SEQ as u32), SEQ)?;
+            let go_on = |_: &LayerReport| ControlFlow::Continue(());
+            match gptq {
+                true => write_quantized(&rotated, &Gptq::default(), Some(&Calibration::first(&text, 8)?), output, go_on)?,
+                false => write_quantized(&rotated, &Rtn, None, output, go_on)?,
+            }
+            let network = Compressed::read(&out)?.load(DType::F32, &Device::Cpu)?;
+            let tokens: Vec<u32> = (0..2 * SEQ as u32).map(|i| (i * i * 7 + 3 * i + 1) % config.vocab_size as u32).collect();
+            let mut ours = BTreeMap::from([
+                ("logits".to_string(), network.logits(&tokens, SEQ)?),
+                ("tokens".to_string(), Tensor::from_vec(tokens.iter().map(|t| *t as f32).collect(), [2, SEQ])?),
+            ]);
+            for (l, block) in network.blocks.iter().enumerate() {
+                ours.extend(block.weights.iter().map(|(linear, w)| (format!("{}.weight", linear.path(l)), w.weight.clone())));
+            }
+            let seen = Arc::new(Mutex::new(BTreeMap::new()));
+            let (into, sites) = (seen.clone(), scheme.sites(config.head_dim));
+            network.observe(&tokens, SEQ, move |layer, site, x| {
+                let spec = sites.at(site);
+                if spec.is_active() {
+                    let codes = quantize(x, spec)?.codes.into_iter().map(f32::from).collect();
+                    let codes = Tensor::from_vec(codes, [2 * SEQ, x.len() / (2 * SEQ)])?;
+                    into.lock().expect("no panic").insert(format!("{layer}.{}", site.name()), codes);
+                }
+                Ok(())
+            })?;
+            ours.append(&mut seen.lock().expect("no panic"));
+            io::save_tensors(&folder.join("ours.safetensors"), &ours, &BTreeMap::new())?;
+        }
+    }
+    println!("wrote {}", dir.display());
+    Ok(())
 }
 
 /// `torch-*.bin` must hold what the `.safetensors` of the same name does, bit for bit.

@@ -129,7 +129,8 @@ impl Quantization {
         };
         let ignored = targets(&config["ignore"])?;
         let groups = config["config_groups"].as_object().ok_or("config_groups: expected an object")?;
-        let groups = groups.iter().map(|(name, group)| Ok((name, group, targets(&group["targets"])?))).collect::<Parsed<Vec<_>>>()?;
+        let groups =
+            groups.iter().map(|(name, group)| Ok((name, group, targets(&group["targets"])?))).collect::<Parsed<Vec<_>>>()?;
         let mut found: Option<Self> = None;
         for (name, input_group) in linears {
             if ignored.iter().any(|t| t.matches(name)) {
@@ -198,7 +199,12 @@ fn scheme(config: &Value, group: &Value, input_group: Option<usize>) -> Parsed<Q
     let group_of = match (w["strategy"].as_str(), size) {
         (Some("channel"), _) => None,
         (Some("group") | None, Some(size)) if size > 0 => Some(size),
-        _ => return Err(format!("weights: expected strategy channel or group, got {:.60} of {:.60}", w["strategy"], w["group_size"])),
+        _ => {
+            return Err(format!(
+                "weights: expected strategy channel or group, got {:.60} of {:.60}",
+                w["strategy"], w["group_size"]
+            ));
+        }
     };
     let weights = Weights { bits, symmetric, group: group_of };
     let input = &group["input_activations"];

@@ -44,7 +44,10 @@ pub(super) fn holds(scheme: &Scheme) -> Scheme {
 /// Checks that the format can hold a scheme.
 pub(super) fn check(scheme: &Scheme) -> Result<()> {
     if scheme.weight_bits >= 16 {
-        return Err(Error::argument("format compressed-tensors", "expected weights of 2 to 8 bits, got 16; format hf holds those"));
+        return Err(Error::argument(
+            "format compressed-tensors",
+            "expected weights of 2 to 8 bits, got 16; format hf holds those",
+        ));
     }
     Ok(())
 }
@@ -64,7 +67,9 @@ pub fn notes(scheme: &Scheme, target: Option<Target>) -> Result<Vec<String>> {
             return refuse(&format!("vLLM takes activations of 4, 8 or 16 bits, got {}", scheme.activation_bits));
         }
         if scheme.activation_bits == 8 && scheme.weight_group.is_some() {
-            notes.push("vLLM runs 8-bit activations with 16 bits where weights have groups; without --weight-group it does not".into());
+            notes.push(
+                "vLLM runs 8-bit activations with 16 bits where weights have groups; without --weight-group it does not".into(),
+            );
         }
     }
     if let Some(group) = scheme.weight_group
@@ -165,7 +170,9 @@ pub(super) fn readme(scheme: &Scheme, dtype: DType, model: &str, weights: &str) 
     };
     let transformers = match activation_bits {
         16.. => "yes, on CPUs too: weights are unpacked when they are first used",
-        _ => "yes, on CPUs too: weights are unpacked when they are first used, inputs are rounded to their grids and computed with in the model's type",
+        _ => {
+            "yes, on CPUs too: weights are unpacked when they are first used, inputs are rounded to their grids and computed with in the model's type"
+        }
     };
     format!(
         "# {scheme}, compressed-tensors\n\n\

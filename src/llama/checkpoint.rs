@@ -305,7 +305,6 @@ impl Entry<'_> {
         values
     }
 
-
     fn read_as<T: Element>(&self, gain: Option<&[f64]>) -> Result<Tensor> {
         let cols = self.shape.last().copied().unwrap_or(1).max(1);
         let size = self.dtype.size();

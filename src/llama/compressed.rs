@@ -68,7 +68,8 @@ pub(super) fn read(
         return Err(Error::format(checkpoint.dir(), format!("{name}.weight_shape: expected {shape:?}, got {said:?}")));
     }
     let weight = integers("weight_packed", [rows, words(cols, packing.bits)])?;
-    let zero_point = (!packing.symmetric).then(|| integers("weight_zero_point", [words(rows, packing.bits), groups])).transpose()?;
+    let zero_point =
+        (!packing.symmetric).then(|| integers("weight_zero_point", [words(rows, packing.bits), groups])).transpose()?;
     let scale = checkpoint.tensor(&format!("{name}.weight_scale"), &[rows, groups])?;
     let own = scale.dtype();
     let values = Packed { shape, weight, scale, zero_point }.quantized(name, &spec)?.dequantize()?.to_dtype(own)?;

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 mod arguments;
 mod bench;
+mod compressed;
 mod console;
 mod generate;
 mod hub;

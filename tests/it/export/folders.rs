@@ -18,7 +18,8 @@ fn a_killed_run_ends_in_the_same_bytes() {
     tiny::write(&source, &config, DType::BF16, 9, true);
     let model = Llama::load(&source, DType::BF16, &Device::Cpu).unwrap();
     let r = Rotations::random_hadamard(16, 8, 4, 5).unwrap();
-    for (format, scheme) in [(Format::Native, Scheme::new(4, 4, 4)), (Format::Hf, Scheme::new(4, 16, 16).online(Online::NONE))] {
+    let plain = Scheme::new(4, 16, 16).online(Online::NONE);
+    for (format, scheme) in [(Format::Native, Scheme::new(4, 4, 4)), (Format::Hf, plain), (Format::CompressedTensors, plain)] {
         let named = |dir| {
             let provenance = Provenance { command: "quantize".into(), ..Default::default() };
             Output { overwrite: true, source: Some(&source), provenance, ..Output::new(dir, format) }
@@ -51,7 +52,7 @@ fn a_killed_run_ends_in_the_same_bytes() {
     }
 }
 
-/// GPTQ into either format, stopped after every layer in turn.
+/// GPTQ into any format, stopped after every layer in turn.
 #[test]
 fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
@@ -63,14 +64,16 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
     for dtype in [DType::F32, DType::BF16] {
         tiny::write(&source, &config, dtype, 9, true);
         let (files, model) = (Source::open(&source, &config).unwrap(), Llama::load(&source, dtype, &Device::Cpu).unwrap());
-        for format in [Format::Native, Format::Hf] {
+        for format in [Format::Native, Format::Hf, Format::CompressedTensors] {
+            let plain = Scheme::new(3, 16, 16).online(Online::NONE);
             let scheme = match format {
                 Format::Native => Scheme { weight_group: Some(8), ..Scheme::new(4, 4, 4) },
-                Format::Hf => Scheme::new(3, 16, 16).online(Online::NONE),
+                Format::Hf => plain,
+                Format::CompressedTensors => Scheme { weight_group: Some(8), symmetric_weights: false, ..plain },
             };
             let rotated = match format {
                 Format::Native => Rotated::new(&model, Some(&r), &scheme),
-                Format::Hf => Rotated::open(&files, Some(&r), &scheme, &Device::Cpu),
+                Format::Hf | Format::CompressedTensors => Rotated::open(&files, Some(&r), &scheme, &Device::Cpu),
             }
             .unwrap();
             let write = |dir: &Path, stop: usize| {
@@ -90,8 +93,11 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
             // What is written is what GPTQ made of the rotated layers.
             let mut blocks = vec![];
             let go_on = |_: &LayerReport| ControlFlow::Continue(());
-            quantize_layers(&rotated, &Gptq::default(), Some(&calibration), &mut (), go_on, |b| blocks.push(b)).unwrap();
+            let (gptq, stored) = (Gptq::default(), compressed::Stored(dtype));
+            let quantizer: &dyn WeightQuantizer = if format == Format::CompressedTensors { &stored } else { &gptq };
+            quantize_layers(&rotated, quantizer, Some(&calibration), &mut (), go_on, |b| blocks.push(b)).unwrap();
             let written = match format {
+                Format::CompressedTensors => Compressed::read(&whole).unwrap().load(dtype, &Device::Cpu).unwrap(),
                 Format::Native => load_native(&whole, &Device::Cpu).unwrap().model,
                 Format::Hf => Llama::load(&whole, dtype, &Device::Cpu).unwrap().merge(None, &PLAIN).unwrap(),
             };
@@ -259,13 +265,13 @@ fn a_run_is_not_continued_with_another_model() {
         let model = Llama::load(&source, DType::F32, &Device::Cpu).unwrap();
         let rotated = match format {
             Format::Native => Rotated::new(&model, None, &scheme),
-            Format::Hf => Rotated::open(&files, None, &scheme, &Device::Cpu),
+            Format::Hf | Format::CompressedTensors => Rotated::open(&files, None, &scheme, &Device::Cpu),
         };
         write_quantized(&rotated.unwrap(), &spinquant::quant::Rtn, None, Output::new(&out, format), |report| {
             if report.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })
     };
-    for format in [Format::Native, Format::Hf] {
+    for format in [Format::Native, Format::Hf, Format::CompressedTensors] {
         assert!(matches!(write(format, 1), Err(Error::Interrupted { .. })));
         let mut changed = whole.clone();
         let middle = whole.len() * 2 / 3;

@@ -1,5 +1,6 @@
 //! Quantised models and rotations as files: what is written comes back, what is damaged or hostile is refused.
 
+mod compressed;
 mod folders;
 mod hugging_face;
 mod native;
@@ -19,9 +20,9 @@ use spinquant::export::{
     self, Format, Output, Provenance, RECORD, Stored, Writer, load_native, write_hf, write_quantized, write_rtn,
 };
 use spinquant::grid::Quantized;
-use spinquant::llama::{Linear, Llama, LlamaConfig, Merged, Rotated, Source};
+use spinquant::llama::{Compressed, Linear, Llama, LlamaConfig, Merged, Rotated, Source};
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Gptq, Online, Scheme};
+use spinquant::quant::{Clip, Gptq, Online, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 use zip::CompressionMethod::Stored as StoredEntry;

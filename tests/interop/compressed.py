@@ -1,0 +1,111 @@
+"""Compares what `cargo run --example interop -- compressed DIR` wrote with compressed-tensors and transformers.
+
+    python tests/interop/compressed.py DIR
+
+For every folder: quantization_config passes the classes of compressed-tensors; its own code unpacks every tensor to the bits that we read,
+and packs the same words from them; transformers loads the folder and computes our logits; where activations are quantised, with our codes.
+"""
+
+import json
+import pathlib
+import sys
+import warnings
+
+import compressed_tensors
+import torch
+import transformers
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization.lifecycle import forward
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from compressed_tensors.utils import match_named_modules
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+warnings.filterwarnings("ignore")
+transformers.utils.logging.disable_progress_bar()
+SITES = {"q_proj": "attention_input", "o_proj": "attention_output", "gate_proj": "mlp_input", "down_proj": "down_input"}
+failures = 0
+
+
+def report(what, good, detail=""):
+    global failures
+    failures += not good
+    print("ok  " if good else "FAIL", what, detail)
+
+
+def same_packing(folder, ours, config):
+    """Of every linear: what compressed-tensors unpacks, and what it packs from that."""
+    tensors = load_file(folder / "compressed/model.safetensors")
+    unpacked = repacked = True
+    for name, want in ours.items():
+        if not name.endswith("_proj.weight"):
+            continue
+        module = name.removesuffix(".weight")
+        group = "group_1" if "group_1" in config.config_groups and module.endswith("o_proj") else "group_0"
+        scheme = config.config_groups[group]
+        packed = {k.removeprefix(module + "."): t for k, t in tensors.items() if k.startswith(module + ".weight_")}
+        weight = PackedQuantizationCompressor.decompress(packed, scheme)
+        unpacked &= torch.equal(weight["weight"].float(), want)
+        again = PackedQuantizationCompressor.compress(weight | {"weight_scale": packed["weight_scale"]}, scheme)
+        repacked &= all(torch.equal(again[k], packed[k]) for k in packed)
+    report(f"{folder.name}: compressed-tensors unpacks our tensors to the bit", unpacked)
+    report(f"{folder.name}: and packs them to the bit", repacked)
+
+
+def run(model, tokens):
+    """Logits, and the codes of every input that is quantised, with how far from a tie each was."""
+    codes, names = {}, {m: n for n, m in model.named_modules()}
+    quantise = forward.forward_quantize
+
+    def watched(module, value, base_name, args):
+        part = names[module].rsplit(".", 1)[-1]
+        if base_name == "input" and part in SITES:
+            scale, zero = compute_dynamic_scales_and_zp(value=value, args=args, module=module)
+            q = forward.quantize(value, scale, zero, args).float().flatten(0, 1)
+            if args.group_size:
+                scale = scale.repeat_interleave(args.group_size, -1)
+            tie = ((value / scale) % 1 - 0.5).abs().flatten(0, 1)
+            codes[f"{names[module].split('.')[2]}.{SITES[part]}"] = (q, tie, args)
+        return quantise(module, value, base_name, args)
+
+    forward.forward_quantize = watched
+    try:
+        with torch.no_grad():
+            return model(tokens).logits.flatten(0, 1).float(), codes
+    finally:
+        forward.forward_quantize = quantise
+
+
+print("torch", torch.__version__, "transformers", transformers.__version__, "compressed-tensors", compressed_tensors.__version__)
+for folder in sorted(p for p in pathlib.Path(sys.argv[1]).iterdir() if (p / "ours.safetensors").exists()):
+    ours = load_file(folder / "ours.safetensors")
+    tokens = ours["tokens"].long()
+    said = json.loads((folder / "compressed/config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(said)
+    report(f"{folder.name}: quantization_config is valid", config.quantization_status == QuantizationStatus.COMPRESSED)
+    same_packing(folder, ours, config)
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "compressed").eval()
+    targets = {n for scheme in config.config_groups.values() for n, _ in match_named_modules(model, scheme.targets, config.ignore)}
+    report(f"{folder.name}: 7 linears of each layer are quantised", len(targets) == 7 * model.config.num_hidden_layers)
+    narrow, _ = run(model, tokens)
+    got, codes = run(model.float(), tokens)
+    spread = ours["logits"].std().item()
+    flips = 0
+    for name, (q, tie, args) in codes.items():
+        # Stored codes of an asymmetric grid start at 0, theirs at -2^(bits-1).
+        different = ours[name] - (0 if args.symmetric else 2 ** (args.num_bits - 1)) != q
+        flips += different.sum().item()
+        if name.startswith("0."):
+            far = tie[different].max().item() if different.any() else 0.0
+            report(f"{folder.name}: codes of layer {name} agree except at ties", far < 1e-3, f"{different.sum().item()} of {q.numel()} differ")
+    error = (got - ours["logits"]).abs().max().item()
+    good = error < (1e-3 if flips == 0 else 0.2 * spread)
+    report(f"{folder.name}: logits in f32 agree", good, f"max|difference| {error:.1e} with {flips} codes apart, deviation {spread:.2f}")
+    if narrow.dtype != model.dtype or folder.name.endswith("bf16"):
+        rms = (narrow - ours["logits"]).pow(2).mean().sqrt().item() / spread
+        print(f"     {folder.name}: in the folder's type, rms difference {rms:.4f} of the deviation")
+
+print("all agree" if failures == 0 else f"{failures} differ")
+sys.exit(failures > 0)
