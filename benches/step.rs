@@ -82,13 +82,11 @@ fn model(dtype: DType, device: &Device) -> Result<Llama> {
         rms_norm_eps: 1e-5,
         max_position_embeddings: 2048,
         rope_theta: 1e4,
-        rope_scaling: None,
-        attention_bias: false,
-        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: Some(0),
         eos_token_ids: vec![1],
         dtype: None,
+        ..LlamaConfig::default()
     };
     let weights = Weights::random(&config, 0)?;
     let layers = weights.layers.iter().map(|l| l.map(|w| w.to_dtype(dtype))).collect::<Result<_>>()?;

@@ -138,10 +138,11 @@ int sq_rms_norm_backward(void *dx, const void *dy, const void *x, const void *ga
 
 /* rope.cu ----------------------------------------------------------------------------------------------------- */
 
-/* Rotates the halves of every head of x [tokens, heads, dim]: (a, b) -> (a c - b s, b c + a s), with c, s = cosine, sine
- * [seq, dim/2] at position token % seq; transpose = 1 rotates back (the gradient). In place allowed. */
+/* Rotates the first `turned` values of every head of x [tokens, heads, dim], cut in halves: (a, b) -> (a c - b s, b c + a s),
+ * with c, s = cosine, sine [seq, turned/2] at position token % seq; the others stay. turned is even and at most dim.
+ * transpose = 1 rotates back (the gradient). In place allowed. */
 int sq_rope(void *y, const void *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int32_t heads,
-            int32_t dim, int32_t transpose, sq_dtype dtype, sq_stream stream);
+            int32_t dim, int32_t turned, int32_t transpose, sq_dtype dtype, sq_stream stream);
 
 /* attention.cu, attention_*.cu -------------------------------------------------------------------------------- */
 

@@ -1,5 +1,5 @@
-// Rotary position embedding, half-split: a head (a, b), a and b its halves, at position p becomes
-//   (a cos - b sin, b cos + a sin),   cos and sin [seq, dim/2] at row p = token % seq.
+// Rotary position embedding, half-split: the first values (a, b) of a head, a and b their halves, at position p become
+//   (a cos - b sin, b cos + a sin),   cos and sin [seq, half] at row p = token % seq; the head's other values stay.
 // The gradient is the rotation by the opposite angle: the sine changes sign.
 #include "common.cuh"
 
@@ -17,10 +17,10 @@ constexpr int kHeads = 2;
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(T *y, const T *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int heads,
-                int half, int groups, float sign) {
+                int dim, int half, int groups, float sign) {
   const int64_t token = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= tokens) return;
-  const int64_t angle = token % seq * half, base = token * heads * (2 * int64_t(half));
+  const int64_t angle = token % seq * half, base = token * heads * int64_t(dim);
   const int packs = half / N;
 
   for (int lane = int(threadIdx.x); lane < packs * groups; lane += int(blockDim.x)) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kHeads; ++k) {
       const int head = group + k * groups;
       if (head < heads) {
-        const T *in = x + base + int64_t(head) * (2 * half) + column;
+        const T *in = x + base + int64_t(head) * dim + column;
         a[k] = load_pack<T, N>(in);
         b[k] = load_pack<T, N>(in + half);
       }
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
         first[v] = p[v] * c[v] - q[v] * s[v];
         second[v] = q[v] * c[v] + p[v] * s[v];
       }
-      T *out = y + base + int64_t(head) * (2 * half) + column;
+      T *out = y + base + int64_t(head) * dim + column;
       store_pack(out, narrow<T>(first));
       store_pack(out + half, narrow<T>(second));
     }
@@ -60,14 +60,20 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int N>
-int rope(T *y, const T *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int heads, int half,
-         float sign, cudaStream_t stream) {
+int rope(T *y, const T *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int heads, int dim,
+         int half, float sign, cudaStream_t stream) {
+  if (dim > 2 * half && y != x) {
+    // The values that stay; the others are written again.
+    const cudaError_t copied =
+        cudaMemcpyAsync(y, x, size_t(tokens) * heads * dim * sizeof(T), cudaMemcpyDeviceToDevice, stream);
+    if (copied != cudaSuccess) return copied;
+  }
   const int groups = ceil_div(heads, kHeads);
   const int64_t lanes = int64_t(half / N) * groups;
   const int width = lanes < kThreads ? int(lanes) : kThreads;
   const dim3 block(width, kThreads / width);
   rope_kernel<T, N><<<unsigned(ceil_div(tokens, int64_t(block.y))), block, 0, stream>>>(
-      y, x, cosine, sine, tokens, seq, heads, half, groups, sign);
+      y, x, cosine, sine, tokens, seq, heads, dim, half, groups, sign);
   return launched();
 }
 
@@ -76,18 +82,18 @@ int rope(T *y, const T *x, const float *cosine, const float *sine, int64_t token
 extern "C" {
 
 int sq_rope(void *y, const void *x, const float *cosine, const float *sine, int64_t tokens, int64_t seq, int32_t heads,
-            int32_t dim, int32_t transpose, sq_dtype dtype, sq_stream stream) {
-  if (tokens < 0 || seq < 1 || heads < 1 || dim < 2 || dim % 2 != 0) return cudaErrorInvalidValue;
+            int32_t dim, int32_t turned, int32_t transpose, sq_dtype dtype, sq_stream stream) {
+  if (tokens < 0 || seq < 1 || heads < 1 || turned < 2 || turned % 2 != 0 || turned > dim) return cudaErrorInvalidValue;
   if (tokens == 0) return cudaSuccess;
-  const int half = dim / 2;
+  const int half = turned / 2;
   const float sign = transpose ? -1.0f : 1.0f;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     T *out = static_cast<T *>(y);
     const T *in = static_cast<const T *>(x);
-    if (half % kPack<T> == 0)
-      return rope<T, kPack<T>>(out, in, cosine, sine, tokens, seq, heads, half, sign, cuda_stream(stream));
-    return rope<T, 1>(out, in, cosine, sine, tokens, seq, heads, half, sign, cuda_stream(stream));
+    if (half % kPack<T> == 0 && dim % kPack<T> == 0)
+      return rope<T, kPack<T>>(out, in, cosine, sine, tokens, seq, heads, dim, half, sign, cuda_stream(stream));
+    return rope<T, 1>(out, in, cosine, sine, tokens, seq, heads, dim, half, sign, cuda_stream(stream));
   });
 }
 

@@ -2,6 +2,7 @@
 //!
 //! ```sh
 //! cargo run --release --example interop -- write DIR
+//! cargo run --release --example interop -- families DIR     # rotated Hugging Face outputs of tests/fixtures/families
 //! cargo run --release --example interop -- read DIR     # rotations that torch.save wrote into DIR
 //! cargo run --release --example interop -- tokens MODEL TEXT FILE     # the text's ids, little-endian u32
 //! cargo run --release --example interop -- compressed DIR     # folders of compressed-tensors
@@ -13,7 +14,7 @@ mod tiny;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use spinquant::calibrate::{Calibration, LayerReport};
@@ -31,11 +32,43 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["write", dir] => write(Path::new(dir)),
+        ["families", dir] => families(Path::new(dir)),
         ["read", dir] => read(Path::new(dir)),
         ["tokens", model, text, file] => tokens(Path::new(model), Path::new(text), Path::new(file)),
         ["compressed", dir] => compressed(Path::new(dir)),
-        _ => Err(Error::argument("arguments", "expected write DIR, read DIR, compressed DIR or tokens MODEL TEXT FILE")),
+        _ => {
+            let expected = "expected write DIR, families DIR, read DIR, compressed DIR or tokens MODEL TEXT FILE";
+            Err(Error::argument("arguments", expected))
+        }
     }
+}
+
+/// Every model of `tests/fixtures/families`, in f32 and rotated, as `FAMILY-VARIANT`.
+fn families(dir: &Path) -> Result<()> {
+    let list = |dir: &Path| -> Result<Vec<PathBuf>> {
+        let error = Error::io(dir);
+        let entries = std::fs::read_dir(dir).and_then(|entries| entries.map(|e| Ok(e?.path())).collect());
+        entries.map_err(error)
+    };
+    let source = dir.join("source");
+    std::fs::create_dir_all(&source).map_err(Error::io(&source))?;
+    for model in list(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families"))? {
+        let (tensors, metadata) = io::load_tensors(&model.join("model.safetensors"))?;
+        let wide = tensors.into_iter().map(|(name, t)| Ok((name, t.to_dtype(DType::F32)?))).collect::<Result<_>>()?;
+        io::save_tensors(&source.join("model.safetensors"), &wide, &metadata)?;
+        for variant in list(&model)?.into_iter().filter(|path| path.extension().is_some_and(|e| e == "json")) {
+            let config = source.join("config.json");
+            std::fs::copy(&variant, &config).map_err(Error::io(&config))?;
+            let name = |path: &Path| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let out = dir.join(format!("{}-{}", name(&model), name(&variant)));
+            let config = LlamaConfig::from_dir(&source)?;
+            let rotations = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 2)?;
+            let output = Output { overwrite: true, ..Output::new(&out, Format::Hf) };
+            write_hf(&source, Some(&rotations), &Scheme::FULL_PRECISION.online(Online::NONE), output, |_| {})?;
+            println!("{}", out.display());
+        }
+    }
+    Ok(())
 }
 
 fn write(dir: &Path) -> Result<()> {

@@ -64,13 +64,11 @@ fn config(vocab_size: usize) -> LlamaConfig {
         rms_norm_eps: 1e-5,
         max_position_embeddings: SEQ,
         rope_theta: 1e4,
-        rope_scaling: None,
-        attention_bias: false,
-        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: Some(0),
         eos_token_ids: vec![],
         dtype: Some(DType::F16),
+        ..LlamaConfig::default()
     }
 }
 

@@ -1,8 +1,8 @@
 //! Quantised models as files, in three formats.
 //!
-//! - [`Format::Hf`]: the standard Hugging Face layout, for any runtime. R1 and R2 are merged into the weights and every RMSNorm
-//!   gain is 1; nothing runs online, so the scheme must be without R3 and R4. Quantised weights are written as the values of
-//!   their grid. A tied head is written out.
+//! - [`Format::Hf`]: the standard Hugging Face layout, for any runtime, of the source's own architecture. R1 and R2 are merged into
+//!   the weights, every RMSNorm gain is 1 (but for norms of heads), and so are a family's multipliers; nothing runs online, so the
+//!   scheme must be without R3 and R4. Quantised weights are written as the values of their grid. A tied head is written out.
 //! - [`Format::CompressedTensors`]: the same with quantised weights as packed integers and their scales, and how inputs of linears are
 //!   quantised, for transformers and vLLM; the layout is in [`compressed_tensors`](crate::compressed_tensors).
 //! - [`Format::Native`]: everything the quantised network needs and what was done, in `spinquant.json` and `model.safetensors`.
@@ -22,7 +22,8 @@
 //! |---|---|---|
 //! | `model.embed_tokens.weight`, `lm_head.weight` | dtype, `[V, C]` | rotated; the head with the final norm's gain |
 //! | `model.layers.N.LINEAR.weight` | dtype, `[out, in]` | only at 16 bits: rotated, the norm's gain folded in |
-//! | `model.layers.N.LINEAR.bias` | dtype, `[out]` | only where `config` has it (`attention_bias`, `mlp_bias`): rotated |
+//! | `model.layers.N.LINEAR.bias` | dtype, `[out]` | only where `config` has it (`attention_bias`, `mlp_bias`, Qwen 2): rotated |
+//! | `model.layers.N.self_attn.q_norm.weight`, `k_norm` | dtype, `[D]` | only of a family with norms of heads: their gains |
 //! | `model.layers.N.LINEAR.codes` | U8, `[out, bytes]` | the codes, packed as said below |
 //! | `model.layers.N.LINEAR.scale` | F32 (F64 where dtype is), `[out, in/group]` | column i is of group i / `weights.group` |
 //! | `model.layers.N.LINEAR.zero` | as scale | only where asymmetric |
@@ -31,13 +32,14 @@
 //!
 //! Codes are stored less `weights.min_code`, so from 0. At up to 4 bits there are two a byte, column 2j in the low half of byte j
 //! of a row and column 2j + 1 in the high (0 where there is none), `bytes = ⌈in/2⌉`; else one a byte, `bytes = in`. A weight is
-//! `scale · (code − zero)` in the type of the scale, rounded once to dtype. Every RMSNorm has gain 1. The network is that of a
-//! LLaMA but for `scheme.online`: with r3, every head of q and k is multiplied by a Hadamard after the rotary embedding; with r4,
+//! `scale · (code − zero)` in the type of the scale, rounded once to dtype. Every RMSNorm of the stream has gain 1. The network is that
+//! of `config` (linears apart, whatever its own files do) but for `scheme.online`: with r3, every head of q and k is multiplied by a Hadamard after the rotary embedding; with r4,
 //! down_proj's input is. A row x of n values becomes H x: view it as `[blocks, K, n/(K·blocks)]` (`hadamard.r3`, `hadamard.r4`),
 //! apply the natural-order Sylvester transform along the last axis, multiply by `H_K` from the left along the middle one, divide
 //! by √(n/blocks).
 
 mod compressed;
+mod hf;
 mod native;
 mod parts;
 mod place;
@@ -283,7 +285,7 @@ impl<'a> Writer<'a> {
             (None, Format::Hf | Format::CompressedTensors) => scheme.online(Online::NONE),
         };
         if output.format == Format::CompressedTensors {
-            compressed::check(&scheme)?;
+            compressed::check(config, &scheme)?;
         }
         if output.format.is_hugging_face() && scheme.online != Online::NONE {
             let online = scheme.online;
@@ -356,7 +358,7 @@ impl<'a> Writer<'a> {
         let (config, spec) = (&self.config, self.spec());
         match self.output.format {
             Format::Native => native::read_layer(&part, config, &spec, self.dtype, layer),
-            Format::Hf => native::read_layer(&part, config, &QuantSpec::NONE, self.dtype, layer),
+            Format::Hf => hf::read_layer(&part, config, self.dtype, layer),
             Format::CompressedTensors => compressed::read_layer(&part, config, &spec, self.dtype, layer),
         }
     }
@@ -369,13 +371,13 @@ impl<'a> Writer<'a> {
     /// Writes a layer.
     ///
     /// # Errors
-    /// Shapes of another model; codes outside the scheme's grid; whatever the file system says.
+    /// Shapes of another model; a bias or norm too many or too few; codes outside the scheme's grid; whatever the file system says.
     pub fn layer(&self, layer: usize, weights: &StoredLayer) -> Result<()> {
         if layer >= self.config.layers {
             return Err(Error::argument("layer", format!("expected less than {}, got {layer}", self.config.layers)));
         }
         let mut raws = vec![];
-        for (linear, Affine { weight: w, bias }) in weights.iter() {
+        for (linear, Affine { weight: w, bias, norm }) in weights.iter() {
             let (shape, name) = (linear.shape(&self.config), linear.path(layer));
             let got = match w {
                 Stored::Values(t) => t.shape(),
@@ -384,20 +386,20 @@ impl<'a> Writer<'a> {
             if got != shape {
                 return Err(Error::shape(name, format!("{shape:?}"), got));
             }
-            match (bias, linear.has_bias(&self.config)) {
-                (Some(b), true) if b.shape() == [shape[0]] => {
-                    raws.push(Raw::new(format!("{name}.bias"), &b.to_dtype(self.dtype)?)?);
-                }
-                (Some(b), true) => return Err(Error::shape(format!("{name}.bias"), format!("[{}]", shape[0]), b.shape())),
-                (None, false) => {}
-                (_, true) => return Err(Error::argument(name, "expected a bias (the configuration says so), got none")),
-                (_, false) => return Err(Error::argument(name, "expected no bias (the configuration says so), got one")),
-            }
+            let d = self.config.head_dim;
+            let biased = linear.has_bias(&self.config);
+            raws.extend(self.beside(bias.as_ref(), biased, "a bias", format!("{name}.bias"), shape[0])?);
+            let norm_name = linear.norm_path(layer).unwrap_or(format!("{name}.norm"));
+            let normed = linear.has_norm(&self.config);
+            raws.extend(self.beside(norm.as_ref(), normed, "a norm", format!("{norm_name}.weight"), d)?);
             match self.output.format {
-                Format::Hf => raws.push(Raw::new(format!("{name}.weight"), &w.values(self.dtype)?)?),
+                Format::Hf => {}
                 Format::CompressedTensors => compressed::pack(&mut raws, &name, w, &self.spec())?,
                 Format::Native => native::pack(&mut raws, &name, w, &self.spec(), self.dtype)?,
             }
+        }
+        if self.output.format == Format::Hf {
+            hf::pack(&mut raws, &self.config, weights, self.dtype, layer)?;
         }
         if self.output.format.is_hugging_face() {
             let ones = ones(self.config.hidden_size, self.dtype)?;
@@ -406,6 +408,19 @@ impl<'a> Writer<'a> {
             }
         }
         parts::write(&self.part(layer), &raws, &BTreeMap::new())
+    }
+
+    /// A tensor `[n]` beside a weight, which the configuration asks for or not.
+    fn beside(&self, t: Option<&Tensor>, wanted: bool, what: &str, name: String, n: usize) -> Result<Option<Raw<'static>>> {
+        match (t, wanted) {
+            (None, false) => Ok(None),
+            (Some(t), true) if t.shape() == [n] => Raw::new(name, &t.to_dtype(self.dtype)?).map(Some),
+            (Some(t), true) => Err(Error::shape(name, format!("[{n}]"), t.shape())),
+            (None, true) => Err(Error::argument(name, format!("expected {what} (the configuration says so), got none"))),
+            (Some(_), false) => {
+                Err(Error::argument(name, format!("expected no {} (the configuration says so), got one", &what[2..])))
+            }
+        }
     }
 
     /// Adds the (rotated) embedding and head, joins the layers and moves the folder into place.
@@ -476,6 +491,7 @@ impl<'a> Writer<'a> {
             None => serde_json::from_str(&self.config.to_json()).expect("JSON"),
         };
         config.insert("tie_word_embeddings".into(), false.into());
+        config.extend(self.config.multipliers_json());
         if self.output.format == Format::CompressedTensors {
             let quantization = Quantization::of(&self.written()).to_json(self.config.head_dim);
             config.insert("quantization_config".into(), quantization);

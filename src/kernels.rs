@@ -278,11 +278,11 @@ pub fn rope<T: Float>(
     x: &impl DevicePtr<T>,
     cosine: &impl DevicePtr<f32>,
     sine: &impl DevicePtr<f32>,
-    heads: (usize, usize),
+    (heads, dim): (usize, usize),
     transpose: bool,
 ) -> Result<()> {
     let (y, x, cosine, sine) = (write(stream, y), read(stream, x), read(stream, cosine), read(stream, sine));
-    rotary::launch(Queue::of(stream), y.view, x.view, [cosine.view, sine.view], heads, transpose)
+    rotary::launch(Queue::of(stream), y.view, x.view, [cosine.view, sine.view], (heads, dim, dim), transpose)
 }
 
 /// `y = x + b` for every row of x, of as many values as b.

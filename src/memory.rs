@@ -116,8 +116,10 @@ struct Sizes {
     e: usize,
     /// Weights of a layer.
     layer: usize,
-    /// Biases of a layer.
+    /// Biases of a layer, and gains of norms of its heads.
     biases: usize,
+    /// Heads of q and k have norms.
+    head_norms: bool,
     quantized: bool,
 }
 
@@ -126,9 +128,11 @@ impl Sizes {
         let (c, f) = (config.hidden_size, config.intermediate_size);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let layer = Linear::ALL.map(|l| l.shape(config)[0] * l.shape(config)[1]).iter().sum();
-        let biases = Linear::ALL.into_iter().filter(|l| l.has_bias(config)).map(|l| l.shape(config)[0]).sum();
-        let quantized = work.scheme.weight_bits < 16;
-        Self { c, f, vocab: config.vocab_size, layers: config.layers, q, kv, e: work.dtype.size(), layer, biases, quantized }
+        let biases: usize = Linear::ALL.into_iter().filter(|l| l.has_bias(config)).map(|l| l.shape(config)[0]).sum();
+        let gains = Linear::ALL.into_iter().filter(|l| l.has_norm(config)).count() * config.head_dim;
+        let (quantized, head_norms) = (work.scheme.weight_bits < 16, config.family.facts().head_norms);
+        let (vocab, layers, e) = (config.vocab_size, config.layers, work.dtype.size());
+        Self { c, f, vocab, layers, q, kv, e, layer, biases: biases + gains, head_norms, quantized }
     }
 
     /// Bytes of the model.
@@ -137,9 +141,10 @@ impl Sizes {
     }
 
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
-    /// and the output of attention, gate and up.
+    /// and the output of attention, gate and up; q and k in front of their norms.
     fn kept(&self, tokens: usize) -> usize {
-        tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f)
+        let normed = if self.head_norms { self.q + self.kv } else { 0 };
+        tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed)
     }
 
     /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 need.

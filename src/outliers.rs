@@ -85,8 +85,9 @@ pub fn plant(weights: &Weights, config: &LlamaConfig, options: &PlantOptions) ->
         let mut rng = stream(o.seed, l as u64 + 1);
         let up = scattered(&mut rng, config.intermediate_size, o.mlp_channels, o.mlp_factor)?;
         let mut layer = mlp_channels(layer, &up)?;
-        let pairs =
-            (0..config.kv_heads).map(|_| scattered(&mut rng, d / 2, o.rope_pairs, o.rope_factor)).collect::<Result<Vec<_>>>()?;
+        let pairs = (0..config.kv_heads)
+            .map(|_| scattered(&mut rng, config.rotary_dim() / 2, o.rope_pairs, o.rope_factor))
+            .collect::<Result<Vec<_>>>()?;
         layer = rope_pairs(&layer, config, &pairs.concat())?;
         let mut bases = vec![];
         for head in 0..config.kv_heads {
@@ -160,7 +161,7 @@ pub fn residual_basis(weights: &Weights, basis: &Tensor) -> Result<Weights> {
                 Row { reads: Basis::Stream, .. } => l.with_weight(into(&l.weight)?),
                 Row { writes: Basis::Stream, .. } => {
                     let row = |b: &Tensor| into(&b.clone().reshape([1, c])?)?.reshape([c]);
-                    Affine { weight: out_of(&l.weight)?, bias: l.bias.as_ref().map(row).transpose()? }
+                    Affine { weight: out_of(&l.weight)?, bias: l.bias.as_ref().map(row).transpose()?, norm: None }
                 }
                 _ => l.clone(),
             })
@@ -253,7 +254,7 @@ fn scaled(l: &Affine, row: impl Fn(usize) -> f64, col: impl Fn(usize) -> f64) ->
     };
     let cols = l.weight.cols();
     let weight = times(&l.weight, &|i| row(i / cols) * col(i % cols))?;
-    Ok(Affine { weight, bias: l.bias.as_ref().map(|b| times(b, &row)).transpose()? })
+    Ok(Affine { weight, bias: l.bias.as_ref().map(|b| times(b, &row)).transpose()?, norm: l.norm.clone() })
 }
 
 /// The layer with other linears in some places.
@@ -285,15 +286,18 @@ pub fn mlp_channels(layer: &LayerWeights, factors: &[f64]) -> Result<LayerWeight
     Ok(with(layer, [(Linear::Up, up), (Linear::Down, down)]))
 }
 
-/// Scales rotary pairs (i, i + D/2) of key head h by `factors[h * D/2 + i]`, and of the query heads that read it by the inverse.
-/// RoPE turns a pair as a whole, so the scaling commutes with it.
+/// Scales rotary pairs (i, i + D/2), D the dimensions that are turned, of key head h by `factors[h * D/2 + i]`, and of the query heads
+/// that read it by the inverse. RoPE turns a pair as a whole, so the scaling commutes with it.
 ///
 /// # Errors
-/// Another number of factors than there are pairs, or a factor that is 0 or not finite.
+/// Another number of factors than there are pairs, or a factor that is 0 or not finite; heads with norms, which undo a scaling.
 pub fn rope_pairs(layer: &LayerWeights, config: &LlamaConfig, factors: &[f64]) -> Result<LayerWeights> {
-    let (d, half) = (config.head_dim, config.head_dim / 2);
+    let (d, turned, half) = (config.head_dim, config.rotary_dim(), config.rotary_dim() / 2);
     check_factors("rope_pairs", factors, config.kv_heads * half)?;
-    let factor = |kv_head: usize, row: usize| factors[kv_head * half + row % half];
+    if layer[Linear::K].norm.is_some() && factors.iter().any(|f| *f != 1.0) {
+        return Err(Error::argument("rope_pairs", "expected factors of 1: a norm of every key head would undo them"));
+    }
+    let factor = |kv_head: usize, row: usize| if row < turned { factors[kv_head * half + row % half] } else { 1.0 };
     let k = scaled(&layer[Linear::K], |r| factor(r / d, r % d), |_| 1.0)?;
     let q = scaled(&layer[Linear::Q], |r| factor(r / d / config.group(), r % d).recip(), |_| 1.0)?;
     Ok(with(layer, [(Linear::Q, q), (Linear::K, k)]))
@@ -338,7 +342,7 @@ pub fn value_basis(layer: &LayerWeights, config: &LlamaConfig, bases: &Tensor) -
     }
     let like = |values: Vec<f64>, t: &Tensor| Tensor::from_vec(values, t.shape())?.to_dtype(t.dtype());
     let bias = old_v.bias.as_ref().map(|b| like(bias, b)).transpose()?;
-    let v = Affine { weight: like(v, &old_v.weight)?, bias };
+    let v = Affine { weight: like(v, &old_v.weight)?, bias, norm: None };
     let o = old_o.with_weight(like(o, &old_o.weight)?);
     Ok(with(layer, [(Linear::V, v), (Linear::O, o)]))
 }

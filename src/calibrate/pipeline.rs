@@ -64,7 +64,7 @@ impl<'a> Calibration<'a> {
 pub struct QuantizedLayer {
     /// Which layer, from 0.
     pub index: usize,
-    /// Biases are as they were.
+    /// Biases and norms are as they were.
     pub linears: Linears<Affine<QuantizedLinear>>,
 }
 
@@ -315,7 +315,7 @@ impl Stream {
     fn add(&mut self, l: &Affine) -> Result<()> {
         for (x, inner) in self.x.iter_mut().zip(self.inner.drain(..)) {
             *x = value(|t| {
-                let Affine { weight, bias } = on(t, l);
+                let Affine { weight, bias, .. } = on(t, l);
                 plus(t.constant(x.clone()), bias)?.add(t.constant(inner).linear(weight)?)
             })?;
         }
@@ -333,7 +333,7 @@ fn exactly(count: usize, linears: Vec<QuantizedLinear>) -> Result<Vec<QuantizedL
 /// A linear on a tape, as a constant.
 fn on<'t>(tape: &'t Tape, l: &Affine) -> LinearVars<'t> {
     let constant = |t: &Tensor| tape.constant(t.clone());
-    Affine { weight: constant(&l.weight), bias: l.bias.as_ref().map(constant) }
+    Affine { weight: constant(&l.weight), bias: l.bias.as_ref().map(constant), norm: l.norm.as_ref().map(constant) }
 }
 
 /// Runs a computation without gradients.

@@ -41,8 +41,16 @@ pub(super) fn holds(scheme: &Scheme) -> Scheme {
     Scheme { key_bits: 16, value_bits: 16, activation_clip, ..*scheme }
 }
 
-/// Checks that the format can hold a scheme.
-pub(super) fn check(scheme: &Scheme) -> Result<()> {
+/// Checks that the format can hold a model and a scheme.
+pub(super) fn check(config: &LlamaConfig, scheme: &Scheme) -> Result<()> {
+    let facts = config.family.facts();
+    if facts.fused {
+        let message = format!(
+            "models of type {} join q, k, v and gate, up, which are not packed; give --format hf or native",
+            facts.model_type
+        );
+        return Err(Error::argument("format compressed-tensors", message));
+    }
     if scheme.weight_bits >= 16 {
         return Err(Error::argument(
             "format compressed-tensors",
@@ -133,12 +141,12 @@ fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: D
     Packed { shape, weight, scale, zero_point }.quantized(name, spec)
 }
 
-/// A layer's weights and biases.
+/// A layer's weights, biases and norms.
 pub(super) fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DType, layer: usize) -> Result<StoredLayer> {
     Linears::try_from_fn(|linear| {
         let (shape, name) = (linear.shape(config), linear.path(layer));
-        let bias = linear.has_bias(config).then(|| part.tensor(&format!("{name}.bias"), dtype, &shape[..1]));
-        Ok(Affine { weight: Stored::Codes(unpack(part, &name, shape, spec, dtype)?), bias: bias.transpose()? })
+        let [bias, norm] = super::native::beside(part, config, dtype, layer, linear)?;
+        Ok(Affine { weight: Stored::Codes(unpack(part, &name, shape, spec, dtype)?), bias, norm })
     })
 }
 

@@ -9,7 +9,7 @@ use super::parts::{Part, Raw};
 use super::{RECORD, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
-use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linears, LlamaConfig, Merged};
+use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged};
 use crate::quant::{QuantSpec, Scheme, Site};
 use crate::rotation::{Rotations, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
@@ -111,13 +111,21 @@ fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: D
     Ok(Stored::Codes(Quantized { shape: shape.to_vec(), group, codes, scale, zero }))
 }
 
-/// A layer's weights and biases.
+/// A layer's weights, biases and norms.
 pub fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DType, layer: usize) -> Result<StoredLayer> {
     Linears::try_from_fn(|linear| {
         let (shape, name) = (linear.shape(config), linear.path(layer));
-        let bias = linear.has_bias(config).then(|| part.tensor(&format!("{name}.bias"), dtype, &shape[..1]));
-        Ok(Affine { weight: unpack(part, &name, shape, spec, dtype)?, bias: bias.transpose()? })
+        let [bias, norm] = beside(part, config, dtype, layer, linear)?;
+        Ok(Affine { weight: unpack(part, &name, shape, spec, dtype)?, bias, norm })
     })
+}
+
+/// The bias and the norm of a linear, as far as the configuration has them.
+pub fn beside(part: &Part, config: &LlamaConfig, dtype: DType, layer: usize, linear: Linear) -> Result<[Option<Tensor>; 2]> {
+    let read = |name: String, n: usize| part.tensor(&name, dtype, &[n]);
+    let bias = linear.has_bias(config).then(|| read(format!("{}.bias", linear.path(layer)), linear.shape(config)[0]));
+    let norm = linear.norm_path(layer).filter(|_| linear.has_norm(config));
+    Ok([bias.transpose()?, norm.map(|name| read(format!("{name}.weight"), config.head_dim)).transpose()?])
 }
 
 /// The online Hadamards of a scheme: name and map.

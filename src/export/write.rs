@@ -43,12 +43,13 @@ impl LayerStore for Layers<'_, '_> {
 
     fn load(&mut self, index: usize, dtype: DType, device: &Device) -> Result<QuantizedLayer> {
         let mut linears = vec![];
-        for (_, Affine { weight, bias }) in self.0.read_layer(index)? {
+        for (_, Affine { weight, bias, norm }) in self.0.read_layer(index)? {
             let weight = match weight {
                 Stored::Codes(codes) => QuantizedLinear::from_codes(codes, dtype, device)?,
                 Stored::Values(values) => QuantizedLinear::exact(&values.to_device(device)?),
             };
-            linears.push(Affine { weight, bias: bias.map(|b| b.to_device(device)).transpose()? });
+            let [bias, norm] = [bias, norm].map(|t| t.map(|t| t.to_device(device)).transpose());
+            linears.push(Affine { weight, bias: bias?, norm: norm? });
         }
         Ok(QuantizedLayer { index, linears: Linears::from_vec(linears)? })
     }

@@ -1,4 +1,4 @@
-//! One LLaMA layer with its rotations and quantisers: the page to read first.
+//! One decoder layer with its rotations and quantisers: the page to read first.
 //!
 //! Row vectors; a linear layer is `y = x Wᵀ + b` with `W: [out, in]`, and what there is to know of each is in a table ([`Linear`](crate::llama::Linear)). R1 is the basis of the residual stream, R2 that of every head's
 //! values; both cancel between the layer that enters the basis and the one that leaves it. R3 and R4 are Hadamards that run online.
@@ -22,6 +22,10 @@ pub struct Block {
     pub index: usize,
     head_dim: usize,
     eps: f64,
+    /// Queries and keys are turned by their positions.
+    rope: bool,
+    /// Keys that a query sees; `None`: all up to its own.
+    window: Option<usize>,
     /// Gains of the two norms where they are not folded into the weights.
     gains: Option<[Tensor; 2]>,
 }
@@ -47,12 +51,13 @@ impl Block {
     /// Runs the layer: `x` [tokens, C] in R1's basis, and out again. The last operation is not computed on a tape
     /// [for gradients](crate::Tape::for_gradients).
     ///
-    /// The figure of the paper, line by line. Q quantises; every W and b holds its rotations ([`Block::rotate`]).
+    /// The figure of the paper, line by line. Q quantises; every W and b holds its rotations ([`Block::rotate`]). Some families norm
+    /// every head of q and k (`normed`), and some have layers without `rope` or with a sliding window.
     ///
     /// ```text
     /// h = Q(norm(x))
-    /// q =   R3(rope(h W_qᵀ + b_q))
-    /// k = Q(R3(rope(h W_kᵀ + b_k)))
+    /// q =   R3(rope(normed(h W_qᵀ + b_q)))
+    /// k = Q(R3(rope(normed(h W_kᵀ + b_k))))
     /// v = Q(h W_vᵀ + b_v)                                 in R2's basis
     /// a = Q(attention(q, k, v))
     /// x = x + a W_oᵀ + b_o                                R2 undone, back in R1's basis
@@ -96,17 +101,27 @@ impl Block {
     /// # Errors
     /// Values of another shape than the layer's.
     pub fn attend<'t>(&self, h: Var<'t>, [q, k, v]: [LinearVars<'t>; 3], run: &Run) -> Result<Var<'t>> {
-        let Run { sites: Sites { online, .. }, rope, seq, .. } = run;
-        let d = self.head_dim;
+        let Run { sites: Sites { online, .. }, seq, .. } = run;
         let r3 = |x: Var<'t>| if online.r3 { x.hadamard() } else { Ok(x) };
-        let q = r3(q.of(h.clone())?.heads(d)?.rope(rope)?)?;
-        let k = self.rotated(Site::Key, online.r3, k.of(h.clone())?.heads(d)?.rope(rope)?, run)?; // R3
-        let v = self.quantized(Site::Value, v.of(h)?, run)?.heads(d)?; // in R2's basis
+        let q = r3(self.heads(q, h.clone(), run)?)?;
+        let k = self.rotated(Site::Key, online.r3, self.heads(k, h.clone(), run)?, run)?; // R3
+        let v = self.quantized(Site::Value, v.of(h)?, run)?.heads(self.head_dim)?; // in R2's basis
         let a = match &run.attend {
-            None => attention(q, k, v, *seq, None)?,
+            None => attention(q, k, v, *seq, self.window.filter(|w| w < seq))?,
             Some(attend) => without_gradient(self.index, [q, k, v], attend.as_ref())?,
         };
         self.quantized(Site::AttentionOutput, a, run)
+    }
+
+    /// `rope(normed(h Wᵀ + b))` `[tokens, heads, D]`, as far as this layer has them.
+    fn heads<'t>(&self, l: LinearVars<'t>, h: Var<'t>, run: &Run) -> Result<Var<'t>> {
+        let norm = l.norm.clone();
+        let x = l.of(h)?.heads(self.head_dim)?;
+        let x = match norm {
+            Some(gain) => x.rms_norm_gain(self.eps, Some(gain.value()))?,
+            None => x,
+        };
+        if self.rope { x.rope(&run.rope) } else { Ok(x) }
     }
 
     /// The input of gate and up, `[tokens, C]`.
@@ -131,7 +146,8 @@ impl Block {
     /// Layer `index` of a model of this configuration.
     pub fn new(config: &LlamaConfig, index: usize, weights: LayerWeights) -> Self {
         let LlamaConfig { head_dim, rms_norm_eps: eps, .. } = *config;
-        Self { weights, index, head_dim, eps, gains: None }
+        let (rope, window) = (config.has_rope(index), config.window(index));
+        Self { weights, index, head_dim, eps, rope, window, gains: None }
     }
 
     /// The same layer with other weights.

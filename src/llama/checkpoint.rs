@@ -81,6 +81,8 @@ pub(super) struct Entry<'a> {
     name: &'a str,
     pub(super) dtype: DType,
     shape: &'a [usize],
+    /// Rows of `bytes`: the first axis.
+    count: usize,
     bytes: &'a [u8],
 }
 
@@ -251,7 +253,8 @@ impl Checkpoint {
         }
         let (from, to) = info.data_offsets;
         // The header was checked against the file's length and every shape against its bytes.
-        Ok(Entry { path, stamp: *stamp, name, dtype, shape: &info.shape, bytes: &map[start + from..start + to] })
+        let (count, bytes) = (info.shape.first().copied().unwrap_or(1), &map[start + from..start + to]);
+        Ok(Entry { path, stamp: *stamp, name, dtype, shape: &info.shape, count, bytes })
     }
 
     /// The bytes of a tensor of whole numbers.
@@ -271,6 +274,12 @@ impl Checkpoint {
 }
 
 impl Entry<'_> {
+    /// Rows `first..first + count` of the same tensor.
+    pub(super) fn rows(self, first: usize, count: usize) -> Self {
+        let row = self.shape[1..].iter().product::<usize>() * self.dtype.size();
+        Self { count, bytes: &self.bytes[first * row..][..count * row], ..self }
+    }
+
     /// True when another tensor of the same shape holds the same values, whatever types they are stored in.
     pub(super) fn equals(&self, other: &Self) -> bool {
         if self.dtype == other.dtype && self.bytes == other.bytes {
@@ -340,7 +349,9 @@ impl Entry<'_> {
         if overflow > 0 {
             return fail(format!("{overflow} of {count} values are too large for {}", T::DTYPE));
         }
-        Tensor::from_vec(values, self.shape)
+        let mut shape = self.shape.to_vec();
+        shape.iter_mut().take(1).for_each(|rows| *rows = self.count);
+        Tensor::from_vec(values, shape)
     }
 }
 

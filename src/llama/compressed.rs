@@ -108,6 +108,13 @@ impl Compressed {
             return Err(Error::format(&path, "quantization_config: a needed field is missing"));
         };
         let config = LlamaConfig::from_json(Value::from(map).to_string().as_bytes(), &path)?;
+        if config.family.facts().fused {
+            let message = format!(
+                "quantization_config: expected none, since models of type {} join linears",
+                config.family.facts().model_type
+            );
+            return Err(Error::format(&path, message));
+        }
         let input_group = |linear: Linear| (linear.row().site == Site::AttentionOutput).then_some(config.head_dim);
         let named: Vec<_> = linears(&config).map(|(linear, name)| (name, input_group(linear))).collect();
         let quantization =

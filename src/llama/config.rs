@@ -1,19 +1,28 @@
-//! `config.json` of a LLaMA, in both generations of key names.
+//! `config.json` of a LLaMA and its relatives, in both generations of key names.
 
+mod family;
+mod fields;
 mod parse;
+mod rope;
+mod write;
+
+pub use family::{Absent, Biases, Facts, Family, Windows};
+pub use rope::{Frequencies, RopeScaling};
 
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::{DType, Error, Result, io};
 
 /// Configurations have a thousand bytes; those that name many classes have a few hundred thousand.
 const MAX_BYTES: usize = 4 << 20;
 
-/// The shape and constants of a LLaMA 2 or 3.
+/// The shape and constants of a LLaMA or a relative of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
+    /// Which architecture it is.
+    pub family: Family,
     /// Width C of the residual stream.
     pub hidden_size: usize,
     /// Width F of the MLP.
@@ -34,9 +43,19 @@ pub struct LlamaConfig {
     pub max_position_embeddings: usize,
     /// The base θ of the rotary embedding.
     pub rope_theta: f64,
+    /// The part of a head that the rotary embedding turns, above 0 up to 1: [`LlamaConfig::rotary_dim`].
+    pub partial_rotary_factor: f64,
     /// How the rotary frequencies are stretched, if at all.
     pub rope_scaling: Option<RopeScaling>,
-    /// q, k, v and o add a bias.
+    /// Layers without rotary embedding, ascending.
+    pub no_rope_layers: Vec<usize>,
+    /// Keys that a query sees, its own included, in the layers that have a window: [`LlamaConfig::window`].
+    pub sliding_window: Option<usize>,
+    /// Layers that see everything although there is a window, ascending.
+    pub full_attention_layers: Vec<usize>,
+    /// Scalars on the way through the network.
+    pub multipliers: Multipliers,
+    /// q, k, v and, but for [`Biases::Qkv`], o add a bias.
     pub attention_bias: bool,
     /// gate, up and down add a bias.
     pub mlp_bias: bool,
@@ -50,26 +69,57 @@ pub struct LlamaConfig {
     pub dtype: Option<DType>,
 }
 
-/// Stretching of the rotary frequencies for contexts longer than trained on; see [`LlamaConfig::inverse_frequencies`].
+/// Scalars of a network, folded into its weights as the gains of its norms are when they are read: into the embedding, o and down, q,
+/// and the head.
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum RopeScaling {
-    /// Every frequency divided by `factor`.
-    Linear {
-        /// At least 1.
-        factor: f64,
-    },
-    /// LLaMA 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 {
-        /// At least 1.
-        factor: f64,
-        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched in full.
-        low_freq_factor: f64,
-        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// The context before stretching.
-        original_max_position_embeddings: usize,
-    },
+pub struct Multipliers {
+    /// The embedding is multiplied by it.
+    pub embedding: f64,
+    /// What attention and MLP add to the stream is multiplied by it.
+    pub residual: f64,
+    /// Scores `q kᵀ` are multiplied by it; `None`: 1/√D.
+    pub attention: Option<f64>,
+    /// Logits are divided by it.
+    pub logits: f64,
+}
+
+impl Multipliers {
+    /// Nothing is multiplied.
+    pub const NONE: Self = Self { embedding: 1.0, residual: 1.0, attention: None, logits: 1.0 };
+}
+
+/// Decoder layers at most.
+const MOST_LAYERS: usize = 1 << 12;
+
+impl Default for LlamaConfig {
+    /// A LLaMA 1 with sizes of 0, which [`LlamaConfig::validate`] refuses: for what a configuration made by hand leaves out.
+    fn default() -> Self {
+        Self {
+            family: Family::Llama,
+            hidden_size: 0,
+            intermediate_size: 0,
+            layers: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            vocab_size: 0,
+            rms_norm_eps: 1e-6,
+            max_position_embeddings: 2048,
+            rope_theta: 1e4,
+            partial_rotary_factor: 1.0,
+            rope_scaling: None,
+            no_rope_layers: vec![],
+            sliding_window: None,
+            full_attention_layers: vec![],
+            multipliers: Multipliers::NONE,
+            attention_bias: false,
+            mlp_bias: false,
+            tie_word_embeddings: false,
+            bos_token_id: None,
+            eos_token_ids: vec![],
+            dtype: None,
+        }
+    }
 }
 
 impl LlamaConfig {
@@ -123,7 +173,7 @@ impl LlamaConfig {
         let sizes = [
             ("hidden_size", self.hidden_size, 1 << 20),
             ("intermediate_size", self.intermediate_size, 1 << 22),
-            ("num_hidden_layers", self.layers, 1 << 12),
+            ("num_hidden_layers", self.layers, MOST_LAYERS),
             ("num_attention_heads", self.heads, 1 << 12),
             ("num_key_value_heads", self.kv_heads, 1 << 12),
             ("head_dim", self.head_dim, 1 << 14),
@@ -145,30 +195,8 @@ impl LlamaConfig {
         if !(self.rms_norm_eps >= 0.0 && self.rms_norm_eps < 1.0) {
             return Some(format!("rms_norm_eps: expected 0 up to below 1, got {}", self.rms_norm_eps));
         }
-        if !(self.rope_theta >= 1.0 && self.rope_theta < 1e15) {
-            return Some(format!("rope_theta: expected 1 up to 1e15, got {}", self.rope_theta));
-        }
-        let factor_is_bad = |f: f64| !(1.0..=1e6).contains(&f);
-        match self.rope_scaling {
-            Some(RopeScaling::Linear { factor } | RopeScaling::Llama3 { factor, .. }) if factor_is_bad(factor) => {
-                return Some(format!("rope scaling factor: expected 1 to 1e6, got {factor}"));
-            }
-            Some(RopeScaling::Llama3 {
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_max_position_embeddings: n,
-                ..
-            }) => {
-                if !(low > 0.0 && high > low && high < 1e6) {
-                    return Some(format!(
-                        "rope scaling: expected 0 < low_freq_factor < high_freq_factor < 1e6, got {low} and {high}"
-                    ));
-                }
-                if !(1..=1 << 31).contains(&n) {
-                    return Some(format!("original_max_position_embeddings: expected 1 to {}, got {n}", 1u64 << 31));
-                }
-            }
-            _ => {}
+        if let Some(problem) = self.rope_problem().or_else(|| self.family_problem()) {
+            return Some(problem);
         }
         match self.bos_token_id {
             Some(id) if id as usize >= self.vocab_size => {
@@ -178,27 +206,24 @@ impl LlamaConfig {
         }
     }
 
-    /// Angle per position of each rotated pair: `head_dim / 2` numbers.
-    ///
-    /// fᵢ = θ^(−2i/D). Linear scaling: fᵢ / factor. LLaMA 3.1, with n the original context and λᵢ = 2π/fᵢ the wavelength:
-    /// ```text
-    /// fᵢ                                     where λᵢ < n / high_freq_factor
-    /// fᵢ / factor                            where λᵢ > n / low_freq_factor
-    /// (1 − s) fᵢ / factor + s fᵢ             between; s = (n/λᵢ − low_freq_factor) / (high_freq_factor − low_freq_factor)
-    /// ```
-    pub fn inverse_frequencies(&self) -> Vec<f64> {
-        let plain = |i: usize| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64);
-        let scaled = |f: f64| match self.rope_scaling {
-            None => f,
-            Some(RopeScaling::Linear { factor }) => f / factor,
-            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => {
-                // n/λ: how often the wave fits in the original context. s is 1 or more for short waves, 0 or less for long ones.
-                let waves = original_max_position_embeddings as f64 * f / (2.0 * std::f64::consts::PI);
-                let s = ((waves - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                (1.0 - s) * f / factor + s * f
-            }
+    /// What this family's files cannot say.
+    fn family_problem(&self) -> Option<String> {
+        let facts = self.family.facts();
+        let refuse = |wrong: bool, field: &str, expected: &str| {
+            wrong.then(|| format!("{field}: expected {expected} in a model of type {}", facts.model_type))
         };
-        (0..self.head_dim / 2).map(|i| scaled(plain(i))).collect()
+        let Multipliers { embedding, residual, attention, logits } = self.multipliers;
+        let numbers = [embedding, residual, attention.unwrap_or(1.0), logits];
+        let (qkv, never) = (facts.biases == Biases::Qkv, facts.biases == Biases::Never);
+        refuse(qkv && !self.attention_bias, "attention_bias", "true")
+            .or_else(|| refuse(never && self.attention_bias, "attention_bias", "false"))
+            .or_else(|| refuse(facts.biases != Biases::All && self.mlp_bias, "mlp_bias", "false"))
+            .or_else(|| refuse(!facts.partial_rotary && self.partial_rotary_factor != 1.0, "partial_rotary_factor", "1"))
+            .or_else(|| refuse(!facts.no_rope && !self.no_rope_layers.is_empty(), "no_rope_layers", "none"))
+            .or_else(|| refuse(facts.windows == Windows::Never && self.sliding_window.is_some(), "sliding_window", "none"))
+            .or_else(|| refuse(!facts.multipliers && self.multipliers != Multipliers::NONE, "multipliers", "none"))
+            .or_else(|| refuse(self.sliding_window == Some(0), "sliding_window", "at least 1"))
+            .or_else(|| refuse(!numbers.iter().all(|x| (1e-6..1e6).contains(x)), "multipliers", "1e-6 to 1e6"))
     }
 
     /// Query heads that share a key and value head. (Of a configuration without such heads, which [`validate`](Self::validate)
@@ -207,54 +232,20 @@ impl LlamaConfig {
         self.heads / self.kv_heads.max(1)
     }
 
-    /// A `config.json` that this crate and the Python libraries read, old and new: the first generation's key names.
-    pub fn to_json(&self) -> String {
-        let scaling = match self.rope_scaling {
-            None => Value::Null,
-            Some(RopeScaling::Linear { factor }) => json!({"rope_type": "linear", "type": "linear", "factor": factor}),
-            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => json!({
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low_freq_factor,
-                "high_freq_factor": high_freq_factor,
-                "original_max_position_embeddings": original_max_position_embeddings,
-            }),
-        };
-        let mut config = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.rms_norm_eps,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "hidden_act": "silu",
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": match self.eos_token_ids[..] {
-                [] => Value::Null,
-                [id] => id.into(),
-                ref ids => ids.into(),
-            },
-        });
-        if let Some(dtype) = self.dtype {
-            config["torch_dtype"] = json!(match dtype {
-                DType::F64 => "float64",
-                DType::F32 => "float32",
-                DType::F16 => "float16",
-                DType::BF16 => "bfloat16",
-                DType::U32 => "uint32",
-            });
-        }
-        format!("{config:#}\n")
+    /// Keys that a query of layer `l` sees, its own included: those of positions p − window + 1 to p.
+    pub fn window(&self, l: usize) -> Option<usize> {
+        self.sliding_window.filter(|_| !self.full_attention_layers.contains(&l))
+    }
+
+    /// True where layer `l` turns its queries and keys by their positions.
+    pub fn has_rope(&self, l: usize) -> bool {
+        !self.no_rope_layers.contains(&l)
+    }
+
+    /// The configuration of the network whose weights hold the [`Multipliers`], which are none then.
+    #[must_use]
+    pub fn folded(&self) -> Self {
+        Self { multipliers: Multipliers::NONE, ..self.clone() }
     }
 }
 
@@ -266,15 +257,15 @@ mod tests {
 
     #[test]
     fn rotary_frequencies() {
-        let plain = with(json!({"rope_theta": 5e5, "head_dim": 128})).unwrap().inverse_frequencies();
+        let plain = with(json!({"rope_theta": 5e5, "head_dim": 128})).unwrap().frequencies(1).inverse;
         assert_eq!((plain.len(), plain[0]), (64, 1.0));
         assert!((plain[32] - 5e5f64.powf(-0.5)).abs() < 1e-18);
         let half =
             with(json!({"rope_theta": 5e5, "head_dim": 128, "rope_parameters": {"rope_type": "linear", "factor": 2.0}})).unwrap();
-        assert!(half.inverse_frequencies().iter().zip(&plain).all(|(a, b)| *a == b / 2.0));
+        assert!(half.frequencies(1).inverse.iter().zip(&plain).all(|(a, b)| *a == b / 2.0));
 
         // LLaMA 3.1: the published piecewise definition, by wavelength.
-        let scaled = with(json!({"rope_theta": 5e5, "head_dim": 128, "rope_scaling": llama3()})).unwrap().inverse_frequencies();
+        let scaled = with(json!({"rope_theta": 5e5, "head_dim": 128, "rope_scaling": llama3()})).unwrap().frequencies(1).inverse;
         let (mut kept, mut ramp, mut stretched) = (0, 0, 0);
         for (got, f) in scaled.iter().zip(&plain) {
             let wavelength = 2.0 * std::f64::consts::PI / f;

@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use crate::linalg::matmul;
-use crate::llama::Merged;
 use crate::llama::block::{Attend, Observer, Run};
+use crate::llama::model::rope;
+use crate::llama::{Frequencies, Merged};
 use crate::ops::rope::Rope;
 use crate::ops::segment_attention::{Segment, Segments, segment_attention};
 use crate::{Error, Result, Tensor};
@@ -12,14 +13,20 @@ use crate::{Error, Result, Tensor};
 /// A text that a network is reading, and its KV cache.
 ///
 /// The cache holds what attention reads in the network that is evaluated: keys behind RoPE, R3 and their quantiser, values behind
-/// theirs. Codes are kept as the values that they stand for, in the network's type.
+/// theirs. Codes are kept as the values that they stand for, in the network's type. Where the rotary embedding depends on the length of
+/// the text, and another one begins, the text is read again from its start.
 pub struct Decoder<'m> {
     model: &'m Merged,
+    capacity: usize,
     /// Keys and values of every layer, `[capacity, KV, D]`.
     cache: Arc<Vec<Mutex<[Tensor; 2]>>>,
-    /// Of all positions.
+    /// Of all positions, for texts of the length so far.
     rope: Rope,
-    read: usize,
+    frequencies: Frequencies,
+    /// The text so far.
+    text: Vec<u32>,
+    /// Tokens of it that are in the cache.
+    cached: usize,
     observer: Option<Arc<Observer>>,
 }
 
@@ -37,8 +44,9 @@ impl<'m> Decoder<'m> {
         let (dtype, device) = (model.embedding.dtype(), model.embedding.device());
         let empty = || Tensor::zeros([capacity, config.kv_heads, config.head_dim], dtype, &device);
         let layers = (0..config.layers).map(|_| Ok(Mutex::new([empty()?, empty()?]))).collect::<Result<_>>()?;
-        let rope = Rope::new(&config.inverse_frequencies(), capacity, dtype, &device)?;
-        Ok(Self { model, cache: Arc::new(layers), rope, read: 0, observer: None })
+        let rope = rope(config, 1, capacity, dtype, &device)?;
+        let (frequencies, text) = (config.frequencies(1), vec![]);
+        Ok(Self { model, capacity, cache: Arc::new(layers), rope, frequencies, text, cached: 0, observer: None })
     }
 
     /// The same, and `see` is shown the input of every quantiser: layer, site, values.
@@ -49,7 +57,7 @@ impl<'m> Decoder<'m> {
 
     /// Tokens read so far.
     pub fn read(&self) -> usize {
-        self.read
+        self.text.len()
     }
 
     /// Reads more tokens: the logits `[1, V]` of what follows the last one. After an error the text is what it was before.
@@ -57,11 +65,14 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// No tokens, more than the capacity, or one outside the vocabulary; those of the operations.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<Tensor> {
-        let (first, end) = (self.read, self.read + tokens.len());
-        if tokens.is_empty() || end > self.rope.seq() {
-            let room = self.rope.seq() - first;
-            return Err(Error::argument("tokens", format!("expected 1 to {room}, got {} behind {first}", tokens.len())));
+        let (read, end) = (self.text.len(), self.text.len() + tokens.len());
+        if tokens.is_empty() || end > self.capacity {
+            let room = self.capacity - read;
+            return Err(Error::argument("tokens", format!("expected 1 to {room}, got {} behind {read}", tokens.len())));
         }
+        self.follow(end)?;
+        let first = self.cached;
+        let tokens = &[&self.text[first..], tokens].concat()[..];
         let positions: Vec<u32> = (first..end).map(|p| p as u32).collect();
         let segment = Segment { tokens: tokens.len(), prefix: 0..first, first_key: first };
         let run = Run {
@@ -70,23 +81,39 @@ impl<'m> Decoder<'m> {
             seq: tokens.len(),
             observer: self.observer.clone(),
             patch: None,
-            attend: Some(self.attend(first, Segments::new([segment], &self.model.embedding.device())?)),
+            attend: Some(self.attend(first, end, Segments::new([segment], &self.model.embedding.device())?)),
         };
         let hidden = self.model.hidden(tokens, &run)?.slice(tokens.len() - 1, 1)?;
         let head = &self.model.head;
         let logits = matmul::product(&hidden, false, head, true, false, head.dtype())?;
-        self.read = end;
+        self.text.extend(&tokens[read - first..]);
+        self.cached = end;
         Ok(logits)
     }
 
+    /// Goes over to the rotary embedding of texts of this length; what was read under another is read again.
+    fn follow(&mut self, length: usize) -> Result<()> {
+        let frequencies = self.model.config.frequencies(length);
+        if frequencies != self.frequencies {
+            let table = &self.model.embedding;
+            self.rope = rope(&self.model.config, length, self.capacity, table.dtype(), &table.device())?;
+            (self.frequencies, self.cached) = (frequencies, 0);
+        }
+        Ok(())
+    }
+
     /// Puts a layer's new keys and values behind the old ones, and attends over all.
-    fn attend(&self, first: usize, segments: Segments) -> Arc<Attend> {
+    fn attend(&self, first: usize, end: usize, segments: Segments) -> Arc<Attend> {
         let cache = self.cache.clone();
+        let config = &self.model.config;
+        // A window that reaches back to the first key is none.
+        let windows: Vec<_> = (0..config.layers).map(|l| config.window(l).filter(|w| *w < end)).collect();
         Arc::new(move |layer, [q, k, v]: [&Tensor; 3]| {
+            let window = windows[layer];
             let mut layer = cache[layer].lock().unwrap_or_else(|e| e.into_inner());
             layer[0].put(first, k)?;
             layer[1].put(first, v)?;
-            segment_attention(q.clone(), layer[0].clone(), layer[1].clone(), &segments, None)
+            segment_attention(q.clone(), layer[0].clone(), layer[1].clone(), &segments, window)
         })
     }
 }

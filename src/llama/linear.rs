@@ -1,11 +1,11 @@
-//! A decoder layer as a table of seven linears, `y = x Wᵀ + b`.
+//! A decoder layer as a table of seven linears, `y = x Wᵀ + b`; behind q and k some families norm every head ([`Linear::has_norm`]).
 //!
 //! | | in files | `[out, in]` | reads | input in basis | output in basis | `b` with |
 //! |---|---|---|---|---|---|---|
 //! | q | `self_attn.q_proj` | `[H·D, C]` | first norm | R1 | its own (R3 after RoPE) | `attention_bias` |
 //! | k | `self_attn.k_proj` | `[K·D, C]` | first norm | R1 | its own (R3 after RoPE) | `attention_bias` |
 //! | v | `self_attn.v_proj` | `[K·D, C]` | first norm | R1 | R2 | `attention_bias` |
-//! | o | `self_attn.o_proj` | `[C, H·D]` | attention | R2 | R1 | `attention_bias` |
+//! | o | `self_attn.o_proj` | `[C, H·D]` | attention | R2 | R1 | `attention_bias`, but for Qwen 2 |
 //! | gate | `mlp.gate_proj` | `[F, C]` | second norm | R1 | its own | `mlp_bias` |
 //! | up | `mlp.up_proj` | `[F, C]` | second norm | R1 | its own | `mlp_bias` |
 //! | down | `mlp.down_proj` | `[C, F]` | SwiGLU | R4 | R1 | `mlp_bias` |
@@ -16,7 +16,7 @@
 
 use std::ops::{Index, IndexMut};
 
-use super::LlamaConfig;
+use super::{Biases, LlamaConfig};
 use crate::quant::Site;
 use crate::{Error, Result, Tensor};
 
@@ -110,15 +110,57 @@ impl Linear {
     /// True where a model of this configuration adds a bias `[out]`.
     pub fn has_bias(self, config: &LlamaConfig) -> bool {
         match self {
+            Self::O if config.family.facts().biases == Biases::Qkv => false,
             Self::Q | Self::K | Self::V | Self::O => config.attention_bias,
             Self::Gate | Self::Up | Self::Down => config.mlp_bias,
         }
+    }
+
+    /// True where a model of this configuration has an RMSNorm of every head of the output, with a gain `[D]` that all heads share. It
+    /// is before the rotary embedding, and no rotation comes near it.
+    pub fn has_norm(self, config: &LlamaConfig) -> bool {
+        self.norm_path(0).is_some() && config.family.facts().head_norms
+    }
+
+    /// The name in files of the norm of its heads, in layer `l`, without `.weight`; of q and k alone.
+    pub fn norm_path(self, l: usize) -> Option<String> {
+        let name = match self {
+            Self::Q => "q_norm",
+            Self::K => "k_norm",
+            _ => return None,
+        };
+        Some(format!("model.layers.{l}.self_attn.{name}"))
+    }
+
+    /// Where a model's files hold its weight: as it is, or behind others in one tensor.
+    pub fn rows(self, config: &LlamaConfig) -> Rows {
+        let (file, members): (_, &[Self]) = match self {
+            Self::Q | Self::K | Self::V if config.family.facts().fused => ("self_attn.qkv_proj", &[Self::Q, Self::K, Self::V]),
+            Self::Gate | Self::Up if config.family.facts().fused => ("mlp.gate_up_proj", &[Self::Gate, Self::Up]),
+            _ => (self.row().file, &[]),
+        };
+        let height = |l: &Self| l.shape(config)[0];
+        let of: usize = if members.is_empty() { height(&self) } else { members.iter().map(height).sum() };
+        Rows { file, first: members.iter().take_while(|l| **l != self).map(height).sum(), count: height(&self), of }
     }
 
     /// The linears whose input passes this quantiser.
     pub fn at(site: Site) -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(move |l| l.row().site == site)
     }
+}
+
+/// The rows of a tensor in files that hold a linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// The tensor's name inside a layer, without `.weight` or `.bias`.
+    pub file: &'static str,
+    /// The first row.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+    /// Rows of the whole tensor.
+    pub of: usize,
 }
 
 impl std::fmt::Display for Linear {
@@ -184,25 +226,27 @@ impl<T> IntoIterator for Linears<T> {
     }
 }
 
-/// What a linear is made of: the weight in some form, and the bias of those that have one.
+/// What a linear is made of: the weight in some form, the bias of those that have one, and the gain of a norm of its output's heads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Affine<W = Tensor, B = Tensor> {
     /// `W`, `[out, in]`.
     pub weight: W,
     /// `b`, `[out]`.
     pub bias: Option<B>,
+    /// The gain `[D]` of the RMSNorm of every head behind it ([`Linear::has_norm`]).
+    pub norm: Option<B>,
 }
 
 impl<W, B> From<W> for Affine<W, B> {
     fn from(weight: W) -> Self {
-        Self { weight, bias: None }
+        Self { weight, bias: None, norm: None }
     }
 }
 
 impl<W, B: Clone> Affine<W, B> {
-    /// Another form of the weight, with the same bias.
+    /// Another form of the weight, with the same bias and norm.
     pub fn with_weight<V>(&self, weight: V) -> Affine<V, B> {
-        Affine { weight, bias: self.bias.clone() }
+        Affine { weight, bias: self.bias.clone(), norm: self.norm.clone() }
     }
 }
 
@@ -210,20 +254,25 @@ impl<W, B: Clone> Affine<W, B> {
 pub type LayerWeights = Linears<Affine>;
 
 impl LayerWeights {
-    /// Every tensor: seven weights, then the biases that there are.
+    /// Every tensor: seven weights, then the biases that there are, then the gains of norms.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.0.iter().map(|l| &l.weight).chain(self.0.iter().filter_map(|l| l.bias.as_ref()))
+        let (biases, norms) = (self.0.iter().filter_map(|l| l.bias.as_ref()), self.0.iter().filter_map(|l| l.norm.as_ref()));
+        self.0.iter().map(|l| &l.weight).chain(biases).chain(norms)
     }
 
-    /// The same with every tensor replaced, biases too.
+    /// The same with every tensor replaced, biases and gains too.
     ///
     /// # Errors
     /// The first of `f`.
     pub fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        self.each(|_, l| Ok(Affine { weight: f(&l.weight)?, bias: l.bias.as_ref().map(&mut f).transpose()? }))
+        self.each(|_, l| {
+            let mut optional = |t: &Option<Tensor>| t.as_ref().map(&mut f).transpose();
+            let (bias, norm) = (optional(&l.bias)?, optional(&l.norm)?);
+            Ok(Affine { weight: f(&l.weight)?, bias, norm })
+        })
     }
 
-    /// The same with every weight replaced and every bias kept.
+    /// The same with every weight replaced, and biases and norms kept.
     ///
     /// # Errors
     /// The first of `f`.

@@ -1,4 +1,4 @@
-//! Weights of a LLaMA from safetensors files, with the RMSNorm gains folded away.
+//! Weights of a model from safetensors files, with the RMSNorm gains and a family's scalars folded away.
 
 use std::path::Path;
 
@@ -7,10 +7,11 @@ use rayon::prelude::*;
 
 use super::checkpoint::{Checkpoint, Entry};
 use super::compressed::{self, Packing};
-use super::{Affine, LayerWeights, Linear, Linears, LlamaConfig};
+use super::{Affine, LayerWeights, Linear, Linears, LlamaConfig, Multipliers};
 use crate::{DType, Result, Tensor};
 
-/// A LLaMA's linear layers, every RMSNorm gain folded in (so every norm's gain is 1) and embeddings untied.
+/// A model's linear layers, every RMSNorm gain of the residual stream folded in (so every such norm's gain is 1), a family's
+/// [`Multipliers`] too, and embeddings untied.
 #[derive(Clone, Debug)]
 pub struct Weights {
     /// `[V, C]`.
@@ -26,6 +27,8 @@ pub struct Weights {
 pub struct Source {
     pub(super) checkpoint: Checkpoint,
     pub(super) config: LlamaConfig,
+    /// The scalars that are folded.
+    multipliers: Multipliers,
     /// The configuration ties the head to the embedding, and yet the files hold another.
     pub(super) own_head: bool,
     /// The linears' weights are packed integers.
@@ -61,13 +64,13 @@ impl Source {
     /// [`Source::new`] of a checkpoint whose linears are packed as told.
     pub(super) fn of(checkpoint: Checkpoint, config: &LlamaConfig, packed: Option<Packing>) -> Result<Self> {
         config.validate()?;
-        let mut source = Self { checkpoint, config: config.clone(), own_head: false, packed };
+        let mut source = Self { checkpoint, config: config.folded(), multipliers: config.multipliers, own_head: false, packed };
         source.untie()?;
         source.check()?;
         Ok(source)
     }
 
-    /// Sizes; as in the files, so a tied head is untied where they hold another.
+    /// Sizes, of the weights as they are read: a tied head is untied where the files hold another, and multipliers are folded.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
@@ -97,21 +100,32 @@ impl Source {
         self.checkpoint.sha256()
     }
 
-    /// The embedding, `[V, C]`.
+    /// The embedding with its multiplier, `[V, C]`.
     ///
     /// # Errors
     /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn embedding(&self, dtype: DType) -> Result<Tensor> {
-        self.table(EMBEDDING)?.read(dtype, None)
+        self.table(EMBEDDING)?.read(dtype, times(None, self.multipliers.embedding, self.config.hidden_size).as_deref())
     }
 
-    /// The output layer with the final norm's gain, `[V, C]`.
+    /// The output layer with the final norm's gain and the scaling of logits, `[V, C]`.
     ///
     /// # Errors
     /// Those of [`Checkpoint::tensor`](super::Checkpoint::tensor).
     pub fn head(&self, dtype: DType) -> Result<Tensor> {
         let name = if self.config.tie_word_embeddings { EMBEDDING } else { HEAD };
-        self.table(name)?.read(dtype, Some(&self.gain(FINAL_NORM)?))
+        let gain = self.gain(FINAL_NORM)?;
+        let gain = times(Some(&gain), self.multipliers.logits.recip(), gain.len());
+        self.table(name)?.read(dtype, gain.as_deref())
+    }
+
+    /// What a linear's weight and bias are multiplied by: scores by way of the queries, a branch by way of what ends it.
+    fn multiplier(&self, linear: Linear) -> f64 {
+        match linear {
+            Linear::Q => self.multipliers.attention.map_or(1.0, |m| m * (self.config.head_dim as f64).sqrt()),
+            Linear::O | Linear::Down => self.multipliers.residual,
+            _ => 1.0,
+        }
     }
 
     /// The linears of layer `l`, read in parallel.
@@ -133,17 +147,21 @@ impl Source {
     fn read_layer(&self, l: usize, dtype: DType, fold: bool) -> Result<(LayerWeights, [Tensor; 2])> {
         let [first, second] = NORMS.map(|norm| self.gain(&format!("model.layers.{l}.{norm}")));
         let gains = [first?, second?];
-        let bias = |name: &str, out: usize| self.checkpoint.entry(&format!("{name}.bias"), &[out])?.read(dtype, None);
+        let bias = |name: &str, out: usize, factor: f64| {
+            self.checkpoint.entry(&format!("{name}.bias"), &[out])?.read(dtype, times(None, factor, out).as_deref())
+        };
         let read = |linear: Linear| {
-            let (row, shape) = (linear.row(), linear.shape(&self.config));
-            let name = linear.path(l);
-            let gain = row.norm.filter(|_| fold).map(|i| &gains[i][..]);
+            let (row, [out, inputs], rows) = (linear.row(), linear.shape(&self.config), linear.rows(&self.config));
+            let (name, factor) = (format!("model.layers.{l}.{}", rows.file), self.multiplier(linear));
+            let gain = times(row.norm.filter(|_| fold).map(|i| &gains[i][..]), factor, inputs);
             let weight = match &self.packed {
-                Some(packing) => compressed::read(&self.checkpoint, &name, shape, packing, dtype, gain)?,
-                None => self.entry(&name, &shape)?.read(dtype, gain)?,
+                Some(packing) => compressed::read(&self.checkpoint, &name, [out, inputs], packing, dtype, gain.as_deref())?,
+                None => self.entry(&name, &[rows.of, inputs])?.rows(rows.first, rows.count).read(dtype, gain.as_deref())?,
             };
-            let bias = linear.has_bias(&self.config).then(|| bias(&name, shape[0])).transpose()?;
-            Ok(Affine { weight, bias })
+            let bias = linear.has_bias(&self.config).then(|| bias(&name, out, factor)).transpose()?;
+            let norm = linear.norm_path(l).filter(|_| linear.has_norm(&self.config));
+            let norm = norm.map(|name| self.entry(&name, &[self.config.head_dim])?.read(dtype, None)).transpose()?;
+            Ok(Affine { weight, bias, norm })
         };
         let weights = Linears::from_vec(Linear::ALL.into_par_iter().map(read).collect::<Result<_>>()?)?;
         let [first, second] = gains.map(|g| Tensor::from_vec(g, [self.config.hidden_size])?.to_dtype(dtype));
@@ -160,6 +178,16 @@ pub(crate) const NORMS: [&str; 2] = ["input_layernorm", "post_attention_layernor
 
 /// Standard deviation of random biases, beside outputs of about 1.
 const BIAS: f64 = 0.5;
+/// Standard deviation of the gains of random norms, around 1.
+const GAIN: f64 = 0.3;
+
+/// A gain of `n` columns times a factor; none where nothing changes.
+fn times(gain: Option<&[f64]>, factor: f64, n: usize) -> Option<Vec<f64>> {
+    match gain {
+        Some(gain) => Some(gain.iter().map(|g| g * factor).collect()),
+        None => (factor != 1.0).then(|| vec![factor; n]),
+    }
+}
 
 impl Weights {
     /// Reads a model directory: gains folded in `f64`, each weight rounded once to `dtype`; a tied head becomes a copy of the
@@ -181,8 +209,8 @@ impl Weights {
     }
 
     /// Random `f64` weights for tests: normal, variance 1/in, so that every linear keeps the scale of a normalised input
-    /// (0.016 for a width of 4096, which is what trained ones have); biases, where the configuration has them, of half that scale; a head of
-    /// its own unless the configuration ties it.
+    /// (0.016 for a width of 4096, which is what trained ones have); biases, where the configuration has them, of half that scale; gains
+    /// of the norms of heads around 1; a head of its own unless the configuration ties it.
     ///
     /// # Errors
     /// Those of [`LlamaConfig::validate`].
@@ -201,7 +229,12 @@ impl Weights {
             let shape = linear.shape(config);
             let weight = normal(&shape, std(shape[1]))?;
             let bias = linear.has_bias(config).then(|| normal(&shape[..1], BIAS)).transpose()?;
-            Ok(Affine { weight, bias })
+            let gain = linear.has_norm(config).then(|| normal(&[config.head_dim], GAIN)).transpose()?;
+            let around_1 = |t: Tensor| {
+                let values: Vec<f64> = t.to_f64_vec()?.into_iter().map(|x| 1.0 + x).collect();
+                Tensor::from_vec(values, t.shape())
+            };
+            Ok(Affine { weight, bias, norm: gain.map(around_1).transpose()? })
         };
         let layers = (0..config.layers).map(|_| Linears::try_from_fn(&mut linear)).collect::<Result<_>>()?;
         Ok(Self { layers, embedding, head })

@@ -1,4 +1,4 @@
-//! LLaMA models in the Hugging Face layout: configuration and weights.
+//! LLaMA models and their relatives ([`Family`]) in the Hugging Face layout: configuration and weights.
 
 mod block;
 mod checkpoint;
@@ -22,10 +22,10 @@ pub(crate) use block::plus;
 pub use block::{Attend, Block, Observer, Patch, Run};
 pub use checkpoint::Checkpoint;
 pub use compressed::Compressed;
-pub use config::{LlamaConfig, RopeScaling};
+pub use config::{Absent, Biases, Facts, Family, Frequencies, LlamaConfig, Multipliers, RopeScaling, Windows};
 pub use decoder::Decoder;
 pub use layer::Plan;
-pub use linear::{Affine, Basis, LayerWeights, Linear, Linears, Row};
+pub use linear::{Affine, Basis, LayerWeights, Linear, Linears, Row, Rows};
 pub(crate) use load::{EMBEDDING, FINAL_NORM, HEAD, NORMS};
 pub use load::{Source, Weights};
 pub use merge::Rotated;

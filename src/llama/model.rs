@@ -141,7 +141,7 @@ impl Llama {
         Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config })
     }
 
-    /// A model of given weights.
+    /// A model of given weights, which hold the configuration's multipliers ([`Weights`]).
     ///
     /// # Errors
     /// Those of [`LlamaConfig::validate`]; another number of layers than the configuration's.
@@ -151,6 +151,7 @@ impl Llama {
             return Err(Error::argument("layers", format!("expected {}, got {}", config.layers, weights.layers.len())));
         }
         let layers = weights.layers.into_iter().enumerate();
+        let config = config.folded();
         let blocks = layers.map(|(i, w)| Arc::new(Block::new(&config, i, w))).collect();
         Ok(Self { config, embedding: weights.embedding, head: weights.head, blocks })
     }
@@ -177,7 +178,7 @@ impl Llama {
         self.embedding.device()
     }
 
-    /// Bytes of the weights and biases.
+    /// Bytes of the weights, biases and gains.
     pub fn bytes(&self) -> usize {
         self.tensors().map(Tensor::bytes).sum()
     }
@@ -323,13 +324,19 @@ pub(crate) fn check_tokens(config: &LlamaConfig, tokens: &[u32], seq: usize, lay
     Ok(())
 }
 
+/// The rotary tables of the first `positions` of sequences of `seq` tokens.
+pub(crate) fn rope(config: &LlamaConfig, seq: usize, positions: usize, dtype: DType, device: &Device) -> Result<Rope> {
+    let frequencies = config.frequencies(seq);
+    Rope::scaled(&frequencies.inverse, frequencies.factor, positions, dtype, device)
+}
+
 impl Run {
     /// Quantisers and rotary tables for sequences of `seq` tokens.
     ///
     /// # Errors
     /// No position; rotary tables that cannot be made in `dtype` or on `device`.
     pub fn new(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let rope = Rope::new(&config.inverse_frequencies(), seq, dtype, device)?;
+        let rope = rope(config, seq, seq, dtype, device)?;
         Ok(Self { sites: scheme.sites(config.head_dim), rope, seq, observer: None, patch: None, attend: None })
     }
 }

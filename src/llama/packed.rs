@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::llama::Merged;
 use crate::llama::block::Run;
-use crate::ops::rope::Rope;
+use crate::llama::model::rope;
 use crate::ops::segment_attention::{Segment, Segments, segment_attention};
 use crate::{Error, Result};
 
@@ -59,11 +59,20 @@ impl Packed {
     pub(super) fn run(&self, model: &Merged) -> Result<Run> {
         let (dtype, device) = (model.embedding.dtype(), model.embedding.device());
         let segments = Segments::new(self.segments.clone(), &device)?;
-        let positions = self.positions.iter().max().map_or(0, |last| *last as usize + 1);
-        let rope =
-            Rope::new(&model.config.inverse_frequencies(), positions, dtype, &device)?.at(self.positions.as_slice().into())?;
+        let lengths = self.segments.iter().map(|s| s.prefix.len() + s.tokens);
+        let (shortest, longest) = (lengths.clone().min().unwrap_or(0), lengths.max().unwrap_or(0));
+        if model.config.frequencies(shortest) != model.config.frequencies(longest) {
+            let message = format!(
+                "expected lengths with one rotary embedding, got {shortest} to {longest} tokens, and the model's depends on the length"
+            );
+            return Err(Error::argument("packed sequences", message));
+        }
+        let rope = rope(&model.config, longest, longest, dtype, &device)?.at(self.positions.as_slice().into())?;
         let sites = model.scheme.sites(model.config.head_dim);
-        let attend = move |_, [q, k, v]: [&crate::Tensor; 3]| segment_attention(q.clone(), k.clone(), v.clone(), &segments, None);
+        let windows: Vec<_> = (0..model.config.layers).map(|l| model.config.window(l).filter(|w| *w < longest)).collect();
+        let attend = move |layer: usize, [q, k, v]: [&crate::Tensor; 3]| {
+            segment_attention(q.clone(), k.clone(), v.clone(), &segments, windows[layer])
+        };
         Ok(Run { sites, rope, seq: self.tokens.len(), observer: None, patch: None, attend: Some(Arc::new(attend)) })
     }
 }

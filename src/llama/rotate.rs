@@ -22,36 +22,55 @@ impl<'t> RotatedWeights<'t> {
     /// Weights that are ready to use.
     pub fn constants(tape: &'t Tape, w: &LayerWeights) -> Self {
         let constant = |t: &Tensor| tape.constant(t.clone());
-        let linears = w.0.each_ref().map(|l| Affine { weight: constant(&l.weight), bias: l.bias.as_ref().map(constant) });
+        let linears = w.0.each_ref().map(|l| Affine {
+            weight: constant(&l.weight),
+            bias: l.bias.as_ref().map(constant),
+            norm: l.norm.as_ref().map(constant),
+        });
         Self { linears: Linears(linears), leave: None }
     }
 
     /// Their values.
     pub fn into_values(self) -> LayerWeights {
-        Linears(self.linears.0.map(|l| Affine { weight: l.weight.into_value(), bias: l.bias.map(Var::into_value) }))
+        Linears(self.linears.0.map(|l| Affine {
+            weight: l.weight.into_value(),
+            bias: l.bias.map(Var::into_value),
+            norm: l.norm.map(Var::into_value),
+        }))
     }
 
-    /// The seven weights in the order of [`Linear::ALL`], the biases that there are, then R1 where some were left unrotated.
+    /// The seven weights in the order of [`Linear::ALL`], the biases and then the gains of norms that there are, then R1 where some
+    /// weights were left unrotated.
     pub fn into_vec(self) -> Vec<Var<'t>> {
-        let (weights, biases): (Vec<_>, Vec<_>) = self.linears.0.into_iter().map(|l| (l.weight, l.bias)).unzip();
-        weights.into_iter().chain(biases.into_iter().flatten()).chain(self.leave).collect()
+        let (mut all, mut biases, mut norms) = (vec![], vec![], vec![]);
+        for l in self.linears.0 {
+            all.push(l.weight);
+            biases.extend(l.bias);
+            norms.extend(l.norm);
+        }
+        all.into_iter().chain(biases).chain(norms).chain(self.leave).collect()
     }
 
-    /// Back from [`RotatedWeights::into_vec`], for a layer that has the biases of `like`.
+    /// Back from [`RotatedWeights::into_vec`], for a layer that has the biases and norms of `like`.
     ///
     /// # Errors
     /// [`Error::Argument`] for another number of values.
     pub fn from_vec(vars: Vec<Var<'t>>, like: &LayerWeights) -> Result<Self> {
         let (got, biases) = (vars.len(), like.iter().filter(|(_, l)| l.bias.is_some()).count());
-        if !(7 + biases..=8 + biases).contains(&got) {
-            let message = format!("expected those of seven linears and {biases} biases (and R1), got {got}");
+        let norms = like.iter().filter(|(_, l)| l.norm.is_some()).count();
+        let least = 7 + biases + norms;
+        if !(least..=least + 1).contains(&got) {
+            let message = format!("expected those of seven linears, {biases} biases and {norms} norms (and R1), got {got}");
             return Err(Error::argument("weights", message));
         }
         let mut vars = vars.into_iter();
         let weights = Linears::from_vec(vars.by_ref().take(7).collect())?;
+        let biases: Vec<_> = vars.by_ref().take(biases).collect();
+        let (mut biases, mut norms) = (biases.into_iter(), vars.by_ref().take(norms).collect::<Vec<_>>().into_iter());
         let linears = weights.each(|linear, weight: &Var<'t>| {
-            let bias = like[linear].bias.as_ref().and_then(|_| vars.next());
-            Ok(Affine { weight: weight.clone(), bias })
+            let bias = like[linear].bias.as_ref().and_then(|_| biases.next());
+            let norm = like[linear].norm.as_ref().and_then(|_| norms.next());
+            Ok(Affine { weight: weight.clone(), bias, norm })
         })?;
         Ok(Self { linears, leave: vars.next() })
     }
@@ -80,14 +99,15 @@ impl Block {
         order.sort_by_key(|l| l.row().writes == Basis::Own);
         let mut done = Linears([const { None }; 7]);
         for linear in order {
-            let Affine { weight, bias } = &self.weights[linear];
+            let Affine { weight, bias, norm } = &self.weights[linear];
             let w = tape.constant(weight.clone());
             let w = match leave && linear.row().site == Site::MlpInput {
                 true => w,
                 false => rotations.weight(linear, w)?.to_dtype(weight.dtype())?.fake_quant(&s.weight)?,
             };
             let b = bias.as_ref().map(|b| rotations.bias(linear, tape.constant(b.clone()))).transpose()?;
-            done[linear] = Some(Affine { weight: w, bias: b });
+            let norm = norm.as_ref().map(|g| tape.constant(g.clone()));
+            done[linear] = Some(Affine { weight: w, bias: b, norm });
         }
         let linears = Linears(done.0.map(|l| l.expect("made above")));
         Ok(RotatedWeights { linears, leave: leave.then(|| r1.clone()) })

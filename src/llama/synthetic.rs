@@ -9,8 +9,9 @@
 //! - four channels of the residual stream are up to 30 times the others: columns of the embedding and rows of o and down by g, columns
 //!   of everything that reads the stream by 1/g. A random model in another basis of its residual stream is this model, so this is
 //!   the change of basis that R1 can undo;
-//! - four channels of every MLP (rows of up by f, columns of down by 1/f), two rotary pairs of every key head (k by f, q by 1/f) and
-//!   two channels of every value head (v by f, o by 1/f), which leave the full-precision function as it is.
+//! - four channels of every MLP (rows of up by f, columns of down by 1/f), two rotary pairs of every key head (k by f, q by 1/f; in the
+//!   gains where heads have norms) and two channels of every value head (v by f, o by 1/f), which leave the full-precision function
+//!   as it is.
 //!
 //! The head is fitted: row t + 1 is what the full-precision network makes of token t, so that it predicts t + 1 after t, and noise on
 //! the way costs it that. In [`text`] nine tokens in ten follow that rule, the tenth is random.
@@ -26,12 +27,13 @@ use crate::data::Windows;
 use crate::device::cuda::Queue;
 use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
-use crate::llama::{Affine, Block, Linear, Linears, Llama, LlamaConfig, RopeScaling, RotatedWeights};
+use crate::llama::{Affine, Block, Family, Linear, Linears, Llama, LlamaConfig, RopeScaling, RotatedWeights};
 use crate::quant::Scheme;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The names that [`shape`] knows.
-pub const NAMES: [&str; 6] = ["llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b", "tiny"];
+pub const NAMES: [&str; 9] =
+    ["llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "tiny"];
 
 /// The configuration of a published model, or `tiny` for tests; `name:LAYERS` is the same with fewer or more layers.
 ///
@@ -57,14 +59,9 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
         vocab_size: 32_000,
         rms_norm_eps: 1e-5,
         max_position_embeddings: 4096,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        attention_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: false,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
-        dtype: None,
+        ..LlamaConfig::default()
     };
     let llama3 = |hidden_size, intermediate_size, layers, heads, head_dim| LlamaConfig {
         kv_heads: 8,
@@ -81,7 +78,7 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
     let small = |config| LlamaConfig {
         tie_word_embeddings: true,
         max_position_embeddings: 131_072,
-        rope_scaling: Some(scaling),
+        rope_scaling: Some(scaling.clone()),
         ..config
     };
     let mut config = match base {
@@ -90,6 +87,24 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
         "llama-3-8b" => llama3(4096, 14_336, 32, 32, 128),
         "llama-3.2-1b" => small(llama3(2048, 8192, 16, 32, 64)),
         "llama-3.2-3b" => small(llama3(3072, 8192, 28, 24, 128)),
+        "mistral-7b" => LlamaConfig {
+            family: Family::Mistral,
+            vocab_size: 32_000,
+            rope_theta: 1e4,
+            sliding_window: Some(4096),
+            ..llama3(4096, 14_336, 32, 32, 128)
+        },
+        "qwen2.5-7b" => LlamaConfig {
+            family: Family::Qwen2,
+            attention_bias: true,
+            kv_heads: 4,
+            vocab_size: 152_064,
+            rope_theta: 1e6,
+            ..llama3(3584, 18_944, 28, 28, 128)
+        },
+        "qwen3-8b" => {
+            LlamaConfig { family: Family::Qwen3, vocab_size: 151_936, rope_theta: 1e6, ..llama3(4096, 12_288, 36, 32, 128) }
+        }
         "tiny" => LlamaConfig { kv_heads: 2, head_dim: 16, vocab_size: 256, ..llama2(64, 160, 2, 4) },
         _ => {
             let known = NAMES.join(", ");
@@ -129,6 +144,7 @@ pub fn text(config: &LlamaConfig, windows: usize, seq_len: usize, seed: u64) -> 
 /// Those of [`LlamaConfig::validate`]; f64 on a GPU; out of memory.
 pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> Result<Llama> {
     config.validate()?;
+    let config = &config.folded();
     let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let std = |inputs: usize| 1.0 / (inputs as f64).sqrt();
     let out = |inputs: usize| 3.0 / ((config.layers * inputs) as f64).sqrt();
@@ -142,8 +158,8 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
         let per = |index: u64| 1 + 4 * l as u64 + index;
         let inner = outliers(f, 4, 32.0, seed, per(0));
         let pairs = (0..config.kv_heads as u64).flat_map(|h| {
-            let half = outliers(d / 2, 2, 8.0, seed ^ (h << 32), per(1));
-            [half.clone(), half].concat()
+            let half = outliers(config.rotary_dim() / 2, 2, 8.0, seed ^ (h << 32), per(1));
+            [half.clone(), half, vec![1.0; d - config.rotary_dim()]].concat()
         });
         let keys: Vec<f32> = pairs.collect();
         let values: Vec<f32> = (0..config.kv_heads as u64).flat_map(|h| outliers(d, 2, 8.0, seed ^ (h << 32), per(2))).collect();
@@ -152,7 +168,10 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
         let (queries, outputs, after) = (spread(&keys), spread(&values), inverse(&inner));
         let weights = Linears::try_from_fn(|linear| {
             let [rows, inputs] = linear.shape(config);
+            // A norm of heads undoes what comes before it: there its gain, which all heads share, has the outliers.
+            let normed = linear.has_norm(config);
             let (std, row, col) = match linear {
+                Linear::Q | Linear::K if normed => (std(inputs), None, &readers),
                 Linear::Q => (std(inputs), Some(&queries), &readers),
                 Linear::K => (std(inputs), Some(&keys), &readers),
                 Linear::V => (std(inputs), Some(&values), &readers),
@@ -165,7 +184,11 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
             let weight = make([rows, inputs], tensor, std, row, Some(col))?;
             let size = BIAS * std * (inputs as f64).sqrt();
             let bias = || make([rows, 1], BIASES + tensor, size, row, None)?.reshape([rows]);
-            Ok(Affine { weight, bias: linear.has_bias(config).then(bias).transpose()? })
+            let gain = || {
+                let of_heads = if linear == Linear::Q { &queries } else { &keys };
+                Tensor::from_vec(of_heads[..d].to_vec(), [d])?.to_dtype(dtype)?.to_device(device)
+            };
+            Ok(Affine { weight, bias: linear.has_bias(config).then(bias).transpose()?, norm: normed.then(gain).transpose()? })
         })?;
         Ok(Arc::new(Block::new(config, l, weights)))
     };

@@ -1,5 +1,6 @@
-//! Rotary position embedding (Su et al. 2021), half-split: a head `(a, b)` of D values, cut in halves, at position p becomes
-//! `(a c − b s, b c + a s)` with `c, s = cos, sin(p f_i)` and f the D/2 inverse frequencies. Backward is the inverse rotation.
+//! Rotary position embedding (Su et al. 2021), half-split: the first D values `(a, b)` of a head, cut in halves, at position p become
+//! `(a c − b s, b c + a s)` with `c, s = cos, sin(p f_i)` and f the D/2 inverse frequencies; the others stay. Backward is the transpose:
+//! the rotation back. Some models scale c and s.
 
 use std::sync::Arc;
 
@@ -26,13 +27,20 @@ impl Rope {
     /// # Errors
     /// No positions, or more than memory has room for.
     pub fn new(inverse_frequencies: &[f64], seq: usize, dtype: DType, device: &Device) -> Result<Self> {
+        Self::scaled(inverse_frequencies, 1.0, seq, dtype, device)
+    }
+    /// The same with cosines and sines multiplied by a factor.
+    ///
+    /// # Errors
+    /// Those of [`Rope::new`].
+    pub fn scaled(inverse_frequencies: &[f64], factor: f64, seq: usize, dtype: DType, device: &Device) -> Result<Self> {
         let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         if seq == 0 {
             return Err(Error::argument("rope", "expected at least one position, got 0"));
         }
         room("rope", &[seq, inverse_frequencies.len()], DType::F64)?;
         let table = |f: fn(f64) -> f64| {
-            let values = (0..seq).flat_map(|p| inverse_frequencies.iter().map(move |w| f(p as f64 * w))).collect();
+            let values = (0..seq).flat_map(|p| inverse_frequencies.iter().map(move |w| factor * f(p as f64 * w))).collect();
             Tensor::from_vec(values, [seq, inverse_frequencies.len()])?.to_dtype(dtype)?.to_device(device)
         };
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
@@ -55,13 +63,13 @@ impl Rope {
     pub fn seq(&self) -> usize {
         self.cos.rows()
     }
-    /// Values per head.
+    /// Values of a head that are turned, the first ones.
     pub fn dim(&self) -> usize {
         2 * self.cos.cols()
     }
 }
 
-/// The rotation of `[tokens, heads, D]`, token t at position t mod seq, or its inverse.
+/// The rotation of `[tokens, heads, dim]`, dim at least D, token t at position t mod seq, or its transpose.
 #[derive(Clone, Debug)]
 pub struct Rotate {
     /// The angles.
@@ -80,8 +88,8 @@ impl Op for Rotate {
         let [tokens, _, d] = *x.shape() else {
             return Err(Error::shape("rope", "[tokens, heads, dim]", x.shape()));
         };
-        if d != dim || !tokens.is_multiple_of(seq.max(1)) {
-            return Err(Error::shape("rope", format!("[multiple of {seq}, heads, {dim}]"), x.shape()));
+        if d < dim || !tokens.is_multiple_of(seq.max(1)) {
+            return Err(Error::shape("rope", format!("[multiple of {seq}, heads, at least {dim}]"), x.shape()));
         }
         Ok(())
     }
@@ -89,7 +97,7 @@ impl Op for Rotate {
         let [x] = inputs.take()?;
         let Rope { cos, sin } = &self.rope;
         let shape = x.shape().to_vec();
-        let sizes = (self.rope.seq(), shape[1], self.rope.dim());
+        let sizes = Sizes { seq: self.rope.seq(), heads: shape[1], dim: shape[2], turned: self.rope.dim() };
         if x.dtype() == DType::F64 {
             let mut y = x.into_owned::<f64>()?;
             reference(&mut y, cos.as_slice()?, sin.as_slice()?, sizes, self.transpose);
@@ -104,7 +112,8 @@ impl Op for Rotate {
         let [x] = inputs.take()?;
         let mut x = x.aligned()?;
         let y = x.or_new(device)?;
-        let (angles, heads) = ([self.rope.cos.view()?, self.rope.sin.view()?], (x.shape()[1], x.cols()));
+        let angles = [self.rope.cos.view()?, self.rope.sin.view()?];
+        let heads = (x.shape()[1], x.cols(), self.rope.dim());
         launch(device.queue(), y.view()?, x.view()?, angles, heads, self.transpose)?;
         Ok(y)
     }
@@ -114,20 +123,35 @@ impl Op for Rotate {
     }
 }
 
-/// Rotates x `[tokens, heads, dim]` by the cosines and sines `[seq, dim/2]` of its positions, or back; y may be x.
+/// The sizes of a problem.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Positions.
+    pub seq: usize,
+    /// Heads of a token.
+    pub heads: usize,
+    /// Values of a head.
+    pub dim: usize,
+    /// Values of a head that are turned, the first ones.
+    pub turned: usize,
+}
+
+/// Rotates the first values of every head of x `[tokens, heads, dim]` by the cosines and sines `[seq, turned/2]` of its positions, or
+/// back; y may be x.
 pub(crate) fn launch(
     queue: Queue<'_>,
     y: View<'_>,
     x: View<'_>,
     [cos, sin]: [View<'_>; 2],
-    (heads, dim): (usize, usize),
+    (heads, dim, turned): (usize, usize, usize),
     transpose: bool,
 ) -> Result<()> {
     let c = Check::new("rope", queue);
     let (n, kind, work) = (x.len(), x.kind(), Work::moving("rope", 2 * x.bytes()));
-    let (tokens, seq) = (c.rows(n, c.product(&[heads, dim])?)?, c.rows(cos.len(), dim / 2)?);
-    if !dim.is_multiple_of(2) || (tokens > 0 && (seq == 0 || !tokens.is_multiple_of(seq))) {
-        let message = format!("{tokens} tokens, {seq} positions and heads of {dim} do not fit together");
+    let (tokens, seq) = (c.rows(n, c.product(&[heads, dim])?)?, c.rows(cos.len(), turned / 2)?);
+    let fits = turned >= 2 && turned.is_multiple_of(2) && turned <= dim;
+    if !fits || (tokens > 0 && (seq == 0 || !tokens.is_multiple_of(seq))) {
+        let message = format!("{tokens} tokens, {seq} positions and {turned} of heads of {dim} do not fit together");
         return Err(Error::argument("rope", message));
     }
     let angles = cos.len();
@@ -135,9 +159,9 @@ pub(crate) fn launch(
     let cos = c.operand("cosines", cos, Kind::F32, angles)?;
     let sin = c.operand("sines", sin, Kind::F32, angles)?;
     let (tokens, seq, heads, dim, dtype) = (c.long(tokens)?, c.long(seq)?, c.int(heads)?, c.int(dim)?, c.code(kind)?);
-    let transpose = i32::from(transpose);
-    // SAFETY: x and y have tokens · heads · dim values and may be the same; both tables have seq rows of dim/2.
-    c.launch(work, |s| unsafe { ffi!(sq_rope(y, x, cos, sin, tokens, seq, heads, dim, transpose, dtype, s)) })
+    let (turned, transpose) = (c.int(turned)?, i32::from(transpose));
+    // SAFETY: x and y have tokens · heads · dim values and may be the same; both tables have seq rows of turned/2, at most dim/2.
+    c.launch(work, |s| unsafe { ffi!(sq_rope(y, x, cos, sin, tokens, seq, heads, dim, turned, transpose, dtype, s)) })
 }
 
 impl Var<'_> {
@@ -152,18 +176,20 @@ impl Var<'_> {
         }
         self.reshape([rows, cols / dim, dim])
     }
-    /// Rotates every head of `[tokens, heads, dim]` by the angles of its position, `token mod rope.seq()`.
+    /// Rotates the first [`Rope::dim`] values of every head of `[tokens, heads, dim]` by the angles of its position,
+    /// `token mod rope.seq()`.
     ///
     /// # Errors
-    /// If the heads have another size, or the tokens are not whole sequences.
+    /// If the heads have fewer values, or the tokens are not whole sequences.
     pub fn rope(self, rope: &Rope) -> Result<Self> {
         self.tape().record(Rotate { rope: rope.clone(), transpose: false }, vec![self])
     }
 }
 
 /// The rotation by the definition, in place.
-pub fn reference(x: &mut [f64], cos: &[f64], sin: &[f64], (seq, heads, dim): (usize, usize, usize), transpose: bool) {
-    let half = dim / 2;
+pub fn reference(x: &mut [f64], cos: &[f64], sin: &[f64], n: Sizes, transpose: bool) {
+    let Sizes { seq, heads, dim, turned } = n;
+    let half = turned / 2;
     for (row, x) in x.chunks_mut(dim.max(1)).enumerate() {
         let position = row / heads % seq;
         for i in 0..half {
@@ -175,9 +201,10 @@ pub fn reference(x: &mut [f64], cos: &[f64], sin: &[f64], (seq, heads, dim): (us
     }
 }
 
-fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], (seq, heads, dim): (usize, usize, usize), transpose: bool) {
+fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], n: Sizes, transpose: bool) {
     use rayon::prelude::*;
-    let (half, width) = (dim / 2, heads * dim);
+    let Sizes { seq, heads, dim, turned } = n;
+    let (half, width) = (turned / 2, heads * dim);
     if width == 0 {
         return;
     }
@@ -191,7 +218,7 @@ fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], (seq, heads, dim): (usize, usiz
                     let position = (task * tokens + i) % seq;
                     let (cos, sin) = (&cos[position * half..][..half], &sin[position * half..][..half]);
                     for x in x.chunks_mut(dim) {
-                        let (a, b) = x.split_at_mut(half);
+                        let (a, b) = x[..turned].split_at_mut(half);
                         for (((a, b), &c), &s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
                             let s = sign * s;
                             (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
@@ -205,19 +232,24 @@ fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], (seq, heads, dim): (usize, usiz
 
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
-    let case = |name: &str, (batch, seq): (usize, usize), heads: usize, dim: usize| {
+    let scaled = |name: &str, (batch, seq): (usize, usize), heads: usize, [dim, turned]: [usize; 2], factor: f64| {
         Case::new("rope", name, normals(&[(&[batch * seq, heads * dim], 41)]), move |mut v| {
             let x = v.remove(0);
-            let rope = Rope::new(&frequencies(dim), seq, x.value().dtype(), &x.value().device())?;
+            let rope = Rope::scaled(&frequencies(turned), factor, seq, x.value().dtype(), &x.value().device())?;
             x.heads(dim)?.rope(&rope)
         })
     };
+    let case = |name: &str, batch, heads, dim: usize| scaled(name, batch, heads, [dim, dim], 1.0);
     let mut all = vec![
         case("one token", (1, 1), 2, 8),
         case("odd", (3, 5), 3, 8),
         case("one pair a head", (2, 7), 1, 2),
         case("head of 80", (2, 3), 2, 80),
+        scaled("three quarters of a head", (2, 5), 3, [32, 24], 1.0),
+        scaled("a part of an odd head", (2, 3), 2, [9, 6], 1.25),
+        scaled("scaled", (2, 7), 3, [16, 16], 1.19),
         case("8x128 tokens, 6 heads of 64", (8, 128), 6, 64).large(),
+        scaled("8x128 tokens, 96 of 6 heads of 128", (8, 128), 6, [128, 96], 1.0).large(),
     ];
     all.extend(Case::table(timed, SIZES));
     all.extend(Case::table(timed_backward, SIZES));
@@ -252,7 +284,13 @@ fn rotated(x: &[f64], r: usize, rows: usize, transpose: bool) -> Vec<f64> {
     let position = (r % timed_seq(rows)) as f64;
     let angles = |f: fn(f64) -> f64| frequencies(DIM).iter().map(|w| f(position * w)).collect::<Vec<_>>();
     let mut want = x.to_vec();
-    reference(&mut want, &angles(f64::cos), &angles(f64::sin), (1, x.len() / DIM, DIM), transpose);
+    reference(
+        &mut want,
+        &angles(f64::cos),
+        &angles(f64::sin),
+        Sizes { seq: 1, heads: x.len() / DIM, dim: DIM, turned: DIM },
+        transpose,
+    );
     want
 }
 

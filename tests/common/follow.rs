@@ -231,7 +231,7 @@ pub fn follow_weights(s: &Network, exact: &Network, scheme: &Scheme) -> Followed
                     None => followed.drifted += 1,
                 }
             }
-            Ok(Affine { weight: Tensor::from_vec(change, w.weight.shape())?, bias: None })
+            Ok(Affine { weight: Tensor::from_vec(change, w.weight.shape())?, bias: None, norm: None })
         });
         let changes = changes.unwrap();
         if followed.ties > before {
@@ -257,7 +257,7 @@ pub fn changed(model: &Llama, rotations: &Rotations, layer: usize, changes: Laye
             let weight = change.weight.clone();
             let back = linear.row().reads == Basis::Inner && smooth.online.r4;
             let weight = if back { hadamard::transform(weight.clone(), &Hadamard::new(weight.cols())?, true)? } else { weight };
-            Ok(Affine { weight, bias: None })
+            Ok(Affine { weight, bias: None, norm: None })
         })
         .unwrap();
     let mut back = smooth;
@@ -274,7 +274,7 @@ pub fn changed(model: &Llama, rotations: &Rotations, layer: usize, changes: Laye
     let changes = block.with_weights(changes).rotate(&vars.r1, &vars.r2[layer], &back, None).unwrap().into_values();
     let sum = block.weights.each(|linear, w: &Affine<Tensor, Tensor>| {
         let weight = Tensor::axpby(1.0, w.weight.clone(), 1.0, changes[linear].weight.clone())?;
-        Ok(Affine { weight, bias: w.bias.clone() })
+        Ok(Affine { weight, bias: w.bias.clone(), norm: w.norm.clone() })
     });
     let mut model = model.clone();
     model.blocks[layer] = block.with_weights(sum.unwrap()).into();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use spinquant::llama::{Affine, Llama, LlamaConfig, RopeScaling, Weights};
+use spinquant::llama::{Affine, Biases, Family, Llama, LlamaConfig, Multipliers, RopeScaling, Weights, Windows};
 use spinquant::ops::randn;
 use spinquant::quant::Scheme;
 use spinquant::{DType, Tensor, io};
@@ -21,13 +21,11 @@ pub fn config(heads: usize, kv_heads: usize, tied: bool) -> LlamaConfig {
         rms_norm_eps: 1e-5,
         max_position_embeddings: 64,
         rope_theta: 10000.0,
-        rope_scaling: None,
-        attention_bias: false,
-        mlp_bias: false,
         tie_word_embeddings: tied,
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
         dtype: None,
+        ..LlamaConfig::default()
     }
 }
 
@@ -41,6 +39,35 @@ pub fn llama3(heads: usize, kv_heads: usize) -> LlamaConfig {
 /// The same with a bias in every linear.
 pub fn with_biases(config: LlamaConfig) -> LlamaConfig {
     LlamaConfig { attention_bias: true, mlp_bias: true, ..config }
+}
+
+/// The same as another family, with everything that tells it from a LLaMA; its flags as they are where it may have either.
+pub fn of_family(config: LlamaConfig, family: Family) -> LlamaConfig {
+    let facts = family.facts();
+    LlamaConfig {
+        family,
+        attention_bias: match facts.biases {
+            Biases::Never => false,
+            Biases::Qkv => true,
+            Biases::Attention | Biases::All => config.attention_bias,
+        },
+        mlp_bias: facts.biases == Biases::All && config.mlp_bias,
+        // Half of a head, where that has pairs.
+        partial_rotary_factor: if facts.partial_rotary && config.head_dim.is_multiple_of(4) { 0.5 } else { 1.0 },
+        // Shorter than the texts of the tests.
+        sliding_window: (facts.windows != Windows::Never).then_some(4),
+        full_attention_layers: if matches!(facts.windows, Windows::FromLayer | Windows::WithoutRope) && config.layers > 1 {
+            vec![0]
+        } else {
+            vec![]
+        },
+        no_rope_layers: if facts.no_rope { vec![config.layers - 1] } else { vec![] },
+        multipliers: match facts.multipliers {
+            true => Multipliers { embedding: 3.0, residual: 0.4, attention: Some(0.7), logits: 0.25 },
+            false => Multipliers::NONE,
+        },
+        ..config
+    }
 }
 
 /// Writes `config.json` and `model.safetensors`, with random RMSNorm gains or gains of 1.
@@ -59,11 +86,18 @@ pub fn write(dir: &Path, config: &LlamaConfig, dtype: DType, seed: u64, gains: b
         let mut add = |name: &str, t: Tensor| drop(tensors.insert(format!("model.layers.{l}.{name}"), t));
         add("input_layernorm.weight", gain(2 * l as u64 + 1));
         add("post_attention_layernorm.weight", gain(2 * l as u64 + 2));
-        for (linear, Affine { weight, bias }) in layer {
-            let name = linear.row().file;
-            add(&format!("{name}.weight"), weight);
+        // q, k, v and gate, up behind one another where the family's files have them so.
+        let mut joined: Vec<(&str, Vec<Tensor>)> = vec![];
+        for (linear, Affine { weight, bias, norm }) in layer {
+            let (name, file) = (linear.row().file, linear.rows(config).file);
+            match joined.iter_mut().find(|(other, _)| *other == file) {
+                Some((_, parts)) => parts.push(weight),
+                None => joined.push((file, vec![weight])),
+            }
             bias.into_iter().for_each(|b| add(&format!("{name}.bias"), b));
+            norm.into_iter().for_each(|g| add(&format!("{}.weight", name.replace("proj", "norm")), g));
         }
+        joined.into_iter().for_each(|(file, parts)| add(&format!("{file}.weight"), Tensor::concat(&parts).unwrap()));
     }
     let named = |(name, t): (String, Tensor)| (name, t.to_dtype(dtype).unwrap());
     std::fs::create_dir_all(dir).unwrap();

@@ -11,6 +11,7 @@ mod common;
 #[cfg(feature = "cli")]
 mod demo;
 mod export;
+mod families;
 mod gptq;
 mod gradients;
 mod hadamard;

@@ -219,7 +219,7 @@ proptest! {
             hidden_size: sizes[0], intermediate_size: sizes[1], layers: sizes[2], heads: sizes[3], kv_heads: sizes[4],
             max_position_embeddings: sizes[5], vocab_size: sizes[6], rope_theta: rate, rms_norm_eps: rate, ..tiny::config(2, 1, false)
         };
-        let _ = (config.validate(), config.group(), config.inverse_frequencies(), config.to_json());
+        let _ = (config.validate(), config.group(), config.frequencies(sizes[0]), config.to_json());
         let _ = (data::targets(&[1, 2, 3], sizes[0]), data::Windows::new(vec![1u32; 9], sizes[1]).map(|w| w.len()));
     }
 }

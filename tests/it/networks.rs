@@ -36,7 +36,7 @@ fn ties_of_weights_are_followed() {
         change[i] = (past(i) + 1e-9f64.copysign(past(i))) * scale[i / q.group];
         let changes = weights.each(|l, w: &Affine<Tensor, Tensor>| {
             let x = if l == linear { change.clone() } else { vec![0.0; w.weight.len()] };
-            Ok(Affine { weight: Tensor::from_vec(x, w.weight.shape())?, bias: None })
+            Ok(Affine { weight: Tensor::from_vec(x, w.weight.shape())?, bias: None, norm: None })
         });
         let model = changed(&exact.model, &exact.rotations, 1, changes.unwrap(), &scheme);
         let other = Network { model, rotations: exact.rotations.clone(), tokens: exact.tokens.clone(), seq: exact.seq };

@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use spinquant::eval::{marks::Marks, tasks::Questions};
 use spinquant::export::{Format, Output, load_native, write_hf, write_rtn};
-use spinquant::llama::{Llama, LlamaConfig, Weights};
+use spinquant::llama::{Family, Llama, LlamaConfig, RopeScaling, Weights};
 use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device};
@@ -53,11 +53,22 @@ fn endure(what: &str, whole: &[u8], front: usize, mut read: impl FnMut(&[u8]) ->
 
 #[test]
 fn configurations() {
-    let plain = tiny::llama3(4, 2).to_json();
-    endure("config.json", plain.as_bytes(), usize::MAX, |b| match LlamaConfig::from_json(b, Path::new("config.json")) {
-        Ok(c) => c.inverse_frequencies().len() == c.head_dim / 2,
-        Err(_) => false,
-    });
+    let long = RopeScaling::LongRope {
+        short: vec![1.0, 2.0],
+        long: vec![3.0, 4.0],
+        attention_factor: 1.2,
+        original_max_position_embeddings: 16,
+    };
+    let phi3 = tiny::of_family(LlamaConfig { rope_scaling: Some(long), ..tiny::config(4, 2, false) }, Family::Phi3);
+    let others = [Family::Qwen3, Family::SmolLm3, Family::Granite].map(|f| tiny::of_family(tiny::config(4, 2, false), f));
+    for plain in [tiny::llama3(4, 2), phi3].into_iter().chain(others) {
+        let read = |b: &[u8]| LlamaConfig::from_json(b, Path::new("config.json"));
+        endure("config.json", plain.to_json().as_bytes(), usize::MAX, |b| match read(b) {
+            // What is accepted can be computed with, and is written as what it is.
+            Ok(c) => c.frequencies(1).inverse.len() == c.rotary_dim() / 2 && read(c.to_json().as_bytes()).unwrap() == c,
+            Err(_) => false,
+        });
+    }
 }
 
 #[test]

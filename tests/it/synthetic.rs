@@ -3,10 +3,12 @@
 use std::ops::ControlFlow::Continue;
 
 use spinquant::eval::perplexity;
-use spinquant::llama::{LlamaConfig, synthetic};
+use spinquant::llama::{Family, LlamaConfig, synthetic};
 use spinquant::quant::{Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape};
+
+use crate::common::{distance, tiny};
 
 #[test]
 fn names() {
@@ -21,14 +23,40 @@ fn names() {
         let layer = 2 * c.hidden_size * (h + kv) + 3 * c.hidden_size * c.intermediate_size;
         (c.layers * layer + c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 }) as f64 / 1e9
     };
-    for (name, billions) in
-        [("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21)]
-    {
+    for (name, billions) in [
+        ("llama-2-7b", 6.74),
+        ("llama-2-13b", 13.02),
+        ("llama-3-8b", 8.03),
+        ("llama-3.2-1b", 1.24),
+        ("llama-3.2-3b", 3.21),
+        ("mistral-7b", 7.24),
+        ("qwen2.5-7b", 7.62),
+        ("qwen3-8b", 8.19),
+    ] {
         assert!((weights(name) - billions).abs() < 0.01, "{name}: {}", weights(name));
     }
     let message = synthetic::shape("gpt-2").unwrap_err().to_string();
     assert!(message.contains("llama-2-7b") && message.contains("gpt-2"), "{message}");
     assert!(synthetic::shape("tiny:none").is_err() && synthetic::shape("tiny:0").is_err());
+}
+
+/// Families have their biases, norms, joined weights and windows in memory as in files, and rotations leave them alone.
+#[test]
+fn of_every_family() {
+    for family in Family::ALL {
+        let config = tiny::of_family(synthetic::shape("tiny").unwrap(), family);
+        let model = synthetic::model(&config, 7, DType::F32, &Device::Cpu).unwrap();
+        for (linear, l) in model.blocks[0].weights.iter() {
+            assert_eq!((l.bias.is_some(), l.norm.is_some()), (linear.has_bias(&config), linear.has_norm(&config)), "{family:?}");
+        }
+        let tokens: Vec<u32> = (0..32).map(|i| i * 7 % 256).collect();
+        let logits = |r: Option<&Rotations>| {
+            model.merge(r, &Scheme::FULL_PRECISION).unwrap().logits(&tokens, 16).unwrap().to_f64_vec().unwrap()
+        };
+        let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0).unwrap();
+        let (want, most) = (logits(None), |x: &[f64]| x.iter().fold(0.0, |m, x| f64::max(m, x.abs())));
+        assert!(distance(&logits(Some(&r)), &want) < 1e-3 * most(&want), "{family:?}");
+    }
 }
 
 #[test]

@@ -22,8 +22,8 @@ use spinquant::{DType, Device, Error, Result};
 pub struct ModelArgs {
     /// Hugging Face folder: config.json, *.safetensors, tokenizer.json. org/name or org/name@revision: a model of the Hugging Face
     /// hub, from its cache or downloaded (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). synthetic:NAME (llama-2-7b, llama-2-13b, llama-3-8b,
-    /// llama-3.2-1b, llama-3.2-3b, tiny; NAME:LAYERS for another depth): seeded weights of that shape, whose text is `synthetic` or
-    /// `synthetic:WINDOWS`.
+    /// llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen2.5-7b, qwen3-8b, tiny; NAME:LAYERS for another depth): seeded weights of that shape,
+    /// whose text is `synthetic` or `synthetic:WINDOWS`.
     #[arg(long, value_name = "DIR|NAME")]
     pub model: PathBuf,
     /// The name that the folder was found by.

@@ -1,66 +1,11 @@
-//! Reading `config.json`, field by field, so that every refusal names the field, what was expected and what is there.
+//! Reading `config.json`, field by field, as transformers does.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::{LlamaConfig, RopeScaling};
+use super::family::{self, Biases, Facts, Windows};
+use super::fields::{Fields, Parsed};
+use super::{LlamaConfig, MOST_LAYERS, Multipliers, rope};
 use crate::{DType, Error, io};
-
-/// A JSON object read field by field; `null` counts as absent. Messages name the field.
-#[derive(Clone, Copy)]
-struct Fields<'a> {
-    map: &'a Map<String, Value>,
-    prefix: &'static str,
-}
-
-type Parsed<T> = std::result::Result<T, String>;
-
-impl<'a> Fields<'a> {
-    fn get<T>(self, name: &str, expected: &str, convert: impl FnOnce(&'a Value) -> Option<T>) -> Parsed<Option<T>> {
-        match self.map.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => convert(value).map(Some).ok_or_else(|| self.wrong(name, expected, value)),
-        }
-    }
-    fn wrong(self, name: &str, expected: &str, got: &Value) -> String {
-        let mut got = got.to_string();
-        if let Some((cut, _)) = got.char_indices().nth(80) {
-            got.replace_range(cut.., "…");
-        }
-        format!("{}{name}: expected {expected}, got {got}", self.prefix)
-    }
-    fn missing(self, name: &str) -> String {
-        format!("{}{name}: a needed field is missing", self.prefix)
-    }
-    fn size(self, name: &str) -> Parsed<Option<usize>> {
-        self.get(name, "a whole number", |v| usize::try_from(v.as_u64()?).ok())
-    }
-    fn need_size(self, name: &str) -> Parsed<usize> {
-        self.size(name)?.ok_or_else(|| self.missing(name))
-    }
-    fn number(self, name: &str) -> Parsed<Option<f64>> {
-        self.get(name, "a number", Value::as_f64)
-    }
-    fn need_number(self, name: &str) -> Parsed<f64> {
-        self.number(name)?.ok_or_else(|| self.missing(name))
-    }
-    /// False where absent.
-    fn flag(self, name: &str) -> Parsed<bool> {
-        Ok(self.get(name, "true or false", Value::as_bool)?.unwrap_or(false))
-    }
-    fn text(self, name: &str) -> Parsed<Option<&'a str>> {
-        self.get(name, "a string", Value::as_str)
-    }
-    fn object(self, name: &str, prefix: &'static str) -> Parsed<Option<Fields<'a>>> {
-        Ok(self.get(name, "an object", Value::as_object)?.map(|map| Fields { map, prefix }))
-    }
-    /// Refuses any value but `only`; absent is fine.
-    fn only(self, name: &str, only: Value) -> Parsed<()> {
-        self.get(name, &only.to_string(), |v| (*v == only).then_some(())).map(|_| ())
-    }
-    fn whole_rotary(self) -> Parsed<()> {
-        self.get("partial_rotary_factor", "1", |v| (v.as_f64()? == 1.0).then_some(())).map(|_| ())
-    }
-}
 
 /// Tokens by id; −1 and the like stand for none.
 fn token_ids(v: &Value) -> Option<Vec<u32>> {
@@ -73,20 +18,6 @@ fn token_ids(v: &Value) -> Option<Vec<u32>> {
         one => Some(vec![id(one)?]),
     };
     Some(ids?.into_iter().flatten().collect())
-}
-
-/// The type of the model decides; the names of its classes must not say otherwise. Files name LlamaModel or LLaMAForCausalLM too.
-fn check_architecture(f: Fields) -> Parsed<()> {
-    let is_llama = |v: &Value| v.as_str().is_some_and(|name| name.to_ascii_lowercase().starts_with("llama"));
-    let named = f.get("architectures", "[\"LlamaForCausalLM\"]", |v| match v {
-        Value::Array(names) => names.iter().all(is_llama).then_some(!names.is_empty()),
-        one => is_llama(one).then_some(true),
-    })?;
-    f.only("model_type", json!("llama"))?;
-    match f.text("model_type")? {
-        None if named != Some(true) => Err(f.missing("model_type")),
-        _ => Ok(()),
-    }
 }
 
 /// The element type, in the words of transformers and of torch.
@@ -107,82 +38,136 @@ fn dtype(f: Fields) -> Parsed<Option<DType>> {
 /// The configuration of a JSON object, not yet checked as a whole.
 pub(super) fn parse(map: &Map<String, Value>) -> Parsed<LlamaConfig> {
     let f = Fields { map, prefix: "" };
-    check_architecture(f)?;
+    let family = family::family(f)?;
+    let facts = family.facts();
     f.get("hidden_act", "\"silu\"", |v| matches!(v.as_str(), Some("silu" | "swish")).then_some(()))?;
     let unquantised = "none (of quantised weights, only those of compressed-tensors are read, and only to run the network)";
     f.get("quantization_config", unquantised, |_| None::<()>)?;
 
     let hidden_size = f.need_size("hidden_size")?;
     let heads = f.need_size("num_attention_heads")?;
-    let head_dim = match f.size("head_dim")? {
+    let head_dim = match f.size("head_dim")?.or(facts.absent.head_dim) {
         Some(d) => d,
         None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => return Err(format!("num_attention_heads: expected a divisor of hidden_size = {hidden_size}, got {heads}")),
     };
-    let (rope_theta, rope_scaling) = rope(f)?;
+    let layers = f.need_size("num_hidden_layers")?;
+    let kv_heads = match f.size("num_key_value_heads")? {
+        Some(kv) => kv,
+        None if f.states("num_key_value_heads") => heads,
+        None => facts.absent.kv_heads.unwrap_or(heads),
+    };
+    let max_position_embeddings = f.size("max_position_embeddings")?.unwrap_or(facts.absent.context);
+    let rope = rope::parse(f, family, max_position_embeddings)?;
+    let no_rope_layers = if facts.no_rope { without_rope(f, layers)? } else { vec![] };
+    let (sliding_window, full_attention_layers) = windows(f, facts, layers, &no_rope_layers)?;
     Ok(LlamaConfig {
+        family,
         hidden_size,
         intermediate_size: f.need_size("intermediate_size")?,
-        layers: f.need_size("num_hidden_layers")?,
+        layers,
         heads,
-        kv_heads: f.size("num_key_value_heads")?.unwrap_or(heads),
+        kv_heads,
         head_dim,
         vocab_size: f.need_size("vocab_size")?,
-        // The architecture's defaults, left out by early files.
-        rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(1e-6),
-        max_position_embeddings: f.size("max_position_embeddings")?.unwrap_or(2048),
-        rope_theta,
-        rope_scaling,
-        attention_bias: f.flag("attention_bias")?,
-        mlp_bias: f.flag("mlp_bias")?,
-        tie_word_embeddings: f.flag("tie_word_embeddings")?,
+        rms_norm_eps: f.number("rms_norm_eps")?.unwrap_or(facts.absent.eps),
+        max_position_embeddings,
+        rope_theta: rope.theta,
+        partial_rotary_factor: rope.partial,
+        rope_scaling: rope.scaling,
+        no_rope_layers,
+        sliding_window,
+        full_attention_layers,
+        multipliers: if facts.multipliers { multipliers(f, head_dim)? } else { Multipliers::NONE },
+        attention_bias: match facts.biases {
+            Biases::Never => false,
+            Biases::Qkv => true,
+            Biases::Attention | Biases::All => f.flag("attention_bias")?,
+        },
+        mlp_bias: facts.biases == Biases::All && f.flag("mlp_bias")?,
+        tie_word_embeddings: f.flag_or("tie_word_embeddings", facts.absent.tied)?,
         bos_token_id: f.get("bos_token_id", "a token id", token_ids)?.and_then(|ids| ids.first().copied()),
         eos_token_ids: f.get("eos_token_id", "a token id or a list of them", token_ids)?.unwrap_or_default(),
         dtype: dtype(f)?,
     })
 }
 
-/// θ and scaling, from `rope_parameters` (second generation) or `rope_theta` and `rope_scaling` (first). θ defaults to 10000.
-fn rope(f: Fields) -> Parsed<(f64, Option<RopeScaling>)> {
-    let (old, new) = (f.object("rope_scaling", "rope_scaling.")?, f.object("rope_parameters", "rope_parameters.")?);
-    let part = new.or(old);
-    f.whole_rotary()?;
-    let outer = f.number("rope_theta")?;
-    let inner = part.map_or(Ok(None), |p| p.number("rope_theta"))?;
-    if let (Some(outer), Some(inner)) = (outer, inner)
-        && outer != inner
-    {
-        return Err(format!("rope_theta: expected one value, got {outer} at the top level and {inner} inside"));
+/// A list with something for every layer, which may be longer.
+fn per_layer<T>(name: &str, list: Vec<T>, layers: usize) -> Parsed<Vec<T>> {
+    match list.len() >= layers {
+        true => Ok(list.into_iter().take(layers).collect()),
+        false => Err(format!("{name}: expected one for each of {layers} layers, got {}", list.len())),
     }
-    let theta = inner.or(outer).unwrap_or(10000.0);
-    let Some(p) = part else { return Ok((theta, None)) };
-    p.whole_rotary()?;
-    let scaling = match p.text("rope_type")?.or(p.text("type")?) {
-        Some("default") => None,
-        // A bare θ has no type.
-        None if p.number("factor")?.is_none() => None,
-        None => return Err(p.missing("rope_type")),
-        Some("linear") => Some(RopeScaling::Linear { factor: p.need_number("factor")? }),
-        Some("llama3") => Some(RopeScaling::Llama3 {
-            factor: p.need_number("factor")?,
-            low_freq_factor: p.need_number("low_freq_factor")?,
-            high_freq_factor: p.need_number("high_freq_factor")?,
-            original_max_position_embeddings: match p.size("original_max_position_embeddings")? {
-                Some(n) => n,
-                None => {
-                    f.need_size("original_max_position_embeddings").map_err(|_| p.missing("original_max_position_embeddings"))?
-                }
-            },
-        }),
-        Some(other) => return Err(p.wrong("rope_type", "\"default\", \"linear\" or \"llama3\"", &json!(other))),
+}
+
+/// The layers that `no_rope_layers` marks by 0, or every `no_rope_layer_interval`th.
+fn without_rope(f: Fields, layers: usize) -> Parsed<Vec<usize>> {
+    let listed =
+        f.get("no_rope_layers", "a list of 0 and 1", |v| v.as_array()?.iter().map(Value::as_u64).collect::<Option<Vec<_>>>())?;
+    let rope: Vec<bool> = match listed {
+        Some(list) => per_layer("no_rope_layers", list, layers)?.into_iter().map(|rope| rope != 0).collect(),
+        None => {
+            let interval = f.size("no_rope_layer_interval")?.unwrap_or(4);
+            if interval == 0 {
+                return Err("no_rope_layer_interval: expected at least 1, got 0".into());
+            }
+            (1..=layers.min(MOST_LAYERS)).map(|l| !l.is_multiple_of(interval)).collect()
+        }
     };
-    Ok((theta, scaling))
+    Ok((0..rope.len()).filter(|&l| !rope[l]).collect())
+}
+
+/// The sliding window, and the layers that see everything all the same.
+fn windows(f: Fields, facts: Facts, layers: usize, no_rope: &[usize]) -> Parsed<(Option<usize>, Vec<usize>)> {
+    let switched = match facts.windows {
+        Windows::Never => return Ok((None, vec![])),
+        Windows::Every => true,
+        Windows::FromLayer | Windows::WithoutRope => f.flag("use_sliding_window")?,
+    };
+    let absent = if f.states("sliding_window") { None } else { facts.absent.window };
+    let Some(window) = f.size("sliding_window")?.or(absent).filter(|_| switched) else { return Ok((None, vec![])) };
+    let all = 0..layers.min(MOST_LAYERS);
+    let listed = if facts.windows == Windows::Every { None } else { f.texts("layer_types")? };
+    let full: Vec<usize> = match (listed, facts.windows) {
+        (Some(kinds), _) => {
+            let kinds = per_layer("layer_types", kinds, layers)?;
+            if let Some(odd) = kinds.iter().find(|kind| !["sliding_attention", "full_attention"].contains(kind)) {
+                return Err(format!("layer_types: expected \"sliding_attention\" or \"full_attention\", got {odd:?}"));
+            }
+            all.filter(|&l| kinds[l] == "full_attention").collect()
+        }
+        (None, Windows::FromLayer) => {
+            let first = f.size("max_window_layers")?.unwrap_or(28);
+            all.filter(|l| *l < first).collect()
+        }
+        (None, Windows::WithoutRope) => all.filter(|l| !no_rope.contains(l)).collect(),
+        (None, _) => vec![],
+    };
+    // A window that no layer has is none.
+    Ok(if full.len() < layers { (Some(window), full) } else { (None, vec![]) })
+}
+
+/// Granite's scalars; 1 where absent, and that of the scores too.
+fn multipliers(f: Fields, head_dim: usize) -> Parsed<Multipliers> {
+    let number = |name: &str| Ok::<_, String>(f.number(name)?.unwrap_or(1.0));
+    let attention = number("attention_multiplier")?;
+    // 1/√D, rounded somewhere.
+    let usual = (attention * (head_dim as f64).sqrt() - 1.0).abs() < 1e-12;
+    Ok(Multipliers {
+        embedding: number("embedding_multiplier")?,
+        residual: number("residual_multiplier")?,
+        attention: (!usual).then_some(attention),
+        logits: number("logits_scaling")?,
+    })
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use std::path::Path;
 
+    use serde_json::json;
+
+    use super::super::RopeScaling;
     use super::*;
     use crate::Result;
 
@@ -291,7 +276,24 @@ pub(crate) mod tests {
             (json!({"num_hidden_layers": 1u64 << 40}), "num_hidden_layers: expected 1 to 4096"),
             (json!({"num_attention_heads": 0}), "num_attention_heads: expected a divisor of hidden_size = 64, got 0"),
             (json!({"architectures": ["MistralForCausalLM"]}), "architectures: expected [\"LlamaForCausalLM\"], got [\"Mistral"),
-            (json!({"model_type": "qwen2"}), "model_type: expected \"llama\", got \"qwen2\""),
+            (json!({"model_type": "qwen2"}), "architectures: expected [\"Qwen2ForCausalLM\"], got [\"LlamaForCausalLM\"]"),
+            (
+                json!({"model_type": "bert"}),
+                "model_type: expected one of llama, mistral, qwen2, qwen3, phi3, smollm3, granite, got \"bert\"",
+            ),
+            (
+                json!({"architectures": ["BertModel"], "model_type": null}),
+                "architectures: expected one of LlamaForCausalLM, Mist",
+            ),
+            (
+                json!({"model_type": "gemma2"}),
+                "model_type: gemma2 is refused: a norm with a gain behind o and down does not commute",
+            ),
+            (json!({"model_type": "qwen3_moe"}), "model_type: qwen3_moe is refused: it is a mixture of experts"),
+            (
+                json!({"architectures": ["Qwen2MoeForCausalLM"], "model_type": null}),
+                "Qwen2MoeForCausalLM is refused: it is a mixture",
+            ),
             (json!({"architectures": null, "model_type": null}), "model_type: a needed field"),
             (json!({"attention_bias": 1}), "attention_bias: expected true or false, got 1"),
             (json!({"mlp_bias": "yes"}), "mlp_bias: expected true or false, got \"yes\""),
@@ -302,8 +304,22 @@ pub(crate) mod tests {
             (json!({"rms_norm_eps": 2.0}), "rms_norm_eps: expected 0 up to below 1, got 2"),
             (json!({"rope_theta": 0}), "rope_theta: expected 1 up to"),
             (json!({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}), "rope_theta: expected one value"),
-            (json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), "rope_scaling.rope_type: expected \"default\""),
-            (json!({"rope_parameters": {"rope_type": "yarn"}}), "got \"yarn\""),
+            (json!({"rope_scaling": {"type": "mrope", "factor": 2.0}}), "rope_scaling.rope_type: expected \"default\""),
+            (json!({"rope_parameters": {"rope_type": "axial"}}), "got \"axial\""),
+            (json!({"rope_scaling": {"type": "dynamic"}}), "rope_scaling.factor: a needed field is missing"),
+            (json!({"rope_scaling": {"type": "yarn", "factor": 0.5}}), "factor: expected 1 to"),
+            (
+                json!({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}}),
+                "0 < beta_slow <= beta_fast",
+            ),
+            (
+                json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}),
+                "rope_scaling.long_factor: a needed field is missing",
+            ),
+            (
+                json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}),
+                "short_factor: expected 8 numbers, got 1",
+            ),
             (json!({"rope_scaling": {"factor": 2.0}}), "rope_scaling.rope_type: a needed field is missing"),
             (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor: a needed field is missing"),
             (json!({"rope_scaling": {"type": "linear", "factor": 0.0}}), "factor: expected 1 to"),

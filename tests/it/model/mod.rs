@@ -5,14 +5,14 @@ mod learning;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use spinquant::llama::{LayerWeights, Linear, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
+use spinquant::llama::{Family, LayerWeights, Linear, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal};
 use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Tape, Tensor, Var, check, ops};
 
-use crate::common::distance;
 use crate::common::need::cases;
+use crate::common::{distance, tiny};
 
 const FULL: Scheme = Scheme::FULL_PRECISION;
 const ONLINE: [Online; 4] = [Online::NONE, Online { r3: true, r4: false }, Online { r3: false, r4: true }, Online::BOTH];
@@ -29,18 +29,16 @@ fn config(heads: [usize; 2], head_dim: usize, hidden_size: usize, intermediate_s
         rms_norm_eps: 1e-5,
         max_position_embeddings: 64,
         rope_theta: 10000.0,
-        rope_scaling: None,
-        attention_bias: false,
-        mlp_bias: false,
         tie_word_embeddings: false,
         bos_token_id: None,
         eos_token_ids: vec![],
         dtype: None,
+        ..LlamaConfig::default()
     }
 }
 
 prop_compose! {
-    /// GQA, MHA and MQA; tied or not; with and without biases; odd widths; MLP widths K·2^m and, at 22 and 37, block-diagonal ones.
+    /// Every family; GQA, MHA and MQA; tied or not; with and without biases; odd widths; MLP widths K·2^m and, at 22 and 37, block-diagonal ones.
     fn configs()(
         heads in prop::sample::select(vec![[1, 1], [3, 3], [4, 4], [4, 2], [6, 2], [6, 3], [4, 1], [5, 1]]),
         half in 2usize..=8,
@@ -50,12 +48,13 @@ prop_compose! {
         tie_word_embeddings: bool,
         [attention_bias, mlp_bias]: [bool; 2],
         llama3: bool,
+        family in prop::sample::select(Family::ALL.to_vec()),
     ) -> LlamaConfig {
         let rope_scaling = llama3.then_some(RopeScaling::Llama3 {
             factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 32,
         });
         let shape = config(heads, 2 * half, hidden_size, intermediate_size);
-        LlamaConfig { layers, tie_word_embeddings, attention_bias, mlp_bias, rope_scaling, ..shape }
+        tiny::of_family(LlamaConfig { layers, tie_word_embeddings, attention_bias, mlp_bias, rope_scaling, ..shape }, family)
     }
 }
 

@@ -1,0 +1,339 @@
+//! Every family against transformers: tiny random models that `tests/interop/families.py` made, their logits, and what becomes of them
+//! here.
+
+mod published;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use spinquant::calibrate::{Calibration, quantize_weights};
+use spinquant::data::Windows;
+use spinquant::device::Card;
+use spinquant::export::{Format, Output, load_native, write_hf, write_rtn};
+use spinquant::llama::{
+    Checkpoint, Decoder, Family, Linear, Llama, LlamaConfig, Packed, Plan, Recompute, RopeScaling, RotationVars, Source, Weights,
+};
+use spinquant::memory::{Needs, Work, predict};
+use spinquant::quant::{Gptq, Online, Scheme};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Tensor, check, io, outliers};
+use tempfile::TempDir;
+
+use crate::common::{distance, tiny};
+
+/// Between logits in f32.
+const TOLERANCE: f64 = 1e-4;
+const FULL: Scheme = Scheme::FULL_PRECISION;
+
+/// A model and what transformers makes of some tokens.
+struct Fixture {
+    name: String,
+    /// Its folder, in f32.
+    dir: TempDir,
+    /// Sequences of one length, and their logits.
+    texts: Vec<Text>,
+}
+
+struct Text {
+    tokens: Vec<u32>,
+    seq: usize,
+    logits: Vec<f64>,
+}
+
+impl Fixture {
+    fn open(model: &Path, variant: &str) -> Self {
+        let name = format!("{}-{variant}", model.file_name().unwrap().to_str().unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        let (tensors, metadata) = io::load_tensors(&model.join("model.safetensors")).unwrap();
+        let wide = tensors.into_iter().map(|(name, t)| (name, t.to_dtype(DType::F32).unwrap())).collect();
+        io::save_tensors(&dir.path().join("model.safetensors"), &wide, &metadata).unwrap();
+        std::fs::copy(model.join(format!("{variant}.json")), dir.path().join("config.json")).unwrap();
+        let (outcome, _) = io::load_tensors(&model.join(format!("{variant}.safetensors"))).unwrap();
+        let text = |part: &str| {
+            let ids = outcome.get(&format!("{part}ids"))?;
+            let logits = outcome[&format!("{part}logits")].to_f64_vec().unwrap();
+            Some(Text { tokens: ids.to_vec::<u32>().unwrap(), seq: ids.cols(), logits })
+        };
+        Self { name, dir, texts: ["", "short."].into_iter().filter_map(text).collect() }
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn load(&self, dtype: DType) -> Llama {
+        Llama::load(self.path(), dtype, &Device::Cpu).unwrap()
+    }
+
+    /// That logits are those of transformers.
+    fn agrees(&self, what: &str, logits: impl Fn(&Text) -> Tensor) {
+        for text in &self.texts {
+            let error = distance(&logits(text).to_f64_vec().unwrap(), &text.logits);
+            assert!(error < TOLERANCE, "{}, {what}, {} tokens: {error:e}", self.name, text.seq);
+        }
+    }
+}
+
+/// Every model in every variant of its configuration.
+fn fixtures() -> impl Iterator<Item = Fixture> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families");
+    let list = |dir: &Path| {
+        let mut paths: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+        paths.sort();
+        paths
+    };
+    list(&root).into_iter().flat_map(move |model| {
+        let configs = list(&model).into_iter().filter(|path| path.extension().is_some_and(|e| e == "json"));
+        let variants: Vec<String> = configs.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()).collect();
+        variants.into_iter().map(move |variant| Fixture::open(&model, &variant))
+    })
+}
+
+fn rotations(config: &LlamaConfig, seed: u64) -> [Rotations; 2] {
+    let LlamaConfig { hidden_size: c, head_dim: d, layers: l, .. } = *config;
+    [Rotations::random_orthogonal(c, d, l, seed).unwrap(), Rotations::random_hadamard(c, d, l, seed).unwrap()]
+}
+
+#[test]
+fn all_are_there() {
+    let configs: Vec<LlamaConfig> = fixtures().map(|f| LlamaConfig::from_dir(f.path()).unwrap()).collect();
+    for family in Family::ALL {
+        assert!(configs.iter().any(|c| c.family == family), "{family:?}");
+    }
+    type Is = fn(&RopeScaling) -> bool;
+    let kinds: [Is; 5] = [
+        |s| matches!(s, RopeScaling::Linear { .. }),
+        |s| matches!(s, RopeScaling::Llama3 { .. }),
+        |s| matches!(s, RopeScaling::Dynamic { .. }),
+        |s| matches!(s, RopeScaling::Yarn { .. }),
+        |s| matches!(s, RopeScaling::LongRope { .. }),
+    ];
+    assert!(kinds.iter().all(|is| configs.iter().filter_map(|c| c.rope_scaling.as_ref()).any(is)));
+    let features: [fn(&LlamaConfig) -> bool; 6] = [
+        |c| c.sliding_window.is_some(),
+        |c| c.tie_word_embeddings,
+        |c| c.partial_rotary_factor < 1.0,
+        |c| !c.no_rope_layers.is_empty(),
+        |c| c.heads * c.head_dim != c.hidden_size,
+        |c| c.kv_heads < c.heads,
+    ];
+    assert!(features.iter().all(|has| configs.iter().any(has)));
+}
+
+#[test]
+fn full_precision_is_that_of_transformers() {
+    for f in fixtures() {
+        assert!(Source::from_dir(f.path()).unwrap().unread().is_empty(), "{}", f.name);
+        let model = f.load(DType::F32);
+        f.agrees("folded", |t| model.merge(None, &FULL).unwrap().logits(&t.tokens, t.seq).unwrap());
+        let plain = Llama::load_plain(f.path(), DType::F32, &Device::Cpu).unwrap();
+        f.agrees("gains apart", |t| plain.merge(None, &FULL).unwrap().logits(&t.tokens, t.seq).unwrap());
+    }
+}
+
+#[test]
+fn rotations_leave_it_alone() {
+    for f in fixtures() {
+        let model = f.load(DType::F32);
+        for r in rotations(&model.config, 7) {
+            for online in [Online::NONE, Online::BOTH] {
+                let scheme = FULL.online(online);
+                f.agrees("merged", |t| model.merge(Some(&r), &scheme).unwrap().logits(&t.tokens, t.seq).unwrap());
+                let narrow = r.to_dtype(DType::F32).unwrap();
+                f.agrees("learning", |t| {
+                    let tape = spinquant::Tape::new();
+                    let vars = RotationVars::constants(&tape, &narrow).unwrap();
+                    let run = Arc::new(model.run(&scheme, t.seq).unwrap());
+                    model.logits(&vars, &t.tokens, run, Recompute::All).unwrap().into_value()
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_rotations_are_central_differences() {
+    for f in fixtures() {
+        let model = f.load(DType::F64);
+        let [r, _] = rotations(&model.config, 3);
+        let inputs: Vec<Tensor> =
+            std::iter::once(r.r1.clone()).chain((0..model.config.layers).map(|l| r.r2.index(l).unwrap())).collect();
+        for scheme in [FULL, Scheme::new(4, 8, 8)] {
+            let text = &f.texts[0];
+            let (seq, tokens) = (text.seq, &text.tokens[..text.seq]);
+            let run = Arc::new(model.run(&scheme, seq).unwrap());
+            let outcome = check::gradients(&inputs, |mut v| {
+                let vars = RotationVars { r1: v.remove(0), r2: v };
+                model.logits(&vars, tokens, run.clone(), Recompute::None)
+            });
+            assert!(outcome.is_ok(), "{}, {scheme}: {outcome:?}", f.name);
+        }
+    }
+}
+
+#[test]
+fn files_hold_the_same_network() {
+    for f in fixtures() {
+        let out = tempfile::tempdir().unwrap();
+        let (hf, native) = (out.path().join("hf"), out.path().join("native"));
+        let source = LlamaConfig::from_dir(f.path()).unwrap();
+        let [_, r] = rotations(&source, 5);
+        let scheme = FULL.online(Online::NONE);
+        write_hf(f.path(), Some(&r), &scheme, Output::new(&hf, Format::Hf), |_| {}).unwrap();
+        // The same architecture: tensors of the same names and shapes, but for a head that was tied.
+        let config = LlamaConfig::from_dir(&hf).unwrap();
+        let dtype = Some(DType::F32);
+        assert_eq!(config, LlamaConfig { tie_word_embeddings: false, dtype, ..source.folded() }, "{}", f.name);
+        let names = |dir: &Path| {
+            let names: Vec<String> = Checkpoint::open(dir).unwrap().names().map(str::to_string).collect();
+            names.into_iter().filter(|name| name != "lm_head.weight").collect::<Vec<_>>()
+        };
+        assert_eq!(names(&hf), names(f.path()), "{}", f.name);
+        let again = Llama::load(&hf, DType::F32, &Device::Cpu).unwrap();
+        f.agrees("hf", |t| again.merge(None, &FULL).unwrap().logits(&t.tokens, t.seq).unwrap());
+
+        // And what is ours, quantised, to the bit.
+        let model = f.load(DType::F32);
+        let scheme = Scheme::new(4, 4, 4);
+        write_rtn(&model, Some(&r), &scheme, Output::new(&native, Format::Native), |_| {}).unwrap();
+        let (got, want) = (load_native(&native, &Device::Cpu).unwrap().model, model.merge(Some(&r), &scheme).unwrap());
+        assert_eq!(got.config, want.config, "{}", f.name);
+        assert_eq!(got.sha256().unwrap(), want.sha256().unwrap(), "{}", f.name);
+        let text = &f.texts[0];
+        let logits = |m: &spinquant::llama::Merged| m.logits(&text.tokens, text.seq).unwrap().to_f64_vec().unwrap();
+        assert_eq!(logits(&got), logits(&want), "{}", f.name);
+    }
+}
+
+#[test]
+fn gptq_quantises_them() {
+    for f in fixtures().filter(|f| f.name.ends_with("plain")) {
+        let model = f.load(DType::F64);
+        let [_, r] = rotations(&model.config, 5);
+        let (text, scheme) = (&f.texts[0], Scheme::new(8, 16, 16));
+        let windows = Windows::new(text.tokens.clone(), text.seq).unwrap();
+        let calibration = Calibration::first(&windows, windows.len()).unwrap();
+        let merged = quantize_weights(&model, Some(&r), &scheme, &Gptq::default(), Some(&calibration), &mut (), |_| {
+            std::ops::ControlFlow::Continue(())
+        })
+        .unwrap();
+        let error = |m: &spinquant::llama::Merged| {
+            let got = m.logits(&text.tokens, text.seq).unwrap().to_f64_vec().unwrap();
+            got.iter().zip(&text.logits).map(|(a, b)| (a - b) * (a - b)).sum::<f64>()
+        };
+        // On the text that it saw it is nearer than rounding, and not the network itself.
+        let (gptq, nearest) = (error(&merged), error(&model.merge(Some(&r), &scheme).unwrap()));
+        assert!(gptq > 1e-6 && gptq < nearest, "{}: {gptq} {nearest}", f.name);
+    }
+}
+
+#[test]
+fn a_cache_and_packing_change_nothing() {
+    for f in fixtures() {
+        let merged = f.load(DType::F32).merge(None, &FULL).unwrap();
+        let vocab = merged.config.vocab_size;
+        for text in &f.texts {
+            let seq = text.seq.min(merged.config.max_position_embeddings);
+            let want = merged.logits(&text.tokens[..seq], seq).unwrap().to_f64_vec().unwrap();
+            for part in [seq, 7, 1] {
+                let mut decoder = Decoder::new(&merged, seq).unwrap();
+                let mut last = vec![];
+                for part in text.tokens[..seq].chunks(part) {
+                    last = decoder.feed(part).unwrap().to_f64_vec().unwrap();
+                }
+                assert_eq!(decoder.read(), seq);
+                let error = distance(&last, &want[(seq - 1) * vocab..]);
+                assert!(error < TOLERANCE, "{}, {part} at a time: {error:e}", f.name);
+            }
+        }
+        let text = &f.texts[0];
+        let mut packed = Packed::default();
+        for tokens in text.tokens.chunks(text.seq) {
+            packed.push(tokens);
+        }
+        let mut rows = vec![];
+        let all = |part: Tensor| {
+            rows.extend(part.to_f64_vec()?);
+            Ok(())
+        };
+        merged.packed_logits(&packed, 5, all).unwrap();
+        let error = distance(&rows, &text.logits);
+        assert!(error < TOLERANCE, "{}, packed: {error:e}", f.name);
+    }
+}
+
+/// Where the rotary embedding depends on the length of the text.
+#[test]
+fn long_rope_changes_with_the_length() {
+    let long = fixtures().find(|f| f.name == "phi3-longrope").unwrap();
+    let merged = long.load(DType::F32).merge(None, &FULL).unwrap();
+    let mut packed = Packed::default();
+    for text in &long.texts {
+        packed.push(&text.tokens[..text.seq]);
+    }
+    let message = merged.packed_logits(&packed, 5, |_| Ok(())).unwrap_err().to_string();
+    assert!(message.contains("got 12 to 24 tokens, and the model's depends on the length"), "{message}");
+    // A text that grows beyond the original context is read again; what fails on the way changes nothing.
+    let text = &long.texts[0];
+    let mut decoder = Decoder::new(&merged, text.seq).unwrap();
+    decoder.feed(&text.tokens[..14]).unwrap();
+    assert!(decoder.feed(&[0, 1, 2, u32::MAX]).is_err());
+    assert_eq!(decoder.read(), 14);
+    let within = decoder.feed(&text.tokens[14..16]).unwrap().to_f64_vec().unwrap();
+    let want = merged.logits(&text.tokens[..16], 16).unwrap().to_f64_vec().unwrap();
+    assert!(distance(&within, &want[15 * 64..]) < TOLERANCE);
+    let beyond = decoder.feed(&text.tokens[16..24]).unwrap().to_f64_vec().unwrap();
+    assert!(distance(&beyond, &text.logits[23 * 64..24 * 64]) < TOLERANCE);
+}
+
+/// Random models of every family, from files to files.
+#[test]
+fn random_models_are_read_as_they_were_made() {
+    for family in Family::ALL {
+        let config = tiny::of_family(tiny::with_biases(tiny::config(4, 2, false)), family);
+        let dir = tempfile::tempdir().unwrap();
+        tiny::write(dir.path(), &config, DType::F64, 3, false);
+        let source = Source::from_dir(dir.path()).unwrap();
+        assert_eq!(LlamaConfig::from_dir(dir.path()).unwrap(), LlamaConfig { dtype: Some(DType::F64), ..config.clone() });
+        assert!(source.unread().is_empty() && source.notes().is_empty(), "{family:?}");
+        let (got, made) = (Weights::read(&source, DType::F64).unwrap(), Weights::random(&config, 3).unwrap());
+        for (got, made) in got.layers.iter().zip(&made.layers) {
+            for linear in Linear::ALL {
+                let (a, b) = (&got[linear], &made[linear]);
+                assert_eq!(a.bias.is_some(), linear.has_bias(&config), "{family:?} {linear}");
+                assert_eq!(a.norm.is_some(), linear.has_norm(&config), "{family:?} {linear}");
+                assert_eq!(a.norm.as_ref().map(|t| t.to_f64_vec().unwrap()), b.norm.as_ref().map(|t| t.to_f64_vec().unwrap()));
+                // Multipliers are folded: into some of the weights as they were made, by one number.
+                let (a, b) = (a.weight.to_f64_vec().unwrap(), b.weight.to_f64_vec().unwrap());
+                let factor = match linear {
+                    Linear::Q => config.multipliers.attention.map_or(1.0, |m| m * 8f64.sqrt()),
+                    Linear::O | Linear::Down => config.multipliers.residual,
+                    _ => 1.0,
+                };
+                assert!(a.iter().zip(&b).all(|(a, b)| *a == b * factor), "{family:?} {linear}");
+            }
+        }
+        // Models in memory and quantised copies of them keep what tells them apart.
+        let model = Llama::load(dir.path(), DType::F64, &Device::Cpu).unwrap();
+        assert_eq!(model.config.family, family);
+        let work = Work { needs: Needs::Network, batch: 1, seq: 9, scheme: Scheme::new(4, 4, 4), dtype: DType::F64 };
+        let planned = predict(&config, &work, Plan::KEEP_ALL, 1, &Card::h100()).unwrap();
+        assert_eq!(planned.items.into_iter().find(|(name, _)| *name == "weights").unwrap().1, model.bytes(), "{family:?}");
+        assert_eq!(
+            model.bytes(),
+            got.layers.iter().flat_map(|l| l.tensors()).map(Tensor::bytes).sum::<usize>() + 2 * 31 * 16 * 8
+        );
+    }
+}
+
+#[test]
+fn norms_of_heads_refuse_what_they_would_undo() {
+    let config = tiny::of_family(tiny::config(4, 2, false), Family::Qwen3);
+    let weights = Weights::random(&config, 1).unwrap();
+    let message = outliers::plant(&weights, &config, &outliers::PlantOptions::default()).unwrap_err().to_string();
+    assert!(message.contains("a norm of every key head would undo them"), "{message}");
+    let none = outliers::PlantOptions { rope_pairs: 0, ..Default::default() };
+    let planted = outliers::plant(&weights, &config, &none).unwrap();
+    let logits = |w: Weights| tiny::logits(&Llama::new(config.clone(), w).unwrap());
+    assert!(distance(&logits(planted), &logits(weights)) < 1e-9);
+}
