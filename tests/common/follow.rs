@@ -13,7 +13,7 @@ use spinquant::quant::{Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor, data};
 
-use super::distance;
+use super::{choices, distance};
 
 /// A model, its rotations and a text.
 pub struct Network {
@@ -94,9 +94,12 @@ pub fn codes(s: &Network, scheme: &Scheme, id: &str) -> (usize, usize) {
     let (mut differ, mut count) = (0, 0);
     for (name, spec, x) in all {
         let ours = quantize(&x, &spec).unwrap();
+        let taken = choices::taken(&x, &spec);
         let x = x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
-        let exact = quantize(&x, &spec).unwrap();
         let values = x.to_vec::<f64>().unwrap();
+        // The same candidate of the search where two have one error.
+        let (chosen, _) = choices::follow(&values, ours.group, &spec, &taken, &format!("{id} {name}"));
+        let exact = quantize(&Tensor::from_vec(chosen, x.shape()).unwrap(), &spec).unwrap();
         let scale = exact.scale.as_slice::<f64>().unwrap();
         for i in (0..values.len()).filter(|&i| ours.codes[i] != exact.codes[i]) {
             let t = values[i] / scale[i / ours.group];
@@ -179,6 +182,7 @@ pub fn compare(s: &Network, exact: &Network, scheme: &Scheme, id: &str) -> Compa
     let (differ, all) = codes(s, scheme, id);
     println!("{id}: loss {loss:.1e}, cosines {cosine:.6?}, {differ} of {all} codes differ");
     println!("  {} ties fell the other way, {} of weights; {} codes drifted", followed.ties, weights.ties, followed.drifted);
+    println!("  {} groups of weights are clipped by another ratio of the same error", weights.choices);
     let (ties, drifted) = (followed.ties, followed.drifted);
     assert!(loss <= 1e-3, "{id}: loss is off by {loss:e}, {ties} ties, {drifted} codes drifted");
     assert!(cosine.iter().all(|c| *c >= 0.999), "{id}: cosines {cosine:?}");
@@ -193,6 +197,8 @@ pub struct FollowedWeights {
     pub model: Llama,
     pub ties: usize,
     pub drifted: usize,
+    /// Groups whose search took another of two candidates with one error.
+    pub choices: usize,
 }
 
 /// The weights of a layer as they are rotated, before they are quantised.
@@ -205,19 +211,23 @@ pub fn rotated(s: &Network, layer: usize, scheme: &Scheme) -> LayerWeights {
 
 pub fn follow_weights(s: &Network, exact: &Network, scheme: &Scheme) -> FollowedWeights {
     let spec = scheme.sites(exact.model.config.head_dim).weight;
-    let mut followed = FollowedWeights { model: exact.model.clone(), ties: 0, drifted: 0 };
+    let mut followed = FollowedWeights { model: exact.model.clone(), ties: 0, drifted: 0, choices: 0 };
     if !spec.is_active() {
         return followed;
     }
     for layer in 0..exact.model.blocks.len() {
         let (theirs, ours) = (rotated(s, layer, scheme), rotated(exact, layer, scheme));
-        let before = followed.ties;
+        let before = (followed.ties, followed.choices);
         let changes = ours.each(|linear, w: &Affine<Tensor, Tensor>| {
-            let (wanted, q) = (quantize(&theirs[linear].weight, &spec)?, quantize(&w.weight, &spec)?);
+            let wanted = quantize(&theirs[linear].weight, &spec)?;
+            let (taken, unmoved) = (choices::taken(&theirs[linear].weight, &spec), w.weight.to_f64_vec()?);
+            let (values, others) = choices::follow(&unmoved, wanted.group, &spec, &taken, &format!("layer {layer} {linear}"));
+            followed.choices += others;
+            let q = quantize(&Tensor::from_vec(values.clone(), w.weight.shape())?, &spec)?;
             let code = |q: &Quantized, zero: &[f64], i: usize| f64::from(q.codes[i]) - zero[i / q.group];
             let (wanted_zero, zero) = (wanted.zero.to_f64_vec()?, q.zero.to_f64_vec()?);
-            let (scale, values) = (q.scale.to_f64_vec()?, w.weight.to_f64_vec()?);
-            let mut change = vec![0.0; values.len()];
+            let scale = q.scale.to_f64_vec()?;
+            let mut change: Vec<f64> = values.iter().zip(&unmoved).map(|(to, from)| to - from).collect();
             for i in 0..values.len() {
                 let (to, scale) = (code(&wanted, &wanted_zero, i), scale[i / q.group]);
                 if code(&q, &zero, i) == to {
@@ -225,7 +235,7 @@ pub fn follow_weights(s: &Network, exact: &Network, scheme: &Scheme) -> Followed
                 }
                 match nearest_on(values[i] / scale, to, spec.bits) {
                     Some(near) => {
-                        change[i] = near * scale - values[i];
+                        change[i] += near * scale - values[i];
                         followed.ties += 1;
                     }
                     None => followed.drifted += 1,
@@ -234,7 +244,7 @@ pub fn follow_weights(s: &Network, exact: &Network, scheme: &Scheme) -> Followed
             Ok(Affine { weight: Tensor::from_vec(change, w.weight.shape())?, bias: None, norm: None })
         });
         let changes = changes.unwrap();
-        if followed.ties > before {
+        if (followed.ties, followed.choices) != before {
             followed.model = changed(&followed.model, &exact.rotations, layer, changes, scheme);
         }
     }

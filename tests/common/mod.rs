@@ -1,6 +1,7 @@
 //! What several test programs share.
 #![allow(dead_code)] // every test program uses its part
 
+pub mod choices;
 pub mod follow;
 pub mod golden;
 pub mod gptq;

@@ -6,6 +6,7 @@ use spinquant::ops::fake_quant::quantize;
 use spinquant::quant::{Clip, Scheme};
 use spinquant::{Device, Tensor};
 
+use crate::common::choices::{excess, nudged, ratios};
 use crate::common::follow::{Network, changed, evaluate, follow, follow_weights, observe, rotated};
 use crate::common::networks::{f32_against_f64, network};
 
@@ -47,5 +48,54 @@ fn ties_of_weights_are_followed() {
         assert_eq!((both.ties, both.drifted), (0, 0), "{linear}");
         assert!((both.outcome.loss - ours.loss).abs() < 1e-10, "{linear}");
         assert!((plain.loss - ours.loss).abs() > 1e-8, "{linear}: there was nothing to follow");
+    }
+}
+
+/// A row of each linear is moved to where two clip ratios have one error but for 1e-7, on either side: the network changes, and the one
+/// that follows it takes the same ratio, the same codes and nearly the same values.
+#[test]
+fn ties_of_searched_ratios_are_followed() {
+    for symmetric_weights in [true, false] {
+        let scheme = Scheme { symmetric_weights, ..Scheme::new(4, 8, 8) };
+        let start = network([40, 72, 4, 1, 8], 0);
+        let spec: QuantSpec = scheme.sites(start.model.config.head_dim).weight;
+        for linear in Linear::ALL {
+            let weights = rotated(&start, 1, &scheme);
+            let w = &weights[linear].weight;
+            let (values, cols) = (w.to_f64_vec().unwrap(), w.cols());
+            let taken = ratios(w, &spec);
+            // The second best ratio of every row, and of the rows the one where it is the nearest.
+            let candidates = || (0..spinquant::grid::SEARCH_STEPS).map(|i| 1.0 - i as f64 / 100.0);
+            let row = |r: usize| &values[r * cols..][..cols];
+            let second = |r: usize| {
+                let others = candidates().filter(|&p| p != taken[r]).map(|p| (excess(row(r), &spec, p, taken[r]), p));
+                others.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap()
+            };
+            let r = (0..taken.len()).min_by(|&a, &b| second(a).0.total_cmp(&second(b).0)).unwrap();
+            let (distance, other) = second(r);
+            let at = |to: f64| {
+                let moved = nudged(row(r), &spec, other, taken[r], to);
+                let changes = weights.each(|l, w: &Affine<Tensor, Tensor>| {
+                    let mut x = vec![0.0; w.weight.len()];
+                    if l == linear {
+                        x[r * cols..][..cols].iter_mut().zip(&moved).zip(row(r)).for_each(|((x, to), from)| *x = to - from);
+                    }
+                    Ok(Affine { weight: Tensor::from_vec(x, w.weight.shape())?, bias: None })
+                });
+                let model = changed(&start.model, &start.rotations, 1, changes.unwrap(), &scheme);
+                Network { model, rotations: start.rotations.clone(), tokens: start.tokens.clone(), seq: start.seq }
+            };
+            let (exact, ours) = (at(1e-7), at(-1e-7));
+            let chosen = |s: &Network| ratios(&rotated(s, 1, &scheme)[linear].weight, &spec)[r];
+            assert_eq!((chosen(&exact), chosen(&ours)), (taken[r], other), "{linear}: the second best was {distance:e} worse");
+            let followed = follow_weights(&ours, &exact, &scheme);
+            assert_eq!((followed.choices, followed.drifted), (1, 0), "{linear}");
+            let of = |model| Network { model, rotations: start.rotations.clone(), tokens: start.tokens.clone(), seq: start.seq };
+            let (plain, ours) = (evaluate(&exact, &scheme, Default::default()), evaluate(&ours, &scheme, Default::default()));
+            let followed = evaluate(&of(followed.model), &scheme, Default::default());
+            let (off, before) = ((followed.loss - ours.loss).abs(), (plain.loss - ours.loss).abs());
+            assert!(off < 1e-6, "{linear}: the loss is {off:e} off");
+            assert!(before > 10.0 * off.max(1e-8), "{linear}: {before:e}: there was nothing to follow");
+        }
     }
 }
