@@ -80,7 +80,7 @@ fn ties_of_searched_ratios_are_followed() {
                     if l == linear {
                         x[r * cols..][..cols].iter_mut().zip(&moved).zip(row(r)).for_each(|((x, to), from)| *x = to - from);
                     }
-                    Ok(Affine { weight: Tensor::from_vec(x, w.weight.shape())?, bias: None })
+                    Ok(Affine { weight: Tensor::from_vec(x, w.weight.shape())?, bias: None, norm: None })
                 });
                 let model = changed(&start.model, &start.rotations, 1, changes.unwrap(), &scheme);
                 Network { model, rotations: start.rotations.clone(), tokens: start.tokens.clone(), seq: start.seq }
