@@ -10,12 +10,12 @@ namespace sq {
 
 // sq_hadamard_map, resolved on the host.
 struct Map {
-  int n, k, m_log2;  // n = k * 2^m_log2
+  int n, k, m_log2, blocks;  // n = blocks * k * 2^m_log2
   int words;         // of 32 signs to a row of the table
-  bool transpose;
+  bool transpose, paired;
   const uint32_t *table;
   const int8_t *signs_in, *signs_out;  // NULL where there are none
-  float scale;                         // 1 / sqrt(n)
+  float scale;                         // 1 / sqrt(n / blocks)
 };
 
 // A call, as the families' launchers take it. Values of y and x are of the launcher's T.
@@ -46,6 +46,10 @@ template <typename T>
 int launch_fragment(const Job &job);
 template <typename T>
 int launch_tensor(const Job &job);
+template <typename T>
+int launch_core(const Job &job);
+template <typename T>
+int launch_blocks(const Job &job);
 
 // Calls f(std::integral_constant<int, value>{}) for a value of kFirst..kLast.
 template <int kFirst, int kLast, typename F>

@@ -27,6 +27,16 @@ struct Butterfly {
   static_assert(E * kRowThreads == N && W <= C, "one exchange must be enough");
 };
 
+// Blocks of 2^kLogN, which are the rows here, 32 values to a thread; those of a row of the map share a block of threads and a scale.
+template <typename T_, int kLogN>
+struct Blocks {
+  using T = T_;
+  static constexpr BlocksShape kShape = blocks_shape(kLogN, 1 << kLogN);
+  static constexpr int V = kPack<T>, E = 32, C = E / V, N = 1 << kLogN;
+  static constexpr int kRowThreads = kShape.row_threads, kLanes = kShape.lanes, W = kShape.warps;
+  static_assert(E * kRowThreads == N && W <= C, "one exchange must be enough");
+};
+
 template <typename B>
 __device__ __forceinline__ void exchange_warps(float (&v)[B::E], float *shared, int warp, int lane) {
 #pragma unroll
@@ -53,10 +63,10 @@ struct Position {
   int lane, warp;
   int64_t row;
 
-  __device__ __forceinline__ Position() {
+  __device__ __forceinline__ Position(int rows_per_block) {
     const int thread = threadIdx.x % B::kRowThreads;
     lane = thread % B::kLanes, warp = thread / B::kLanes;
-    row = int64_t(blockIdx.x) * B::kRowsPerBlock + threadIdx.x / B::kRowThreads;
+    row = int64_t(blockIdx.x) * rows_per_block + threadIdx.x / B::kRowThreads;
   }
   // Where the thread's pack c lies in the row, before and after the exchange.
   __device__ __forceinline__ int before(int c) const { return ((c * B::W + warp) * B::kLanes + lane) * B::V; }
@@ -126,7 +136,7 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
     butterfly_kernel(typename B::T *y, const typename B::T *x, int64_t rows, Map map, Quantiser q) {
   extern __shared__ float4 exchange[];
   __shared__ Range scratch[32];
-  const Position<B> at;
+  const Position<B> at(B::kRowsPerBlock);
   const bool live = at.row < rows;  // lanes past the last row still take part in the shuffles
   float v[B::E];
   load_row<B>(v, x, at, live, map.signs_in);
@@ -135,7 +145,41 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
   if (live) store_row<B>(y, v, at);
 }
 
+// Threads past the last block of the map hold nothing, but take part in shuffles and barriers. Where a block has more warps than one
+// there are none.
+template <typename B>
+__global__ void __launch_bounds__(1024)
+    blocks_kernel(typename B::T *y, const typename B::T *x, int64_t, Map map, Quantiser q) {
+  extern __shared__ float4 exchange[];
+  __shared__ Range scratch[32];
+  const Position<B> at(map.blocks);
+  const int block = threadIdx.x / B::kRowThreads;
+  const bool live = block < map.blocks;
+  float v[B::E];
+  load_row<B>(v, x, at, live, nullptr);
+  transform<B>(v, reinterpret_cast<float *>(exchange) + block * B::N, at, map);
+  Range range = Range::empty();
+#pragma unroll
+  for (int i = 0; i < B::E; ++i) {
+    if (live) range.add(v[i]);
+  }
+  const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+  coder.fake_quant(v);
+  if (live) store_row<B>(y, v, at);
+}
+
 }  // namespace
+
+template <typename T>
+int launch_blocks(const Job &job) {
+  return with_constant<5, sizeof(T) == 4 ? 13 : 12>(job.choice.m_log2, [&](auto n_log2) {
+    return launch_job(blocks_kernel<Blocks<T, decltype(n_log2)::value>>, job.rows, job);
+  });
+}
+
+template int launch_blocks<float>(const Job &);
+template int launch_blocks<__half>(const Job &);
+template int launch_blocks<__nv_bfloat16>(const Job &);
 
 template <typename T>
 int launch_butterfly(const Job &job) {

@@ -11,8 +11,9 @@
 
 namespace sq {
 
-constexpr int kMaxRowLength = 65536, kMaxOrder = 192;
-constexpr int kMaxTiles = kMaxOrder / 16;
+constexpr int kMaxRowLength = 65536, kMaxOrder = 924;
+constexpr int kMaxTensorOrder = 192;  // of matrices whose operands are in registers
+constexpr int kMaxTiles = kMaxTensorOrder / 16;
 
 constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -26,15 +27,17 @@ constexpr int exact_log2(int x) {
 // ---- What a kernel is chosen for. ----
 
 struct HadamardSize {
-  int n, k, m_log2;  // n = k 2^m_log2
+  int n, k, m_log2;  // n = blocks k 2^m_log2
   int bytes;         // of a value: 2 or 4
   bool quantised;
   bool whole_rows;  // one scale a row
   bool signed_range;  // symmetric, or widened to include 0: see SignedRange
+  int blocks = 1;  // more than one only with quantisation: without it a block is a row
+  bool paired = false;  // what sq_hadamard_map says of H_K
 };
 
 constexpr bool is_hadamard_size(int n, int k) {
-  if (n < 1 || n > kMaxRowLength || k < 1 || k > kMaxOrder || n % k != 0) return false;
+  if (n < 1 || n > kMaxRowLength || k < 1 || k > kMaxOrder || n % k != 0) return false;  // n: of a block
   return (k == 1 || k % 4 == 0) && exact_log2(n / k) >= 0;
 }
 
@@ -173,7 +176,7 @@ constexpr FragmentShape fragment_shape(int kt, int m_log2, bool table, bool quan
 constexpr int fragment_m_log2(const HadamardSize &s) {
   if (s.k == 1) return s.n == 32768 ? 8 : 0;
   int m_log2 = 6;
-  while ((s.n >> m_log2) > kMaxOrder) ++m_log2;
+  while ((s.n >> m_log2) > kMaxTensorOrder) ++m_log2;
   const int tiles = divide_up(s.n >> m_log2, 16);
   if (s.m_log2 > m_log2 && ((m_log2 == 6 && (tiles == 5 || tiles == 6)) || (m_log2 == 7 && s.quantised))) ++m_log2;
   return m_log2 > s.m_log2 || (s.n >> m_log2) < 8 ? 0 : m_log2;
@@ -216,20 +219,65 @@ constexpr int tensor_bytes(const TensorShape &s, int n, int bytes) {
 // M is 64 where P then is at most 192, and else the least that makes it so; shorter where the row has no such factor. 0: none.
 constexpr int tensor_m_log2(const HadamardSize &s) {
   int m_log2 = 6;
-  while ((s.n >> m_log2) > kMaxOrder) ++m_log2;
+  while ((s.n >> m_log2) > kMaxTensorOrder) ++m_log2;
   if (m_log2 > s.m_log2) m_log2 = s.m_log2;
   const int p = s.n >> m_log2;
-  return p < 8 || p > kMaxOrder || m_log2 < 5 || m_log2 > (s.bytes == 2 ? 9 : 8) ? 0 : m_log2;
+  return p < 8 || p > kMaxTensorOrder || m_log2 < 5 || m_log2 > (s.bytes == 2 ? 9 : 8) ? 0 : m_log2;
+}
+
+// ---- Core kernels: K beyond kMaxTensorOrder. ----
+
+// The row is X [P, M], P = K and M = 2^m; for paired matrices, where M has room, P = K / 2 and M twice as much. Warps take turns at `strips` strips of
+// 16 rows of the product, all columns at once.
+struct CoreShape {
+  int m_log2, tiles, quads;   // tiles of 16 along each side of the matrix, packed words to a strip
+  int strips, warps;
+  int packed, term, shared_bytes;  // the matrix, and a 16-bit term of the row
+};
+constexpr bool has_core(int m_log2) { return m_log2 >= 4 && m_log2 <= 8; }
+constexpr int core_strips(int m_log2) { return m_log2 >= 7 ? 1 : m_log2 == 6 ? 2 : 4; }
+constexpr int core_threads(int m_log2) { return m_log2 == 8 ? 256 : 512; }  // at most, for the registers
+constexpr CoreShape core_shape(const HadamardSize &s) {
+  CoreShape c{};
+  c.m_log2 = s.m_log2 + (s.paired && has_core(s.m_log2 + 1) ? 1 : 0);
+  c.tiles = divide_up(s.n >> c.m_log2, 16);
+  c.quads = divide_up(c.tiles, 4);
+  c.strips = core_strips(c.m_log2);
+  c.packed = c.tiles * c.quads * 32 * 4;
+  c.term = c.tiles * 16 * 2 << c.m_log2;
+  c.shared_bytes = c.packed + c.term * (s.bytes == 2 ? 1 : 3);
+  // Eight warps where two blocks find room on a multiprocessor, to load a row while another is multiplied.
+  const int most = c.shared_bytes <= 113 * 1024 ? 8 : core_threads(c.m_log2) / 32, turns = divide_up(c.tiles, c.strips);
+  c.warps = turns < most ? turns : most;
+  if (c.warps > core_threads(c.m_log2) / 32) c.warps = core_threads(c.m_log2) / 32;
+  return c;
+}
+
+// ---- Blocks of a power of two, quantised by rows: 32 values to a thread. ----
+
+struct BlocksShape {
+  int row_threads, lanes, warps;  // of a block of the map: threads, of a warp, warps
+  int threads, shared_bytes;
+};
+constexpr bool has_blocks(int n_log2, int bytes) { return n_log2 >= 5 && n_log2 <= (bytes == 4 ? 13 : 12); }
+constexpr BlocksShape blocks_shape(int n_log2, int n) {
+  BlocksShape s{};
+  s.row_threads = 1 << (n_log2 - 5);
+  s.lanes = s.row_threads < 32 ? s.row_threads : 32;
+  s.warps = s.row_threads / s.lanes;
+  s.threads = divide_up(n / 32, 32) * 32;
+  s.shared_bytes = s.warps > 1 ? n * 4 : 0;
+  return s;
 }
 
 // ---- The rest. ----
 
+constexpr int kRangesStatic = 1024;  // more than the ranges of all warps of a block
 constexpr int any_threads(int n) { return n <= 64 ? 32 : n <= 2048 ? 128 : n <= 8192 ? 256 : 1024; }
-constexpr int kAnyStatic = 1024;  // more than what any_kernel has for ranges
 
 // The length of the chunks that a float row is first transformed in.
 constexpr int chunk_log2(const HadamardSize &s, int shared_bytes) {
-  if (s.k > 1) return s.m_log2;
+  if (s.k > 1 || s.blocks > 1) return s.m_log2;
   int log2 = 15;
   while ((4 << log2) > shared_bytes) --log2;
   return log2;
@@ -277,8 +325,22 @@ constexpr sq_hadamard_choice choose_tensor(const HadamardSize &s, const sq_gpu &
   return fitting({family, m_log2, tiles, t.threads, 1, tensor_bytes(t, s.n, s.bytes)}, 0, gpu);
 }
 
+constexpr sq_hadamard_choice choose_core(const HadamardSize &s, const sq_gpu &gpu) {
+  const CoreShape c = core_shape(s);
+  if (!has_core(c.m_log2)) return no_choice();
+  return fitting({SQ_HADAMARD_CORE, c.m_log2, c.tiles, c.warps * 32, 1, c.shared_bytes}, kRangesStatic, gpu);
+}
+
+constexpr sq_hadamard_choice choose_blocks(const HadamardSize &s, const sq_gpu &gpu) {
+  const BlocksShape b = blocks_shape(s.m_log2, s.n);
+  if (s.k > 1 || !has_blocks(s.m_log2, s.bytes) || b.threads > 1024) return no_choice();
+  return fitting({SQ_HADAMARD_BLOCKS, s.m_log2, 0, b.threads, 1, b.shared_bytes}, kRangesStatic, gpu);
+}
+
 // Whole rows, by the kernels made for their size.
 constexpr sq_hadamard_choice choose_rows(const HadamardSize &s, const sq_gpu &gpu) {
+  if (s.blocks > 1) return choose_blocks(s, gpu);
+  if (s.k > kMaxTensorOrder) return choose_core(s, gpu);
   if (s.n <= 2 || (s.n == 4 && s.k == 1)) return {SQ_HADAMARD_TINY, s.m_log2, 0, 256, 256, 0};
   if (s.k == 1 && has_butterfly(s.m_log2, s.bytes)) {
     const ButterflyShape b = butterfly_shape(s.m_log2, s.bytes);
@@ -290,7 +352,7 @@ constexpr sq_hadamard_choice choose_rows(const HadamardSize &s, const sq_gpu &gp
     if (s.signed_range) {
       const sq_hadamard_choice c = choose_fragments(s, gpu);
       if (exists(c)) return c;
-    } else if (s.n * 4 + kAnyStatic <= gpu.shared_bytes) {
+    } else if (s.n * 4 + kRangesStatic <= gpu.shared_bytes) {
       return no_choice();  // rare, and not worth kernels of its own
     }
   }
@@ -306,7 +368,7 @@ constexpr sq_hadamard_choice choose(const HadamardSize &s, const sq_gpu &gpu) {
     const sq_hadamard_choice c = choose_rows(s, gpu);
     if (exists(c)) return c;
   }
-  const sq_hadamard_choice any = fitting({SQ_HADAMARD_ANY, s.m_log2, 0, any_threads(s.n), 1, s.n * 4}, kAnyStatic, gpu);
+  const sq_hadamard_choice any = fitting({SQ_HADAMARD_ANY, s.m_log2, 0, any_threads(s.n), 1, s.n * 4}, kRangesStatic, gpu);
   if (exists(any) || s.bytes != 4) return any;
   const int log2 = chunk_log2(s, gpu.shared_bytes);
   return fitting({SQ_HADAMARD_TWO_PASSES, log2, 0, log2 > 10 ? 1024 : 128, 1, 4 << log2}, 0, gpu);
@@ -326,7 +388,7 @@ struct Reached {
 };
 constexpr Reached find_reached(int bytes) {
   Reached reached{};
-  for (int k = 1; k <= kMaxOrder; k = k == 1 ? 4 : k + 4) {
+  for (int k = 1; k <= kMaxTensorOrder; k = k == 1 ? 4 : k + 4) {
     for (int m_log2 = 0; k << m_log2 <= kMaxRowLength; ++m_log2) {
       for (int kind = 0; kind < 3; ++kind) {
         for (const sq_gpu &gpu : kGpus) {

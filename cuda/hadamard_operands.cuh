@@ -114,22 +114,29 @@ __device__ inline void load_table(uint32_t *out, const Map &map) {
 // Bits 0, 8, 16, 24 of x, gathered as bits 3, 2, 1, 0.
 __device__ __forceinline__ uint32_t gather_bytes(uint32_t x) { return ((x & 0x01010101u) * 0x08040201u) >> 24 & 15u; }
 
-// The packed A operands of one lane for rows 16 strip.. and columns 64 quad..: 16 registers of two signs. Register r
-// has its signs at bits 15 - r and 31 - r, where r = 8 (tile / 2 % 2) + 4 (lower half of the rows) + 2 (tile % 2) +
-// (right half of the columns).
-__device__ inline uint32_t packed_operands(const uint32_t *table, int k, int j_log2, int strip, int quad, int lane) {
+// The packed A operands of one lane for 16 rows and 64 columns: 16 registers of two signs. Register r has its signs at bits 15 - r
+// and 31 - r, where r = 8 (tile / 2 % 2) + 4 (lower half of the rows) + 2 (tile % 2) + (right half of the columns).
+// signs(half, w) are those of row 8 half + lane / 4 in columns 32 w .. 32 w + 31.
+template <typename Signs>
+__device__ __forceinline__ uint32_t pack_operands(int lane, Signs &&signs) {
   uint32_t packed = 0;
 #pragma unroll
   for (int w = 0; w < 2; ++w) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t signs =
-          left_signs(table, k, j_log2, strip * 16 + half * 8 + lane / 4, quad * 2 + w) >> (2 * (lane % 4));
+      const uint32_t own = signs(half, w) >> (2 * (lane % 4));
       const int at = 12 - 8 * w - 4 * half;
-      packed |= gather_bytes(signs) << at | gather_bytes(signs >> 1) << (at + 16);
+      packed |= gather_bytes(own) << at | gather_bytes(own >> 1) << (at + 16);
     }
   }
   return packed;
+}
+
+// Those of rows 16 strip.. and columns 64 quad.. of A.
+__device__ inline uint32_t packed_operands(const uint32_t *table, int k, int j_log2, int strip, int quad, int lane) {
+  return pack_operands(lane, [&](int half, int w) {
+    return left_signs(table, k, j_log2, strip * 16 + half * 8 + lane / 4, quad * 2 + w);
+  });
 }
 
 // How far to the left register i of a tile's operand has its signs.
@@ -155,7 +162,7 @@ __device__ __forceinline__ uint32_t h16_quarter(int lane) {
 template <typename T, int kMLog2>
 __device__ __forceinline__ int place(int chunk) {
   if constexpr (sizeof(T) == 2) {
-    return chunk ^ ((chunk >> (kMLog2 > 6 ? kMLog2 - 3 : 3)) & (kMLog2 > 5 ? 7 : 3));
+    return chunk ^ ((chunk >> (kMLog2 > 6 ? kMLog2 - 3 : 3)) & (kMLog2 > 5 ? 7 : kMLog2 > 4 ? 3 : 1));
   } else {
     return chunk ^ (((chunk >> (kMLog2 - 1)) & 3) << 1);  // bits 1, 2 of the row of X
   }

@@ -1,6 +1,6 @@
 // Hadamard kernels for sizes that have none of their own:
 //
-//   any_kernel        every size whose row fits in shared memory as floats; simple
+//   any_kernel        every size whose row fits in shared memory as floats, blocks in a row; simple
 //   sylvester_kernel, left_kernel   float rows longer than that, in two passes through y
 //   tiny_kernel       powers of two below a 16-byte pack
 #include "hadamard.cuh"
@@ -16,35 +16,33 @@ __device__ __forceinline__ bool negative(const Map &map, int i, int j) {
   return (map.table[r * map.words + c / 32] >> (c % 32)) & 1u;
 }
 
-// H_K from the left, in place, a warp to a column: lane l holds rows l, l + 32, ..
+// H_K from the left of every block, in place, a warp to a column: lane l makes rows l, l + 32, .., of which there are kPer.
+template <int kPer>
 __device__ void left_in_shared(float *row, const Map &map) {
-  constexpr int kPer = kMaxOrder / 32;
-  const int m = 1 << map.m_log2, lane = threadIdx.x % 32, warps = int(blockDim.x / 32);
-  for (int col = threadIdx.x / 32; col < m; col += warps) {
-    float in[kPer], sum[kPer];
+  const int columns = map.blocks << map.m_log2, lane = threadIdx.x % 32, warps = int(blockDim.x / 32);
+  for (int c = threadIdx.x / 32; c < columns; c += warps) {
+    float *const column = row + (((c >> map.m_log2) * map.k) << map.m_log2) + (c & ((1 << map.m_log2) - 1));
+    float sum[kPer] = {};
+    for (int j = 0; j < map.k; ++j) {
+      const float v = column[j << map.m_log2];
 #pragma unroll
-    for (int r = 0; r < kPer; ++r) {
-      const int j = r * 32 + lane;
-      in[r] = j < map.k ? row[(j << map.m_log2) + col] : 0.0f;
-      sum[r] = 0.0f;
-    }
-#pragma unroll
-    for (int r = 0; r < kPer; ++r) {
-      for (int l = 0; l < 32 && r * 32 + l < map.k; ++l) {
-        const float v = __shfl_sync(0xffffffffu, in[r], l);
-#pragma unroll
-        for (int o = 0; o < kPer; ++o) {
-          const int i = o * 32 + lane;
-          if (i < map.k) sum[o] += negative(map, i, r * 32 + l) ? -v : v;
-        }
+      for (int o = 0; o < kPer; ++o) {
+        const int i = o * 32 + lane;
+        if (i < map.k) sum[o] += negative(map, i, j) ? -v : v;
       }
     }
+    __syncwarp();
 #pragma unroll
-    for (int r = 0; r < kPer; ++r) {
-      const int i = r * 32 + lane;
-      if (i < map.k) row[(i << map.m_log2) + col] = sum[r];
+    for (int o = 0; o < kPer; ++o) {
+      const int i = o * 32 + lane;
+      if (i < map.k) column[i << map.m_log2] = sum[o];
     }
   }
+}
+
+// The same of larger matrices: apart, so that their registers are not those of every kernel.
+__device__ __noinline__ void large_left_in_shared(float *row, const Map &map) {
+  left_in_shared<ceil_div(kMaxOrder, 32)>(row, map);
 }
 
 // Sylvester transforms of length 2^m_log2 along a row of n, in place. Begins and ends with a barrier.
@@ -127,7 +125,11 @@ __global__ void __launch_bounds__(1024)
     load_row(row, x + r * map.n, map);
     if (map.k > 1) {
       __syncthreads();
-      left_in_shared(row, map);
+      if (map.k <= kMaxTensorOrder) {
+        left_in_shared<kMaxTensorOrder / 32>(row, map);
+      } else {
+        large_left_in_shared(row, map);
+      }
     }
     sylvester_in_shared(row, map.n, map.m_log2);
     finish_row<kQuantised>(row, out, map);
@@ -161,15 +163,16 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// Second pass: the matrix from the left, [left, left] with left = n / chunk, H_K or (K = 1) Sylvester; scale and signs.
-// A column of one row to a thread.
+// Second pass: the matrix from the left, [left, left] with left = n / chunk at most kMost, H_K or (K = 1) Sylvester; scale and
+// signs. A column of one row to a thread.
+template <int kMost>
 __global__ void left_kernel(float *y, int64_t rows, int chunk_log2, Map map) {
   const int length = 1 << chunk_log2, left = map.n >> chunk_log2;
   const int64_t columns = rows * length, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; c < columns; c += stride) {
     const int col = int(c % length);
     float *at = y + c / length * map.n + col;
-    float in[kMaxOrder];
+    float in[kMost];
     for (int j = 0; j < left; ++j) in[j] = at[int64_t(j) * length];
     for (int i = 0; i < left; ++i) {
       float sum = 0.0f;
@@ -248,7 +251,9 @@ int launch_two_passes(const Job &job) {
     return status;
   }
   const int64_t blocks = ceil_div(job.rows << c.m_log2, int64_t(128));
-  return launch(left_kernel, grid(blocks), 128, 0, job.stream, y, job.rows, c.m_log2, job.map);
+  // Larger columns do not stay in registers, and few rows come here.
+  const auto kernel = job.map.n >> c.m_log2 <= kMaxTensorOrder ? left_kernel<kMaxTensorOrder> : left_kernel<kMaxOrder>;
+  return launch(kernel, grid(blocks), 128, 0, job.stream, y, job.rows, c.m_log2, job.map);
 }
 
 template int launch_tiny<float>(const Job &);

@@ -39,15 +39,19 @@ typedef struct {
   float clip;
 } sq_quant;
 
-/* An orthonormal Hadamard map of rows of length n = k * 2^m:
- * view the row as [k, n/k], Sylvester-transform the last axis, multiply H_k from the left, divide by sqrt(n).
+/* An orthonormal Hadamard map of rows of n = blocks * k * 2^m values, the same for every block:
+ * view the block as [k, 2^m], Sylvester-transform the last axis, multiply H_k from the left, divide by sqrt(n / blocks).
+ *   paired     1: H_k is symmetric and made of S + I, [k/2, k/2] of signs: H_k[2i][2j] = (S + I)[i][j], its block of 2 x 2 at (i, j)
+ *              is S[i][j] times [1 1; 1 -1], and on the diagonal [1 -1; -1 -1] (Paley's second construction); 0: nothing is known
  *   table      k > 1: H_k bit-packed by rows, ceil(k/32) words a row, bit (j % 32) of word j/32 set where H_k[i][j] = -1;
  *              NULL when k is 1
- *   signs      n values of +1/-1, or NULL
+ *   signs      n values of +1/-1, or NULL; for one block only
  *   transpose  0: y = H (signs * x);  1: y = signs * (H^T x) */
 typedef struct {
   int32_t n;
   int32_t k;
+  int32_t blocks;
+  int32_t paired;
   int32_t transpose;
   const uint32_t *table;
   const int8_t *signs;
@@ -68,10 +72,11 @@ int sq_current_gpu(sq_gpu *gpu);
 
 /* hadamard.cu, hadamard_choice.h, hadamard_*.cu ---------------------------------------------------------------- */
 
-/* y[rows, n] = map(x[rows, n]); in place allowed. n <= 65536. */
+/* y[rows, n] = map(x[rows, n]); in place allowed. n / blocks <= 65536; k at most 924. */
 int sq_hadamard(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_dtype dtype, sq_stream stream);
 
-/* y[rows, n] = fake_quant(map(x[rows, n])) in one pass; the transformed row is not rounded to 16 bits in between. In place allowed. */
+/* y[rows, n] = fake_quant(map(x[rows, n])) in one pass; the transformed row is not rounded to 16 bits in between. In place allowed.
+ * n <= 65536; groups are those of the whole row, whatever its blocks. */
 int sq_hadamard_fake_quant(void *y, const void *x, int64_t rows, sq_hadamard_map map, sq_quant quant, sq_dtype dtype,
                            sq_stream stream);
 
@@ -87,7 +92,9 @@ typedef enum {
   SQ_HADAMARD_TENSOR_HELD = 7,
   SQ_HADAMARD_TENSOR_TWICE = 8,
   SQ_HADAMARD_ANY = 9,
-  SQ_HADAMARD_TWO_PASSES = 10
+  SQ_HADAMARD_TWO_PASSES = 10,
+  SQ_HADAMARD_CORE = 11,
+  SQ_HADAMARD_BLOCKS = 12
 } sq_hadamard_family;
 
 /* The kernel of a size.
@@ -106,9 +113,9 @@ typedef struct {
   int32_t shared_bytes;
 } sq_hadamard_choice;
 
-/* The kernel that sq_hadamard (quant NULL) or sq_hadamard_fake_quant launches for rows of n = k * 2^m values on such a device. Needs
- * no device. cudaErrorInvalidValue where there is none. */
-int sq_hadamard_choose(sq_hadamard_choice *choice, int32_t n, int32_t k, sq_dtype dtype, const sq_quant *quant, sq_gpu gpu);
+/* The kernel that sq_hadamard (quant NULL) or sq_hadamard_fake_quant launches for the rows of a map on such a device, by its numbers
+ * alone: table and signs are not read. Needs no device. cudaErrorInvalidValue where there is none. */
+int sq_hadamard_choose(sq_hadamard_choice *choice, sq_hadamard_map map, sq_dtype dtype, const sq_quant *quant, sq_gpu gpu);
 
 /* The name of a family, e.g. "butterfly"; "none" for other numbers. */
 const char *sq_hadamard_family_name(int32_t family);

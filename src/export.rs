@@ -33,8 +33,8 @@
 //! Codes are stored less `weights.min_code`, so from 0. At up to 4 bits there are two a byte, column 2j in the low half of byte j
 //! of a row and column 2j + 1 in the high (0 where there is none), `bytes = ⌈in/2⌉`; else one a byte, `bytes = in`. A weight is
 //! `scale · (code − zero)` in the type of the scale, rounded once to dtype. Every RMSNorm of the stream has gain 1. The network is that
-//! of `config` (linears apart, whatever its own files do) but for `scheme.online`: with r3, every head of q and k is multiplied by a Hadamard after the rotary embedding; with r4,
-//! down_proj's input is. A row x of n values becomes H x: view it as `[blocks, K, n/(K·blocks)]` (`hadamard.r3`, `hadamard.r4`),
+//! of `config` (linears apart, whatever its own files do) but for `scheme.online`: with r3, every head of q and k is multiplied by a Hadamard after the rotary embedding; with r4
+//! (`true`, or `"block:N"` for N values at a time), down_proj's input is. A row x of n values becomes H x: view it as `[blocks, K, n/(K·blocks)]` (`hadamard.r3`, `hadamard.r4`),
 //! apply the natural-order Sylvester transform along the last axis, multiply by `H_K` from the left along the middle one, divide
 //! by √(n/blocks).
 

@@ -2,24 +2,26 @@
 //!
 //! A row of n = K·2^m values is viewed as `[K, n/K]`, Sylvester-transformed along the last axis, multiplied by a ±1 matrix `H_K`
 //! from the left along the first, and divided by √n. This is the convention of the published code, whose tables (K = 12, 20, 28,
-//! 36, 40, 44, 52, 60, 108, 140, 156, 172) are tried first and in its order. Sizes the tables miss use Paley's constructions
-//! (Paley 1933) and, where none is known to us, a block-diagonal matrix of the largest size that divides n. Never zero padding:
-//! padding and truncating is not orthogonal.
+//! 36, 40, 44, 52, 60, 108, 140, 156, 172) are tried first and in its order. Sizes the tables miss use Paley's constructions over
+//! primes and powers of primes (Paley 1933) and a matrix of order 428 (Kharaghani and Tayfeh-Rezaie 2005), K up to [`MAX_K`]. Where
+//! none is known to us the map is block-diagonal, in blocks of the largest size that divides n. Never zero padding: padding and
+//! truncating is not orthogonal.
 
-use std::sync::{Arc, OnceLock};
+mod core;
+
+use std::fmt;
+use std::sync::Arc;
 
 use crate::tensor::room;
 use crate::{DType, Error, Result};
 
-/// Published tables in the order of the file: bit-packed row-major, least significant bit first, a set bit is −1.
-static TABLES: &[u8] = include_bytes!("hadamard_tables.bin");
-const TABLE_SIZES: [usize; 12] = [12, 20, 28, 36, 40, 44, 52, 60, 108, 140, 156, 172];
 /// The order in which the published code tries them.
 const PUBLISHED_ORDER: [usize; 12] = [172, 156, 140, 108, 60, 52, 36, 28, 44, 40, 20, 12];
 /// The largest H_K that is used.
-pub const MAX_K: usize = 192;
+pub const MAX_K: usize = 924;
 
-/// An orthonormal Hadamard map of rows of length n.
+/// An orthonormal Hadamard map of rows of length n. Displayed as `28*512, published table` or `7 blocks of 2048, Sylvester`: what a
+/// file records of it.
 #[derive(Clone, Debug)]
 pub struct Hadamard {
     n: usize,
@@ -36,32 +38,64 @@ impl PartialEq for Hadamard {
     }
 }
 
+impl fmt::Display for Hadamard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.blocks > 1 {
+            write!(f, "{} blocks of ", self.blocks)?;
+        }
+        let size = self.n / self.blocks;
+        match self.k {
+            1 => write!(f, "{size}, {}", self.construction),
+            k => write!(f, "{k}*{}, {}", size / k, self.construction),
+        }
+    }
+}
+
 impl Hadamard {
     /// The map for rows of `n` values.
     ///
     /// # Errors
     /// Only for `n = 0`: every other size has at least a block-diagonal map (of 1×1 blocks when n is odd).
     pub fn new(n: usize) -> Result<Self> {
+        Self::in_blocks(n, largest_block(n, core::exists))
+    }
+
+    /// The block-diagonal map of rows of `n` values that transforms every `size` of them by themselves.
+    ///
+    /// # Errors
+    /// A size that does not divide n, or that has no map of one block: no power of two, and no `H_K` that is known.
+    pub fn in_blocks(n: usize, size: usize) -> Result<Self> {
         if n == 0 {
             return Err(Error::argument("Hadamard size", "expected at least 1, got 0"));
         }
-        // The largest constructible divisor K·2^m; n itself for every published size.
-        let largest = |k: usize| k << (n / k).trailing_zeros();
-        let cores = (12..=MAX_K).step_by(4).filter(|&k| n.is_multiple_of(k) && core(k).is_some());
-        let size = std::iter::once(1).chain(cores).map(largest).fold(1, usize::max);
-        let k = Self::factor(size).unwrap_or(1);
-        let (signs, construction) = core(k).unwrap_or((Arc::from([]), "Sylvester"));
+        if size == 0 || !n.is_multiple_of(size) {
+            return Err(Error::argument("Hadamard blocks", format!("expected a divisor of {n}, got {size}")));
+        }
+        let Some(k) = Self::factor(size) else {
+            let message = format!("expected a power of two, or one times a known order of at most {MAX_K}, got {size}");
+            return Err(Error::argument("Hadamard blocks", message));
+        };
+        let (signs, construction) = core::core(k).filter(|_| k > 1).unwrap_or((Arc::from([]), "Sylvester"));
         Ok(Self { n, k, blocks: n / size, signs, construction })
     }
 
-    /// The K of `n = K·2^m`: 1 for a power of two, else the first published K, else a Paley K; `None` if there is none.
+    /// The blocks that rows of `n` values had before files recorded their Hadamards: n itself where the map was whole. Since then more
+    /// orders have become known.
+    ///
+    /// # Errors
+    /// `n = 0`.
+    pub fn unrecorded(n: usize) -> Result<Self> {
+        Self::in_blocks(n, largest_block(n, core::existed_before_records))
+    }
+
+    /// The K of `n = K·2^m`: 1 for a power of two, else the first published K, else the least other; `None` if there is none.
     fn factor(n: usize) -> Option<usize> {
         if n.is_power_of_two() {
             return Some(1);
         }
         let fits = |k: usize| n.is_multiple_of(k) && (n / k).is_power_of_two();
         let published = PUBLISHED_ORDER.into_iter().find(|&k| fits(k));
-        published.or_else(|| (12..=MAX_K).step_by(4).find(|&k| fits(k) && core(k).is_some()))
+        published.or_else(|| (12..=MAX_K).step_by(4).find(|&k| fits(k) && core::exists(k)))
     }
 
     /// Row length.
@@ -80,6 +114,10 @@ impl Hadamard {
     pub fn signs(&self) -> &[i8] {
         &self.signs
     }
+    /// True where `H_K` is of Paley's second kind: made of 2×2 blocks, which halves the work of a kernel.
+    pub fn is_paired(&self) -> bool {
+        self.construction == core::PALEY_TWO
+    }
     /// `H_K` bit-packed by rows, `ceil(K/32)` words a row, a set bit for −1: what the CUDA kernels read.
     pub fn packed(&self) -> Vec<u32> {
         let words = self.k.div_ceil(32);
@@ -89,7 +127,7 @@ impl Hadamard {
         }
         packed
     }
-    /// Where `H_K` comes from: `Sylvester`, `published table`, `Paley I`, `Paley II`.
+    /// Where `H_K` comes from: `Sylvester`, `published table`, `Paley I`, `Paley II`, `Goethals-Seidel`.
     pub fn construction(&self) -> &'static str {
         self.construction
     }
@@ -156,96 +194,17 @@ impl Hadamard {
     }
 }
 
-/// `H_K` from the published tables or a construction of Paley's.
-fn core(k: usize) -> Option<(Arc<[i8]>, &'static str)> {
-    type Cache = OnceLock<Option<(Arc<[i8]>, &'static str)>>;
-    static CACHE: [Cache; MAX_K + 1] = [const { OnceLock::new() }; MAX_K + 1];
-    CACHE.get(k)?.get_or_init(|| build_core(k)).clone()
-}
-
-fn build_core(k: usize) -> Option<(Arc<[i8]>, &'static str)> {
-    if let Some(i) = TABLE_SIZES.iter().position(|&s| s == k) {
-        let start: usize = TABLE_SIZES[..i].iter().map(|s| (s * s).div_ceil(8)).sum();
-        let bit = |j: usize| TABLES[start + j / 8] >> (j % 8) & 1;
-        return Some(((0..k * k).map(|j| if bit(j) == 1 { -1 } else { 1 }).collect(), "published table"));
-    }
-    if k >= 4 && prime(k - 1) && (k - 1) % 4 == 3 {
-        return Some((paley_one(k - 1), "Paley I"));
-    }
-    if k >= 12 && k.is_multiple_of(4) && prime(k / 2 - 1) && (k / 2 - 1) % 4 == 1 {
-        return Some((paley_two(k / 2 - 1), "Paley II"));
-    }
-    None
-}
-
-fn prime(q: usize) -> bool {
-    q > 1 && (2..).take_while(|d| d * d <= q).all(|d| !q.is_multiple_of(d))
-}
-
-/// The quadratic character of GF(q): 0 at 0, 1 at squares, −1 elsewhere.
-fn character(q: usize) -> Vec<i8> {
-    let mut chi = vec![-1; q];
-    chi[0] = 0;
-    (1..q).for_each(|x| chi[x * x % q] = 1);
-    chi
-}
-
-/// Bordered Jacobsthal matrix: zero corner, ones in the first row, `column` in the first column, χ(i − j) inside.
-fn bordered(q: usize, column: i8) -> Vec<i8> {
-    let (n, chi) = (q + 1, character(q));
-    let mut m = vec![0; n * n];
-    for i in 1..n {
-        m[i] = 1;
-        m[i * n] = column;
-        (1..n).for_each(|j| m[i * n + j] = chi[(q + i - j) % q]);
-    }
-    m
-}
-
-/// H = I + S for q ≡ 3 mod 4, S skew: order q + 1.
-fn paley_one(q: usize) -> Arc<[i8]> {
-    let mut m = bordered(q, -1);
-    m.iter_mut().step_by(q + 2).for_each(|x| *x = 1);
-    m.into()
-}
-
-/// For q ≡ 1 mod 4 the bordered matrix S is symmetric: replace 0 by [[1, −1], [−1, −1]] and ±1 by ±[[1, 1], [1, −1]]: order 2(q + 1).
-fn paley_two(q: usize) -> Arc<[i8]> {
-    let (s, n) = (bordered(q, 1), q + 1);
-    let mut h = vec![0; 4 * n * n];
-    for i in 0..n {
-        for j in 0..n {
-            let block = match s[i * n + j] {
-                0 => [1, -1, -1, -1],
-                x => [x, x, x, -x],
-            };
-            for (t, value) in block.into_iter().enumerate() {
-                h[(2 * i + t / 2) * 2 * n + 2 * j + t % 2] = value;
-            }
-        }
-    }
-    h.into()
+/// The largest divisor K·2^m of n that a whole map exists for, the orders K being those that are `known`; n itself for every
+/// published size.
+fn largest_block(n: usize, known: impl Fn(usize) -> bool) -> usize {
+    let largest = |k: usize| k << (n / k).trailing_zeros();
+    let cores = (12..=MAX_K).step_by(4).filter(|&k| n.is_multiple_of(k) && known(k));
+    std::iter::once(1).chain(cores).map(|k| if n == 0 { 1 } else { largest(k) }).fold(1, usize::max)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_core_is_a_hadamard_matrix() {
-        let mut sizes = vec![];
-        for k in 2..=MAX_K {
-            let Some((h, _)) = core(k) else { continue };
-            sizes.push(k);
-            for i in 0..k {
-                for j in 0..k {
-                    let dot: i32 = (0..k).map(|l| i32::from(h[i * k + l]) * i32::from(h[j * k + l])).sum();
-                    assert_eq!(dot, if i == j { k as i32 } else { 0 }, "H_{k} rows {i}, {j}");
-                }
-            }
-        }
-        assert!(TABLE_SIZES.iter().chain(&[76, 148]).all(|k| sizes.contains(k)), "{sizes:?}");
-    }
 
     #[test]
     fn dense_is_the_reference() {
@@ -277,17 +236,59 @@ mod tests {
             (28672, (28, 1)),
             (18944, (148, 1)),
             (4864, (76, 1)),
-            (13696, (1, 107)),
             (107, (1, 107)),
+            // Orders beyond the published code's and its kind: what larger models have.
+            (25600, (100, 1)),
+            (6400, (100, 1)),
+            (29568, (924, 1)),
+            (10944, (684, 1)),
+            (13696, (428, 1)),
+            (14848, (464, 1)),
+            (13440, (420, 1)),
+            (16896, (132, 1)),
+            (17408, (68, 1)),
+            (27648, (108, 1)),
+            (21504, (84, 1)),
+            (2880, (180, 1)),
+            (53248, (52, 1)),
         ] {
             assert_eq!(map(n).unwrap(), want, "n = {n}");
         }
-        assert_eq!(Hadamard::new(18944).unwrap().construction(), "Paley II");
+        let name = |n| Hadamard::new(n).unwrap().to_string();
+        assert_eq!(name(18944), "148*128, Paley II");
+        assert_eq!(name(6400), "100*64, Paley II");
+        assert_eq!(name(13696), "428*32, Goethals-Seidel");
+        assert_eq!(name(4096), "4096, Sylvester");
+        assert_eq!(Hadamard::in_blocks(14336, 2048).unwrap().to_string(), "7 blocks of 2048, Sylvester");
         assert!(Hadamard::new(0).is_err());
         // Sizes that nothing could try one by one: a prime, and a power of two times one.
         assert_eq!(map((1 << 61) - 1).unwrap(), (1, (1 << 61) - 1));
         assert_eq!(map(((1 << 31) - 1) << 20).unwrap(), (1, (1 << 31) - 1));
         assert!(map(usize::MAX).is_ok());
+    }
+
+    /// Knowing more orders changes no map that was whole, and none in the blocks that there were.
+    #[test]
+    fn maps_before_records() {
+        let was = |n| Hadamard::unrecorded(n).unwrap();
+        for (n, blocks, size) in [(25600, 5, 5120), (6400, 5, 1280), (29568, 7, 4224), (13696, 107, 128), (11008, 1, 11008)] {
+            assert_eq!((was(n).blocks(), n / was(n).blocks()), (blocks, size), "n = {n}");
+        }
+        for n in 1..40_000 {
+            let (was, is) = (was(n), Hadamard::new(n).unwrap());
+            assert!(is.blocks() <= was.blocks(), "n = {n}: {was}, now {is}");
+            if was.blocks() == 1 || is.blocks() == was.blocks() {
+                assert!(was == is && was.construction() == is.construction() && was.k() <= 192, "n = {n}: {was}, now {is}");
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_that_cannot_be() {
+        for (n, size, wanted) in [(14336, 4096, "divisor of 14336"), (14336, 0, "got 0"), (14336, 7, "power of two")] {
+            let message = Hadamard::in_blocks(n, size).unwrap_err().to_string();
+            assert!(message.contains(wanted), "{message}");
+        }
     }
 
     /// The largest of all divisors that a map of one block exists for.

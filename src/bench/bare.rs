@@ -29,11 +29,11 @@ pub fn call(kernel: &str, operands: &[Tensor]) -> Result<Option<Call>> {
         "fake-quant" => {
             Box::new(move |y, x| fake_quant::launch(device.queue(), Outputs { y: Some(y), ..Outputs::default() }, x, n, &spec))
         }
-        "hadamard" | "hadamard-fake-quant" => {
-            let map = Hadamard::new(n)?;
+        "hadamard" | "hadamard-fake-quant" | "hadamard-blocks-fake-quant" => {
+            let map = map_of(kernel, n)?;
             let packed = || bytemuck::cast_slice(&map.packed()).to_vec();
             let table = (map.k() > 1).then(|| device.constant("Hadamard matrices", map.k(), &packed)).transpose()?;
-            let spec = (kernel == "hadamard-fake-quant").then_some(spec);
+            let spec = (kernel != "hadamard").then_some(spec);
             Box::new(move |y, x| {
                 let tables = Tables { map: &map, table: table.as_ref().map(|t| t.view(Kind::U32)), signs: None };
                 hadamard::launch(device.queue(), y, x, &tables, false, spec.as_ref())
@@ -55,6 +55,11 @@ pub fn call(kernel: &str, operands: &[Tensor]) -> Result<Option<Call>> {
     }))
 }
 
+/// The map of rows of n.
+fn map_of(kernel: &str, n: usize) -> Result<Hadamard> {
+    if kernel == "hadamard-blocks-fake-quant" { Hadamard::in_blocks(n, 1 << n.trailing_zeros()) } else { Hadamard::new(n) }
+}
+
 /// Which of its kernels a GPU runs for the rows of a case, where there are several.
 #[cfg(feature = "cuda")]
 pub fn ran(kernel: &str, n: usize, dtype: DType, device: &Device) -> Result<Option<String>> {
@@ -62,12 +67,12 @@ pub fn ran(kernel: &str, n: usize, dtype: DType, device: &Device) -> Result<Opti
     let Device::Cuda(gpu) = device else { return Ok(None) };
     let spec = match kernel {
         "hadamard" => None,
-        "hadamard-fake-quant" => Some(QuantSpec::activation(4, false)),
+        "hadamard-fake-quant" | "hadamard-blocks-fake-quant" => Some(QuantSpec::activation(4, false)),
         _ => return Ok(None),
     };
     // Waiting makes this card the current one.
     gpu.synchronize()?;
-    let choice = hadamard_choice(&Hadamard::new(n)?, dtype, spec.as_ref(), Gpu::current()?)?;
+    let choice = hadamard_choice(&map_of(kernel, n)?, dtype, spec.as_ref(), Gpu::current()?)?;
     Ok(Some(choice.to_string()))
 }
 

@@ -28,6 +28,7 @@ const ORDER: &[&str] = &[
     "hadamard",
     "fake-quant",
     "hadamard-fake-quant",
+    "hadamard-blocks-fake-quant",
     "rms-norm",
     "rms-norm-backward",
     "rope",

@@ -131,6 +131,8 @@ pub(crate) mod ffi {
     pub struct sq_hadamard_map {
         pub n: i32,
         pub k: i32,
+        pub blocks: i32,
+        pub paired: i32,
         pub transpose: i32,
         pub table: *const u32,
         pub signs: *const i8,

@@ -10,7 +10,7 @@ use super::{RECORD, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
 use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged};
-use crate::quant::{QuantSpec, Scheme, Site};
+use crate::quant::{QuantSpec, R4, Scheme, Site};
 use crate::rotation::{Rotations, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
 
@@ -134,8 +134,8 @@ fn online(config: &LlamaConfig, scheme: &Scheme) -> Result<Vec<(&'static str, Ha
     if scheme.online.r3 {
         maps.push(("r3", Hadamard::new(config.head_dim)?));
     }
-    if scheme.online.r4 {
-        maps.push(("r4", Hadamard::new(config.intermediate_size)?));
+    if let Some(map) = scheme.online.r4.map(config.intermediate_size)? {
+        maps.push(("r4", map));
     }
     Ok(maps)
 }
@@ -174,6 +174,20 @@ pub fn describe(
         })
     });
     Ok(Map::from_iter([("weights".into(), weights.into()), ("hadamard".into(), hadamard)]))
+}
+
+/// The R4 of a record, by the blocks of its map: a row that is whole now had some where fewer orders were known.
+fn recorded(r4: R4, map: &Value, width: usize) -> Result<R4, String> {
+    let wrong = |e: Error| format!("scheme: {e}");
+    let (was, mut here) = (&map["blocks"], vec![]);
+    for r4 in [r4, r4.unrecorded(width).map_err(wrong)?] {
+        match r4.map(width).map_err(wrong)?.map(|map| map.blocks()) {
+            Some(blocks) if *was != blocks => here.push(blocks),
+            _ => return Ok(r4),
+        }
+    }
+    here.dedup();
+    Err(format!("hadamard.r4.blocks: expected one of {here:?} for rows of {width}, got {was}"))
 }
 
 /// A native output, loaded.
@@ -230,7 +244,8 @@ impl Record {
             return Err(bad(format!("expected format {FORMAT} version {VERSION}, got {format:.40} version {version:.40}")));
         }
         let config = LlamaConfig::from_json(json["config"].to_string().as_bytes(), &path)?;
-        let scheme: Scheme = serde_json::from_value(json["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
+        let mut scheme: Scheme = serde_json::from_value(json["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
+        scheme.online.r4 = recorded(scheme.online.r4, &json["hadamard"]["r4"], config.intermediate_size).map_err(bad)?;
         let dtype: DType = json["dtype"].as_str().unwrap_or("").parse().map_err(|e: Error| bad(e.to_string()))?;
         let sites = scheme.sites(config.head_dim);
         let each = Site::ALL.map(|site| (*sites.at(site), site.name()));

@@ -73,11 +73,10 @@ impl fmt::Display for HadamardChoice {
 /// Where there is none: a type that kernels do not read, a specification that does not fit the rows, or groups in rows that
 /// shared memory cannot hold.
 pub fn hadamard_choice(map: &Hadamard, dtype: DType, spec: Option<&QuantSpec>, gpu: Gpu) -> Result<HadamardChoice> {
-    let size = map.n() / map.blocks();
     let mut quant = None;
     if let Some(spec) = spec {
         // At most the size, which is checked below.
-        let whole = spec.group_size(size)?;
+        let whole = spec.group_size(map.n())?;
         let group = spec.group.map_or(0, |_| whole as i32);
         // The target and the clip ratio do not matter here.
         quant = Some(ffi::sq_quant { bits: spec.bits as i32, symmetric: spec.symmetric.into(), weight: 0, group, clip: 1.0 });
@@ -85,17 +84,22 @@ pub fn hadamard_choice(map: &Hadamard, dtype: DType, spec: Option<&QuantSpec>, g
     let quant = quant.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     let gpu = ffi::sq_gpu { shared_bytes: gpu.shared_bytes, warpgroups: gpu.warpgroups.into() };
     let mut c = ffi::sq_hadamard_choice { family: 0, m_log2: 0, tiles: 0, threads: 0, block_rows: 0, shared_bytes: 0 };
-    let none = || Error::argument("Hadamard kernel", format!("there is none for rows of {size} in {dtype} on such a device"));
-    let (n, k) = (i32::try_from(size).map_err(|_| none())?, i32::try_from(map.k()).map_err(|_| none())?);
-    // SAFETY: c is valid for writes, quant null or valid for reads.
-    if unsafe { ffi::sq_hadamard_choose(&raw mut c, n, k, code(dtype.into())?, quant, gpu) } != 0 {
+    let none = || Error::argument("Hadamard kernel", format!("there is none for rows of {map} in {dtype} on such a device"));
+    let int = |n: usize| i32::try_from(n).map_err(|_| none());
+    let (table, signs) = (std::ptr::null(), std::ptr::null());
+    let (n, k, blocks) = (int(map.n())?, int(map.k())?, int(map.blocks())?);
+    let m = ffi::sq_hadamard_map { n, k, blocks, paired: map.is_paired().into(), transpose: 0, table, signs };
+    // SAFETY: c is valid for writes, quant null or valid for reads; the map's table and signs are not read.
+    if unsafe { ffi::sq_hadamard_choose(&raw mut c, m, code(dtype.into())?, quant, gpu) } != 0 {
         return Err(none());
     }
+    // Without quantisation a block is a row.
+    let parts = if spec.is_some() { 1 } else { map.blocks() };
     // SAFETY: the name is a constant.
     let name = unsafe { CStr::from_ptr(ffi::sq_hadamard_family_name(c.family)) };
     Ok(HadamardChoice {
         family: name.to_str().unwrap_or("none"),
-        view: [size >> c.m_log2, 1 << c.m_log2],
+        view: [(map.n() / parts) >> c.m_log2, 1 << c.m_log2],
         tiles: c.tiles as usize,
         threads: c.threads as usize,
         block_rows: c.block_rows as usize,

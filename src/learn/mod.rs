@@ -23,7 +23,7 @@ use crate::llama::{Llama, Recompute, RotationVars};
 use crate::objective::Batch;
 use crate::optim::{Optimizer, State};
 use crate::profile::{enter, enter_pass};
-use crate::quant::{ClipRatios, Scheme};
+use crate::quant::{ClipRatios, R4, Scheme};
 use crate::rotation::{RotationFile, Rotations};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
@@ -368,7 +368,7 @@ fn fingerprint(
     settings: &Settings,
 ) -> Result<Value> {
     let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
-    Ok(json!({
+    let mut all = json!({
         "scheme": format!("{:?}", settings.scheme),
         "steps": o.steps,
         "batch": o.batch,
@@ -386,7 +386,13 @@ fn fingerprint(
         "objective": o.objective.name(),
         "dtype": model.dtype().to_string(),
         "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
-    }))
+    });
+    // A state of before maps were recorded, whose "whole" R4 was another, is not to be gone on from.
+    let (r4, width) = (settings.scheme.online.r4, model.config.intermediate_size);
+    if r4 == R4::Whole && r4.unrecorded(width)? != r4 {
+        all["r4"] = r4.map(width)?.map(|map| map.to_string()).into();
+    }
+    Ok(all)
 }
 
 fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimizer) -> Result<()> {

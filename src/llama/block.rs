@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use crate::hadamard::Hadamard;
 use crate::llama::rotate::{LinearVars, RotatedWeights};
 use crate::llama::{LayerWeights, Linears, LlamaConfig};
 use crate::ops::attention::attention;
@@ -102,9 +103,10 @@ impl Block {
     /// Values of another shape than the layer's.
     pub fn attend<'t>(&self, h: Var<'t>, [q, k, v]: [LinearVars<'t>; 3], run: &Run) -> Result<Var<'t>> {
         let Run { sites: Sites { online, .. }, seq, .. } = run;
-        let r3 = |x: Var<'t>| if online.r3 { x.hadamard() } else { Ok(x) };
-        let q = r3(self.heads(q, h.clone(), run)?)?;
-        let k = self.rotated(Site::Key, online.r3, self.heads(k, h.clone(), run)?, run)?; // R3
+        let r3 = if online.r3 { Some(Hadamard::new(self.head_dim)?) } else { None };
+        let q = self.heads(q, h.clone(), run)?;
+        let q = if let Some(r3) = &r3 { q.hadamard_by(r3)? } else { q };
+        let k = self.rotated(Site::Key, r3, self.heads(k, h.clone(), run)?, run)?; // R3
         let v = self.quantized(Site::Value, v.of(h)?, run)?.heads(self.head_dim)?; // in R2's basis
         let a = match &run.attend {
             None => attention(q, k, v, *seq, self.window.filter(|w| w < seq))?,
@@ -138,7 +140,8 @@ impl Block {
     /// Values of another shape than the layer's.
     pub fn gated<'t>(&self, h: Var<'t>, [gate, up]: [LinearVars<'t>; 2], run: &Run) -> Result<Var<'t>> {
         let m = gate.of(h.clone())?.swiglu(up.of(h)?)?;
-        self.rotated(Site::DownInput, run.sites.online.r4, m, run) // R4
+        let r4 = run.sites.online.r4.map(m.value().cols())?;
+        self.rotated(Site::DownInput, r4, m, run) // R4
     }
 }
 
@@ -195,13 +198,13 @@ impl Block {
         x.fake_quant(run.sites.at(site))
     }
 
-    /// Transformed if `online`, then quantised; in one pass when nobody watches.
-    fn rotated<'t>(&self, site: Site, online: bool, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
+    /// Transformed where there is a map, then quantised; in one pass when nobody watches.
+    fn rotated<'t>(&self, site: Site, map: Option<Hadamard>, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
         let alone = run.observer.is_none() && run.patch.is_none();
-        match (online, alone) {
-            (true, true) => x.hadamard_fake_quant(run.sites.at(site)),
-            (true, false) => self.quantized(site, x.hadamard()?, run),
-            (false, _) => self.quantized(site, x, run),
+        match map {
+            Some(map) if alone => x.hadamard_fake_quant_by(&map, run.sites.at(site)),
+            Some(map) => self.quantized(site, x.hadamard_by(&map)?, run),
+            None => self.quantized(site, x, run),
         }
     }
 }

@@ -5,11 +5,12 @@ use crate::quant::Scheme;
 use crate::{Error, Result};
 
 impl LlamaConfig {
-    /// Checks that a scheme's weight groups divide the rows of every linear.
+    /// Checks that a scheme's weight groups divide the rows of every linear, and the blocks of its R4 those of down.
     ///
     /// # Errors
-    /// [`Error::Argument`] with the group and the first row that it does not divide.
+    /// [`Error::Argument`] with the group or block and the first row that it does not divide.
     pub fn check_scheme(&self, scheme: &Scheme) -> Result<()> {
+        scheme.online.r4.map(self.intermediate_size)?;
         let spec = scheme.sites(self.head_dim).weight;
         let rows = [self.hidden_size, self.heads * self.head_dim, self.intermediate_size];
         if spec.is_active() { rows.into_iter().try_for_each(|cols| spec.group_size(cols).map(drop)) } else { Ok(()) }

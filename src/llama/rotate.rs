@@ -1,5 +1,6 @@
 //! A layer's weights in the bases of R1, R2 and R4, quantised, on a tape.
 
+use crate::hadamard::Hadamard;
 use crate::llama::{Affine, Basis, Block, LayerWeights, Linear, Linears};
 use crate::profile::enter;
 use crate::quant::{Site, Sites};
@@ -90,7 +91,8 @@ impl Block {
         }
         let _part = enter("weights");
         let tape = r1.tape();
-        let rotations = Rotation { r1, r2, r4: s.online.r4 };
+        let inner = self.weights[Linear::Down].weight.cols();
+        let rotations = Rotation { r1, r2, r4: s.online.r4.map(inner)? };
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
         let leave = !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
 
@@ -118,7 +120,7 @@ impl Block {
 struct Rotation<'a, 't> {
     r1: &'a Var<'t>,
     r2: &'a Var<'t>,
-    r4: bool,
+    r4: Option<Hadamard>,
 }
 
 impl<'t> Rotation<'_, 't> {
@@ -127,20 +129,20 @@ impl<'t> Rotation<'_, 't> {
         let row = linear.row();
         let [out, inputs] = [w.value().rows(), w.value().cols()];
         let dtype = w.value().dtype();
-        let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4);
+        let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4.is_some());
         let between = if twice { wide(dtype) } else { dtype };
         let w = match row.reads {
             Basis::Stream => w.matmul_as(self.r1.clone(), between)?,
             _ => self.r1.clone().transpose_matmul_as(w, between)?,
         };
         let d = self.r2.value().cols();
-        match (row.reads, row.writes) {
-            (_, Basis::Values) => {
+        match (row.reads, row.writes, &self.r4) {
+            (_, Basis::Values, _) => {
                 let heads = w.reshape([out / d, d, inputs])?;
                 self.r2.clone().transpose_matmul(heads)?.reshape([out, inputs])
             }
-            (Basis::Values, _) => w.reshape([out * inputs / d, d])?.matmul(self.r2.clone())?.reshape([out, inputs]),
-            (Basis::Inner, _) if self.r4 => w.hadamard(),
+            (Basis::Values, ..) => w.reshape([out * inputs / d, d])?.matmul(self.r2.clone())?.reshape([out, inputs]),
+            (Basis::Inner, _, Some(r4)) => w.hadamard_by(r4),
             _ => Ok(w),
         }
     }

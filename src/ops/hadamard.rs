@@ -64,7 +64,15 @@ impl Var<'_> {
     /// Those of [`Tape::record`](crate::Tape::record); those of [`Hadamard::new`] for the length of a row.
     pub fn hadamard(self) -> Result<Self> {
         let map = Hadamard::new(self.value().cols())?;
-        self.tape().record(Transform { map, transpose: false }, vec![self])
+        self.hadamard_by(&map)
+    }
+
+    /// The transform of the last axis by a map of its length.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record): rows of another length than the map's.
+    pub fn hadamard_by(self, map: &Hadamard) -> Result<Self> {
+        self.tape().record(Transform { map: map.clone(), transpose: false }, vec![self])
     }
 }
 
@@ -131,27 +139,27 @@ pub(crate) fn launch(
     let what = if spec.is_some() { "hadamard + quantise" } else { "hadamard" };
     let c = Check::new(what, queue);
     let Tables { map, table, signs } = *tables;
-    let (k, size, len, kind) = (map.k(), map.n() / map.blocks(), x.len(), x.kind());
-    if let Some(spec) = spec
-        && (spec.clip == Clip::Search || map.blocks() > 1)
-    {
-        return Err(Error::argument(what, "neither clip search nor block-diagonal maps are available in one pass"));
+    let (k, len, kind) = (map.k(), x.len(), x.kind());
+    if spec.is_some_and(|spec| spec.clip == Clip::Search) {
+        return Err(Error::argument(what, "clip search is not available in one pass"));
     }
     if (k > 1) != table.is_some() || (signs.is_some() && map.blocks() > 1) {
         return Err(Error::argument(what, "a table for K > 1, and signs for one block only"));
     }
-    let _ = (c.rows(len, map.n())?, spec.map(|spec| spec.group_size(map.n())).transpose()?);
-    let (rows, work) = (c.long(c.rows(len, size)?)?, Work::moving(what, 2 * x.bytes()));
+    let _ = spec.map(|spec| spec.group_size(map.n())).transpose()?;
+    let (rows, work) = (c.long(c.rows(len, map.n())?)?, Work::moving(what, 2 * x.bytes()));
     let (y, x, dtype) = (c.operand("y", y, kind, len)?, c.operand("x", x, kind, len)?, c.code(kind)?);
     let m = sq_hadamard_map {
-        n: c.int(size)?,
+        n: c.int(map.n())?,
         k: c.int(k)?,
+        blocks: c.int(map.blocks())?,
+        paired: map.is_paired().into(),
         transpose: transpose.into(),
         table: c.optional("table", table, Kind::U32, k * k.div_ceil(32))?.cast(),
         signs: c.optional("signs", signs, Kind::I8, map.n())?.cast(),
     };
     let quant = spec.map(launch_spec).transpose()?;
-    // SAFETY: x and y have rows · size values and may be the same; the table has K rows of ceil(K/32) words, the signs n values.
+    // SAFETY: x and y have rows · n values and may be the same; the table has K rows of ceil(K/32) words, the signs n values.
     c.launch(work, |s| unsafe {
         match quant {
             None => ffi!(sq_hadamard(y, x, rows, m, dtype, s)),
@@ -332,12 +340,24 @@ pub fn cases() -> Vec<Case> {
     };
     let mut all = vec![];
     // Powers of two; K·2^m with symmetric (28, 36) and unsymmetric H_K; Paley; block-diagonal.
-    for n in [1, 2, 8, 64, 12, 24, 28, 36, 40, 80, 148, 172, 344, 107, 214] {
+    for n in [1, 2, 8, 64, 12, 24, 28, 36, 40, 80, 148, 172, 344, 107, 214, 200, 428] {
         all.extend([case(3, n, false), case(1, n, true)]);
     }
     for n in [256, 1024, 1376, 2048, 4096, 5120, 11008, 13824, 14336, 17920, 18944, 20480, 22016, 24576, 28672] {
         all.push(case(9, n, false).large());
     }
+    // Orders beyond 192, and powers of primes.
+    for n in [10944, 13440, 13696, 14848, 25600, 29568] {
+        all.push(case(5, n, n % 3 == 0).large());
+    }
+    let in_blocks = |rows: usize, n: usize, size: usize| {
+        let name = format!("{rows}x{n} in blocks of {size}");
+        Case::new("hadamard", name, normals(&[(&[rows, n], n as u64)]), move |mut v| {
+            v.remove(0).hadamard_by(&Hadamard::in_blocks(n, size)?)
+        })
+    };
+    all.extend([(12, 1), (12, 4), (56, 8), (72, 12)].map(|(n, size)| in_blocks(3, n, size)));
+    all.extend([(11008, 256), (14336, 2048), (29568, 4224)].map(|(n, size)| in_blocks(5, n, size).large()));
     all.extend(Case::table(timed, &sizes()));
     all
 }
@@ -347,7 +367,8 @@ fn sizes() -> Vec<At> {
     const ALL: &[DType] = &[DType::F16, DType::BF16, DType::F32];
     let mut sizes: Vec<At> = vec![(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Cpu, 11008, 1524, &[DType::F32])];
     sizes.extend((6..16).map(|m| (Place::Gpu, 1 << m, 1 << (28 - m), ALL)));
-    sizes.extend([5120, 6144, 8960, 11008, 13824, 14336, 18944, 28672].map(|n| (Place::Gpu, n, 16384, ALL)));
+    let widths = [5120, 6144, 8960, 10944, 11008, 13696, 13824, 14336, 18944, 25600, 28672, 29568];
+    sizes.extend(widths.map(|n| (Place::Gpu, n, 16384, ALL)));
     sizes.extend(few_rows());
     sizes
 }

@@ -23,11 +23,6 @@ impl HadamardFakeQuant {
     fn transform(&self) -> Transform {
         Transform { map: self.map.clone(), transpose: false }
     }
-
-    fn one_after_the_other(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        let h = run(&self.transform(), inputs, save)?;
-        run(&FakeQuant(self.spec), vec![h], save)
-    }
 }
 
 impl Op for HadamardFakeQuant {
@@ -45,13 +40,10 @@ impl Op for HadamardFakeQuant {
         self.spec.group_size(x.cols()).map(|_| ())
     }
     fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        self.one_after_the_other(inputs, save)
+        let h = run(&self.transform(), inputs, save)?;
+        run(&FakeQuant(self.spec), vec![h], save)
     }
-    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
-        // One pass needs one block a row; block-diagonal maps would quantise each block by itself.
-        if self.map.blocks() > 1 {
-            return self.one_after_the_other(inputs, save);
-        }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
         hadamard::gpu(device, x, &self.map, false, Some(&self.spec))
     }
@@ -69,11 +61,20 @@ impl Var<'_> {
     /// # Errors
     /// Those of [`Var::hadamard`] and [`Var::fake_quant`].
     pub fn hadamard_fake_quant(self, spec: &QuantSpec) -> Result<Self> {
-        if !spec.is_active() {
-            return self.hadamard();
-        }
         let map = Hadamard::new(self.value().cols())?;
-        self.tape().record(HadamardFakeQuant { map, spec: *spec }, vec![self])
+        self.hadamard_fake_quant_by(&map, spec)
+    }
+
+    /// [`Var::hadamard_by`] and then [`Var::fake_quant`], in one pass where the device can. Scales are those of the whole row, or of the
+    /// spec's groups, also where the map is in blocks.
+    ///
+    /// # Errors
+    /// Those of [`Var::hadamard_by`] and [`Var::fake_quant`].
+    pub fn hadamard_fake_quant_by(self, map: &Hadamard, spec: &QuantSpec) -> Result<Self> {
+        if !spec.is_active() {
+            return self.hadamard_by(map);
+        }
+        self.tape().record(HadamardFakeQuant { map: map.clone(), spec: *spec }, vec![self])
     }
 }
 
@@ -99,19 +100,53 @@ pub fn cases() -> Vec<Case> {
         all.push(case(11, n, act(4, false), "asymmetric").large());
     }
     all.push(case(4, 11008, act(8, true), "symmetric").large());
+    for n in [10944, 13696, 25600, 29568] {
+        all.push(case(5, n, act(4, n % 3 == 0), "").large());
+    }
+    // One scale a row, whatever its blocks.
+    let in_blocks = |rows: usize, n: usize, size: usize, spec: QuantSpec| {
+        let name = format!("{rows}x{n} in blocks of {size}");
+        Case::new("hadamard_fake_quant", name, normals(&[(&[rows, n], n as u64)]), move |mut v| {
+            v.remove(0).hadamard_fake_quant_by(&Hadamard::in_blocks(n, size)?, &spec)
+        })
+        .rounds()
+    };
+    for (n, size) in [(12, 4), (56, 8), (72, 12), (224, 32)] {
+        all.push(in_blocks(3, n, size, act(4, false)));
+        all.push(in_blocks(2, n, size, act(8, true)));
+    }
+    all.push(in_blocks(3, 56, 8, act(4, false).grouped(28)));
+    let widths =
+        [(1536, 64), (11008, 256), (18944, 512), (27648, 1024), (14336, 2048), (28672, 4096), (24576, 8192), (29568, 4224)];
+    for (n, size) in widths {
+        all.push(in_blocks(5, n, size, act(4, n % 7 == 0)).large());
+    }
     let mut sizes: Vec<At> = vec![(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Cpu, 11008, 1524, &[DType::F32])];
     sizes.extend([4096, 8192, 11008, 14336, 28672].map(|n| (Place::Gpu, n, (1 << 28) / n, &[DType::BF16][..])));
     sizes.extend(few_rows());
     all.extend(Case::table(timed, &sizes));
+    let mut blocks: Vec<At> = vec![(Place::Cpu, 11008, 1524, &[DType::F32])];
+    blocks.extend([11008, 14336, 28672].map(|n| (Place::Gpu, n, 16384, &[DType::BF16][..])));
+    all.extend(Case::table(timed_blocks, &blocks));
     all
 }
 
 fn timed(n: usize, rows: usize) -> Case {
-    let spec = QuantSpec::activation(4, false);
-    let graph = Run::graph(move |mut v| v.remove(0).hadamard_fake_quant(&spec));
     let about = "Hadamard transform and asymmetric 4-bit quantisation of rows of n (one pass on a GPU)";
-    Case::timed(("hadamard_fake_quant", "hadamard-fake-quant", about), (n, rows), vec![vec![rows, n]], graph, move |x, y| {
-        let map = Hadamard::new(n)?;
+    timed_by(("hadamard-fake-quant", about), n, rows, Hadamard::new)
+}
+
+/// The blocks that other runtimes have a fast transform for.
+fn timed_blocks(n: usize, rows: usize) -> Case {
+    let about = "the same in blocks of the largest power of two that divides n";
+    timed_by(("hadamard-blocks-fake-quant", about), n, rows, |n| Hadamard::in_blocks(n, 1 << n.trailing_zeros()))
+}
+
+fn timed_by((name, about): (&'static str, &'static str), n: usize, rows: usize, map: fn(usize) -> Result<Hadamard>) -> Case {
+    let spec = QuantSpec::activation(4, false);
+    let graph = Run::graph(move |mut v| v.remove(0).hadamard_fake_quant_by(&map(n)?, &spec));
+    Case::timed(("hadamard_fake_quant", name, about), (n, rows), vec![vec![rows, n]], graph, move |x, y| {
+        let map = map(n)?;
         exact::rows(n, x, &y[0], |_, got, x| {
             exact::quantised("hadamard_fake_quant", got, &exact::hadamard(&x[0], &map), &spec, y[0].dtype())
         })

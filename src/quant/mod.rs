@@ -4,6 +4,7 @@ mod clip;
 mod gptq;
 mod gptq_gpu;
 mod hessian;
+mod online;
 mod rtn;
 mod scheme;
 mod weight;
@@ -12,6 +13,7 @@ pub use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, SEARCH_NORM, 
 pub use clip::ClipRatios;
 pub use gptq::{Gptq, GroupScales, MAX_DAMPING};
 pub use hessian::Hessian;
+pub use online::{Online, R4};
 pub use rtn::Rtn;
-pub use scheme::{Online, Scheme, Site, Sites};
+pub use scheme::{Scheme, Site, Sites};
 pub use weight::{QuantizedLinear, WeightQuantizer};

@@ -5,49 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::quant::{Clip, ClipRatios, QuantSpec};
+use crate::quant::{Clip, ClipRatios, Online, QuantSpec, R4};
 use crate::{Error, Result};
-
-/// The Hadamard rotations that run with the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Online {
-    /// On q and k of every head after RoPE, so that the K cache quantises well.
-    pub r3: bool,
-    /// On the input of down_proj.
-    pub r4: bool,
-}
-
-impl Online {
-    /// R3 and R4.
-    pub const BOTH: Self = Self { r3: true, r4: true };
-    /// Neither: what a plain runtime offers.
-    pub const NONE: Self = Self { r3: false, r4: false };
-}
-
-impl FromStr for Online {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "none" => Ok(Self::NONE),
-            "r3" => Ok(Self { r3: true, r4: false }),
-            "r4" => Ok(Self { r3: false, r4: true }),
-            "r3,r4" => Ok(Self::BOTH),
-            _ => Err(Error::argument("online rotations", format!("expected none, r3, r4 or r3,r4, got {s:?}"))),
-        }
-    }
-}
-
-impl fmt::Display for Online {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match (self.r3, self.r4) {
-            (false, false) => "none",
-            (true, false) => "r3",
-            (false, true) => "r4",
-            (true, true) => "r3,r4",
-        })
-    }
-}
 
 /// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised".
 ///
@@ -113,7 +72,7 @@ impl Scheme {
     /// The same for a network whose weights are not rotated: R4, whose other half is in W_down, cannot run. R3 cancels in q kᵀ by itself
     /// and stays, as in the published code, where it belongs to the quantiser of K.
     pub fn unrotated(self) -> Self {
-        self.online(Online { r4: false, ..self.online })
+        self.online(Online { r4: R4::Off, ..self.online })
     }
 
     /// The same with weights left alone, as rotations for GPTQ are learned.

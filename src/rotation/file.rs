@@ -7,7 +7,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::{Rotations, TOLERANCE};
-use crate::quant::{ClipRatios, Scheme};
+use crate::hadamard::Hadamard;
+use crate::quant::{ClipRatios, Online, Scheme};
 use crate::{Error, Result};
 
 /// Clip ratios of activations, K and V, and what they were found for.
@@ -48,6 +49,9 @@ pub struct RotationFile {
 /// The names that the ratios and their bits have in the file.
 const RATIOS: &str = "activation_clip";
 const BITS: &str = "activation_clip_for";
+/// Those of the online rotations that R1 and R2 were made for, and of the two maps as [`Hadamard`] displays them.
+const ONLINE: &str = "online";
+const MAPS: [&str; 2] = ["r3", "r4"];
 
 impl RotationFile {
     /// Rotations alone.
@@ -65,6 +69,45 @@ impl RotationFile {
     pub fn with_clips_of(mut self, scheme: &Scheme) -> Self {
         self.clips = Some(FileClips { ratios: scheme.activation_clip, bits: scheme.activation_bits_name() });
         self
+    }
+
+    /// The same with the online rotations that these were made for, in a network with heads of `head_dim` and rows of `width` at
+    /// down's input. What Hadamards they are is recorded too: more may become known.
+    ///
+    /// # Errors
+    /// Blocks of R4 that do not divide the width.
+    pub fn with_online(mut self, online: Online, head_dim: usize, width: usize) -> Result<Self> {
+        MAPS.iter().for_each(|name| drop(self.notes.remove(*name)));
+        for (name, map) in MAPS.into_iter().zip(maps(online, head_dim, width)?) {
+            self.notes.extend(map.map(|map| (name.to_string(), map.to_string())));
+        }
+        Ok(self.with_note(ONLINE, online))
+    }
+
+    /// The online rotations that those of the file were made for, in a network with heads of `head_dim` and rows of `width` at down's
+    /// input; `None` where it does not say. A file that records no map means the one that there was before files did.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for what is no online rotation or fits no such network, and for a map that this version makes otherwise.
+    pub fn online(&self, head_dim: usize, width: usize) -> Result<Option<Online>> {
+        let Some(path) = &self.path else { return Ok(None) };
+        let bad = |e: Error| Error::format(path, e);
+        let said = self.notes.get(ONLINE).map(|online| online.parse::<Online>()).transpose().map_err(bad)?;
+        let mut online = said.unwrap_or(Online::BOTH);
+        if MAPS.iter().any(|name| self.notes.contains_key(*name)) {
+            for (name, map) in MAPS.into_iter().zip(maps(online, head_dim, width).map_err(bad)?) {
+                let (now, was) = (map.map(|map| map.to_string()), self.notes.get(name));
+                if now.as_ref() != was {
+                    let or_none = |map: Option<&String>| map.map_or("none", String::as_str).to_string();
+                    let message = format!("made for {name} as {}, which is {} here", or_none(was), or_none(now.as_ref()));
+                    return Err(Error::format(path, message));
+                }
+            }
+            return Ok(said);
+        }
+        online.r4 = online.r4.unrecorded(width)?;
+        online.r4.map(width).map_err(bad)?;
+        Ok(said.map(|_| online).or((online != Online::BOTH).then_some(online)))
     }
 
     /// Where it was read from.
@@ -150,6 +193,11 @@ impl RotationFile {
     }
 }
 
+/// R3 and R4 where they run.
+fn maps(online: Online, head_dim: usize, width: usize) -> Result<[Option<Hadamard>; 2]> {
+    Ok([if online.r3 { Some(Hadamard::new(head_dim)?) } else { None }, online.r4.map(width)?])
+}
+
 /// True of a file that begins like a zip archive, as `torch.save` writes.
 fn is_zip(path: &Path) -> Result<bool> {
     let mut start = vec![];
@@ -160,6 +208,7 @@ fn is_zip(path: &Path) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::R4;
     use crate::rotation::Start;
 
     #[test]
@@ -185,6 +234,45 @@ mod tests {
         }
         let message = file.with_clips_of(&Scheme::new(4, 4, 4)).write(folder.path().join("R.bin")).unwrap_err().to_string();
         assert!(message.contains("R.bin") && message.contains("clip ratios"), "{message}");
+    }
+
+    #[test]
+    fn online_rotations_and_their_maps() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, rotations) = (folder.path().join("R.safetensors"), Rotations::identity(8, 8, 1).unwrap());
+        let of = |file: RotationFile, width| {
+            file.write(&path).unwrap();
+            RotationFile::read(&path).unwrap().online(8, width).map_err(|e| e.to_string())
+        };
+        let file = || RotationFile::new(rotations.clone());
+        let (whole, blocks) = (Online::BOTH, |size| Online { r3: true, r4: R4::Blocks(size) });
+        for (online, width) in [(whole, 29568), (blocks(128), 29568), (Online::NONE, 29568), (whole, 11008)] {
+            let written = file().with_online(online, 8, width).unwrap();
+            assert_eq!(of(written.clone(), width).unwrap(), Some(online), "{:?}", written.notes);
+        }
+        // Before maps were recorded, the whole rows of some widths had blocks.
+        let old = |online: &str| file().with_note(ONLINE, online);
+        assert_eq!(of(old("r3,r4"), 29568).unwrap(), Some(blocks(4224)));
+        assert_eq!(of(old("r3,r4"), 11008).unwrap(), Some(whole));
+        assert_eq!(of(old("none"), 29568).unwrap(), Some(Online::NONE));
+        assert_eq!(of(file(), 29568).unwrap(), Some(blocks(4224)));
+        assert_eq!(of(file(), 11008).unwrap(), None);
+        // What was not read from a file was made for whatever it is used with.
+        assert_eq!(file().with_online(whole, 8, 11008).unwrap().online(8, 29568).unwrap(), None);
+        // Another model's, another version's, nobody's.
+        for (file, width, wanted) in [
+            (file().with_online(blocks(128), 8, 29568).unwrap(), 8 * 11, &["R.safetensors", "divisor of 88", "128"][..]),
+            (file().with_online(whole, 8, 29568).unwrap(), 11008, &["R.safetensors", "r4 as 924*32, Paley II", "172*64"]),
+            (
+                file().with_online(whole, 8, 64).unwrap().with_note("r4", "2 blocks of 32"),
+                64,
+                &["as 2 blocks of 32", "64, Sylvester"],
+            ),
+            (old("r7"), 64, &["R.safetensors", "got \"r7\""]),
+        ] {
+            let message = of(file, width).unwrap_err();
+            assert!(wanted.iter().all(|part| message.contains(part)), "{message}");
+        }
     }
 
     #[test]

@@ -5,11 +5,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use spinquant::grid::Quantized;
-use spinquant::hadamard::Hadamard;
 use spinquant::llama::{Affine, Basis, LayerWeights, Llama, Recompute, RotationVars, Run};
 use spinquant::ops::fake_quant::quantize;
 use spinquant::ops::hadamard;
-use spinquant::quant::{Scheme, Site};
+use spinquant::quant::{R4, Scheme, Site};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor, data};
 
@@ -265,13 +264,13 @@ pub fn changed(model: &Llama, rotations: &Rotations, layer: usize, changes: Laye
     let changes = changes
         .each(|linear, change: &Affine<Tensor, Tensor>| {
             let weight = change.weight.clone();
-            let back = linear.row().reads == Basis::Inner && smooth.online.r4;
-            let weight = if back { hadamard::transform(weight.clone(), &Hadamard::new(weight.cols())?, true)? } else { weight };
+            let r4 = smooth.online.r4.map(model.config.intermediate_size)?.filter(|_| linear.row().reads == Basis::Inner);
+            let weight = if let Some(r4) = r4 { hadamard::transform(weight, &r4, true)? } else { weight };
             Ok(Affine { weight, bias: None, norm: None })
         })
         .unwrap();
     let mut back = smooth;
-    back.online.r4 = false;
+    back.online.r4 = R4::Off;
     let transposed = |t: &Tensor| {
         let (n, x) = (t.cols(), t.to_f64_vec().unwrap());
         let at = |i: usize| x[i / (n * n) * n * n + i % n * n + i / n % n];

@@ -7,7 +7,7 @@ use spinquant::kernels::{Gpu, hadamard_choice};
 
 /// `family PxM` of plain and of quantised rows: 16-bit and f32 on `sm_90a`, then the same on `sm_80`.
 #[rustfmt::skip]
-const CHOICES: [(usize, [[&str; 4]; 2]); 16] = [
+const CHOICES: [(usize, [[&str; 4]; 2]); 21] = [
     // n       bf16                 bf16, quantised       f32                  f32, quantised
     (64,    [["butterfly 1x64",     "butterfly 1x64",     "butterfly 1x64",    "butterfly 1x64"],
              ["butterfly 1x64",     "butterfly 1x64",     "butterfly 1x64",    "butterfly 1x64"]]),
@@ -25,16 +25,27 @@ const CHOICES: [(usize, [[&str; 4]; 2]); 16] = [
              ["fragment 140x64",    "fragment 140x64",    "tensor 140x64",     "tensor-held 140x64"]]),
     (11008, [["fragment 172x64",    "warpgroup 172x64",   "tensor 172x64",     "tensor-held 172x64"],
              ["fragment 172x64",    "fragment 172x64",    "tensor 172x64",     "tensor-held 172x64"]]),
+    (10944, [["core 684x16",        "core 684x16",        "core 684x16",       "core 684x16"],
+             ["core 684x16",        "core 684x16",        "core 684x16",       "core 684x16"]]),
+    (13696, [["core 428x32",        "core 428x32",        "core 428x32",       "core 428x32"],
+             ["core 428x32",        "core 428x32",        "core 428x32",       "core 428x32"]]),
     (13824, [["fragment 108x128",   "warpgroup 108x128",  "tensor 108x128",    "tensor-held 108x128"],
              ["fragment 108x128",   "fragment 108x128",   "tensor 108x128",    "tensor-held 108x128"]]),
     (14336, [["fragment 112x128",   "fragment 56x256",    "tensor 112x128",    "tensor-held 112x128"],
              ["fragment 112x128",   "fragment 56x256",    "tensor 112x128",    "tensor-held 112x128"]]),
+    (14848, [["core 464x32",        "core 464x32",        "core 464x32",       "core 464x32"],
+             ["core 464x32",        "core 464x32",        "core 464x32",       "core 464x32"]]),
     (18944, [["warpgroup 148x128",  "warpgroup 148x128",  "tensor 148x128",    "tensor-held 148x128"],
              ["fragment 148x128",   "fragment 148x128",   "tensor 148x128",    "tensor-held 148x128"]]),
+    (25600, [["fragment 100x256",   "warpgroup 100x256",  "tensor 100x256",    "tensor-held 100x256"],
+             ["tensor 100x256",     "tensor-twice 100x256", "tensor 100x256",  "tensor-twice 100x256"]]),
     (27648, [["fragment 108x256",   "warpgroup 108x256",  "tensor 108x256",    "tensor-held 108x256"],
              ["tensor 108x256",     "tensor-twice 108x256", "tensor 108x256",  "tensor-twice 108x256"]]),
     (28672, [["fragment 112x256",   "warpgroup 112x256",  "tensor 112x256",    "tensor-held 112x256"],
              ["tensor 112x256",     "tensor-twice 112x256", "tensor 112x256",  "tensor-twice 112x256"]]),
+    // Pairs of rows of H_924 go together.
+    (29568, [["core 462x64",        "core 462x64",        "core 462x64",       "core 462x64"],
+             ["core 462x64",        "core 462x64",        "any 924x32",        "any 924x32"]]),
     (32768, [["fragment 128x256",   "fragment 128x256",   "butterfly 1x32768", "butterfly 1x32768"],
              ["tensor 128x256",     "tensor-twice 128x256", "butterfly 1x32768", "butterfly 1x32768"]]),
     (53248, [["tensor 104x512",     "tensor-twice 104x512", "any 52x1024",     "any 52x1024"],
@@ -82,6 +93,32 @@ fn rows_without_a_kernel_of_their_own() {
     assert_eq!(choose(65536, DType::F32, Some(asymmetric.grouped(128))).unwrap(), "two-passes");
     assert!(choose(4096, DType::F64, None).is_err());
     assert!(choose(4096, DType::BF16, Some(asymmetric.grouped(100))).is_err());
+}
+
+/// Maps in blocks: rows of their own without quantisation, and one pass with it.
+#[test]
+fn blocks_of_a_power_of_two() {
+    let spec = QuantSpec::activation(4, true);
+    let choose = |n, size, dtype, spec: Option<&QuantSpec>| {
+        let c = hadamard_choice(&Hadamard::in_blocks(n, size).unwrap(), dtype, spec, Gpu::SM_90A).unwrap();
+        format!("{} {}x{}", c.family, c.view[0], c.view[1])
+    };
+    for (n, size, plain, quantised) in [
+        (14336, 2048, "direct 1x2048", "blocks 7x2048"),
+        (11008, 256, "butterfly 1x256", "blocks 43x256"),
+        (28672, 4096, "direct 1x4096", "blocks 7x4096"),
+        (18944, 512, "butterfly 1x512", "blocks 37x512"),
+        (29568, 128, "butterfly 1x128", "blocks 231x128"),
+        // Few values to a block, too many to a row, and blocks of no power of two.
+        (1536, 16, "butterfly 1x16", "any 96x16"),
+        (36864, 4096, "direct 1x4096", "any 9x4096"),
+        (29568, 4224, "tensor 132x32", "any 924x32"),
+    ] {
+        assert_eq!(choose(n, size, DType::BF16, None), plain, "{n} by {size}");
+        assert_eq!(choose(n, size, DType::BF16, Some(&spec)), quantised, "{n} by {size}");
+    }
+    assert_eq!(choose(11008, 256, DType::BF16, Some(&spec.grouped(64))), "any 43x256");
+    assert_eq!(choose(28672, 4096, DType::F32, Some(&spec)), "blocks 7x4096");
 }
 
 /// The table of cuda/README.md, in the words that the choice itself gives.

@@ -58,12 +58,14 @@ pub fn run(args: &Args) -> Result<()> {
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
     let file = rotations(&args.rotations, &config)?
         .ok_or_else(|| Error::argument("--rotations", "clip ratios are kept with rotations; none has no file"))?;
+    scheme.online = args.scheme.scheme_online(Some(&file), &config)?.online;
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;
     let model = args.model.load(&progress)?;
     let how = (args.goal, args.windows);
     let found = search_clips_watched(&model, &file.rotations, &scheme, &windows, how, &mut progress.watch())?;
     scheme.activation_clip = found.ratios;
-    file.with_clips_of(&scheme).write(&args.out)?;
+    let file = file.with_clips_of(&scheme).with_online(scheme.online, config.head_dim, config.intermediate_size)?;
+    file.write(&args.out)?;
     let (line, mut value) = report(&found, args.goal);
     let first = windows.first_token();
     value["starts_with"] = json!(first);

@@ -62,7 +62,8 @@ pub struct SchemeArgs {
     /// attention_output, mlp_input, down_input). Default: what the rotation file holds, else 1.
     #[arg(long, value_name = "RATIOS")]
     activation_clip: Option<ClipRatios>,
-    /// Hadamards that run with the rotated network: none, r3, r4 or r3,r4 [default: r3,r4].
+    /// Hadamards that run with the rotated network: none, r3, r4 or r3,r4; r4=block:N transforms every N values of down's input by
+    /// themselves, as runtimes do that have powers of two only. Default: what the rotation file was made for, else r3,r4.
     #[arg(long, value_name = "WHICH")]
     online: Option<Online>,
 }
@@ -110,9 +111,26 @@ impl SchemeArgs {
         differs.map_or(Ok(()), |((name, written), (_, given))| Err(contradicts(name, dir, &written, &given)))
     }
 
-    /// The same with the clip ratios that came with the rotations, unless others were given.
-    pub fn scheme_with(&self, rotations: Option<&RotationFile>) -> Scheme {
-        Scheme { activation_clip: self.given_clip(rotations).unwrap_or_default(), ..self.scheme() }
+    /// The scheme for rotations: with the Hadamards that they were made for and the clip ratios that came with them, unless others were
+    /// given.
+    pub fn scheme_with(&self, rotations: Option<&RotationFile>, config: &LlamaConfig) -> Result<Scheme> {
+        let scheme = self.scheme_online(rotations, config)?;
+        Ok(Scheme { activation_clip: self.given_clip(rotations).unwrap_or_default(), ..scheme })
+    }
+
+    /// The scheme with the Hadamards that rotations were made for, unless others were given.
+    pub fn scheme_online(&self, rotations: Option<&RotationFile>, config: &LlamaConfig) -> Result<Scheme> {
+        let scheme = self.scheme();
+        let made_for = rotations.map_or(Ok(None), |file| file.online(config.head_dim, config.intermediate_size))?;
+        let Some((made_for, file)) = made_for.zip(rotations) else { return Ok(scheme) };
+        let path = file.path().map_or_else(String::new, |path| path.display().to_string());
+        let online = self.online.unwrap_or(made_for);
+        if online != made_for {
+            note(&format!("{path} was made for the online Hadamards {made_for}, and {online} run"));
+        } else if self.online.is_none() && made_for != Online::BOTH {
+            note(&format!("the online Hadamards are {made_for}, as {path} was made for"));
+        }
+        Ok(scheme.online(online))
     }
 
     /// The clip ratios of the command line, or else those that came with the rotations for these bits.

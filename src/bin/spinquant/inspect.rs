@@ -63,13 +63,15 @@ pub fn run(args: &Args) -> Result<()> {
         _ => {} // of a run that was killed
     }
     FILES.iter().try_for_each(|name| check_writable(&args.out.join(name)))?;
-    let scheme = args.scheme.scheme();
+    let mut scheme = args.scheme.scheme();
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
     let layer = args.layer.unwrap_or(config.layers / 2);
     if layer >= config.layers {
         return Err(Error::argument("--layer", format!("expected one below {}, got {layer}", config.layers)));
     }
-    let rotations = rotations(&args.rotations, &config)?.map(|file| file.rotations);
+    let file = rotations(&args.rotations, &config)?;
+    scheme.online = args.scheme.scheme_online(file.as_ref(), &config)?.online;
+    let rotations = file.map(|file| file.rotations);
     let text = args.model.windows(&config, &args.text, args.seq_len)?;
     let plain = args.model.load_plain(&progress)?;
     let view = |name: String, network: Merged| {

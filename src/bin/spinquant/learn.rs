@@ -14,12 +14,12 @@ use spinquant::llama::Recompute;
 use spinquant::memory::{Budget, Needs, Planned};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
-use spinquant::quant::{ClipRatios, Scheme};
+use spinquant::quant::{ClipRatios, Online, Scheme};
 use spinquant::rotation::{RotationFile, Start};
 use spinquant::{DType, Error, Result};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, rotations};
+use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, note, rotations};
 use crate::eval::file_name;
 use crate::outputs;
 use crate::stop;
@@ -260,6 +260,7 @@ pub fn run(args: &Args) -> Result<()> {
     options.check(optimizer.as_ref())?;
     let config = args.model.checked(&options.scheme, Some(args.seq_len))?;
     let start = rotations(&choice, &config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
+    options.scheme.online = args.scheme.scheme_online(Some(&start), &config)?.online;
     (options.scheme.activation_clip, options.clip) = args.clip(&start);
     options.check(optimizer.as_ref())?;
     let keeps_clips = options.scheme.activation_clip != ClipRatios::NONE;
@@ -291,7 +292,7 @@ pub fn run(args: &Args) -> Result<()> {
     let file = learned
         .file()
         .with_note("scheme", scheme)
-        .with_note("online", scheme.online)
+        .with_online(scheme.online, config.head_dim, config.intermediate_size)?
         .with_note("start", &choice)
         .with_note("steps", args.recipe.steps)
         .with_note("seed", args.seed)
@@ -300,6 +301,9 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;
+    if RotationFile::is_torch_name(&args.out) && scheme.online != Online::BOTH {
+        note(&format!("an R.bin does not say which Hadamards run: it is to be used with --online {}", scheme.online));
+    }
     if args.resume || args.checkpoint_every.is_some() {
         let _ = std::fs::remove_file(&state); // it has served its purpose
     }

@@ -74,7 +74,7 @@ impl NetworkArgs {
         let reads = scores_windows || weights == Method::Gptq;
         let config = self.model.checked(&self.scheme.scheme(), reads.then_some(seq_len))?;
         let file = rotations(&start, &config)?;
-        let scheme = self.scheme.scheme_with(file.as_ref());
+        let scheme = self.scheme.scheme_with(file.as_ref(), &config)?;
         let calibration = match weights {
             Method::Rtn => None,
             Method::Gptq => Some(self.gptq.text(&self.model, &config, self.calibration.as_ref(), seq_len)?),

@@ -67,7 +67,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     let reads_text = args.weights == Method::Gptq;
     let config = args.model.checked(&args.scheme.scheme(), reads_text.then_some(args.seq_len))?;
     let rotations = rotations(&args.rotations, &config)?;
-    let scheme = args.scheme.scheme_with(rotations.as_ref());
+    let scheme = args.scheme.scheme_with(rotations.as_ref(), &config)?;
     let scheme = match args.format {
         Format::CompressedTensors => args.compressed(&scheme)?,
         _ => scheme,

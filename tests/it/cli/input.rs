@@ -92,7 +92,7 @@ fn bad_arguments() {
     }
     place.fails(&EVAL.replace("cpu", "tpu"), &["--device: expected auto, cpu or cuda, got \"tpu\""]);
     place.fails(&format!("{EVAL} --weights awq"), &["--weights", "'awq'"]);
-    place.fails(&format!("{EVAL} --online r5"), &["expected none, r3, r4 or r3,r4, got \"r5\""]);
+    place.fails(&format!("{EVAL} --online r5"), &["expected none, r3, r4 or r3,r4", "got \"r5\""]);
     place.fails(&format!("{EVAL} --dtype int8"), &["--dtype", "int8"]);
     place.fails(&format!("{EVAL} --weight-group 5"), &["quantisation group: 5 does not divide rows of 24"]);
     place.fails(&format!("{EVAL} --activation-clip 1.5"), &["clip ratio: expected a number in (0, 1], got 1.5"]);

@@ -20,6 +20,7 @@ mod hub;
 mod input;
 mod kept;
 mod learning;
+mod online;
 mod outputs;
 mod reading;
 mod scores;

@@ -13,7 +13,7 @@ fn native_output_is_the_model_in_memory_to_the_bit() {
         grouped(4, 4),
         Scheme { weight_clip: Clip::Ratio(0.95), ..Scheme::new(8, 8, 16) },
         Scheme { symmetric_weights: false, ..Scheme::new(2, 16, 16) },
-        Scheme::new(16, 4, 4).online(Online { r3: false, r4: true }),
+        Scheme::new(16, 4, 4).online(Online { r3: false, r4: R4::Whole }),
     ];
     for config in [tiny::config(2, 2, false), tiny::config(4, 2, true), tiny::with_biases(tiny::llama3(4, 1))] {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
@@ -35,6 +35,30 @@ fn native_output_is_the_model_in_memory_to_the_bit() {
             }
         }
     }
+}
+
+/// R4 of 100 values had five blocks of 20 before an order of 100 was known: what was written then is read as it was.
+#[test]
+fn a_record_keeps_its_hadamard() {
+    let config = LlamaConfig { intermediate_size: 100, ..tiny::config(4, 2, false) };
+    let (_dir, out, model) = beside_a_model(&config);
+    let r = Rotations::random_hadamard(16, 8, 2, 5).unwrap();
+    let scheme = Scheme::new(4, 4, 4).online(Online { r3: true, r4: R4::Blocks(20) });
+    write_rtn(&model, Some(&r), &scheme, Output::new(&out, Format::Native), |_| {}).unwrap();
+    let record: Value = serde_json::from_slice(&std::fs::read(out.join(RECORD)).unwrap()).unwrap();
+    let write = |change: &dyn Fn(&mut Value)| {
+        let mut record = record.clone();
+        change(&mut record);
+        std::fs::write(out.join(RECORD), record.to_string()).unwrap();
+        load_native(&out, &Device::Cpu)
+    };
+    let old = write(&|record| record["scheme"]["online"]["r4"] = true.into()).unwrap().model;
+    let want = model.merge(Some(&r), &scheme).unwrap();
+    assert_eq!(old.scheme, scheme);
+    let logits = |m: &Merged| m.logits(&tiny::tokens(&config), 9).unwrap().to_f64_vec().unwrap();
+    assert_eq!(logits(&old), logits(&want));
+    fails(write(&|record| record["hadamard"]["r4"]["blocks"] = 4.into()), &["hadamard.r4.blocks", "[5]", "got 4"]);
+    fails(write(&|record| record["scheme"]["online"]["r4"] = "block:16".into()), &["scheme", "divisor of 100"]);
 }
 
 /// Reads codes with nothing but the documented layout.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use spinquant::llama::{Family, LayerWeights, Linear, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
 use spinquant::manifold::{Manifold, Orthogonal};
-use spinquant::quant::{Online, Scheme};
+use spinquant::quant::{Online, R4, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Tape, Tensor, Var, check, ops};
 
@@ -15,7 +15,14 @@ use crate::common::need::cases;
 use crate::common::{distance, tiny};
 
 const FULL: Scheme = Scheme::FULL_PRECISION;
-const ONLINE: [Online; 4] = [Online::NONE, Online { r3: true, r4: false }, Online { r3: false, r4: true }, Online::BOTH];
+/// Every model here has an even inner width.
+const ONLINE: [Online; 5] = [
+    Online::NONE,
+    Online { r3: true, r4: R4::Off },
+    Online { r3: false, r4: R4::Whole },
+    Online::BOTH,
+    Online { r3: false, r4: R4::Blocks(2) },
+];
 
 fn config(heads: [usize; 2], head_dim: usize, hidden_size: usize, intermediate_size: usize) -> LlamaConfig {
     LlamaConfig {
@@ -38,12 +45,12 @@ fn config(heads: [usize; 2], head_dim: usize, hidden_size: usize, intermediate_s
 }
 
 prop_compose! {
-    /// Every family; GQA, MHA and MQA; tied or not; with and without biases; odd widths; MLP widths K·2^m and, at 22 and 37, block-diagonal ones.
+    /// Every family; GQA, MHA and MQA; tied or not; with and without biases; odd widths; MLP widths K·2^m and, at 22 and 74, block-diagonal ones.
     fn configs()(
         heads in prop::sample::select(vec![[1, 1], [3, 3], [4, 4], [4, 2], [6, 2], [6, 3], [4, 1], [5, 1]]),
         half in 2usize..=8,
         hidden_size in prop::sample::select(vec![8, 12, 15, 24, 28, 33]),
-        intermediate_size in prop::sample::select(vec![12, 24, 56, 40, 36, 22, 37]),
+        intermediate_size in prop::sample::select(vec![12, 24, 56, 40, 36, 22, 74]),
         layers in 1usize..=2,
         tie_word_embeddings: bool,
         [attention_bias, mlp_bias]: [bool; 2],
