@@ -98,7 +98,14 @@ impl HadamardMap {
     /// # Errors
     /// Those of [`Hadamard::new`]; a failing upload of the table.
     pub fn new(stream: &Arc<CudaStream>, n: usize) -> Result<Self> {
-        let map = Hadamard::new(n)?;
+        Self::of(stream, Hadamard::new(n)?)
+    }
+
+    /// Any map: that of [`Hadamard::in_blocks`], say.
+    ///
+    /// # Errors
+    /// A failing upload of the table.
+    pub fn of(stream: &Arc<CudaStream>, map: Hadamard) -> Result<Self> {
         let upload = || stream.clone_htod(&map.packed()).map_err(|e| Error::Cuda(format!("the table of H_{}: {e:?}", map.k())));
         let table = (map.k() > 1).then(upload).transpose()?;
         Ok(Self { map, table, signs: None })
@@ -162,10 +169,12 @@ pub fn hadamard_in_place<T: Float>(
     transform::launch(Queue::of(stream), x.view, x.view, &map.tables(&held), transpose, None)
 }
 
-/// `y = fake_quant(H x)` of every row in one pass; the transformed row is not rounded in between.
+/// `y = fake_quant(H x)` of every row in one pass; the transformed row is not rounded in between. Scales are those of the whole row or
+/// of the spec's groups, also where the map is in blocks.
 ///
 /// # Errors
-/// Clip search, which needs the whole row twice, and block-diagonal maps are not available.
+/// Clip search, which needs the whole row twice, is not available; a group that does not divide the row; slices that are too short, not
+/// aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know; a failed launch.
 pub fn hadamard_fake_quant<T: Float>(
     stream: &CudaStream,
     y: &mut impl DevicePtrMut<T>,

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::calibrate::{ClipFound, ClipGoal, search_clips};
 use crate::data::{self, Sampler, Windows, split_held_out};
-use crate::llama::{Llama, Recompute, RotationVars};
+use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars};
 use crate::objective::Batch;
 use crate::optim::{Optimizer, State};
 use crate::profile::{enter, enter_pass};
@@ -89,11 +89,15 @@ pub fn search_clips_watched(
 }
 
 impl Learned {
-    /// The rotations with their clip ratios, to be written.
-    pub fn file(&self) -> RotationFile {
-        let file = RotationFile::new(self.rotations.clone());
+    /// The rotations of a model of this configuration with their clip ratios and the online Hadamards that they are for, to be written.
+    ///
+    /// # Errors
+    /// Those of [`RotationFile::with_online`], of a model that these were not learned on.
+    pub fn file(&self, config: &LlamaConfig) -> Result<RotationFile> {
         let scheme = &self.settings.scheme;
-        if scheme.activation_clip == ClipRatios::NONE { file } else { file.with_clips_of(scheme) }
+        let file = RotationFile::new(self.rotations.clone());
+        let file = file.with_online(scheme.online, config.head_dim, config.intermediate_size)?;
+        Ok(if scheme.activation_clip == ClipRatios::NONE { file } else { file.with_clips_of(scheme) })
     }
 }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::quant::{Clip, ClipRatios, Online, QuantSpec, R4};
 use crate::{Error, Result};
 
-/// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised".
+/// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised". An s after the bits of activations, W4A4sKV4, means that
+/// activations, K and V are symmetric.
 ///
 /// ```
 /// use spinquant::quant::Scheme;
@@ -17,6 +18,9 @@ use crate::{Error, Result};
 /// assert_eq!(scheme.to_string(), "W4A8KV4");
 /// assert_eq!("W8A8".parse::<Scheme>()?, Scheme::new(8, 8, 16));
 /// assert!("W4A99".parse::<Scheme>().is_err());
+/// let symmetric: Scheme = "W4A4sKV4".parse()?;
+/// assert_eq!(symmetric, Scheme { symmetric_activations: true, ..Scheme::new(4, 4, 4) });
+/// assert_eq!((symmetric.to_string(), symmetric.bits_name()), ("W4A4sKV4".into(), "W4A4KV4".into()));
 /// # Ok::<(), spinquant::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,7 +87,12 @@ impl Scheme {
     /// What clip ratios of activations, K and V depend on, such as `A4KV4 asymmetric`.
     pub fn activation_bits_name(&self) -> String {
         let grid = if self.symmetric_activations { "symmetric" } else { "asymmetric" };
-        format!("{} {grid}", self.to_string().trim_start_matches(|c: char| c == 'W' || c.is_ascii_digit()))
+        format!("{} {grid}", self.bits_name().trim_start_matches(|c: char| c == 'W' || c.is_ascii_digit()))
+    }
+
+    /// The bits alone, such as `W4A4KV4`.
+    pub fn bits_name(&self) -> String {
+        Self { symmetric_activations: false, ..*self }.to_string()
     }
 
     /// True where activations, K or V are quantised, so that their clip ratios matter.
@@ -119,7 +128,8 @@ impl FromStr for Scheme {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
         let bad = || {
-            let expected = "expected W<bits>A<bits>KV<bits> or W<bits>A<bits>, bits 2 to 8 or 16, such as W4A4KV4 or W8A8";
+            let expected = "expected W<bits>A<bits>KV<bits> or W<bits>A<bits>, bits 2 to 8 or 16, such as W4A4KV4 or W8A8, \
+                and an s after the bits of A where activations, K and V are symmetric, such as W4A4sKV4";
             Error::argument("quantisation scheme", format!("{expected}, got {s:?}"))
         };
         let upper = s.to_ascii_uppercase();
@@ -127,8 +137,9 @@ impl FromStr for Scheme {
         let (w, rest) = rest.split_once('A').ok_or_else(bad)?;
         // As others write it: a KV cache that is not named is not quantised.
         let (a, kv) = rest.split_once("KV").unwrap_or((rest, "16"));
+        let (a, symmetric_activations) = a.strip_suffix('S').map_or((a, false), |a| (a, true));
         let bits = |t: &str| t.parse::<u32>().ok().filter(|b| (2..=8).contains(b) || *b == 16).ok_or_else(bad);
-        Ok(Self::new(bits(w)?, bits(a)?, bits(kv)?))
+        Ok(Self { symmetric_activations, ..Self::new(bits(w)?, bits(a)?, bits(kv)?) })
     }
 }
 
@@ -138,7 +149,8 @@ impl fmt::Display for Scheme {
             (k, v) if k == v => format!("KV{k}"),
             (k, v) => format!("K{k}V{v}"),
         };
-        f.pad(&format!("W{}A{}{kv}", self.weight_bits, self.activation_bits))
+        let grid = if self.symmetric_activations && self.quantizes_activations() { "s" } else { "" };
+        f.pad(&format!("W{}A{}{grid}{kv}", self.weight_bits, self.activation_bits))
     }
 }
 

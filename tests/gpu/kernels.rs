@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::bf16;
+use spinquant::hadamard::Hadamard;
 use spinquant::kernels::{self, HadamardMap, Sizes};
 use spinquant::ops::{attention, bias, randn, rms_norm, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
@@ -29,6 +30,34 @@ fn close(s: &Arc<CudaStream>, got: &CudaSlice<f32>, want: &[f64], tolerance: f64
 
 fn stream() -> Arc<CudaStream> {
     CudaContext::new(0).and_then(|c| c.new_stream()).unwrap_or_else(|e| panic!("this test needs a GPU: {e}"))
+}
+
+/// Orders beyond 192, symmetric and not, both ways, with signs.
+#[test]
+#[ignore = "needs a GPU"]
+fn large_orders_with_signs() {
+    let (s, rows) = (&stream(), 3);
+    for n in [924 * 16, 684 * 16, 428 * 32, 428 * 2] {
+        let x = values(1, rows * n);
+        let (gx, mut gy) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows * n).unwrap());
+        let signs: Vec<i8> = (0..n).map(|i| if i % 3 == 0 { -1 } else { 1 }).collect();
+        let map = HadamardMap::new(s, n).unwrap().with_signs(s, &signs).unwrap();
+        let signed = |x: &mut [f64]| x.iter_mut().enumerate().for_each(|(i, x)| *x *= f64::from(signs[i % n]));
+        for transpose in [false, true] {
+            let mut want = wide(&x);
+            if !transpose {
+                signed(&mut want);
+            }
+            want.chunks_mut(n).for_each(|row| map.map().reference(row, transpose).unwrap());
+            if transpose {
+                signed(&mut want);
+            }
+            kernels::hadamard(s, &mut gy, &gx, &map, transpose).unwrap();
+            close(s, &gy, &want, 1e-4);
+        }
+    }
+    let blocks = HadamardMap::of(s, Hadamard::in_blocks(56, 8).unwrap()).unwrap();
+    assert!(blocks.with_signs(s, &[1; 56]).is_err());
 }
 
 #[test]

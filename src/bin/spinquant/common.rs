@@ -43,7 +43,8 @@ pub struct ModelArgs {
 /// How the network is quantised.
 #[derive(clap::Args, Clone)]
 pub struct SchemeArgs {
-    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised) [default: W4A4KV4].
+    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised; W4A4sKV4: with --symmetric-activations)
+    /// [default: W4A4KV4].
     #[arg(long, value_name = "W.A.KV.")]
     scheme: Option<Scheme>,
     /// Symmetric activations, K and V (published: asymmetric).
@@ -75,8 +76,8 @@ impl SchemeArgs {
 
     /// `scheme` with what the arguments change in it.
     fn over(&self, mut scheme: Scheme) -> Scheme {
-        if let Some(Scheme { weight_bits, activation_bits, key_bits, value_bits, .. }) = self.scheme {
-            scheme = Scheme { weight_bits, activation_bits, key_bits, value_bits, ..scheme };
+        if let Some(given) = self.scheme {
+            scheme = with_bits_of(&given, scheme);
         }
         scheme.online = self.online.unwrap_or(scheme.online);
         scheme.symmetric_activations |= self.symmetric_activations;
@@ -98,7 +99,7 @@ impl SchemeArgs {
         // The first that differs is the one to name.
         let fields = |s: &Scheme| {
             [
-                ("--scheme", s.to_string()),
+                ("--scheme", s.bits_name()),
                 ("--symmetric-activations", s.symmetric_activations.to_string()),
                 ("--asymmetric-weights", (!s.symmetric_weights).to_string()),
                 ("--weight-group", s.weight_group.map_or("none".into(), |g| g.to_string())),
@@ -146,6 +147,13 @@ impl SchemeArgs {
             found
         })
     }
+}
+
+/// A scheme with the bits of one that was given, and symmetric activations where that has them.
+pub fn with_bits_of(given: &Scheme, scheme: Scheme) -> Scheme {
+    let Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, .. } = *given;
+    let symmetric_activations = symmetric_activations || scheme.symmetric_activations;
+    Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, ..scheme }
 }
 
 /// An argument that says something else than the quantised model that it is about.

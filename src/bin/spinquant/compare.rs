@@ -12,7 +12,7 @@ use spinquant::learn::ClipChoice;
 use spinquant::quant::{Online, Scheme};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, with_bits_of};
 use crate::eval::{file_name, limited};
 use crate::learn::Recipe;
 use crate::weights::GptqArgs;
@@ -44,7 +44,7 @@ pub struct Args {
     /// Quantisation while learning (default: the scheme itself, as is right for round-to-nearest weights).
     #[arg(long, value_name = "W.A.KV.")]
     learn_scheme: Option<Scheme>,
-    /// Hadamards in the graph while learning (default: those of --online).
+    /// Hadamards in the graph while learning, as for --online (default: those of --online).
     #[arg(long, value_name = "WHICH")]
     learn_online: Option<Online>,
     /// Add rows with GPTQ weights, learned rotations for them learned at W16.
@@ -72,13 +72,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     let scheme = args.scheme.scheme();
-    let learn_scheme = args.learn_scheme.map_or(scheme, |s| Scheme {
-        weight_bits: s.weight_bits,
-        activation_bits: s.activation_bits,
-        key_bits: s.key_bits,
-        value_bits: s.value_bits,
-        ..scheme
-    });
+    let learn_scheme = args.learn_scheme.map_or(scheme, |given| with_bits_of(&given, scheme));
     let options = args.recipe.options(scheme, 0);
     let goal = args.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
     let clip = goal.map(|goal| (goal, args.clip_windows));
@@ -86,6 +80,8 @@ pub fn run(args: &Args) -> Result<()> {
     args.gptq_args.check()?;
     let tasks = args.tasks.read()?;
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
+    let learn_scheme = learn_scheme.online(args.learn_online.unwrap_or(scheme.online));
+    config.check_scheme(&learn_scheme)?;
     let exam = if tasks.is_empty() { None } else { Some(exam(tasks, &args.model, &config)?) };
     let calibration = args.model.windows(&config, &args.calibration, args.seq_len)?;
     if args.learn_seeds > 0 {
@@ -106,7 +102,7 @@ pub fn run(args: &Args) -> Result<()> {
         text: &text,
         exam: exam.as_ref(),
         scheme,
-        learn_scheme: learn_scheme.online(args.learn_online.unwrap_or(scheme.online)),
+        learn_scheme,
         options: &options,
         optimizer: &|| args.recipe.optimizer(),
         seeds: args.seeds,

@@ -14,7 +14,7 @@ use spinquant::llama::Recompute;
 use spinquant::memory::{Budget, Needs, Planned};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
-use spinquant::quant::{ClipRatios, Online, Scheme};
+use spinquant::quant::{ClipRatios, Online, R4, Scheme};
 use spinquant::rotation::{RotationFile, Start};
 use spinquant::{DType, Error, Result};
 
@@ -290,9 +290,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let scheme = learned.settings.scheme;
     let file = learned
-        .file()
+        .file(&config)?
         .with_note("scheme", scheme)
-        .with_online(scheme.online, config.head_dim, config.intermediate_size)?
         .with_note("start", &choice)
         .with_note("steps", args.recipe.steps)
         .with_note("seed", args.seed)
@@ -301,7 +300,8 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;
-    if RotationFile::is_torch_name(&args.out) && scheme.online != Online::BOTH {
+    let unrecorded = Online { r4: R4::Whole.unrecorded(config.intermediate_size)?, ..Online::BOTH };
+    if RotationFile::is_torch_name(&args.out) && scheme.online != unrecorded {
         note(&format!("an R.bin does not say which Hadamards run: it is to be used with --online {}", scheme.online));
     }
     if args.resume || args.checkpoint_every.is_some() {

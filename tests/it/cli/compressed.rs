@@ -25,7 +25,7 @@ fn compressed_folders_are_written_and_read() {
     let written = quantize(&format!("{format} --scheme W4A4KV4 --symmetric-activations --target transformers --out w4a4"));
     assert!(written.status.success());
     let said = String::from_utf8(written.stderr).unwrap();
-    assert!(said.contains("KV cache") && said.contains("W4A4KV16, not W4A4KV4"), "{said}");
+    assert!(said.contains("KV cache") && said.contains("W4A4sKV16, not W4A4sKV4"), "{said}");
     let want = perplexity(
         "model",
         "--scheme W4A4 --symmetric-activations --activation-clip 0.9333333333333333 --rotations hadamard:3 --online none",

@@ -221,3 +221,45 @@ fn an_interrupted_run_says_how_to_go_on() {
     assert!(place.read("R.safetensors") == want);
     assert_eq!(steps_of(&place), steps);
 }
+
+/// `--scheme W4A4sKV4` is `--scheme W4A4KV4 --symmetric-activations`, wherever a scheme is asked for.
+#[test]
+fn symmetric_activations_are_learned_searched_written_and_raced() {
+    let place = Place::new();
+    let score = |args: &str| number(&place.json(&format!("{EVAL} --json {args}")), "perplexity");
+    let hadamard = score("--rotations hadamard --scheme W4A3sKV3");
+    assert_eq!(hadamard, score("--rotations hadamard --scheme W4A3KV3 --symmetric-activations"));
+    assert_ne!(hadamard, score("--rotations hadamard --scheme W4A3KV3"));
+
+    // Learned with ratios that are for a symmetric grid, and used with no other.
+    place.json(&format!("{LEARN} --scheme W4A3sKV3 --steps 3 --clip error --json"));
+    let (_, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
+    assert_eq!((notes["scheme"].as_str(), notes["activation_clip_for"].as_str()), ("W4A3sKV3", "A3KV3 symmetric"));
+    let learned = score("--rotations R.safetensors --scheme W4A3sKV3");
+    assert_eq!(learned, score("--rotations R.safetensors --scheme W4A3KV3 --symmetric-activations"));
+    assert_ne!(learned, score("--rotations R.safetensors --scheme W4A3sKV3 --activation-clip 1"));
+    let asymmetric = format!("{EVAL} --rotations R.safetensors --scheme W4A3KV3");
+    let out = place.run(&asymmetric);
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(said.contains("the clip ratios of R.safetensors are for A3KV3 symmetric, not used for W4A3KV3"), "{said}");
+
+    // Written, and scored as written.
+    let quantize = "quantize --model model --device cpu --rotations R.safetensors --scheme W4A3sKV3 --out q";
+    assert!(place.run(quantize).status.success());
+    let record: Value = serde_json::from_slice(&place.read("q/spinquant.json")).unwrap();
+    assert_eq!(record["scheme"]["symmetric_activations"], true);
+    let written = |rest: &str| format!("{} --json {rest}", EVAL.replace("--model model", "--model q"));
+    assert_eq!(number(&place.json(&written("--scheme W4A3sKV3")), "perplexity"), learned);
+
+    // A race tells the two grids apart, and so does a comparison's table.
+    let texts = "--calibration text.txt --text text.txt";
+    let race = format!("race {MODEL} {texts} --steps 2 --batch 4 --held-out 4 --entries cayley@1.5 --seeds 1 --out race --json");
+    let result = place.json(&format!("{race} --schemes W4A3KV3,W4A3sKV3"));
+    let baselines = result["baselines"].as_array().unwrap();
+    assert_eq!(baselines.iter().map(|b| b["scheme"].as_str().unwrap()).collect::<Vec<_>>(), ["W4A3KV3", "W4A3sKV3"]);
+    assert_eq!(baselines[1]["random"][0], hadamard, "{result}");
+    let compare = format!("compare {MODEL} {texts} --seeds 1 --learn-seeds 0 --scheme W4A3sKV3 --json");
+    let table = place.json(&compare);
+    let row = table["rows"].as_array().unwrap().iter().find(|row| row["name"] == "hadamard mean").unwrap();
+    assert_eq!((row["scheme"].as_str(), number(row, "perplexity")), (Some("W4A3sKV3"), hadamard));
+}

@@ -88,6 +88,8 @@ fn blocks_that_do_not_fit_are_refused_first() {
         place.fails(&format!("eval {MODEL} --text nowhere.txt --rotations hadamard --online {online}"), &parts);
         place.fails(&format!("{LEARN} --text nowhere.txt --online {online}").replace("--text text.txt ", ""), &parts);
     }
+    let compare = format!("compare {MODEL} --calibration text.txt --text nowhere.txt --learn-online r4=block:16");
+    place.fails(&compare, &["expected a divisor of 56", "got 16"]);
     // Rotations of another network.
     let rotations = Rotations::random_hadamard(24, 8, 2, 0).unwrap();
     let notes = [("online", "r4=block:16"), ("r4", "3 blocks of 16, Sylvester")].map(|(a, b)| (a.to_string(), b.to_string()));
