@@ -43,7 +43,8 @@ fn main() -> Result<()> {
     }
 }
 
-/// Every model of `tests/fixtures/families`, in f32 and rotated, as `FAMILY-VARIANT`.
+/// Every model of `tests/fixtures/families`, in f32 and rotated, as `FAMILY-VARIANT`, and as `FAMILY-VARIANT-own` with `config.json` written
+/// anew.
 fn families(dir: &Path) -> Result<()> {
     let list = |dir: &Path| -> Result<Vec<PathBuf>> {
         let error = Error::io(dir);
@@ -64,7 +65,12 @@ fn families(dir: &Path) -> Result<()> {
             let config = LlamaConfig::from_dir(&source)?;
             let rotations = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 2)?;
             let output = Output { overwrite: true, ..Output::new(&out, Format::Hf) };
-            write_hf(&source, Some(&rotations), &Scheme::FULL_PRECISION.online(Online::NONE), output, |_| {})?;
+            let scheme = Scheme::FULL_PRECISION.online(Online::NONE);
+            write_hf(&source, Some(&rotations), &scheme, output, |_| {})?;
+            // From memory, so with a configuration of our own.
+            let own = dir.join(format!("{}-{}-own", name(&model), name(&variant)));
+            let output = Output { overwrite: true, ..Output::new(&own, Format::Hf) };
+            write_rtn(&Llama::load(&source, DType::F32, &Device::Cpu)?, Some(&rotations), &scheme, output, |_| {})?;
             println!("{}", out.display());
         }
     }

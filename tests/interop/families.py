@@ -256,15 +256,17 @@ def check(outputs):
     failures = 0
     for kind in FAMILIES:
         for variant in FAMILIES[kind][1]:
-            folder = outputs / f"{kind}-{variant}"
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-            assert model.config.model_type == kind
             expected = load_file(FIXTURES / kind / f"{variant}.safetensors")
-            for part in ["", "short."] if "short.ids" in expected else [""]:
-                got = logits(model, expected[part + "ids"].long())
-                error = (got - expected[part + "logits"]).abs().max().item()
-                failures += not error < TOLERANCE
-                print("ok  " if error < TOLERANCE else "FAIL", f"{kind} {variant} {part}: max|difference| {error:.1e}")
+            # With the source's configuration, changed as needed, and with one of our own.
+            for own in ["", "-own"]:
+                folder = outputs / f"{kind}-{variant}{own}"
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+                assert model.config.model_type == kind
+                for part in ["", "short."] if "short.ids" in expected else [""]:
+                    got = logits(model, expected[part + "ids"].long())
+                    error = (got - expected[part + "logits"]).abs().max().item()
+                    failures += not error < TOLERANCE
+                    print("ok  " if error < TOLERANCE else "FAIL", f"{kind} {variant}{own} {part}: max|difference| {error:.1e}")
     sys.exit(failures > 0)
 
 
