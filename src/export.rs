@@ -285,7 +285,7 @@ impl<'a> Writer<'a> {
             (None, Format::Hf | Format::CompressedTensors) => scheme.online(Online::NONE),
         };
         if output.format == Format::CompressedTensors {
-            compressed::check(config, &scheme)?;
+            compressed::check(&scheme)?;
         }
         if output.format.is_hugging_face() && scheme.online != Online::NONE {
             let online = scheme.online;
@@ -392,14 +392,14 @@ impl<'a> Writer<'a> {
             let norm_name = linear.norm_path(layer).unwrap_or(format!("{name}.norm"));
             let normed = linear.has_norm(&self.config);
             raws.extend(self.beside(norm.as_ref(), normed, "a norm", format!("{norm_name}.weight"), d)?);
-            match self.output.format {
-                Format::Hf => {}
-                Format::CompressedTensors => compressed::pack(&mut raws, &name, w, &self.spec())?,
-                Format::Native => native::pack(&mut raws, &name, w, &self.spec(), self.dtype)?,
+            if self.output.format == Format::Native {
+                native::pack(&mut raws, &name, w, &self.spec(), self.dtype)?;
             }
         }
-        if self.output.format == Format::Hf {
-            hf::pack(&mut raws, &self.config, weights, self.dtype, layer)?;
+        match self.output.format {
+            Format::Hf => hf::pack(&mut raws, &self.config, weights, self.dtype, layer)?,
+            Format::CompressedTensors => compressed::pack(&mut raws, &self.config, weights, &self.spec(), layer)?,
+            Format::Native => {}
         }
         if self.output.format.is_hugging_face() {
             let ones = ones(self.config.hidden_size, self.dtype)?;

@@ -262,6 +262,46 @@ pub struct Quantized {
 }
 
 impl Quantized {
+    /// Weights of as many columns and one group behind one another, `[out, in]` each.
+    ///
+    /// # Errors
+    /// No weights; [`Error::Shape`] or [`Error::Argument`] where their columns, groups or types differ.
+    pub fn join(parts: &[&Self]) -> Result<Self> {
+        let first = parts.first().ok_or_else(|| Error::argument("quantised weights", "expected at least one, got none"))?;
+        let (mut rows, mut codes, mut scales, mut zeros) = (0, vec![], vec![], vec![]);
+        for part in parts {
+            let [height, cols] = part.shape[..] else { return Err(Error::shape("quantised weight", "[out, in]", &part.shape)) };
+            if cols != first.shape[1] || part.group != first.group {
+                let message = format!(
+                    "expected {} columns in groups of {}, got {cols} in groups of {}",
+                    first.shape[1], first.group, part.group
+                );
+                return Err(Error::argument("quantised weights", message));
+            }
+            let grid = [height, cols / part.group.max(1)];
+            rows += height;
+            codes.extend_from_slice(&part.codes);
+            scales.push(part.scale.clone().reshape(grid)?);
+            zeros.push(part.zero.clone().reshape(grid)?);
+        }
+        let (scale, zero) = (Tensor::concat(&scales)?, Tensor::concat(&zeros)?);
+        Ok(Self { shape: vec![rows, first.shape[1]], group: first.group, codes, scale, zero })
+    }
+
+    /// Rows `first..first + count` of a weight `[out, in]`.
+    ///
+    /// # Errors
+    /// Rows that are not there.
+    pub fn rows(&self, first: usize, count: usize) -> Result<Self> {
+        let [rows, cols] = self.shape[..] else { return Err(Error::shape("quantised weight", "[out, in]", &self.shape)) };
+        let grid = [rows, cols / self.group.max(1)];
+        let part = |t: &Tensor| t.clone().reshape(grid)?.slice(first, count);
+        let (scale, zero) = (part(&self.scale)?, part(&self.zero)?);
+        let codes = self.codes.get(first * cols..(first + count) * cols);
+        let codes = codes.ok_or_else(|| Error::shape("quantised weight", format!("[{rows}, {cols}]"), &[first + count, cols]))?;
+        Ok(Self { shape: vec![count, cols], group: self.group, codes: codes.to_vec(), scale, zero })
+    }
+
     /// `scale · (code − zero)`, in the type of the scale.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use super::parts::{Part, Raw};
 use super::{Stored, StoredLayer};
 use crate::compressed_tensors::{Packed, activation_ratio, words};
 use crate::grid::Quantized;
-use crate::llama::{Affine, Linears, LlamaConfig};
+use crate::llama::{Affine, Linear, Linears, LlamaConfig};
 use crate::quant::{ClipRatios, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer};
 use crate::{DType, Error, Result, Tensor};
 
@@ -41,16 +41,8 @@ pub(super) fn holds(scheme: &Scheme) -> Scheme {
     Scheme { key_bits: 16, value_bits: 16, activation_clip, ..*scheme }
 }
 
-/// Checks that the format can hold a model and a scheme.
-pub(super) fn check(config: &LlamaConfig, scheme: &Scheme) -> Result<()> {
-    let facts = config.family.facts();
-    if facts.fused {
-        let message = format!(
-            "models of type {} join q, k, v and gate, up, which are not packed; give --format hf or native",
-            facts.model_type
-        );
-        return Err(Error::argument("format compressed-tensors", message));
-    }
+/// Checks that the format can hold a scheme.
+pub(super) fn check(scheme: &Scheme) -> Result<()> {
     if scheme.weight_bits >= 16 {
         return Err(Error::argument(
             "format compressed-tensors",
@@ -107,11 +99,31 @@ impl WeightQuantizer for WithStoredScales<'_> {
     }
 }
 
+/// The weights of a layer, linears joined where the family's files have them joined.
+pub(super) fn pack(
+    raws: &mut Vec<Raw>,
+    config: &LlamaConfig,
+    weights: &StoredLayer,
+    spec: &QuantSpec,
+    layer: usize,
+) -> Result<()> {
+    for (file, members) in Linear::files(config) {
+        let name = format!("model.layers.{layer}.{file}");
+        let codes = |linear: &Linear| match &weights[*linear].weight {
+            Stored::Codes(q) => Ok(q),
+            Stored::Values(_) => Err(Error::argument(&name, format!("expected codes of {} bits, got values", spec.bits))),
+        };
+        let members = members.iter().map(codes).collect::<Result<Vec<_>>>()?;
+        match members[..] {
+            [only] => pack_one(raws, &name, only, spec)?,
+            _ => pack_one(raws, &name, &Quantized::join(&members)?, spec)?,
+        }
+    }
+    Ok(())
+}
+
 /// The tensors that hold one weight.
-pub(super) fn pack(raws: &mut Vec<Raw>, name: &str, weight: &Stored, spec: &QuantSpec) -> Result<()> {
-    let Stored::Codes(q) = weight else {
-        return Err(Error::argument(name, format!("expected codes of {} bits, got values", spec.bits)));
-    };
+fn pack_one(raws: &mut Vec<Raw>, name: &str, q: &Quantized, spec: &QuantSpec) -> Result<()> {
     let Packed { shape: [rows, cols], weight, scale, zero_point } = Packed::new(name, q, spec)?;
     let groups = scale.cols();
     let mut integers = |what: &str, words: &[u32], shape: [usize; 2]| {
@@ -144,9 +156,11 @@ fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: D
 /// A layer's weights, biases and norms.
 pub(super) fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DType, layer: usize) -> Result<StoredLayer> {
     Linears::try_from_fn(|linear| {
-        let (shape, name) = (linear.shape(config), linear.path(layer));
+        let ([_, cols], rows) = (linear.shape(config), linear.rows(config));
         let [bias, norm] = super::native::beside(part, config, dtype, layer, linear)?;
-        Ok(Affine { weight: Stored::Codes(unpack(part, &name, shape, spec, dtype)?), bias, norm })
+        let whole = unpack(part, &format!("model.layers.{layer}.{}", rows.file), [rows.of, cols], spec, dtype)?;
+        let own = if rows.count == rows.of { whole } else { whole.rows(rows.first, rows.count)? };
+        Ok(Affine { weight: Stored::Codes(own), bias, norm })
     })
 }
 

@@ -8,9 +8,8 @@ use crate::{DType, Result, Tensor};
 /// The weights of a layer, linears joined where the family's files have them joined.
 pub fn pack(raws: &mut Vec<Raw>, config: &LlamaConfig, weights: &StoredLayer, dtype: DType, layer: usize) -> Result<()> {
     let values = weights.each(|_, l| l.weight.values(dtype))?;
-    for linear in Linear::ALL.into_iter().filter(|l| l.rows(config).first == 0) {
-        let file = linear.rows(config).file;
-        let members: Vec<Tensor> = values.iter().filter(|(l, _)| l.rows(config).file == file).map(|(_, w)| w.clone()).collect();
+    for (file, members) in Linear::files(config) {
+        let members: Vec<Tensor> = members.into_iter().map(|linear| values[linear].clone()).collect();
         let whole = if let [only] = &members[..] { only.clone() } else { Tensor::concat(&members)? };
         raws.push(Raw::new(format!("model.layers.{layer}.{file}.weight"), &whole)?);
     }

@@ -13,9 +13,15 @@ use crate::{DType, Device, Error, Result, Tensor, io};
 /// How the linears of a checkpoint are packed.
 pub(super) type Packing = Weights;
 
-/// The linears of every layer.
+/// The tensors that hold the linears of every layer: the first linear in each, and the name.
 fn linears(config: &LlamaConfig) -> impl Iterator<Item = (Linear, String)> {
-    (0..config.layers).flat_map(|l| Linear::ALL.into_iter().map(move |linear| (linear, linear.path(l))))
+    (0..config.layers)
+        .flat_map(|l| Linear::files(config).map(move |(file, members)| (members[0], format!("model.layers.{l}.{file}"))))
+}
+
+/// The shape of the tensor that holds a linear.
+fn whole(linear: Linear, config: &LlamaConfig) -> [usize; 2] {
+    [linear.rows(config).of, linear.shape(config)[1]]
 }
 
 impl Packing {
@@ -26,7 +32,7 @@ impl Packing {
     /// The names and shapes of all scales.
     pub(super) fn scales(&self, config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
         let scale = |(linear, name): (Linear, String)| {
-            let [rows, cols] = linear.shape(config);
+            let [rows, cols] = whole(linear, config);
             (format!("{name}.weight_scale"), vec![rows, self.groups(cols)])
         };
         linears(config).map(scale).collect()
@@ -35,7 +41,7 @@ impl Packing {
     /// The names, types and shapes of all tensors of whole numbers.
     pub(super) fn integers(&self, config: &LlamaConfig) -> Vec<(String, Dtype, Vec<usize>)> {
         let each = |(linear, name): (Linear, String)| {
-            let [rows, cols] = linear.shape(config);
+            let [rows, cols] = whole(linear, config);
             let zero = (Dtype::I32, vec![words(rows, self.bits), self.groups(cols)]);
             let mut all = vec![
                 (format!("{name}.weight_packed"), Dtype::I32, vec![rows, words(cols, self.bits)]),
@@ -108,13 +114,6 @@ impl Compressed {
             return Err(Error::format(&path, "quantization_config: a needed field is missing"));
         };
         let config = LlamaConfig::from_json(Value::from(map).to_string().as_bytes(), &path)?;
-        if config.family.facts().fused {
-            let message = format!(
-                "quantization_config: expected none, since models of type {} join linears",
-                config.family.facts().model_type
-            );
-            return Err(Error::format(&path, message));
-        }
         let input_group = |linear: Linear| (linear.row().site == Site::AttentionOutput).then_some(config.head_dim);
         let named: Vec<_> = linears(&config).map(|(linear, name)| (name, input_group(linear))).collect();
         let quantization =

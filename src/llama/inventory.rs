@@ -1,6 +1,6 @@
 //! What a model's files hold against what its configuration asks for.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use super::Linear;
 use super::load::{EMBEDDING, FINAL_NORM, HEAD, NORMS, Source};
@@ -22,11 +22,11 @@ impl Source {
     }
 
     /// Every tensor that is read, with its shape.
-    fn needed(&self) -> BTreeMap<String, Vec<usize>> {
+    fn needed(&self) -> Vec<(String, Vec<usize>)> {
         let c = &self.config;
         let table = vec![c.vocab_size, c.hidden_size];
-        let mut needed = BTreeMap::new();
-        let mut weight = |name: &str, shape: Vec<usize>| drop(needed.insert(format!("{name}.weight"), shape));
+        let mut needed = vec![];
+        let mut weight = |name: &str, shape: Vec<usize>| needed.push((format!("{name}.weight"), shape));
         weight(EMBEDDING, table.clone());
         weight(FINAL_NORM, vec![c.hidden_size]);
         if !c.tie_word_embeddings {
@@ -34,15 +34,11 @@ impl Source {
         }
         for l in 0..c.layers {
             NORMS.iter().for_each(|norm| weight(&format!("model.layers.{l}.{norm}"), vec![c.hidden_size]));
-            for linear in Linear::ALL {
-                let rows = linear.rows(c);
-                if self.packed.is_none() {
-                    weight(&format!("model.layers.{l}.{}", rows.file), vec![rows.of, linear.shape(c)[1]]);
-                }
-                if let Some(norm) = linear.norm_path(l).filter(|_| linear.has_norm(c)) {
-                    weight(&norm, vec![c.head_dim]);
-                }
+            for (file, members) in Linear::files(c).filter(|_| self.packed.is_none()) {
+                weight(&format!("model.layers.{l}.{file}"), vec![members[0].rows(c).of, members[0].shape(c)[1]]);
             }
+            let norms = Linear::ALL.into_iter().filter(|linear| linear.has_norm(c)).filter_map(|linear| linear.norm_path(l));
+            norms.for_each(|norm| weight(&norm, vec![c.head_dim]));
         }
         needed.extend(self.packed.iter().flat_map(|packing| packing.scales(c)));
         let biased = Linear::ALL.into_iter().filter(|linear| linear.has_bias(c));
@@ -62,9 +58,9 @@ impl Source {
     /// hold, do not count.
     pub fn unread(&self) -> Vec<String> {
         let mut known = self.needed();
-        known.insert(format!("{HEAD}.weight"), vec![]);
+        known.push((format!("{HEAD}.weight"), vec![]));
         known.extend(self.packed.iter().flat_map(|packing| packing.integers(&self.config)).map(|(name, _, shape)| (name, shape)));
-        let known: BTreeSet<&str> = known.keys().filter_map(|name| self.checkpoint.resolve(name)).collect();
+        let known: BTreeSet<&str> = known.iter().filter_map(|(name, _)| self.checkpoint.resolve(name)).collect();
         let unread = self.checkpoint.names().filter(|name| !known.contains(name) && !name.ends_with(NOT_MISSED));
         unread.map(str::to_string).collect()
     }

@@ -144,6 +144,12 @@ impl Linear {
         Rows { file, first: members.iter().take_while(|l| **l != self).map(height).sum(), count: height(&self), of }
     }
 
+    /// The tensors of a layer that hold the linears, in order, each with its linears from the first row on.
+    pub fn files(config: &LlamaConfig) -> impl Iterator<Item = (&'static str, Vec<Self>)> {
+        let of = |file: &'static str| Self::ALL.into_iter().filter(|l| l.rows(config).file == file).collect();
+        Self::ALL.into_iter().map(|l| l.rows(config)).filter(|rows| rows.first == 0).map(move |rows| (rows.file, of(rows.file)))
+    }
+
     /// The linears whose input passes this quantiser.
     pub fn at(site: Site) -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(move |l| l.row().site == site)

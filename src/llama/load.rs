@@ -155,7 +155,10 @@ impl Source {
             let (name, factor) = (format!("model.layers.{l}.{}", rows.file), self.multiplier(linear));
             let gain = times(row.norm.filter(|_| fold).map(|i| &gains[i][..]), factor, inputs);
             let weight = match &self.packed {
-                Some(packing) => compressed::read(&self.checkpoint, &name, [out, inputs], packing, dtype, gain.as_deref())?,
+                Some(packing) => {
+                    let whole = compressed::read(&self.checkpoint, &name, [rows.of, inputs], packing, dtype, gain.as_deref())?;
+                    if rows.count == rows.of { whole } else { Tensor::concat(&[whole.slice(rows.first, rows.count)?])? }
+                }
                 None => self.entry(&name, &[rows.of, inputs])?.rows(rows.first, rows.count).read(dtype, gain.as_deref())?,
             };
             let bias = linear.has_bias(&self.config).then(|| bias(&name, out, factor)).transpose()?;

@@ -92,6 +92,8 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
             vocab_size: 32_000,
             rope_theta: 1e4,
             sliding_window: Some(4096),
+            bos_token_id: Some(1),
+            eos_token_ids: vec![2],
             ..llama3(4096, 14_336, 32, 32, 128)
         },
         "qwen2.5-7b" => LlamaConfig {
@@ -100,11 +102,18 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
             kv_heads: 4,
             vocab_size: 152_064,
             rope_theta: 1e6,
+            bos_token_id: None,
+            eos_token_ids: vec![151_643],
             ..llama3(3584, 18_944, 28, 28, 128)
         },
-        "qwen3-8b" => {
-            LlamaConfig { family: Family::Qwen3, vocab_size: 151_936, rope_theta: 1e6, ..llama3(4096, 12_288, 36, 32, 128) }
-        }
+        "qwen3-8b" => LlamaConfig {
+            family: Family::Qwen3,
+            vocab_size: 151_936,
+            rope_theta: 1e6,
+            bos_token_id: None,
+            eos_token_ids: vec![151_645],
+            ..llama3(4096, 12_288, 36, 32, 128)
+        },
         "tiny" => LlamaConfig { kv_heads: 2, head_dim: 16, vocab_size: 256, ..llama2(64, 160, 2, 4) },
         _ => {
             let known = NAMES.join(", ");

@@ -9,17 +9,19 @@ use std::sync::Arc;
 use spinquant::calibrate::{Calibration, quantize_weights};
 use spinquant::data::Windows;
 use spinquant::device::Card;
-use spinquant::export::{Format, Output, load_native, write_hf, write_rtn};
+use spinquant::export::{Format, Output, load_native, write_hf, write_quantized, write_rtn};
 use spinquant::llama::{
-    Checkpoint, Decoder, Family, Linear, Llama, LlamaConfig, Packed, Plan, Recompute, RopeScaling, RotationVars, Source, Weights,
+    Checkpoint, Compressed, Decoder, Family, Linear, Llama, LlamaConfig, Merged, Packed, Plan, Recompute, RopeScaling, Rotated,
+    RotationVars, Source, Weights,
 };
 use spinquant::memory::{Needs, Work, predict};
-use spinquant::quant::{Gptq, Online, Scheme};
+use spinquant::ops::fake_quant::quantize;
+use spinquant::quant::{Gptq, Online, Rtn, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tensor, check, io, outliers};
 use tempfile::TempDir;
 
-use crate::common::{distance, tiny};
+use crate::common::{distance, same_weights, tiny};
 
 /// Between logits in f32.
 const TOLERANCE: f64 = 1e-4;
@@ -200,8 +202,45 @@ fn files_hold_the_same_network() {
         assert_eq!(got.config, want.config, "{}", f.name);
         assert_eq!(got.sha256().unwrap(), want.sha256().unwrap(), "{}", f.name);
         let text = &f.texts[0];
-        let logits = |m: &spinquant::llama::Merged| m.logits(&text.tokens, text.seq).unwrap().to_f64_vec().unwrap();
+        let logits = |m: &Merged| m.logits(&text.tokens, text.seq).unwrap().to_f64_vec().unwrap();
         assert_eq!(logits(&got), logits(&want), "{}", f.name);
+    }
+}
+
+/// Packed integers under the names of the family's own modules: what is read back is the network that was quantised.
+#[test]
+fn compressed_tensors_hold_them() {
+    for f in fixtures().filter(|f| f.name.ends_with("plain")) {
+        for scheme in [
+            Scheme { weight_group: Some(8), ..Scheme::new(4, 16, 16) },
+            Scheme { symmetric_weights: false, ..Scheme::new(4, 8, 16) },
+        ] {
+            let out = tempfile::tempdir().unwrap();
+            let dir = out.path().join("out");
+            let source = Source::from_dir(f.path()).unwrap();
+            let [_, r] = rotations(source.config(), 5);
+            let scheme = scheme.online(Online::NONE);
+            let rotated = Rotated::open(&source, Some(&r), &scheme, &Device::Cpu).unwrap();
+            let output = Output { source: Some(f.path()), ..Output::new(&dir, Format::CompressedTensors) };
+            write_quantized(&rotated, &Rtn, None, output, |_| std::ops::ControlFlow::Continue(())).unwrap();
+            let read = Compressed::read(&dir).unwrap();
+            assert_eq!((read.config.family, read.scheme.weight_bits), (source.config().family, 4), "{}", f.name);
+            let network = read.load(DType::F32, &Device::Cpu).unwrap();
+            // To the bit what was rotated, multipliers and gains folded, and rounded to grids of f32.
+            let spec = rotated.scheme().sites(source.config().head_dim).weight.stored(DType::F32);
+            let block = |l: usize| {
+                let block = rotated.block(l).unwrap();
+                let nearest = |_, w: &Tensor| quantize(w, &spec)?.dequantize()?.to_dtype(DType::F32);
+                block.with_weights(block.weights.map_weights(nearest).unwrap())
+            };
+            let blocks = (0..source.config().layers).map(block).collect();
+            let (embedding, head) = (rotated.embedding().unwrap(), rotated.head().unwrap());
+            let want = Merged { config: network.config.clone(), scheme: network.scheme, embedding, head, blocks };
+            same_weights(&network, &want);
+            let text = &f.texts[0];
+            let [got, want] = [&network, &want].map(|m| m.logits(&text.tokens, text.seq).unwrap().to_f64_vec().unwrap());
+            assert_eq!(got, want, "{}", f.name);
+        }
     }
 }
 
@@ -217,7 +256,7 @@ fn gptq_quantises_them() {
             std::ops::ControlFlow::Continue(())
         })
         .unwrap();
-        let error = |m: &spinquant::llama::Merged| {
+        let error = |m: &Merged| {
             let got = m.logits(&text.tokens, text.seq).unwrap().to_f64_vec().unwrap();
             got.iter().zip(&text.logits).map(|(a, b)| (a - b) * (a - b)).sum::<f64>()
         };
