@@ -2,6 +2,7 @@
 #![allow(dead_code)] // every test program uses its part
 
 pub mod choices;
+pub mod families;
 pub mod follow;
 pub mod golden;
 pub mod gptq;

@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod families;
 mod gptq;
 mod hadamard_sizes;
 mod kernels;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Biases, LlamaConfig, Multipliers, RopeScaling, Windows};
+use super::{Biases, Family, LlamaConfig, Multipliers, RopeScaling, Windows};
 use crate::DType;
 
 impl LlamaConfig {
@@ -34,6 +34,10 @@ impl LlamaConfig {
             },
         });
         let fields = config.as_object_mut().expect("an object");
+        // Said where transformers would take a token that the vocabulary may lack.
+        if self.family != Family::Llama {
+            fields.insert("pad_token_id".into(), Value::Null);
+        }
         if matches!(facts.biases, Biases::Attention | Biases::All) {
             fields.insert("attention_bias".into(), self.attention_bias.into());
         }

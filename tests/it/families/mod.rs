@@ -3,7 +3,8 @@
 
 mod published;
 
-use std::path::{Path, PathBuf};
+use std::ops::ControlFlow::Continue;
+use std::path::Path;
 use std::sync::Arc;
 
 use spinquant::calibrate::{Calibration, quantize_weights};
@@ -17,84 +18,12 @@ use spinquant::llama::{
 use spinquant::memory::{Needs, Work, predict};
 use spinquant::ops::fake_quant::quantize;
 use spinquant::quant::{Gptq, Online, Rtn, Scheme};
-use spinquant::rotation::Rotations;
-use spinquant::{DType, Device, Tensor, check, io, outliers};
-use tempfile::TempDir;
+use spinquant::{DType, Device, Tensor, check, outliers};
 
+use crate::common::families::{TOLERANCE, cache_and_packing, fixtures, full_precision, gradients, rotated, rotations};
 use crate::common::{distance, same_weights, tiny};
 
-/// Between logits in f32.
-const TOLERANCE: f64 = 1e-4;
 const FULL: Scheme = Scheme::FULL_PRECISION;
-
-/// A model and what transformers makes of some tokens.
-struct Fixture {
-    name: String,
-    /// Its folder, in f32.
-    dir: TempDir,
-    /// Sequences of one length, and their logits.
-    texts: Vec<Text>,
-}
-
-struct Text {
-    tokens: Vec<u32>,
-    seq: usize,
-    logits: Vec<f64>,
-}
-
-impl Fixture {
-    fn open(model: &Path, variant: &str) -> Self {
-        let name = format!("{}-{variant}", model.file_name().unwrap().to_str().unwrap());
-        let dir = tempfile::tempdir().unwrap();
-        let (tensors, metadata) = io::load_tensors(&model.join("model.safetensors")).unwrap();
-        let wide = tensors.into_iter().map(|(name, t)| (name, t.to_dtype(DType::F32).unwrap())).collect();
-        io::save_tensors(&dir.path().join("model.safetensors"), &wide, &metadata).unwrap();
-        std::fs::copy(model.join(format!("{variant}.json")), dir.path().join("config.json")).unwrap();
-        let (outcome, _) = io::load_tensors(&model.join(format!("{variant}.safetensors"))).unwrap();
-        let text = |part: &str| {
-            let ids = outcome.get(&format!("{part}ids"))?;
-            let logits = outcome[&format!("{part}logits")].to_f64_vec().unwrap();
-            Some(Text { tokens: ids.to_vec::<u32>().unwrap(), seq: ids.cols(), logits })
-        };
-        Self { name, dir, texts: ["", "short."].into_iter().filter_map(text).collect() }
-    }
-
-    fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
-    fn load(&self, dtype: DType) -> Llama {
-        Llama::load(self.path(), dtype, &Device::Cpu).unwrap()
-    }
-
-    /// That logits are those of transformers.
-    fn agrees(&self, what: &str, logits: impl Fn(&Text) -> Tensor) {
-        for text in &self.texts {
-            let error = distance(&logits(text).to_f64_vec().unwrap(), &text.logits);
-            assert!(error < TOLERANCE, "{}, {what}, {} tokens: {error:e}", self.name, text.seq);
-        }
-    }
-}
-
-/// Every model in every variant of its configuration.
-fn fixtures() -> impl Iterator<Item = Fixture> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families");
-    let list = |dir: &Path| {
-        let mut paths: Vec<PathBuf> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
-        paths.sort();
-        paths
-    };
-    list(&root).into_iter().flat_map(move |model| {
-        let configs = list(&model).into_iter().filter(|path| path.extension().is_some_and(|e| e == "json"));
-        let variants: Vec<String> = configs.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()).collect();
-        variants.into_iter().map(move |variant| Fixture::open(&model, &variant))
-    })
-}
-
-fn rotations(config: &LlamaConfig, seed: u64) -> [Rotations; 2] {
-    let LlamaConfig { hidden_size: c, head_dim: d, layers: l, .. } = *config;
-    [Rotations::random_orthogonal(c, d, l, seed).unwrap(), Rotations::random_hadamard(c, d, l, seed).unwrap()]
-}
 
 #[test]
 fn all_are_there() {
@@ -124,39 +53,28 @@ fn all_are_there() {
 
 #[test]
 fn full_precision_is_that_of_transformers() {
-    for f in fixtures() {
-        assert!(Source::from_dir(f.path()).unwrap().unread().is_empty(), "{}", f.name);
-        let model = f.load(DType::F32);
-        f.agrees("folded", |t| model.merge(None, &FULL).unwrap().logits(&t.tokens, t.seq).unwrap());
-        let plain = Llama::load_plain(f.path(), DType::F32, &Device::Cpu).unwrap();
-        f.agrees("gains apart", |t| plain.merge(None, &FULL).unwrap().logits(&t.tokens, t.seq).unwrap());
-    }
+    full_precision(&Device::Cpu);
 }
 
 #[test]
 fn rotations_leave_it_alone() {
-    for f in fixtures() {
-        let model = f.load(DType::F32);
-        for r in rotations(&model.config, 7) {
-            for online in [Online::NONE, Online::BOTH] {
-                let scheme = FULL.online(online);
-                f.agrees("merged", |t| model.merge(Some(&r), &scheme).unwrap().logits(&t.tokens, t.seq).unwrap());
-                let narrow = r.to_dtype(DType::F32).unwrap();
-                f.agrees("learning", |t| {
-                    let tape = spinquant::Tape::new();
-                    let vars = RotationVars::constants(&tape, &narrow).unwrap();
-                    let run = Arc::new(model.run(&scheme, t.seq).unwrap());
-                    model.logits(&vars, &t.tokens, run, Recompute::All).unwrap().into_value()
-                });
-            }
-        }
-    }
+    rotated(&Device::Cpu);
+}
+
+#[test]
+fn a_cache_and_packing_change_nothing() {
+    cache_and_packing(&Device::Cpu);
+}
+
+#[test]
+fn gradients_in_f32() {
+    gradients(&Device::Cpu);
 }
 
 #[test]
 fn gradients_of_rotations_are_central_differences() {
     for f in fixtures() {
-        let model = f.load(DType::F64);
+        let model = f.load(DType::F64, &Device::Cpu);
         let [r, _] = rotations(&model.config, 3);
         let inputs: Vec<Tensor> =
             std::iter::once(r.r1.clone()).chain((0..model.config.layers).map(|l| r.r2.index(l).unwrap())).collect();
@@ -195,7 +113,7 @@ fn files_hold_the_same_network() {
         f.agrees("hf", |t| again.merge(None, &FULL).unwrap().logits(&t.tokens, t.seq).unwrap());
 
         // And what is ours, quantised, to the bit.
-        let model = f.load(DType::F32);
+        let model = f.load(DType::F32, &Device::Cpu);
         let scheme = Scheme::new(4, 4, 4);
         write_rtn(&model, Some(&r), &scheme, Output::new(&native, Format::Native), |_| {}).unwrap();
         let (got, want) = (load_native(&native, &Device::Cpu).unwrap().model, model.merge(Some(&r), &scheme).unwrap());
@@ -220,21 +138,21 @@ fn compressed_tensors_hold_them() {
             let source = Source::from_dir(f.path()).unwrap();
             let [_, r] = rotations(source.config(), 5);
             let scheme = scheme.online(Online::NONE);
-            let rotated = Rotated::open(&source, Some(&r), &scheme, &Device::Cpu).unwrap();
+            let model = Rotated::open(&source, Some(&r), &scheme, &Device::Cpu).unwrap();
             let output = Output { source: Some(f.path()), ..Output::new(&dir, Format::CompressedTensors) };
-            write_quantized(&rotated, &Rtn, None, output, |_| std::ops::ControlFlow::Continue(())).unwrap();
+            write_quantized(&model, &Rtn, None, output, |_| Continue(())).unwrap();
             let read = Compressed::read(&dir).unwrap();
             assert_eq!((read.config.family, read.scheme.weight_bits), (source.config().family, 4), "{}", f.name);
             let network = read.load(DType::F32, &Device::Cpu).unwrap();
             // To the bit what was rotated, multipliers and gains folded, and rounded to grids of f32.
-            let spec = rotated.scheme().sites(source.config().head_dim).weight.stored(DType::F32);
+            let spec = model.scheme().sites(source.config().head_dim).weight.stored(DType::F32);
             let block = |l: usize| {
-                let block = rotated.block(l).unwrap();
+                let block = model.block(l).unwrap();
                 let nearest = |_, w: &Tensor| quantize(w, &spec)?.dequantize()?.to_dtype(DType::F32);
                 block.with_weights(block.weights.map_weights(nearest).unwrap())
             };
             let blocks = (0..source.config().layers).map(block).collect();
-            let (embedding, head) = (rotated.embedding().unwrap(), rotated.head().unwrap());
+            let (embedding, head) = (model.embedding().unwrap(), model.head().unwrap());
             let want = Merged { config: network.config.clone(), scheme: network.scheme, embedding, head, blocks };
             same_weights(&network, &want);
             let text = &f.texts[0];
@@ -247,7 +165,7 @@ fn compressed_tensors_hold_them() {
 #[test]
 fn gptq_quantises_them() {
     for f in fixtures().filter(|f| f.name.ends_with("plain")) {
-        let model = f.load(DType::F64);
+        let model = f.load(DType::F64, &Device::Cpu);
         let [_, r] = rotations(&model.config, 5);
         let (text, scheme) = (&f.texts[0], Scheme::new(8, 16, 16));
         let windows = Windows::new(text.tokens.clone(), text.seq).unwrap();
@@ -266,46 +184,11 @@ fn gptq_quantises_them() {
     }
 }
 
-#[test]
-fn a_cache_and_packing_change_nothing() {
-    for f in fixtures() {
-        let merged = f.load(DType::F32).merge(None, &FULL).unwrap();
-        let vocab = merged.config.vocab_size;
-        for text in &f.texts {
-            let seq = text.seq.min(merged.config.max_position_embeddings);
-            let want = merged.logits(&text.tokens[..seq], seq).unwrap().to_f64_vec().unwrap();
-            for part in [seq, 7, 1] {
-                let mut decoder = Decoder::new(&merged, seq).unwrap();
-                let mut last = vec![];
-                for part in text.tokens[..seq].chunks(part) {
-                    last = decoder.feed(part).unwrap().to_f64_vec().unwrap();
-                }
-                assert_eq!(decoder.read(), seq);
-                let error = distance(&last, &want[(seq - 1) * vocab..]);
-                assert!(error < TOLERANCE, "{}, {part} at a time: {error:e}", f.name);
-            }
-        }
-        let text = &f.texts[0];
-        let mut packed = Packed::default();
-        for tokens in text.tokens.chunks(text.seq) {
-            packed.push(tokens);
-        }
-        let mut rows = vec![];
-        let all = |part: Tensor| {
-            rows.extend(part.to_f64_vec()?);
-            Ok(())
-        };
-        merged.packed_logits(&packed, 5, all).unwrap();
-        let error = distance(&rows, &text.logits);
-        assert!(error < TOLERANCE, "{}, packed: {error:e}", f.name);
-    }
-}
-
 /// Where the rotary embedding depends on the length of the text.
 #[test]
 fn long_rope_changes_with_the_length() {
     let long = fixtures().find(|f| f.name == "phi3-longrope").unwrap();
-    let merged = long.load(DType::F32).merge(None, &FULL).unwrap();
+    let merged = long.load(DType::F32, &Device::Cpu).merge(None, &FULL).unwrap();
     let mut packed = Packed::default();
     for text in &long.texts {
         packed.push(&text.tokens[..text.seq]);
