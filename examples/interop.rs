@@ -2,7 +2,7 @@
 //!
 //! ```sh
 //! cargo run --release --example interop -- write DIR
-//! cargo run --release --example interop -- families DIR     # rotated Hugging Face outputs of tests/fixtures/families
+//! cargo run --release --example interop -- families DIR     # rotated outputs of tests/fixtures/families
 //! cargo run --release --example interop -- read DIR     # rotations that torch.save wrote into DIR
 //! cargo run --release --example interop -- tokens MODEL TEXT FILE     # the text's ids, little-endian u32
 //! cargo run --release --example interop -- compressed DIR     # folders of compressed-tensors
@@ -71,10 +71,29 @@ fn families(dir: &Path) -> Result<()> {
             let own = dir.join(format!("{}-{}-own", name(&model), name(&variant)));
             let output = Output { overwrite: true, ..Output::new(&own, Format::Hf) };
             write_rtn(&Llama::load(&source, DType::F32, &Device::Cpu)?, Some(&rotations), &scheme, output, |_| {})?;
+            if name(&variant) == "plain" {
+                pack_family(&source, &rotations, &dir.join(format!("{}-packed", name(&model))))?;
+            }
             println!("{}", out.display());
         }
     }
     Ok(())
+}
+
+/// The same with packed weights of 4 bits, and what they compute.
+fn pack_family(source: &Path, rotations: &Rotations, out: &Path) -> Result<()> {
+    let files = Source::from_dir(source)?;
+    let scheme = Scheme { weight_group: Some(8), ..Scheme::new(4, 16, 16) }.online(Online::NONE);
+    let rotated = Rotated::open(&files, Some(rotations), &scheme, &Device::Cpu)?;
+    let output = Output { overwrite: true, source: Some(source), ..Output::new(out, Format::CompressedTensors) };
+    write_quantized(&rotated, &Rtn, None, output, |_| ControlFlow::Continue(()))?;
+    let network = Compressed::read(out)?.load(DType::F32, &Device::Cpu)?;
+    let tokens: Vec<u32> = (0..24).map(|i| (i * i * 7 + 3 * i + 1) % files.config().vocab_size as u32).collect();
+    let ours = BTreeMap::from([
+        ("logits".to_string(), network.logits(&tokens, tokens.len())?),
+        ("tokens".to_string(), Tensor::from_vec(tokens, [1, 24])?),
+    ]);
+    io::save_tensors(&out.with_extension("safetensors"), &ours, &BTreeMap::new())
 }
 
 fn write(dir: &Path) -> Result<()> {

@@ -2,6 +2,7 @@
 
     python tests/interop/families.py                 writes tests/fixtures/families
     python tests/interop/families.py --check DIR     compares what `cargo run --example interop -- families DIR` wrote
+    python tests/interop/families.py --packed DIR    the same for its packed weights, with compressed-tensors
 
 A model is `FAMILY/model.safetensors` (values that bf16 holds); each of its configurations is `FAMILY/VARIANT.json`, as transformers saves
 it, and `FAMILY/VARIANT.safetensors` has token ids `[sequences, tokens]` and their logits in f32. Weights are so large that the logits have
@@ -270,7 +271,23 @@ def check(outputs):
     sys.exit(failures > 0)
 
 
+def check_packed(outputs):
+    failures = 0
+    for kind in FAMILIES:
+        model = AutoModelForCausalLM.from_pretrained(outputs / f"{kind}-packed", dtype=torch.float32).eval()
+        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+        packed = [n for n, m in model.named_modules() if getattr(m, "quantization_scheme", None) is not None]
+        ours = load_file(outputs / f"{kind}-packed.safetensors")
+        error = (logits(model, ours["tokens"].long())[0] - ours["logits"]).abs().max().item()
+        good = error < TOLERANCE and linears == packed
+        failures += not good
+        print("ok  " if good else "FAIL", f"{kind} packed: {len(packed)} of {len(linears)} linears, max|difference| {error:.1e}")
+    sys.exit(failures > 0)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--packed"]:
+        check_packed(pathlib.Path(sys.argv[2]))
     if sys.argv[1:2] == ["--check"]:
         check(pathlib.Path(sys.argv[2]))
     write()
