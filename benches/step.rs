@@ -95,10 +95,5 @@ fn model(dtype: DType, device: &Device) -> Result<Llama> {
 }
 
 fn peak(device: &Device) -> String {
-    let bytes = match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(d) => d.peak_bytes().ok(),
-        _ => spinquant::device::cpu::peak_bytes(),
-    };
-    bytes.map_or("unknown".into(), |b| format!("{:.2} GiB", b as f64 / f64::from(1 << 30)))
+    device.peak_bytes().map_or("unknown".into(), |b| format!("{:.2} GiB", b as f64 / f64::from(1 << 30)))
 }

@@ -53,7 +53,7 @@ pub fn model() -> Result<Llama> {
 ///
 /// # Errors
 /// None that a caller could cause.
-pub fn model_in(dtype: DType) -> Result<Llama> {
+pub(crate) fn model_in(dtype: DType) -> Result<Llama> {
     let config = config()?;
     let checkpoint = Checkpoint::from_static("demo/model.safetensors", asset!(include_bytes, "model.safetensors"))?;
     let weights = Weights::read(&Source::new(checkpoint, &config)?, dtype)?;

@@ -366,7 +366,7 @@ pub fn reference_grid(spec: &QuantSpec, x: &[f64]) -> Grid<f64> {
 }
 
 /// The grid of one group in single precision.
-pub fn vector_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
+pub(crate) fn vector_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
     cpu::simd(|| fast_grid(spec, x))
 }
 

@@ -8,7 +8,7 @@ pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 
-pub mod cpu;
+pub(crate) mod cpu;
 pub(crate) mod launch;
 
 /// Calls a launcher of `cuda/kernels.h`: `unsafe { ffi!(sq_name(…)) }`. In a build without the feature `cuda` there is nothing to call,

@@ -58,7 +58,7 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: 
 ///
 /// # Errors
 /// Shapes that do not fit together, or operands on different devices.
-pub fn linear_add(c: Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+pub(crate) fn linear_add(c: Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
     let alike = c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols();
     match one_device("linear_add", &[&c, x, w])? {
         Device::Cuda(device) if alike => matmul_gpu::linear_add(&device, &c, x, w),

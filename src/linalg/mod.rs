@@ -20,7 +20,7 @@ const TINY: f64 = 1e-8;
 /// Up to this size the matrices of a batch are multiplied side by side rather than each on all cores.
 const SMALL: usize = 256;
 /// max|XᵀX − I| that re-orthonormalised `f32` matrices are kept within.
-pub const F32_TOLERANCE: f64 = 1e-6;
+pub(crate) const F32_TOLERANCE: f64 = 1e-6;
 /// The same for `f64` matrices.
 const F64_TOLERANCE: f64 = 1e-12;
 /// Side of the tiles that transposes work in.
@@ -30,7 +30,7 @@ const TILE: usize = 32;
 ///
 /// # Errors
 /// [`Error::Shape`] for another shape.
-pub fn dims(what: &str, x: &Tensor) -> Result<(usize, usize)> {
+pub(crate) fn dims(what: &str, x: &Tensor) -> Result<(usize, usize)> {
     match *x.shape() {
         [k, n, m] if n == m && n > 0 => Ok((k, n)),
         _ => Err(Error::shape(what, "[k, n, n]", x.shape())),
@@ -372,7 +372,7 @@ pub fn inverse_norms(x: &Tensor) -> Result<Vec<f64>> {
     step_size(x, f64::from(f32::MAX))?.to_f64_vec()
 }
 
-/// What steps keep max|XᵀX − I| within for parameters of the type of x: [`F32_TOLERANCE`], or 1e-12 in `f64`.
+/// What steps keep max|XᵀX − I| within for parameters of the type of x: 1e-6, or 1e-12 in `f64`.
 pub fn tolerance(x: &Tensor) -> f64 {
     if x.dtype() == DType::F64 { F64_TOLERANCE } else { F32_TOLERANCE }
 }

@@ -5,7 +5,7 @@ use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
 use crate::{DType, Error, Result, Tensor};
 
 /// Elementwise sum of two tensors of one shape; `dA = dB = dY`.
-pub struct Add;
+pub(crate) struct Add;
 
 impl Op for Add {
     fn name(&self) -> &'static str {
@@ -24,7 +24,7 @@ impl Op for Add {
 }
 
 /// `c x` for a constant c.
-pub struct Scale(pub f64);
+pub(crate) struct Scale(pub f64);
 
 impl Op for Scale {
     fn name(&self) -> &'static str {
@@ -61,7 +61,7 @@ impl<'t> Var<'t> {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize]| {
         Case::new("add", name, normals(&[(shape, 1), (shape, 2)]), |v| {
             let [a, b]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;

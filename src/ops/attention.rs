@@ -10,7 +10,7 @@ mod fast;
 pub(crate) mod launch;
 mod reference;
 
-pub use cases::cases;
+pub(crate) use cases::cases;
 pub use reference::{reference, reference_backward};
 
 use fast::Kept;
@@ -23,7 +23,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation on q `[tokens, H, D]` and k, v `[tokens, KV, D]`.
 #[derive(Clone, Copy, Debug)]
-pub struct Attention {
+pub(crate) struct Attention {
     /// Tokens of one sequence.
     pub seq: usize,
     /// Keys that a query reads at most, the last of them its own; `None`: all up to its own.

@@ -12,7 +12,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation on two tensors of one shape; keeps nothing.
 #[derive(Clone, Copy, Debug)]
-pub struct AxpbyBf16 {
+pub(crate) struct AxpbyBf16 {
     /// Factor of the first operand.
     pub alpha: f64,
     /// Factor of the second operand.
@@ -90,7 +90,7 @@ pub fn reference(alpha: f64, a: &[f64], beta: f64, b: &[f64]) -> Vec<f64> {
 }
 
 /// Worked cases, of values whose results bf16 holds exactly, so that every precision has the same.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize]| {
         let shape = shape.to_vec();
         let whole = move |seed: u64| {

@@ -10,7 +10,7 @@ use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
 /// The operation: x `[.., n]` and b `[n]`, of one type. It keeps nothing, and overwrites x where that is unshared.
-pub struct AddBias;
+pub(crate) struct AddBias;
 
 impl Op for AddBias {
     fn name(&self) -> &'static str {
@@ -131,7 +131,7 @@ fn fast_backward(dy: &[f32], n: usize) -> Vec<f32> {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize]| {
         let n = shape[shape.len() - 1];
         Case::new("add_bias", name, normals(&[(shape, 41), (&[n], 42)]), |v| {

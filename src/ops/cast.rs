@@ -5,7 +5,7 @@ use crate::{DType, Result, Tensor};
 
 /// The operation.
 #[derive(Clone, Copy, Debug)]
-pub struct Cast {
+pub(crate) struct Cast {
     /// Of the operand.
     pub from: DType,
     /// Of the result.

@@ -14,7 +14,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps the gradient.
 #[derive(Clone, Debug)]
-pub struct CrossEntropy {
+pub(crate) struct CrossEntropy {
     /// The right column of every row; −1 for rows that do not count.
     pub targets: Arc<[i32]>,
 }
@@ -197,7 +197,7 @@ fn row_loss(x: &[f32], target: usize) -> f64 {
 }
 
 /// Worked cases: rows that do not count, large logits, one row.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, rows: usize, vocab: usize, size: f64| {
         let targets: Arc<[i32]> = (0..rows).map(|r| if r % 3 == 1 { -1 } else { (r * 7 % vocab) as i32 }).collect();
         let operands = move || {

@@ -14,7 +14,7 @@ use crate::{DType, Element, Error, Result, Tensor};
 
 /// The operation; keeps nothing but the ids.
 #[derive(Clone, Debug)]
-pub struct Embedding {
+pub(crate) struct Embedding {
     /// Row of the table for every token.
     pub ids: Arc<[u32]>,
     /// Rows of the table.
@@ -191,7 +191,7 @@ fn fast_backward(dy: &[f32], ids: &[u32], [vocab, cols]: [usize; 2]) -> Vec<f32>
 }
 
 /// Worked cases: repeated and unused ids, one token.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, vocab: usize, cols: usize, tokens: usize| {
         let ids: Arc<[u32]> = (0..tokens).map(|t| ((t * t + 3 * t) % vocab) as u32).collect();
         let operands = normals(&[(&[vocab, cols], 51)]);

@@ -17,7 +17,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation.
 #[derive(Clone, Copy, Debug)]
-pub struct FakeQuant(pub QuantSpec);
+pub(crate) struct FakeQuant(pub QuantSpec);
 
 impl Op for FakeQuant {
     fn name(&self) -> &'static str {
@@ -68,7 +68,7 @@ impl Var<'_> {
     }
 }
 
-/// The codes and grids that [`FakeQuant`] would use. 16-bit tensors are widened first.
+/// The codes and grids that [`Var::fake_quant`] would use. 16-bit tensors are widened first.
 ///
 /// # Errors
 /// A group that does not divide the columns; a type that is not floating-point; a failed launch.
@@ -223,7 +223,7 @@ fn fast(spec: &QuantSpec, group: usize, y: &mut [f32]) {
 }
 
 /// Worked cases: bits, groups, ties, all-zero rows, an outlier row, clip search.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let awkward = |rows: usize, cols: usize| {
         let mut v = randn([rows, cols], (rows * cols) as u64).into_vec::<f64>().expect("f64");
         // Values of a 16-bit type, so that every precision quantises the same numbers.

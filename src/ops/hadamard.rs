@@ -15,7 +15,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The transform of the last axis, or its transpose.
 #[derive(Clone, Debug)]
-pub struct Transform {
+pub(crate) struct Transform {
     /// The matrix.
     pub map: Hadamard,
     /// Apply Hᵀ.
@@ -330,7 +330,7 @@ fn signed_sums([a, b, c, d]: [[f32; LANES]; 4]) -> [[f32; LANES]; 16] {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |rows: usize, n: usize, transpose: bool| {
         let name = format!("{rows}x{n}{}", if transpose { " transposed" } else { "" });
         Case::new("hadamard", name, normals(&[(&[rows, n], n as u64)]), move |mut v| {

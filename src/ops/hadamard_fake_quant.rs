@@ -12,7 +12,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation.
 #[derive(Clone, Debug)]
-pub struct HadamardFakeQuant {
+pub(crate) struct HadamardFakeQuant {
     /// The matrix; never transposed.
     pub map: Hadamard,
     /// The grid; its clip ratio is not searched.
@@ -79,7 +79,7 @@ impl Var<'_> {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |rows: usize, n: usize, spec: QuantSpec, name: &str| {
         let name = format!("{rows}x{n} {name}");
         Case::new("hadamard_fake_quant", name, normals(&[(&[rows, n], n as u64)]), move |mut v| {

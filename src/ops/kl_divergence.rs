@@ -13,7 +13,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps the gradient.
 #[derive(Clone, Debug)]
-pub struct KlDivergence {
+pub(crate) struct KlDivergence {
     /// Logits `[rows, vocab]`.
     pub teacher: Tensor,
 }
@@ -144,7 +144,7 @@ fn fast(x: &mut [f32], teacher: &[f32], cols: usize, scale: f32) -> Vec<f64> {
 }
 
 /// Worked cases: one row, one column, a teacher near and far.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, rows: usize, vocab: usize, size: f64, apart: f64| {
         let scaled = move |seed: u64, size: f64| -> Vec<f64> {
             randn([rows, vocab], seed).into_vec::<f64>().expect("f64").into_iter().map(|x| x * size).collect()

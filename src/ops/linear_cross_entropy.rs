@@ -1,4 +1,4 @@
-//! A linear layer and the cross entropy of its result, [`CrossEntropy`]'s L of `x Wᵀ`, without ever holding all logits: they are made a
+//! A linear layer and the cross entropy of its result, [`Var::cross_entropy`]'s L of `x Wᵀ`, without ever holding all logits: they are made a
 //! few rows at a time, and their gradient is used up at once for `dx = dlogits W` and `dW = dlogitsᵀ x`, which are all that is kept.
 
 use std::sync::Arc;
@@ -14,7 +14,7 @@ const LOGITS: usize = 1 << 27;
 
 /// The operation; keeps the gradients.
 #[derive(Clone, Debug)]
-pub struct LinearCrossEntropy {
+pub(crate) struct LinearCrossEntropy {
     /// The right column of every row; −1 for rows that do not count.
     pub targets: Arc<[i32]>,
     /// Rows of logits made at once.
@@ -22,7 +22,7 @@ pub struct LinearCrossEntropy {
 }
 
 /// Rows of logits of `vocab` values that are made at once.
-pub fn rows_at_once(vocab: usize) -> usize {
+pub(crate) fn rows_at_once(vocab: usize) -> usize {
     (LOGITS / vocab.max(1)).next_multiple_of(128).max(128)
 }
 
@@ -126,7 +126,7 @@ pub fn linear_token_losses(x: &Tensor, w: &Tensor, targets: &[i32]) -> Result<Ve
 }
 
 /// Worked cases: one part, several, a part in which nothing counts.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, tokens: usize, width: usize, vocab: usize, rows: usize| {
         let targets: Arc<[i32]> = (0..tokens).map(|r| if r / 2 == 1 { -1 } else { (r * 7 % vocab) as i32 }).collect();
         let operands = normals(&[(&[tokens, width], 71), (&[vocab, width], 72)]);

@@ -12,7 +12,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// `op(A) op(B)`.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Matmul {
+pub(crate) struct Matmul {
     /// Read the last two axes of A transposed.
     pub ta: bool,
     /// Read the last two axes of B transposed.
@@ -91,7 +91,7 @@ impl Op for Matmul {
 
 /// `c + x Wᵀ`: a linear layer and the sum it goes into, rounded once.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct LinearAdd;
+pub(crate) struct LinearAdd;
 
 impl LinearAdd {
     const PRODUCT: Matmul = Matmul { ta: false, tb: true, dtype: None };
@@ -204,7 +204,7 @@ impl<'t> Var<'t> {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, a: &[usize], ta, b: &[usize], tb| {
         Case::new("matmul", name, normals(&[(a, 11), (b, 12)]), move |v| v[0].tape().record(Matmul { ta, tb, dtype: None }, v))
     };

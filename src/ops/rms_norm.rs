@@ -11,7 +11,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps x and r of every row.
 #[derive(Clone, Debug)]
-pub struct RmsNorm {
+pub(crate) struct RmsNorm {
     /// Added to the mean square, inside the root.
     pub eps: f64,
     /// Multiplies every row, `[cols]` in the type and on the device of the operand; it gets no gradient.
@@ -216,7 +216,7 @@ fn fast_backward(dy: &mut [f32], x: &[f32], inverse: &[f32], cols: usize) {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], eps: f64| {
         Case::new("rms_norm", name, normals(&[(shape, 21)]), move |mut v| v.remove(0).rms_norm(eps))
     };

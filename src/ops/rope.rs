@@ -71,7 +71,7 @@ impl Rope {
 
 /// The rotation of `[tokens, heads, dim]`, dim at least D, token t at position t mod seq, or its transpose.
 #[derive(Clone, Debug)]
-pub struct Rotate {
+pub(crate) struct Rotate {
     /// The angles.
     pub rope: Rope,
     /// Rotate back.
@@ -231,7 +231,7 @@ fn fast(x: &mut [f32], cos: &[f32], sin: &[f32], n: Sizes, transpose: bool) {
 }
 
 /// Worked cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let scaled = |name: &str, (batch, seq): (usize, usize), heads: usize, [dim, turned]: [usize; 2], factor: f64| {
         Case::new("rope", name, normals(&[(&[batch * seq, heads * dim], 41)]), move |mut v| {
             let x = v.remove(0);

@@ -10,7 +10,8 @@ mod fast;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use cases::{cases, check_problems, problems};
+pub(crate) use cases::cases;
+pub use cases::check_problems;
 
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::ffi;

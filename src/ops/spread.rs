@@ -70,7 +70,7 @@ impl Measure {
 
 /// The operation; keeps the gradient.
 #[derive(Clone, Copy, Debug)]
-pub struct Spread(pub Measure);
+pub(crate) struct Spread(pub Measure);
 
 impl Op for Spread {
     fn name(&self) -> &'static str {
@@ -162,7 +162,7 @@ fn launch(queue: Queue<'_>, values: View<'_>, parts: View<'_>, measure: Measure,
 }
 
 /// Worked cases: zeros, outliers, odd sizes.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |measure: Measure, name: &str, shape: &[usize]| {
         let shape = shape.to_vec();
         let operands = move || {

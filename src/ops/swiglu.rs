@@ -12,7 +12,7 @@ use crate::{DType, Error, Result, Tensor};
 
 /// The operation; keeps both operands.
 #[derive(Clone, Copy, Debug)]
-pub struct Swiglu;
+pub(crate) struct Swiglu;
 
 impl Op for Swiglu {
     fn name(&self) -> &'static str {
@@ -156,7 +156,7 @@ fn gradients(dy: f32, g: f32, u: f32) -> (f32, f32) {
 }
 
 /// Worked cases: the wide one reaches where e^−g over- and underflows.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], size: f64| {
         let shape = shape.to_vec();
         let operands = move || {

@@ -14,7 +14,8 @@ use crate::profile::{enter, enter_pass, part};
 use crate::{Error, Result, Tensor};
 
 pub use checkpoint::checkpoint;
-pub use op::{Grads, Inputs, Op, Saved, Takes, operands, run, run_backward};
+pub(crate) use op::run_backward;
+pub use op::{Grads, Inputs, Op, Saved, Takes, operands, run};
 
 struct Node {
     /// `None` for a variable.

@@ -189,7 +189,7 @@ pub fn run(op: &dyn Op, inputs: impl Into<Inputs>, save: &mut Saved) -> Result<T
 ///
 /// # Errors
 /// Whatever `op` reports.
-pub fn run_backward(op: &dyn Op, mut saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+pub(crate) fn run_backward(op: &dyn Op, mut saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
     if let (Device::Cuda(device), false) = (dy.device(), op.takes() == Takes::Anything) {
         return op.gpu_backward(&device, saved, dy, want);
     }

@@ -37,7 +37,7 @@ fn windows() -> Vec<Case> {
 }
 
 /// Worked cases: one token, one group or several, a sequence longer than a block, windows.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, tokens, heads, dim| case(name, tokens, heads, dim, None);
     let mut all = vec![
         of_one_key("one token", 1, None),

@@ -9,7 +9,7 @@ use crate::{DType, Device, Result, Tensor};
 
 /// Problems for parity: segments without and behind prefixes, one token, several chunks and blocks, groups, a table with rows that
 /// nobody reads. Heads of queries, of keys, values of each; segments.
-pub fn problems() -> Vec<(&'static str, [usize; 3], Vec<Segment>)> {
+pub(crate) fn problems() -> Vec<(&'static str, [usize; 3], Vec<Segment>)> {
     let segment = |tokens, prefix: Range<usize>, first_key| Segment { tokens, prefix, first_key };
     vec![
         ("one token", [1, 1, 8], vec![segment(1, 0..0, 0)]),
@@ -24,7 +24,7 @@ pub fn problems() -> Vec<(&'static str, [usize; 3], Vec<Segment>)> {
 }
 
 /// Worked cases: of the benches alone, since there is no gradient to check; [`problems`] are for parity.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     Case::table(timed, SIZES)
 }
 
