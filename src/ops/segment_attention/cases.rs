@@ -61,7 +61,7 @@ fn timed(n: usize, rows: usize) -> Case {
     })
 }
 
-/// Every one of [`problems`] on a device, in a type, without a window and with some, against the definition in `f64`.
+/// Segments with and without prefixes, of several head sizes, on a device, in a type, without a window and with some, against the definition in `f64`.
 ///
 /// # Errors
 /// Values that differ by more than rounding.
