@@ -255,12 +255,23 @@ int sq_not_finite(int32_t *flag, const void *x, int64_t count, sq_dtype dtype, s
 /* y = alpha * a + beta * b, rounded once to bf16. */
 int sq_axpby_bf16(void *y, float alpha, const float *a, float beta, const float *b, int64_t count, sq_stream stream);
 
+/* log_scale.cu ------------------------------------------------------------------------------------------------ */
+
+/* y = x exp(sign a) for x [rows, cols], one entry of a a row (by_rows) or a column; sign is 1 or -1. y may be x. */
+int sq_log_scale(void *y, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows, float sign, sq_dtype dtype,
+                 sq_stream stream);
+/* da = sign exp(sign a) sum of x dy, over the columns (by_rows) or the rows; in a fixed order. */
+int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
+                      float sign, sq_dtype dtype, sq_stream stream);
+
 /* kl_divergence.cu -------------------------------------------------------------------------------------------- */
 
 /* Per row of logits and teacher [rows, vocab]: loss[row] = sum p (log p - log q), p = softmax(teacher), q = softmax(logits),
  * and, when scale != 0, logits are overwritten by scale (q - p). */
 int sq_kl_divergence(void *logits, float *loss, const void *teacher, int64_t rows, int64_t vocab, float scale,
                      sq_dtype dtype, sq_stream stream);
+/* Per row of a and b [rows, cols]: agree[row] = 1 where their largest values are in the same place (of equal ones the first), else 0. */
+int sq_agreement(int32_t *agree, const void *a, const void *b, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream);
 
 /* spread.cu --------------------------------------------------------------------------------------------------- */
 

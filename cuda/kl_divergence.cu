@@ -1,6 +1,7 @@
 // Divergence of rows of logits x from a teacher's t, and its gradient in the place of x:
 //   loss = sum_j p_j (log p_j - log q_j),   dx = scale (q - p),   p = softmax(t), q = softmax(x).
 // A block has one row and reads both twice: for maxima and sums of exponentials, then for the divergence and the gradient.
+// A second kernel compares the places of both maxima, for evaluation.
 #include <float.h>
 
 #include "common.cuh"
@@ -51,6 +52,31 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) loss[blockIdx.x] = apart / p.sum + logf(q.sum) - logf(p.sum);
 }
 
+// A value and its place as one integer: larger values first, then smaller places. -0 is 0.
+__device__ __forceinline__ unsigned long long placed(float x, int64_t place) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return (static_cast<unsigned long long>(ordered) << 32) | (0xffffffffu - uint32_t(place));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) agreement_kernel(int32_t *agree, const T *a, const T *b, int64_t cols) {
+  __shared__ unsigned long long largest[2];
+  const int64_t start = int64_t(blockIdx.x) * cols;
+  if (threadIdx.x < 2) largest[threadIdx.x] = 0;
+  __syncthreads();
+  unsigned long long mine[2] = {0, 0};
+  for (int64_t j = threadIdx.x; j < cols; j += kThreads) {
+    mine[0] = max(mine[0], placed(to_float(a[start + j]), j));
+    mine[1] = max(mine[1], placed(to_float(b[start + j]), j));
+  }
+  // A maximum of integers does not depend on the order.
+  atomicMax(&largest[0], mine[0]);
+  atomicMax(&largest[1], mine[1]);
+  __syncthreads();
+  if (threadIdx.x == 0) agree[blockIdx.x] = uint32_t(largest[0]) == uint32_t(largest[1]);
+}
+
 }  // namespace
 
 extern "C" int sq_kl_divergence(void *logits, float *loss, const void *teacher, int64_t rows, int64_t vocab, float scale,
@@ -61,6 +87,18 @@ extern "C" int sq_kl_divergence(void *logits, float *loss, const void *teacher, 
     using T = typename decltype(type)::type;
     kl_divergence_kernel<T><<<unsigned(rows), kThreads, 0, cuda_stream(stream)>>>(
         static_cast<T *>(logits), loss, static_cast<const T *>(teacher), vocab, scale);
+    return launched();
+  });
+}
+
+extern "C" int sq_agreement(int32_t *agree, const void *a, const void *b, int64_t rows, int64_t cols, sq_dtype dtype,
+                            sq_stream stream) {
+  if (rows < 0 || rows > kMaxGridX || cols < 1 || cols > INT32_MAX) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    agreement_kernel<T><<<unsigned(rows), kThreads, 0, cuda_stream(stream)>>>(agree, static_cast<const T *>(a),
+                                                                              static_cast<const T *>(b), cols);
     return launched();
   });
 }

@@ -148,7 +148,7 @@ fn logits<'t>(config: &LlamaConfig, vars: &[Var<'t>], tokens: &[u32], run: &Run)
     for (i, layer) in layers.chunks(7).enumerate() {
         let linears: Linears<LinearVars<'t>> = without_biases(layer)?;
         let block = Block::new(config, i, linears.each(|_, l| Ok(l.weight.value().clone().into()))?);
-        x = block.forward(x, RotatedWeights { linears, leave: None }, run)?;
+        x = block.forward(x, RotatedWeights { linears, leave: None, norms: [None, None] }, run)?;
     }
     x.rms_norm(config.rms_norm_eps)?.linear(head.clone())
 }

@@ -2,7 +2,7 @@
 //! clip ratios where they are wanted.
 //!
 //! ```
-//! use spinquant::compare::{Comparison, Unrotated};
+//! use spinquant::compare::{Comparison, Test, Unrotated};
 //! use spinquant::learn::LearnOptions;
 //! use spinquant::{demo, optim, quant::Scheme};
 //!
@@ -10,10 +10,9 @@
 //! let (calibration, text) = (demo::windows(demo::CALIBRATION, 64)?, demo::windows(&demo::TEST[..8_000], 64)?);
 //! let outcome = Comparison {
 //!     model: &model,
-//!     unrotated: Unrotated::score(&model, &scheme, (&text, None), None, &mut ())?,
+//!     unrotated: Unrotated::score(&model, &scheme, Test::on(&text), None, &mut ())?,
 //!     calibration: &calibration,
-//!     text: &text,
-//!     exam: None,
+//!     test: Test::on(&text),
 //!     scheme,
 //!     learn_scheme: scheme,
 //!     options: &LearnOptions { steps: 3, ..LearnOptions::default() },
@@ -27,6 +26,8 @@
 //! let names: Vec<&str> = outcome.rows.iter().map(|row| row.name).collect();
 //! assert_eq!(names[..4], ["full precision", "full precision, rotated", "rtn", "hadamard mean"]);
 //! assert!(outcome.rows[0].judged.perplexity < outcome.rows[2].judged.perplexity);
+//! let divergence = |row: usize| outcome.rows[row].judged.fidelity.as_ref().map(|f| f.divergence().mean);
+//! assert!(divergence(1) < Some(1e-5) && divergence(1) < divergence(3) && divergence(3) < divergence(2));
 //! assert_eq!(outcome.runs[0].start_perplexity, Some(outcome.random[0].perplexity));
 //! # Ok::<(), spinquant::Error>(())
 //! ```
@@ -37,11 +38,12 @@ use crate::calibrate::{Calibration, ClipFound, ClipGoal, LayerReport, quantize_w
 use crate::data::Windows;
 use crate::eval::exam::Exam;
 use crate::eval::marks::Marks;
-use crate::eval::perplexity;
+use crate::eval::fidelity::{self, Fidelity};
+use crate::eval::perplexity_beside;
 use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
 use crate::optim::Optimizer;
-use crate::quant::{Gptq, Scheme};
+use crate::quant::{Gptq, Online, Scheme};
 use crate::rotation::Rotations;
 use crate::{Error, Result};
 
@@ -50,15 +52,19 @@ use crate::{Error, Result};
 pub struct Judged {
     /// Perplexity on the text.
     pub perplexity: f64,
+    /// Fidelity on the text to the model in full precision, where that was at hand.
+    pub fidelity: Option<Fidelity>,
+    /// The same on text of another kind.
+    pub other: Option<Fidelity>,
     /// The marks of every task of the exam; none without one.
     pub marks: Vec<Marks>,
 }
 
 impl Judged {
-    /// The mean of several networks' perplexities, and of their marks question by question.
+    /// The mean of several networks' perplexities, and of their fidelities window by window and marks question by question.
     ///
     /// # Errors
-    /// No network; networks that were asked different questions.
+    /// No network; networks that read different windows or were asked different questions.
     pub fn mean(all: &[Self]) -> Result<Self> {
         if all.is_empty() {
             return Err(Error::argument("scores", "expected those of at least one network, got none"));
@@ -66,12 +72,32 @@ impl Judged {
         let perplexity = all.iter().map(|j| j.perplexity).sum::<f64>() / all.len() as f64;
         let tasks = all.iter().map(|j| j.marks.len()).min().unwrap_or(0);
         let task = |t: usize| Marks::mean(&all.iter().map(|j| j.marks[t].clone()).collect::<Vec<_>>());
-        Ok(Self { perplexity, marks: (0..tasks).map(task).collect::<Result<_>>()? })
+        let fidelity = |of: fn(&Self) -> &Option<Fidelity>| -> Result<Option<Fidelity>> {
+            let known: Option<Vec<Fidelity>> = all.iter().map(|j| of(j).clone()).collect();
+            known.map(|known| Fidelity::mean(&known)).transpose()
+        };
+        let (fidelity, other) = (fidelity(|j| &j.fidelity)?, fidelity(|j| &j.other)?);
+        Ok(Self { perplexity, fidelity, other, marks: (0..tasks).map(task).collect::<Result<_>>()? })
     }
 }
 
-/// What networks are scored on: text, and tasks.
-pub type Test<'a> = (&'a Windows, Option<&'a Exam>);
+/// What networks are scored on.
+#[derive(Clone, Copy, Debug)]
+pub struct Test<'a> {
+    /// Text, for perplexity and fidelity.
+    pub text: &'a Windows,
+    /// Text of another kind, for fidelity.
+    pub other: Option<&'a Windows>,
+    /// Tasks.
+    pub exam: Option<&'a Exam>,
+}
+
+impl<'a> Test<'a> {
+    /// A text alone.
+    pub fn on(text: &'a Windows) -> Self {
+        Self { text, other: None, exam: None }
+    }
+}
 
 /// One line of the table.
 #[derive(Clone, Debug)]
@@ -114,10 +140,11 @@ impl Unrotated {
         gptq: Option<GptqRun<'_>>,
         watch: &mut dyn Watch,
     ) -> Result<Self> {
-        let full = judge(&plain.merge(None, &Scheme::FULL_PRECISION)?, test, watch, "full precision")?;
-        let rtn = judge(&plain.merge(None, scheme)?, test, watch, "rtn")?;
+        let exact = plain.merge(None, &Scheme::FULL_PRECISION)?;
+        let full = judge(&exact, Some(&exact), test, watch, "full precision")?;
+        let rtn = judge(&plain.merge(None, scheme)?, Some(&exact), test, watch, "rtn")?;
         let gptq = match gptq {
-            Some(run) => Some(judge(&quantized(plain, None, scheme, run, watch)?, test, watch, "gptq")?),
+            Some(run) => Some(judge(&quantized(plain, None, scheme, run, watch)?, Some(&exact), test, watch, "gptq")?),
             None => None,
         };
         Ok(Self { full, rtn, gptq })
@@ -132,10 +159,8 @@ pub struct Comparison<'a> {
     pub unrotated: Unrotated,
     /// Text to learn and to search clip ratios on.
     pub calibration: &'a Windows,
-    /// Text to score.
-    pub text: &'a Windows,
-    /// Tasks to score.
-    pub exam: Option<&'a Exam>,
+    /// What networks are scored on.
+    pub test: Test<'a>,
     /// What is scored.
     pub scheme: Scheme,
     /// Quantisation and online Hadamards while learning.
@@ -203,13 +228,26 @@ pub struct Outcome {
     pub clip: Option<ClipGoal>,
 }
 
-/// Perplexity and marks, told to a watch.
+/// Perplexity, fidelity to `full` (the model in full precision) where that is given, and marks, told to a watch.
 ///
 /// # Errors
-/// Those of [`perplexity`] and [`Exam::take`].
-pub fn judge(network: &Merged, (text, exam): Test<'_>, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
+/// Those of [`perplexity_beside`] and [`Exam::take`].
+pub fn judge(
+    network: &Merged,
+    full: Option<&Merged>,
+    Test { text, other, exam }: Test<'_>,
+    watch: &mut dyn Watch,
+    what: &str,
+) -> Result<Judged> {
     watch.begin(what, text.len());
-    let perplexity = perplexity(network, text, |done| watch.at(done))?.perplexity;
+    let (score, fidelity) = perplexity_beside(network, full, text, |done| watch.at(done))?;
+    let other = match (full, other) {
+        (Some(full), Some(other)) => {
+            watch.begin(&format!("{what}, other text"), other.len());
+            Some(fidelity::fidelity(network, full, other, |done| watch.at(done))?)
+        }
+        _ => None,
+    };
     let marks = match exam {
         Some(exam) => {
             watch.begin(&format!("{what}, answers"), exam.requests().len());
@@ -217,7 +255,7 @@ pub fn judge(network: &Merged, (text, exam): Test<'_>, watch: &mut dyn Watch, wh
         }
         None => vec![],
     };
-    Ok(Judged { perplexity, marks })
+    Ok(Judged { perplexity: score.perplexity, fidelity, other, marks })
 }
 
 /// Rotates a model and quantises its weights by GPTQ, told to a watch: layers, and where a Hessian asked for more damping.
@@ -251,12 +289,18 @@ impl Comparison<'_> {
         Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed)
     }
 
+    /// The model in full precision, which shares the model's weights.
+    fn full(&self) -> Result<Merged> {
+        self.model.merge_exact(None, &Scheme::FULL_PRECISION.online(Online::NONE))
+    }
+
     fn evaluate(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
-        judge(&self.model.merge(Some(rotations), scheme)?, (self.text, self.exam), watch, what)
+        judge(&self.model.merge(Some(rotations), scheme)?, Some(&self.full()?), self.test, watch, what)
     }
 
     fn with_gptq(&self, run: GptqRun<'_>, rotations: &Rotations, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
-        judge(&quantized(self.model, Some(rotations), &self.scheme, run, watch)?, (self.text, self.exam), watch, what)
+        let network = quantized(self.model, Some(rotations), &self.scheme, run, watch)?;
+        judge(&network, Some(&self.full()?), self.test, watch, what)
     }
 
     fn learn(&self, seed: u64, scheme: Scheme, watch: &mut dyn Watch, what: String) -> Result<(Learned, Vec<(usize, f64)>)> {

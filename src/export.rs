@@ -1,7 +1,7 @@
 //! Quantised models as files, in three formats.
 //!
 //! - [`Format::Hf`]: the standard Hugging Face layout, for any runtime, of the source's own architecture. R1 and R2 are merged into
-//!   the weights, every RMSNorm gain is 1 (but for norms of heads), and so are a family's multipliers; nothing runs online, so the
+//!   the weights, every RMSNorm gain is 1 or what scales of norms leave there (but for norms of heads), and so are a family's multipliers; nothing runs online, so the
 //!   scheme must be without R3 and R4. Quantised weights are written as the values of their grid. A tied head is written out.
 //! - [`Format::CompressedTensors`]: the same with quantised weights as packed integers and their scales, and how inputs of linears are
 //!   quantised, for transformers and vLLM; the layout is in [`compressed_tensors`](crate::compressed_tensors).
@@ -27,12 +27,14 @@
 //! | `model.layers.N.LINEAR.codes` | U8, `[out, bytes]` | the codes, packed as said below |
 //! | `model.layers.N.LINEAR.scale` | F32 (F64 where dtype is), `[out, in/group]` | column i is of group i / `weights.group` |
 //! | `model.layers.N.LINEAR.zero` | as scale | only where asymmetric |
+//! | `model.layers.N.input_layernorm.weight`, `….post_attention_layernorm.weight` | dtype, `[C]` | only with `scales.norms`: the gains |
+//! | `scales.NAME` | as R1 | only where learned with the rotations: logarithms, already merged ([`Scale`](crate::rotation::Scale)) |
 //! | `R1`, `R2` | F32 or F64, `[C, C]`, `[L, D, D]` | only where rotated: already merged, for reference |
 //! | `R3.core`, `R4.core` | I8, `[K, K]` | the ±1 matrix `H_K` of an online Hadamard, where K > 1 |
 //!
 //! Codes are stored less `weights.min_code`, so from 0. At up to 4 bits there are two a byte, column 2j in the low half of byte j
 //! of a row and column 2j + 1 in the high (0 where there is none), `bytes = ⌈in/2⌉`; else one a byte, `bytes = in`. A weight is
-//! `scale · (code − zero)` in the type of the scale, rounded once to dtype. Every RMSNorm of the stream has gain 1. The network is that
+//! `scale · (code − zero)` in the type of the scale, rounded once to dtype. Every RMSNorm of the stream without gain here has 1. The network is that
 //! of `config` (linears apart, whatever its own files do) but for `scheme.online`: with r3, every head of q and k is multiplied by a Hadamard after the rotary embedding; with r4
 //! (`true`, or `"block:N"` for N values at a time), down_proj's input is. A row x of n values becomes H x: view it as `[blocks, K, n/(K·blocks)]` (`hadamard.r3`, `hadamard.r4`),
 //! apply the natural-order Sylvester transform along the last axis, multiply by `H_K` from the left along the middle one, divide
@@ -59,10 +61,10 @@ use sha2::{Digest, Sha256};
 
 use crate::compressed_tensors::Quantization;
 use crate::grid::Quantized;
-use crate::llama::{Affine, EMBEDDING, FINAL_NORM, HEAD, LayerWeights, Linears, LlamaConfig, NORMS};
+use crate::llama::{Affine, EMBEDDING, FINAL_NORM, HEAD, LayerWeights, Linears, LlamaConfig, NORMS, norm_gains};
 use crate::ops::fake_quant::quantize;
 use crate::quant::{ClipRatios, Online, QuantSpec, Scheme};
-use crate::rotation::Rotations;
+use crate::rotation::{Rotations, Scale};
 use crate::{DType, Device, Error, Result, Tensor, io};
 use parts::{Part, Raw};
 use place::{Place, RUN, copy};
@@ -236,13 +238,13 @@ pub fn sha256(bytes: &[u8]) -> String {
     io::hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 of the shape, type and values of R1 and R2.
+/// SHA-256 of the shape, type and values of R1, R2 and the scales.
 ///
 /// # Errors
 /// A failing copy from a GPU.
 pub fn rotations_sha256(rotations: &Rotations) -> Result<String> {
     let mut hash = Sha256::new();
-    for t in [&rotations.r1, &rotations.r2] {
+    for t in [&rotations.r1, &rotations.r2].into_iter().chain(rotations.scales.iter().map(|(_, t)| t)) {
         let t = t.to_device(&Device::Cpu)?;
         hash.update(format!("{} {:?}\n", t.dtype(), t.shape()));
         hash.update(io::bytes(&t)?);
@@ -296,6 +298,7 @@ impl<'a> Writer<'a> {
         }
         if let Some(r) = rotations {
             r.check(config.hidden_size, config.head_dim, config.layers, crate::rotation::TOLERANCE)?;
+            r.scales.check(&config.scale_sizes())?;
         }
         let mut record = Map::from_iter([
             ("format".into(), output.format.name().into()),
@@ -403,8 +406,13 @@ impl<'a> Writer<'a> {
         }
         if self.output.format.is_hugging_face() {
             let ones = ones(self.config.hidden_size, self.dtype)?;
-            for norm in NORMS {
-                raws.push(Raw::new(format!("model.layers.{layer}.{norm}.weight"), &ones)?);
+            let gains = self.gains(layer)?.unwrap_or_else(|| [ones.clone(), ones]);
+            for (norm, gain) in NORMS.into_iter().zip(&gains) {
+                raws.push(Raw::new(format!("model.layers.{layer}.{norm}.weight"), gain)?);
+            }
+        } else if let Some(gains) = self.gains(layer)? {
+            for (norm, gain) in NORMS.into_iter().zip(&gains) {
+                raws.push(Raw::new(format!("model.layers.{layer}.{norm}.weight"), gain)?);
             }
         }
         parts::write(&self.part(layer), &raws, &BTreeMap::new())
@@ -421,6 +429,13 @@ impl<'a> Writer<'a> {
                 Err(Error::argument(name, format!("expected no {} (the configuration says so), got one", &what[2..])))
             }
         }
+    }
+
+    /// The gains that scales leave in a layer's norms.
+    fn gains(&self, layer: usize) -> Result<Option<[Tensor; 2]>> {
+        let Some(logarithms) = self.rotations.and_then(|r| r.scales.get(Scale::Norms)) else { return Ok(None) };
+        let [first, second] = norm_gains(logarithms, layer)?;
+        Ok(Some([first.to_dtype(self.dtype)?, second.to_dtype(self.dtype)?]))
     }
 
     /// Adds the (rotated) embedding and head, joins the layers and moves the folder into place.

@@ -31,7 +31,7 @@ fn models() -> Vec<(String, PathBuf)> {
 fn setup(name: &str, path: &PathBuf, dtype: DType, device: &Device) -> (Golden, Network) {
     let golden = Golden::open(&format!("{name}/golden.safetensors"));
     let model = Llama::load(path, dtype, device).unwrap();
-    let rotations = Rotations { r1: golden.get("R1"), r2: golden.get("R2") };
+    let rotations = Rotations::new(golden.get("R1"), golden.get("R2"));
     let rotations = rotations.to_dtype(dtype).unwrap().to_device(device).unwrap();
     let seq = golden.get("tokens").cols();
     let tokens = golden.values("tokens").iter().map(|t| *t as u32).collect();

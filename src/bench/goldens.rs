@@ -92,7 +92,7 @@ fn of_folder(folder: &Path, device: &Device) -> Result<Agreement> {
             Tensor::from_vec(values, view.shape())
         };
         let model = Llama::load(&dir, DType::F32, device)?;
-        let rotations = Rotations { r1: get("R1")?, r2: get("R2")? }.to_dtype(DType::F32)?.to_device(device)?;
+        let rotations = Rotations::new(get("R1")?, get("R2")?).to_dtype(DType::F32)?.to_device(device)?;
         let seq = get("tokens")?.cols();
         let tokens: Vec<u32> = get("tokens")?.to_f64_vec()?.iter().map(|t| *t as u32).collect();
         for mode in cases["modes"].as_array().into_iter().flatten() {

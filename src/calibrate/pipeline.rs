@@ -167,7 +167,7 @@ pub fn quantize_layers(
         let loaded = index < saved;
         let (layer, block) = if loaded {
             let layer = store.load(index, rotated.dtype(), rotated.device())?;
-            let block = rotated.block_of(index, layer.weights());
+            let block = rotated.block_of(index, layer.weights())?;
             (layer, block)
         } else {
             let block = rotated.block(index)?;
@@ -273,12 +273,12 @@ impl Stream {
     fn reach(&mut self, site: Site, block: &Block, w: &LayerWeights, mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         match site {
             Site::AttentionInput => {
-                self.x.iter().try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), &self.run))?))
+                self.x.iter().try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), None, &self.run))?))
             }
             Site::AttentionOutput => self.attend(block, w, see),
             Site::MlpInput => {
                 self.add(&w[Linear::O])?;
-                self.x.iter().try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), &self.run))?))
+                self.x.iter().try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), None, &self.run))?))
             }
             Site::DownInput => self.gate(block, w, see),
             Site::Key | Site::Value => Ok(()),
@@ -290,7 +290,7 @@ impl Stream {
         for x in &self.x {
             let a = value(|t| {
                 let qkv = [Linear::Q, Linear::K, Linear::V].map(|l| on(t, &w[l]));
-                block.attend(block.attention_input(t.constant(x.clone()), &self.run)?, qkv, &self.run)
+                block.attend(block.attention_input(t.constant(x.clone()), None, &self.run)?, qkv, &self.run)
             })?;
             see(&a)?;
             self.inner.push(a);
@@ -303,7 +303,7 @@ impl Stream {
         for x in &self.x {
             let m = value(|t| {
                 let gate_up = [Linear::Gate, Linear::Up].map(|l| on(t, &w[l]));
-                block.gated(block.mlp_input(t.constant(x.clone()), &self.run)?, gate_up, &self.run)
+                block.gated(block.mlp_input(t.constant(x.clone()), None, &self.run)?, gate_up, &self.run)
             })?;
             see(&m)?;
             self.inner.push(m);

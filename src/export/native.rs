@@ -9,9 +9,9 @@ use super::parts::{Part, Raw};
 use super::{RECORD, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
-use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged};
+use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS};
 use crate::quant::{QuantSpec, R4, Scheme, Site};
-use crate::rotation::{Rotations, TOLERANCE};
+use crate::rotation::{Rotations, Scale, TOLERANCE, scale_name};
 use crate::{DType, Device, Error, Result, Tensor, io};
 
 pub const FORMAT: &str = "spinquant-native";
@@ -149,8 +149,9 @@ pub fn describe(
     rotations: Option<&Rotations>,
 ) -> Result<Map<String, Value>> {
     if let Some(r) = rotations {
-        for (name, t) in [("R1", &r.r1), ("R2", &r.r2)] {
-            raws.push(Raw::new(name.into(), t)?);
+        let scales = r.scales.iter().map(|(kind, t)| (scale_name(kind), t));
+        for (name, t) in [("R1".into(), &r.r1), ("R2".into(), &r.r2)].into_iter().chain(scales) {
+            raws.push(Raw::new(name, t)?);
         }
     }
     let mut hadamard = json!({"convention": HADAMARD});
@@ -292,15 +293,27 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
         true => {
             let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
             let dtype = if part.get("R1", Dtype::F64, &[c, c]).is_ok() { DType::F64 } else { DType::F32 };
-            let r = Rotations { r1: part.tensor("R1", dtype, &[c, c])?, r2: part.tensor("R2", dtype, &[l, d, d])? };
-            r.check(c, d, l, TOLERANCE).map_err(|e| Error::format(part.path(), e))?;
+            let mut r = Rotations::new(part.tensor("R1", dtype, &[c, c])?, part.tensor("R2", dtype, &[l, d, d])?);
+            for kind in Scale::ALL.into_iter().filter(|kind| part.has(&scale_name(*kind))) {
+                let shape = kind.shape(&config.scale_sizes());
+                r.scales.set(kind, Some(part.tensor(&scale_name(kind), dtype, &shape)?));
+            }
+            let fits = r.check(c, d, l, TOLERANCE).and_then(|()| r.scales.check(&config.scale_sizes()));
+            fits.map_err(|e| Error::format(part.path(), e))?;
             Some(r)
         }
     };
     let block = |l: usize| {
         let stored = read_layer(&part, &config, &sites.weight, dtype, l)?;
         let weights = stored.each(|_, l| Ok(l.with_weight(l.weight.values(dtype)?)))?.map(|w| w.to_device(device))?;
-        Ok(Block::new(&config, l, weights))
+        let block = Block::new(&config, l, weights);
+        if rotations.as_ref().is_none_or(|r| r.scales.get(Scale::Norms).is_none()) {
+            return Ok(block);
+        }
+        let [first, second] = NORMS.map(|norm| {
+            part.tensor(&format!("model.layers.{l}.{norm}.weight"), dtype, &[config.hidden_size])?.to_device(device)
+        });
+        Ok(block.with_gains([first?, second?]))
     };
     let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
     Ok(Native { model: Merged { config, scheme, embedding, head, blocks }, rotations, record })

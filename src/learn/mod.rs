@@ -19,12 +19,13 @@ use serde_json::{Value, json};
 
 use crate::calibrate::{ClipFound, ClipGoal, search_clips};
 use crate::data::{self, Sampler, Windows, split_held_out};
+use crate::eval::fidelity::Fidelity;
 use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars};
 use crate::objective::Batch;
-use crate::optim::{Optimizer, State};
+use crate::optim::{Optimizer, Product, State};
 use crate::profile::{enter, enter_pass};
-use crate::quant::{ClipRatios, R4, Scheme};
-use crate::rotation::{RotationFile, Rotations};
+use crate::quant::{ClipRatios, Online, R4, Scheme};
+use crate::rotation::{RotationFile, Rotations, Scale, Scales, Sizes, scale_name};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// What happened in one step, as told to the callback.
@@ -61,10 +62,27 @@ pub struct Learned {
     pub held_out_first: f64,
     /// Held-out cross entropy at the end.
     pub held_out_last: f64,
+    /// Fidelity on the held-out windows to the model in full precision, at the start.
+    pub fidelity_first: Faithful,
+    /// The same at the end.
+    pub fidelity_last: Faithful,
     /// The largest max|RᵀR − I| after any step.
     pub orthogonality_error: f64,
     /// Mean wall-clock time of a step, scoring not included.
     pub seconds_per_step: f64,
+}
+
+/// Fidelity of a network to the model in full precision: means over the tokens of held-out windows, NaN where there are none.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Faithful {
+    /// KL(full precision ‖ network), in nats a token.
+    pub divergence: f64,
+    /// The part of tokens after which both find the same token likeliest.
+    pub agreement: f64,
+}
+
+impl Faithful {
+    const UNKNOWN: Self = Self { divergence: f64::NAN, agreement: f64::NAN };
 }
 
 /// Searches clip ratios on `count` windows spread over a text ([`search_clips`]).
@@ -110,6 +128,8 @@ struct Progress {
     step: usize,
     losses: (f64, f64),
     held_out: (f64, f64),
+    /// At the start.
+    fidelity: Faithful,
     orthogonality_error: f64,
     seconds: f64,
 }
@@ -149,6 +169,7 @@ pub fn learn_watched(
     options.check_text(windows)?;
     let LearnOptions { steps, batch, .. } = *options;
     let config = &model.config;
+    let rotations = with_scales(rotations, &options.scales, &config.scale_sizes())?;
     let on_device = rotations.to_device(&model.device())?;
     on_device.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
@@ -174,17 +195,19 @@ pub fn learn_watched(
         Ok(known.get().expect("just set"))
     };
 
+    let mut optimizer = Product::new(optimizer);
     let saved = match &options.checkpoint {
         Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
         _ => None,
     };
     let mut now = match saved {
-        Some((path, state)) => resume(state, fingerprint()?, path, optimizer)?,
+        Some((path, state)) => resume(state, fingerprint()?, path, &mut optimizer)?,
         None => Progress {
             rotations: on_device.to_dtype(dtype)?,
             step: 0,
             losses: (f64::NAN, f64::NAN),
             held_out: (f64::NAN, f64::NAN),
+            fidelity: Faithful::UNKNOWN,
             orthogonality_error: 0.0,
             seconds: 0.0,
         },
@@ -192,16 +215,18 @@ pub fn learn_watched(
     drop(on_device);
     now.rotations = now.rotations.to_device(&model.device())?;
     let stopped = || options.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
+    let faithful = |r: &Rotations| fidelity_until(model, windows, &held_out, r, (&scheme, settings.micro_batch), &stopped);
     let score = |r: &Rotations| held_out_until(model, windows, &held_out, r, &scheme, settings.micro_batch, &stopped);
     if now.step == 0 {
         now.held_out.0 = score(&now.rotations)?.ok_or(Error::Interrupted { step: 0 })?;
         now.held_out.1 = now.held_out.0;
+        now.fidelity = faithful(&now.rotations)?.ok_or(Error::Interrupted { step: 0 })?;
     }
     watch.begin("learning", steps);
     while now.step < steps {
         let start = Instant::now();
         let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
-        let (loss, grads) =
+        let (loss, (grads, scale_grads)) =
             gradients(model, windows, &sampler.step(now.step), &now.rotations, (options, &settings)).map_err(failed)?;
         if loss > DIVERGED * now.losses.0.abs() + DIVERGED {
             let message = format!("diverges: {loss:.3}, after {:.3} in the first step; try a lower learning rate", now.losses.0);
@@ -209,10 +234,9 @@ pub fn learn_watched(
         }
         let learning_rate = settings.schedule.at(now.step, steps, settings.learning_rate);
         let (update, part) = (enter_pass("update"), enter("optimiser"));
-        let mut params = now.rotations.as_params()?;
-        optimizer.step(&mut params, grads, learning_rate).map_err(failed)?;
-        let rotations = Rotations::from_params(&params)?;
-        let orthogonality_error = audit(&rotations, optimizer).map_err(failed)?;
+        let rates = (learning_rate, options.scale_rate * learning_rate / settings.learning_rate);
+        let rotations = optimizer.step(&now.rotations, (grads, &scale_grads), rates).map_err(failed)?;
+        let orthogonality_error = audit(&rotations, optimizer.rotations()).map_err(failed)?;
         drop((part, update));
         now.rotations = rotations;
         let seconds = start.elapsed().as_secs_f64();
@@ -233,12 +257,14 @@ pub fn learn_watched(
             && now.step < steps
             && (stop || now.step.is_multiple_of((*every).max(1)))
         {
-            save(&now, fingerprint()?, path, optimizer)?;
+            save(&now, fingerprint()?, path, &optimizer)?;
         }
         if stop && now.step < steps {
             return Err(Error::Interrupted { step: now.step });
         }
     }
+    // Of a run that ended: nothing is lost where scoring it was stopped.
+    let fidelity_last = faithful(&now.rotations)?.unwrap_or(Faithful::UNKNOWN);
     Ok(Learned {
         rotations: now.rotations.to_device(&Device::Cpu)?,
         settings,
@@ -247,6 +273,8 @@ pub fn learn_watched(
         loss_last: now.losses.1,
         held_out_first: now.held_out.0,
         held_out_last: now.held_out.1,
+        fidelity_first: now.fidelity,
+        fidelity_last,
         orthogonality_error: now.orthogonality_error,
         seconds_per_step: now.seconds / steps as f64,
     })
@@ -263,15 +291,37 @@ fn audit(rotations: &Rotations, optimizer: &dyn Optimizer) -> Result<f64> {
     Ok(r2.into_iter().fold(r1, f64::max))
 }
 
-/// Mean loss of a batch and the gradients of R1 `[1, C, C]` and R2 `[L, D, D]`, micro-batches averaged.
+/// Rotations with scales of 1 of those kinds that they have none of.
+fn with_scales(mut rotations: Rotations, kinds: &[Scale], sizes: &Sizes) -> Result<Rotations> {
+    for (kind, ones) in Scales::ones(kinds, sizes)?.iter() {
+        if rotations.scales.get(kind).is_none() {
+            rotations.scales.set(kind, Some(ones.to_dtype(rotations.r1.dtype())?.to_device(&rotations.r1.device())?));
+        }
+    }
+    rotations.scales.check(sizes)?;
+    Ok(rotations)
+}
+
+/// Gradients of R1 `[1, C, C]` and R2 `[L, D, D]`, and of the logarithms of scales.
+type Gradients = (Vec<Tensor>, Scales);
+
+/// The sum of gradients.
+fn added((a, s): Gradients, (b, t): Gradients) -> Result<Gradients> {
+    let sum = |a: Tensor, b: Tensor| Tensor::axpby(1.0, a, 1.0, b);
+    let rotations = a.into_iter().zip(b).map(|(a, b)| sum(a, b)).collect::<Result<_>>()?;
+    let scales = s.map(|kind, a| sum(a.clone(), t.get(kind).cloned().unwrap_or_else(|| a.clone())))?;
+    Ok((rotations, scales))
+}
+
+/// Mean loss of a batch and its gradients, micro-batches averaged.
 fn gradients(
     model: &Llama,
     windows: &Windows,
     batch: &[usize],
     rotations: &Rotations,
     (options, settings): (&LearnOptions, &Settings),
-) -> Result<(f64, Vec<Tensor>)> {
-    let mut total: Option<(f64, Vec<Tensor>)> = None;
+) -> Result<(f64, Gradients)> {
+    let mut total: Option<(f64, Gradients)> = None;
     for part in batch.chunks(settings.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
         let tape = Tape::new();
@@ -283,7 +333,7 @@ fn gradients(
         let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
         let value = loss.value().clone();
         let mut grads = tape.backward(loss)?;
-        let grads = vars.gradients(&mut grads)?;
+        let grads = (vars.gradients(&mut grads)?, vars.scale_gradients(&mut grads)?);
         let value = value.item()?;
         if !value.is_finite() {
             let place = first_not_finite(&vars, &batch)?;
@@ -291,10 +341,7 @@ fn gradients(
         }
         total = Some(match total {
             None => (value, grads),
-            Some((sum, old)) => {
-                let pairs = old.into_iter().zip(grads);
-                (sum + value, pairs.map(|(a, b)| Tensor::axpby(1.0, a, 1.0, b)).collect::<Result<_>>()?)
-            }
+            Some((sum, old)) => (sum + value, added(old, grads)?),
         });
     }
     total.ok_or_else(|| Error::argument("learn", "a step without windows"))
@@ -312,11 +359,7 @@ fn first_not_finite(vars: &RotationVars<'_>, batch: &Batch<'_>) -> Result<String
         }
     }));
     let tape = Tape::new();
-    let constants = Rotations {
-        r1: vars.r1.value().clone(),
-        r2: Tensor::stack(&vars.r2.iter().map(|r| r.value().clone()).collect::<Vec<_>>())?,
-    };
-    batch.model.hidden(&RotationVars::constants(&tape, &constants)?, batch.tokens, Arc::new(run), Recompute::None)?;
+    batch.model.hidden(&RotationVars::constants(&tape, &vars.values()?)?, batch.tokens, Arc::new(run), Recompute::None)?;
     let found = *found.lock().unwrap_or_else(|e| e.into_inner());
     Ok(found.map_or_else(|| " after the last layer".into(), |(layer, site)| format!(" from layer {layer} on ({})", site.name())))
 }
@@ -362,6 +405,32 @@ fn held_out_until(
     Ok(Some(sum / held_out.len() as f64))
 }
 
+/// Fidelity of the network being learned on fixed windows, or none where it was stopped.
+fn fidelity_until(
+    model: &Llama,
+    windows: &Windows,
+    held_out: &[usize],
+    rotations: &Rotations,
+    (scheme, at_once): (&Scheme, usize),
+    stopped: &dyn Fn() -> bool,
+) -> Result<Option<Faithful>> {
+    if held_out.is_empty() {
+        return Ok(Some(Faithful::UNKNOWN));
+    }
+    let (seq, full) = (windows.seq_len(), model.merge_exact(None, &Scheme::FULL_PRECISION.online(Online::NONE))?);
+    let mut found = Fidelity::default();
+    for part in held_out.chunks(at_once) {
+        if stopped() {
+            return Ok(None);
+        }
+        let (tape, tokens) = (Tape::new(), windows.batch(part));
+        let run = Arc::new(model.run(scheme, seq)?);
+        let x = model.hidden(&RotationVars::constants(&tape, rotations)?, &tokens, run, Recompute::None)?.into_value();
+        found.add((&x, &model.head), (&full.last_hidden(&tokens, seq)?, &full.head), seq)?;
+    }
+    Ok(Some(Faithful { divergence: found.divergence().mean, agreement: found.agreement().mean }))
+}
+
 /// What must agree between a saved state and the run that continues it.
 fn fingerprint(
     model: &Llama,
@@ -391,6 +460,14 @@ fn fingerprint(
         "dtype": model.dtype().to_string(),
         "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
     });
+    if !start.scales.is_empty() {
+        let mut scales = serde_json::Map::new();
+        for (kind, t) in start.scales.iter() {
+            scales.insert(kind.to_string(), data::checksum(values(t)?).into());
+        }
+        all["scales"] = scales.into();
+        all["scale_rate"] = o.scale_rate.into();
+    }
     // A state of before maps were recorded, whose "whole" R4 was another, is not to be gone on from.
     let (r4, width) = (settings.scheme.online.r4, model.config.intermediate_size);
     if r4 == R4::Whole && r4.unrecorded(width)? != r4 {
@@ -399,7 +476,7 @@ fn fingerprint(
     Ok(all)
 }
 
-fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimizer) -> Result<()> {
+fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &Product<'_>) -> Result<()> {
     let mut state = optimizer.state();
     let named = |name: &String| format!("optimizer.{name}");
     state.tensors = state.tensors.iter().map(|(k, v)| Ok((named(k), v.to_device(&Device::Cpu)?))).collect::<Result<_>>()?;
@@ -407,12 +484,15 @@ fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimi
     let rotations = now.rotations.to_device(&Device::Cpu)?;
     state.tensors.insert("R1".into(), rotations.r1);
     state.tensors.insert("R2".into(), rotations.r2);
+    state.tensors.extend(rotations.scales.iter().map(|(kind, t)| (scale_name(kind), t.clone())));
     let numbers = [
         ("step", now.step as f64),
         ("loss_first", now.losses.0),
         ("loss_last", now.losses.1),
         ("held_out_first", now.held_out.0),
         ("held_out_last", now.held_out.1),
+        ("kl_first", now.fidelity.divergence),
+        ("top1_first", now.fidelity.agreement),
         ("orthogonality_error", now.orthogonality_error),
         ("seconds", now.seconds),
     ];
@@ -421,19 +501,23 @@ fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &dyn Optimi
     state.save(path)
 }
 
-fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut dyn Optimizer) -> Result<Progress> {
+fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut Product<'_>) -> Result<Progress> {
     let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
     if let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object())
-        && let Some((name, value)) = ours.iter().find(|(name, value)| saved.get(*name) != Some(value))
+        && let Some(name) = ours.keys().chain(saved.keys()).find(|name| saved.get(*name) != ours.get(*name))
     {
-        let saved = saved.get(name).unwrap_or(&Value::Null);
+        let of = |run: &serde_json::Map<String, Value>| run.get(name).cloned().unwrap_or(Value::Null);
+        let (saved, value) = (of(saved), of(ours));
         return Err(Error::format(
             path,
             format!("saved by another run: {name} was {saved}, now {value}; delete it or change back"),
         ));
     }
     let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
-    let rotations = Rotations { r1: take("R1")?, r2: take("R2")? };
+    let mut rotations = Rotations::new(take("R1")?, take("R2")?);
+    for kind in Scale::ALL {
+        rotations.scales.set(kind, take(&scale_name(kind)).ok()); // of the kinds that the fingerprint names
+    }
     // A loss that was never scored is null in the file.
     let number = |name: &str| state.scalars.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
     let progress = Progress {
@@ -441,6 +525,7 @@ fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut dy
         step: state.number("step")? as usize,
         losses: (number("loss_first"), number("loss_last")),
         held_out: (number("held_out_first"), number("held_out_last")),
+        fidelity: Faithful { divergence: number("kl_first"), agreement: number("top1_first") },
         orthogonality_error: number("orthogonality_error"),
         seconds: number("seconds"),
     };

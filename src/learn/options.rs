@@ -14,6 +14,7 @@ use crate::memory::{self, Budget, Planned, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
 use crate::quant::{ClipRatios, Scheme};
+use crate::rotation::Scale;
 use crate::{DType, Error, Result};
 
 /// The recipe. The defaults are those of `spinquant learn`: the published ones, and clip ratios searched by error.
@@ -47,6 +48,10 @@ pub struct LearnOptions {
     pub clip: ClipChoice,
     /// Windows to search them on, spread evenly over the text; all where there are fewer.
     pub clip_windows: usize,
+    /// Scales that are learned with the rotations, besides those that the start has; none as published.
+    pub scales: Vec<Scale>,
+    /// Adam's learning rate for logarithms of scales, of the first step; it falls as that of the rotations does.
+    pub scale_rate: f64,
     /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
     pub objective: Arc<dyn Objective>,
     /// Where to keep a resumable state, and every how many steps.
@@ -74,6 +79,8 @@ impl Default for LearnOptions {
             memory: Budget::Free,
             clip: ClipChoice::Auto,
             clip_windows: 8,
+            scales: vec![],
+            scale_rate: 3e-3,
             objective: Arc::new(CrossEntropy),
             checkpoint: None,
             resume: false,
@@ -180,6 +187,10 @@ impl LearnOptions {
         let rate = self.rate(optimizer);
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::argument("learning rate", format!("expected a finite number above 0, got {rate}")));
+        }
+        if !(self.scale_rate > 0.0 && self.scale_rate.is_finite()) {
+            let message = format!("expected a finite number above 0, got {}", self.scale_rate);
+            return Err(Error::argument("learning rate of scales", message));
         }
         if self.clip_windows == 0 && self.clip.goal(&self.scheme, optimizer).is_some() {
             return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));

@@ -9,6 +9,7 @@ use crate::hadamard::Hadamard;
 use crate::llama::rotate::{LinearVars, RotatedWeights};
 use crate::llama::{LayerWeights, Linears, LlamaConfig};
 use crate::ops::attention::attention;
+use crate::ops::log_scale::Along;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
 use crate::quant::{Site, Sites};
@@ -74,13 +75,14 @@ impl Block {
     pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
         let Linears([q, k, v, o, gate, up, down]) = w.linears;
         let part = enter("attention");
-        let h = self.attention_input(x.clone(), run)?;
+        let [first, second] = w.norms;
+        let h = self.attention_input(x.clone(), first, run)?;
         let a = self.attend(h, [q, k, v], run)?;
         let x = o.add_to(x, a)?;
         drop(part);
 
         let _part = enter("mlp");
-        let h = self.mlp_input(x.clone(), run)?;
+        let h = self.mlp_input(x.clone(), second, run)?;
         let h = match w.leave {
             Some(r1) => h.linear(r1)?,
             None => h,
@@ -89,12 +91,12 @@ impl Block {
         down.add_to_last(x, m)
     }
 
-    /// The input of q, k and v, `[tokens, C]`.
+    /// The input of q, k and v, `[tokens, C]`; the norm's output divided by a scale, of which `scale` is the logarithm, where there is one.
     ///
     /// # Errors
     /// Values of another shape than the layer's.
-    pub fn attention_input<'t>(&self, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        self.quantized(Site::AttentionInput, self.norm(x, 0)?, run)
+    pub fn attention_input<'t>(&self, x: Var<'t>, scale: Option<Var<'t>>, run: &Run) -> Result<Var<'t>> {
+        self.quantized(Site::AttentionInput, self.norm(x, 0, scale)?, run)
     }
 
     /// The input of o `[tokens, H·D]`, values in R2's basis.
@@ -126,12 +128,12 @@ impl Block {
         if self.rope { x.rope(&run.rope) } else { Ok(x) }
     }
 
-    /// The input of gate and up, `[tokens, C]`.
+    /// The input of gate and up, `[tokens, C]`, scaled as [`attention_input`](Self::attention_input) is.
     ///
     /// # Errors
     /// Values of another shape than the layer's.
-    pub fn mlp_input<'t>(&self, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        self.quantized(Site::MlpInput, self.norm(x, 1)?, run)
+    pub fn mlp_input<'t>(&self, x: Var<'t>, scale: Option<Var<'t>>, run: &Run) -> Result<Var<'t>> {
+        self.quantized(Site::MlpInput, self.norm(x, 1, scale)?, run)
     }
 
     /// The input of down `[tokens, F]`, after R4.
@@ -181,8 +183,12 @@ impl Block {
         self.gains.as_ref()
     }
 
-    fn norm<'t>(&self, x: Var<'t>, which: usize) -> Result<Var<'t>> {
-        x.rms_norm_gain(self.eps, self.gains.as_ref().map(|g| &g[which]))
+    fn norm<'t>(&self, x: Var<'t>, which: usize, scale: Option<Var<'t>>) -> Result<Var<'t>> {
+        let y = x.rms_norm_gain(self.eps, self.gains.as_ref().map(|g| &g[which]))?;
+        match scale {
+            Some(a) => y.log_scale(a, Along::Columns, true),
+            None => Ok(y),
+        }
     }
 
     fn quantized<'t>(&self, site: Site, x: Var<'t>, run: &Run) -> Result<Var<'t>> {

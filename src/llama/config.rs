@@ -13,6 +13,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::rotation::Sizes;
 use crate::{DType, Error, Result, io};
 
 /// Configurations have a thousand bytes; those that name many classes have a few hundred thousand.
@@ -224,6 +225,12 @@ impl LlamaConfig {
             .or_else(|| refuse(!facts.multipliers && self.multipliers != Multipliers::NONE, "multipliers", "none"))
             .or_else(|| refuse(self.sliding_window == Some(0), "sliding_window", "at least 1"))
             .or_else(|| refuse(!numbers.iter().all(|x| (1e-6..1e6).contains(x)), "multipliers", "1e-6 to 1e6"))
+    }
+
+    /// The sizes that [scales](crate::rotation::Scale) depend on.
+    pub fn scale_sizes(&self) -> Sizes {
+        let values = self.kv_heads * self.head_dim;
+        Sizes { layers: self.layers, hidden: self.hidden_size, intermediate: self.intermediate_size, values }
     }
 
     /// Query heads that share a key and value head. (Of a configuration without such heads, which [`validate`](Self::validate)

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::llama::block::{Block, Run};
-use crate::llama::rotate::RotatedWeights;
+use crate::llama::rotate::{LayerTransforms, RotatedWeights};
 use crate::profile::enter_pass;
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Tape, Var};
 use crate::{DType, Error, Result, Tensor};
@@ -30,43 +30,45 @@ impl Plan {
     pub const LEAN: Self = Self { sequences: 1, ..Self::INPUTS };
 
     /// Runs layer `index` as planned: `x` [tokens, C] in R1's basis, and out again.
-    pub(crate) fn run<'t>(&self, block: &Arc<Block>, x: Var<'t>, r1: &Var<'t>, r2: &Var<'t>, run: &Arc<Run>) -> Result<Var<'t>> {
+    pub(crate) fn run<'t>(&self, block: &Arc<Block>, x: Var<'t>, by: LayerTransforms<'t>, run: &Arc<Run>) -> Result<Var<'t>> {
         let tokens = x.value().rows();
-        let rotate = || block.rotate(r1, r2, &run.sites, Some(tokens));
+        let rotate = || block.transform(&by, &run.sites, Some(tokens));
         if block.index >= self.recompute {
             return block.forward(x, rotate()?, run);
         }
         let tape = x.tape();
-        let layer =
-            Layer { block: block.clone(), run: run.clone(), rows: self.sequences * run.seq, rotated: self.keep_weights, tokens };
-        let mut operands = vec![x];
-        if self.keep_weights {
-            operands.extend(rotate()?.into_vec());
-        } else {
-            operands.extend([r1.clone(), r2.clone()]);
-        }
-        tape.record(layer, operands)
+        let slots = if self.keep_weights { rotate()?.into_slots() } else { by.into_slots() };
+        let (rows, rotated, filled) = (self.sequences * run.seq, self.keep_weights, slots.iter().map(Option::is_some).collect());
+        let layer = Layer { block: block.clone(), run: run.clone(), rows, rotated, filled, tokens };
+        tape.record(layer, [x].into_iter().chain(slots.into_iter().flatten()).collect())
     }
 }
 
-/// Operands: the input, then the rotated weights (if `rotated`) or R1 and R2.
+/// Operands: the input, then the rotated weights (if `rotated`) or what they are made by, of their slots those that are filled.
 struct Layer {
     block: Arc<Block>,
     run: Arc<Run>,
     /// Tokens at once; 0: all.
     rows: usize,
     rotated: bool,
+    filled: Vec<bool>,
     tokens: usize,
+}
+
+/// Values back into the slots that are filled.
+fn into_slots<'t>(vars: Vec<Var<'t>>, filled: impl IntoIterator<Item = bool>) -> Vec<Option<Var<'t>>> {
+    let mut vars = vars.into_iter();
+    filled.into_iter().map(|filled| if filled { vars.next() } else { None }).collect()
 }
 
 impl Layer {
     /// The weights to run with, made of the operands after the first.
     fn weights<'t>(&self, operands: Vec<Var<'t>>) -> Result<RotatedWeights<'t>> {
+        let slots = into_slots(operands, self.filled.iter().copied());
         if self.rotated {
-            return RotatedWeights::from_vec(operands, &self.block.weights);
+            return RotatedWeights::from_slots(slots);
         }
-        let [r1, r2] = <[_; 2]>::try_from(operands).map_err(|_| Error::Tape("layer: expected R1 and R2".into()))?;
-        self.block.rotate(&r1, &r2, &self.run.sites, Some(self.tokens))
+        self.block.transform(&LayerTransforms::from_slots(slots)?, &self.run.sites, Some(self.tokens))
     }
 
     /// First row and number of rows of every part.
@@ -116,8 +118,10 @@ impl Op for Layer {
         let operands: Vec<_> = saved.into_iter().zip(&want[1..]).map(enter).collect();
         let weights = {
             let _pass = enter_pass("recompute");
-            self.weights(operands.clone())?.into_vec()
+            self.weights(operands.clone())?.into_slots()
         };
+        let filled: Vec<bool> = weights.iter().map(Option::is_some).collect();
+        let weights: Vec<Var<'_>> = weights.into_iter().flatten().collect();
         let mut sums: Vec<Option<Tensor>> = weights.iter().map(|_| None).collect();
         let mut dx = vec![];
         for (first, rows) in self.parts() {
@@ -131,7 +135,7 @@ impl Op for Layer {
             let inner: Vec<_> = weights.iter().map(enter).collect();
             let y = {
                 let _pass = enter_pass("recompute");
-                let weights = RotatedWeights::from_vec(inner.clone(), &self.block.weights)?;
+                let weights = RotatedWeights::from_slots(into_slots(inner.clone(), filled.iter().copied()))?;
                 self.block.forward(x.clone(), weights, &self.run)?
             };
             let mut grads = tape.backward_from(y, dy.slice(first, rows)?)?;

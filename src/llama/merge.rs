@@ -1,8 +1,8 @@
 //! Rotations merged into weights: in float64, a layer at a time, rounded once.
 
-use crate::llama::{Block, LayerWeights, Llama, LlamaConfig, Source};
+use crate::llama::{Block, LayerScales, LayerTransforms, LayerWeights, Llama, LlamaConfig, Source};
 use crate::quant::Scheme;
-use crate::rotation::{Rotations, TOLERANCE};
+use crate::rotation::{Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Result, Tape, Tensor};
 
 /// A model in the basis of its rotations, whose layers are made when asked for. One layer is in memory at a time, besides what
@@ -55,6 +55,7 @@ impl<'a> Rotated<'a> {
             Some(r) => {
                 let wide = r.to_device(&device)?.to_dtype(DType::F64)?;
                 wide.check(config.hidden_size, config.head_dim, config.layers, TOLERANCE)?;
+                wide.scales.check(&config.scale_sizes())?;
                 Some(wide)
             }
             None => None,
@@ -144,8 +145,19 @@ impl<'a> Rotated<'a> {
     /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn block(&self, i: usize) -> Result<Block> {
         match self.from {
-            From::Memory(model) => Ok(model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
-            From::Files(source) => Ok(Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
+            From::Memory(model) => self.scaled(i, model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
+            From::Files(source) => self.scaled(i, Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
+        }
+    }
+
+    /// A rotated layer with what the scales leave in its norms.
+    fn scaled(&self, i: usize, block: Block) -> Result<Block> {
+        match self.wide.as_ref().and_then(|r| r.scales.get(Scale::Norms)) {
+            None => Ok(block),
+            Some(logarithms) => {
+                let [first, second] = norm_gains(logarithms, i)?;
+                Ok(block.with_gains([self.narrow(&first)?, self.narrow(&second)?]))
+            }
         }
     }
 
@@ -161,10 +173,13 @@ impl<'a> Rotated<'a> {
     }
 
     /// Layer `i` with weights that were made from it before.
-    pub fn block_of(&self, i: usize, weights: LayerWeights) -> Block {
+    ///
+    /// # Errors
+    /// A failing copy or launch.
+    pub fn block_of(&self, i: usize, weights: LayerWeights) -> Result<Block> {
         match self.from {
-            From::Memory(model) => model.blocks[i].with_weights(weights),
-            From::Files(_) => Block::new(self.config, i, weights),
+            From::Memory(model) => self.scaled(i, model.blocks[i].with_weights(weights)),
+            From::Files(_) => self.scaled(i, Block::new(self.config, i, weights)),
         }
     }
 
@@ -173,7 +188,9 @@ impl<'a> Rotated<'a> {
         let sites = Scheme::FULL_PRECISION.online(self.scheme.online).sites(self.config.head_dim);
         let tape = Tape::new();
         let (r1, r2) = (tape.constant(rotations.r1.clone()), tape.constant(rotations.r2.index(i)?));
-        let w = Block::new(self.config, i, weights.map(|w| self.widen(w))?).rotate(&r1, &r2, &sites, None)?;
+        let scales = LayerScales::of(&rotations.scales, i, |t| tape.constant(t))?;
+        let block = Block::new(self.config, i, weights.map(|w| self.widen(w))?);
+        let w = block.transform(&LayerTransforms { r1, r2, scales }, &sites, None)?;
         w.into_values().map(|w| self.narrow(w))
     }
 
@@ -190,4 +207,18 @@ impl<'a> Rotated<'a> {
     fn narrow(&self, t: &Tensor) -> Result<Tensor> {
         t.to_dtype(self.dtype)?.to_device(&self.device)
     }
+}
+
+/// The gains `[C]` of the two norms of layer `i`, `exp(−a)` of the logarithms `[L, 2, C]`, in `f64` on the CPU.
+///
+/// # Errors
+/// No such layer.
+pub fn norm_gains(logarithms: &Tensor, i: usize) -> Result<[Tensor; 2]> {
+    let both = logarithms.index(i)?;
+    let gain = |which: usize| {
+        let a = both.index(which)?.to_f64_vec()?;
+        let n = a.len();
+        Tensor::from_vec(a.into_iter().map(|a| (-a).exp()).collect::<Vec<f64>>(), [n])
+    };
+    Ok([gain(0)?, gain(1)?])
 }

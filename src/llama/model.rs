@@ -10,12 +10,13 @@ use crate::data;
 use crate::linalg::matmul;
 use crate::llama::block::{Block, Run};
 use crate::llama::walk::observed;
+use crate::llama::rotate::{LayerScales, LayerTransforms};
 use crate::llama::{LlamaConfig, Packed, Plan, Rotated, RotatedWeights, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
 use crate::quant::{Scheme, Site};
-use crate::rotation::Rotations;
+use crate::rotation::{Rotations, Scale, Scales};
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
 /// Which layers keep their intermediate values for the backward pass, and which compute them again.
@@ -61,6 +62,8 @@ pub struct RotationVars<'t> {
     pub r1: Var<'t>,
     /// `[D, D]` for every layer.
     pub r2: Vec<Var<'t>>,
+    /// The scales of every layer.
+    pub scales: Vec<LayerScales<'t>>,
 }
 
 impl<'t> RotationVars<'t> {
@@ -80,7 +83,54 @@ impl<'t> RotationVars<'t> {
     }
     fn new(rotations: &Rotations, enter: impl Fn(Tensor) -> Var<'t>) -> Result<Self> {
         let r2 = (0..rotations.layers()).map(|i| Ok(enter(rotations.r2.index(i)?))).collect::<Result<_>>()?;
-        Ok(Self { r1: enter(rotations.r1.clone()), r2 })
+        let scales = (0..rotations.layers()).map(|i| LayerScales::of(&rotations.scales, i, &enter)).collect::<Result<_>>()?;
+        Ok(Self { r1: enter(rotations.r1.clone()), r2, scales })
+    }
+    /// R1 and R2 on a tape, without scales.
+    pub fn without_scales(r1: Var<'t>, r2: Vec<Var<'t>>) -> Self {
+        let scales = vec![LayerScales::default(); r2.len()];
+        Self { r1, r2, scales }
+    }
+    /// Their values.
+    ///
+    /// # Errors
+    /// Layers that differ in shape.
+    pub fn values(&self) -> Result<Rotations> {
+        let stack = |v: Vec<Tensor>| Tensor::stack(&v);
+        let r2 = stack(self.r2.iter().map(|r| r.value().clone()).collect())?;
+        let scales = self.stacked(|v| Ok(v.value().clone()))?;
+        Ok(Rotations::new(self.r1.value().clone(), r2).with_scales(scales))
+    }
+    /// The gradients of the logarithms of scales.
+    ///
+    /// # Errors
+    /// Those of [`Gradients::take`](crate::tape::Gradients::take).
+    pub fn scale_gradients(&self, grads: &mut crate::tape::Gradients) -> Result<Scales> {
+        self.stacked(|v| grads.take(v))
+    }
+    /// What `f` makes of every scale, layers stacked.
+    fn stacked(&self, mut f: impl FnMut(&Var<'t>) -> Result<Tensor>) -> Result<Scales> {
+        let mut scales = Scales::default();
+        for kind in Scale::ALL {
+            let mut layers = vec![];
+            for layer in &self.scales {
+                let of: Vec<&Var<'t>> = match kind {
+                    Scale::UpDown => layer.up_down.iter().collect(),
+                    Scale::Values => layer.values.iter().collect(),
+                    Scale::Norms => layer.norms.iter().flatten().collect(),
+                };
+                let mut parts = of.into_iter().map(&mut f).collect::<Result<Vec<_>>>()?;
+                match (kind, parts.len()) {
+                    (_, 0) => {}
+                    (Scale::Norms, _) => layers.push(Tensor::stack(&parts)?),
+                    _ => layers.extend(parts.pop()),
+                }
+            }
+            if !layers.is_empty() {
+                scales.set(kind, Some(Tensor::stack(&layers)?));
+            }
+        }
+        Ok(scales)
     }
     /// dL/dR1 `[1, C, C]` and dL/dR2 `[L, D, D]`, as an optimiser takes them.
     ///
@@ -221,10 +271,10 @@ impl Llama {
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
         drop(part);
         let plan = recompute.plan();
-        for (block, r2) in self.blocks.iter().zip(&rotations.r2) {
+        for ((block, r2), scales) in self.blocks.iter().zip(&rotations.r2).zip(&rotations.scales) {
             // A node of their own, so that a layer's gradients are summed before they join the others' in either branch.
             let (r1, r2) = (r1.clone().fork()?, r2.clone().fork()?);
-            x = plan.run(block, x, &r1, &r2, &run)?;
+            x = plan.run(block, x, LayerTransforms { r1, r2, scales: scales.clone() }, &run)?;
         }
         let _part = enter("head");
         x.rms_norm(self.config.rms_norm_eps)?.linear(r1.clone())
@@ -399,6 +449,14 @@ impl Merged {
     /// As [`Merged::logits`].
     pub fn token_losses(&self, tokens: &[u32], seq: usize) -> Result<Vec<f64>> {
         linear_token_losses(&self.hidden(tokens, &self.run(seq)?)?, &self.head, &data::targets(tokens, seq))
+    }
+
+    /// What the head reads, `[tokens, C]`: the final hidden state, normalised; `tokens` are whole sequences of `seq` ids.
+    ///
+    /// # Errors
+    /// As [`Merged::logits`].
+    pub fn last_hidden(&self, tokens: &[u32], seq: usize) -> Result<Tensor> {
+        self.hidden(tokens, &self.run(seq)?)
     }
 
     /// The cross entropy of `targets` at `rows` of packed sequences; rows may repeat. Logits of other rows are not made.

@@ -2,8 +2,10 @@
 
 use crate::hadamard::Hadamard;
 use crate::llama::{Affine, Basis, Block, LayerWeights, Linear, Linears};
+use crate::ops::log_scale::Along;
 use crate::profile::enter;
 use crate::quant::{Site, Sites};
+use crate::rotation::{Scale, Scales};
 use crate::{DType, Error, Result, Tape, Tensor, Var};
 
 /// A linear on a tape: its weight and its bias.
@@ -17,6 +19,8 @@ pub struct RotatedWeights<'t> {
     pub linears: Linears<LinearVars<'t>>,
     /// R1 where gate and up were left unrotated: their input is taken out of R1's basis instead, `x̂ (W R1)ᵀ = (x̂ R1ᵀ) Wᵀ`.
     pub leave: Option<Var<'t>>,
+    /// Logarithms `[C]` of the scales that the outputs of the two norms are divided by, where there are some.
+    pub norms: [Option<Var<'t>>; 2],
 }
 
 impl<'t> RotatedWeights<'t> {
@@ -28,7 +32,7 @@ impl<'t> RotatedWeights<'t> {
             bias: l.bias.as_ref().map(constant),
             norm: l.norm.as_ref().map(constant),
         });
-        Self { linears: Linears(linears), leave: None }
+        Self { linears: Linears(linears), leave: None, norms: [None, None] }
     }
 
     /// Their values.
@@ -40,40 +44,105 @@ impl<'t> RotatedWeights<'t> {
         }))
     }
 
-    /// The seven weights in the order of [`Linear::ALL`], the biases and then the gains of norms that there are, then R1 where some
-    /// weights were left unrotated.
-    pub fn into_vec(self) -> Vec<Var<'t>> {
-        let (mut all, mut biases, mut norms) = (vec![], vec![], vec![]);
+    /// Everything in a fixed order: seven weights, seven biases, seven gains of norms behind linears, R1 where it leaves, the scales of the
+    /// layer's norms.
+    pub(crate) fn into_slots(self) -> Vec<Option<Var<'t>>> {
+        let (mut weights, mut biases, mut gains) = (vec![], vec![], vec![]);
         for l in self.linears.0 {
-            all.push(l.weight);
-            biases.extend(l.bias);
-            norms.extend(l.norm);
+            weights.push(Some(l.weight));
+            biases.push(l.bias);
+            gains.push(l.norm);
         }
-        all.into_iter().chain(biases).chain(norms).chain(self.leave).collect()
+        weights.into_iter().chain(biases).chain(gains).chain([self.leave]).chain(self.norms).collect()
     }
 
-    /// Back from [`RotatedWeights::into_vec`], for a layer that has the biases and norms of `like`.
+    /// Back from [`RotatedWeights::into_slots`].
     ///
     /// # Errors
-    /// [`Error::Argument`] for another number of values.
-    pub fn from_vec(vars: Vec<Var<'t>>, like: &LayerWeights) -> Result<Self> {
-        let (got, biases) = (vars.len(), like.iter().filter(|(_, l)| l.bias.is_some()).count());
-        let norms = like.iter().filter(|(_, l)| l.norm.is_some()).count();
-        let least = 7 + biases + norms;
-        if !(least..=least + 1).contains(&got) {
-            let message = format!("expected those of seven linears, {biases} biases and {norms} norms (and R1), got {got}");
-            return Err(Error::argument("weights", message));
+    /// [`Error::Argument`] for another number of slots, or a weight that is missing.
+    pub(crate) fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
+        let (got, wanted) = (slots.len(), 3 * Linear::ALL.len() + 3);
+        if got != wanted {
+            return Err(Error::argument("weights", format!("expected {wanted} slots of a layer's weights, got {got}")));
         }
-        let mut vars = vars.into_iter();
-        let weights = Linears::from_vec(vars.by_ref().take(7).collect())?;
-        let biases: Vec<_> = vars.by_ref().take(biases).collect();
-        let (mut biases, mut norms) = (biases.into_iter(), vars.by_ref().take(norms).collect::<Vec<_>>().into_iter());
-        let linears = weights.each(|linear, weight: &Var<'t>| {
-            let bias = like[linear].bias.as_ref().and_then(|_| biases.next());
-            let norm = like[linear].norm.as_ref().and_then(|_| norms.next());
-            Ok(Affine { weight: weight.clone(), bias, norm })
-        })?;
-        Ok(Self { linears, leave: vars.next() })
+        let mut slots = slots.into_iter();
+        let mut seven = || slots.by_ref().take(Linear::ALL.len()).collect::<Vec<_>>();
+        let (weights, biases, gains) = (seven(), seven(), seven());
+        let missing = || Error::argument("weights", "a linear without a weight");
+        let affine = |((weight, bias), norm): ((Option<_>, _), _)| Ok(Affine { weight: weight.ok_or_else(missing)?, bias, norm });
+        let linears = Linears::from_vec(weights.into_iter().zip(biases).zip(gains).map(affine).collect::<Result<_>>()?)?;
+        let mut next = || slots.next().flatten();
+        Ok(Self { linears, leave: next(), norms: [next(), next()] })
+    }
+}
+
+/// What changes the weights of one layer and not the network's function, on a tape.
+#[derive(Clone)]
+pub struct LayerTransforms<'t> {
+    /// R1 `[C, C]`.
+    pub r1: Var<'t>,
+    /// This layer's R2 `[D, D]`.
+    pub r2: Var<'t>,
+    /// This layer's scales.
+    pub scales: LayerScales<'t>,
+}
+
+/// Logarithms of the scales of one layer, where there are some; see [`Scale`](crate::rotation::Scale).
+#[derive(Clone, Default)]
+pub struct LayerScales<'t> {
+    /// Of up's output and down's input, `[F]`.
+    pub up_down: Option<Var<'t>>,
+    /// Of v's output and o's input, `[K·D]`.
+    pub values: Option<Var<'t>>,
+    /// Of the outputs of the two norms, `[C]` each.
+    pub norms: [Option<Var<'t>>; 2],
+}
+
+impl<'t> LayerScales<'t> {
+    /// Scales of layer `l`, each made a variable or a constant by `enter`.
+    ///
+    /// # Errors
+    /// No such layer.
+    pub fn of(scales: &Scales, l: usize, mut enter: impl FnMut(Tensor) -> Var<'t>) -> Result<Self> {
+        let mut at = |kind| scales.get(kind).map(|t| Ok::<_, Error>(enter(t.index(l)?))).transpose();
+        let (up_down, values) = (at(Scale::UpDown)?, at(Scale::Values)?);
+        let norms = match scales.get(Scale::Norms) {
+            Some(t) => {
+                let both = t.index(l)?;
+                [Some(enter(both.index(0)?)), Some(enter(both.index(1)?))]
+            }
+            None => [None, None],
+        };
+        Ok(Self { up_down, values, norms })
+    }
+
+    /// The same with every scale replaced.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub fn map(self, f: impl Fn(Var<'t>) -> Result<Var<'t>>) -> Result<Self> {
+        let each = |v: Option<Var<'t>>| v.map(&f).transpose();
+        let [first, second] = self.norms;
+        Ok(Self { up_down: each(self.up_down)?, values: each(self.values)?, norms: [each(first)?, each(second)?] })
+    }
+}
+
+impl<'t> LayerTransforms<'t> {
+    /// Everything in a fixed order: R1, R2, the scales.
+    pub(crate) fn into_slots(self) -> Vec<Option<Var<'t>>> {
+        let LayerScales { up_down, values, norms: [first, second] } = self.scales;
+        vec![Some(self.r1), Some(self.r2), up_down, values, first, second]
+    }
+
+    /// Back from [`LayerTransforms::into_slots`].
+    ///
+    /// # Errors
+    /// [`Error::Tape`] for another number of slots, or a rotation that is missing.
+    pub(crate) fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
+        let wrong = || Error::Tape("layer: expected R1, R2 and the slots of scales".into());
+        let [r1, r2, up_down, values, first, second] = <[_; 6]>::try_from(slots).map_err(|_| wrong())?;
+        let scales = LayerScales { up_down, values, norms: [first, second] };
+        Ok(Self { r1: r1.ok_or_else(wrong)?, r2: r2.ok_or_else(wrong)?, scales })
     }
 }
 
@@ -86,15 +155,25 @@ impl Block {
     /// # Errors
     /// [`Error::Argument`] for a layer whose norms keep their gains; rotations of another size.
     pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
+        self.transform(&LayerTransforms { r1: r1.clone(), r2: r2.clone(), scales: LayerScales::default() }, s, tokens)
+    }
+
+    /// [`Block::rotate`] with scales too. With scales of its norm or of up, gate and up are never left unrotated.
+    ///
+    /// # Errors
+    /// Those of [`Block::rotate`]; scales of another size.
+    pub fn transform<'t>(&self, by: &LayerTransforms<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
+        let LayerTransforms { r1, r2, scales } = by;
         if self.gains().is_some() {
             return Err(Error::argument("rotation", "the gains of this layer's norms are not folded into its weights"));
         }
         let _part = enter("weights");
         let tape = r1.tape();
         let inner = self.weights[Linear::Down].weight.cols();
-        let rotations = Rotation { r1, r2, r4: s.online.r4.map(inner)? };
+        let rotations = Rotation { r1, r2, scales, r4: s.online.r4.map(inner)? };
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
-        let leave = !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
+        let scaled = scales.up_down.is_some() || scales.norms[1].is_some();
+        let leave = !scaled && !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
 
         // What has a rotation on its output comes first: the gradients of R1 and R2 add up in the reverse of this order.
         let mut order = Linear::ALL;
@@ -112,14 +191,15 @@ impl Block {
             done[linear] = Some(Affine { weight: w, bias: b, norm });
         }
         let linears = Linears(done.0.map(|l| l.expect("made above")));
-        Ok(RotatedWeights { linears, leave: leave.then(|| r1.clone()) })
+        Ok(RotatedWeights { linears, leave: leave.then(|| r1.clone()), norms: scales.norms.clone() })
     }
 }
 
-/// The rotations of one layer.
+/// The rotations and scales of one layer.
 struct Rotation<'a, 't> {
     r1: &'a Var<'t>,
     r2: &'a Var<'t>,
+    scales: &'a LayerScales<'t>,
     r4: Option<Hadamard>,
 }
 
@@ -130,11 +210,13 @@ impl<'t> Rotation<'_, 't> {
         let [out, inputs] = [w.value().rows(), w.value().cols()];
         let dtype = w.value().dtype();
         let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4.is_some());
+        let twice = twice || self.of_rows(linear).is_some() || self.of_columns(linear).is_some();
         let between = if twice { wide(dtype) } else { dtype };
         let w = match row.reads {
             Basis::Stream => w.matmul_as(self.r1.clone(), between)?,
             _ => self.r1.clone().transpose_matmul_as(w, between)?,
         };
+        let w = self.scaled(linear, w)?;
         let d = self.r2.value().cols();
         match (row.reads, row.writes, &self.r4) {
             (_, Basis::Values, _) => {
@@ -147,8 +229,50 @@ impl<'t> Rotation<'_, 't> {
         }
     }
 
+    /// Rows divided and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
+    fn scaled(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+        let w = match self.of_rows(linear) {
+            Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
+            None => w,
+        };
+        let Some(a) = self.of_columns(linear) else { return Ok(w) };
+        let (entries, columns) = (a.value().len(), w.value().cols());
+        let a = match columns / entries {
+            0 | 1 => a.clone(),
+            // The query heads of a key and value head read the same values.
+            group => {
+                let heads = entries / self.r2.value().cols();
+                let ids: Vec<u32> = (0..heads * group).map(|q| (q / group) as u32).collect();
+                a.clone().reshape([heads, entries / heads])?.embedding(ids.into())?.reshape([columns])?
+            }
+        };
+        w.log_scale(a, Along::Columns, false)
+    }
+
+    /// The scales that divide a linear's output.
+    fn of_rows(&self, linear: Linear) -> Option<&Var<'t>> {
+        match linear {
+            Linear::Up => self.scales.up_down.as_ref(),
+            Linear::V => self.scales.values.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The scales that multiply a linear's input.
+    fn of_columns(&self, linear: Linear) -> Option<&Var<'t>> {
+        match linear {
+            Linear::Down => self.scales.up_down.as_ref(),
+            Linear::O => self.scales.values.as_ref(),
+            _ => linear.row().norm.and_then(|which| self.scales.norms[which].as_ref()),
+        }
+    }
+
     /// `Bᵀ b`, as the rows `bᵀ B`.
     fn bias(&self, linear: Linear, b: Var<'t>) -> Result<Var<'t>> {
+        let b = match self.of_rows(linear) {
+            Some(a) => b.log_scale(a.clone(), Along::Columns, true)?,
+            None => b,
+        };
         let r = match linear.row().writes {
             Basis::Stream => self.r1,
             Basis::Values => self.r2,

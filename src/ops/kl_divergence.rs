@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
-use crate::device::{cpu, ffi};
+use crate::device::{Device, cpu, ffi};
 use crate::ops::{At, Case, Once, Pass, Place, Run, exact, kept_gradient, randn, repeated, sum};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
@@ -84,6 +84,52 @@ impl Var<'_> {
     pub fn kl_divergence(self, teacher: Tensor) -> Result<Self> {
         self.tape().record(KlDivergence { teacher }, vec![self])
     }
+}
+
+/// The divergence of every row of logits `[rows, vocab]` from a teacher's, and whether both have their largest value in the same place
+/// (of equal ones the first), without a tape; for evaluation.
+///
+/// # Errors
+/// Those of [`Var::kl_divergence`].
+pub fn token_divergences(logits: &Tensor, teacher: &Tensor) -> Result<(Vec<f64>, Vec<bool>)> {
+    let op = KlDivergence { teacher: teacher.to_dtype(logits.dtype())? };
+    op.check(std::slice::from_ref(logits))?;
+    let (teacher, cols) = (&op.teacher, logits.cols());
+    if let Device::Cuda(device) = logits.device() {
+        let (logits, teacher) = (logits.clone().aligned()?, teacher.clone().aligned()?);
+        let losses = Tensor::on(&device, &[logits.rows()], DType::F32)?;
+        launch(device.queue(), logits.view()?, losses.view()?, teacher.view()?, cols, 0.0)?;
+        let agree = device.buffer(logits.rows(), Kind::I32, "agreement")?;
+        launch_agreement(device.queue(), agree.view(), logits.view()?, teacher.view()?, cols)?;
+        let mut same = vec![0i32; logits.rows()];
+        agree.download(0, bytemuck::cast_slice_mut(&mut same))?;
+        return Ok((losses.to_f64_vec()?, same.into_iter().map(|same| same != 0).collect()));
+    }
+    if logits.dtype() == DType::F64 {
+        let (x, t) = (logits.as_slice::<f64>()?, teacher.as_slice::<f64>()?);
+        return Ok((reference(x, t, cols).0, agreement(x, t, cols)));
+    }
+    let (x, t) = (logits.to_dtype(DType::F32)?, teacher.to_dtype(DType::F32)?);
+    let agree = agreement(x.as_slice::<f32>()?, t.as_slice::<f32>()?, cols);
+    Ok((fast(&mut x.into_owned::<f32>()?, t.as_slice()?, cols, 0.0), agree))
+}
+
+/// Whether the largest values of two rows are in the same place, for all rows of `cols`.
+fn agreement<T: PartialOrd + Sync>(a: &[T], b: &[T], cols: usize) -> Vec<bool> {
+    let largest = |x: &[T]| (1..x.len()).fold(0, |most, i| if x[i] > x[most] { i } else { most });
+    a.par_chunks(cols).zip(b.par_chunks(cols)).map(|(a, b)| largest(a) == largest(b)).collect()
+}
+
+/// 1 (`i32`) where the largest values of a row of `cols` of `a` and of `b` are in the same place, else 0.
+fn launch_agreement(queue: Queue<'_>, agree: View<'_>, a: View<'_>, b: View<'_>, cols: usize) -> Result<()> {
+    let c = Check::new("agreement", queue);
+    let (n, kind) = (a.len(), a.kind());
+    let rows = c.rows(n, cols)?;
+    let (a, b) = (c.operand("a", a, kind, n)?, c.operand("b", b, kind, n)?);
+    let agree = c.operand("agree", agree, Kind::I32, rows)?;
+    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
+    // SAFETY: a and b have rows · cols values of one kind; one i32 a row.
+    c.launch(Work::of("agreement"), |s| unsafe { ffi!(sq_agreement(agree, a, b, rows, cols, dtype, s)) })
 }
 
 /// The divergence (`f32`) of every row of logits from the teacher's, and the logits overwritten by `scale (q − p)` unless it is 0.
@@ -219,6 +265,25 @@ mod tests {
             let most = grads.take(&v).unwrap().to_f64_vec().unwrap().into_iter().fold(0f64, |m, g| m.max(g.abs()));
             assert!(most < 4.0 * dtype.epsilon());
         }
+    }
+
+    #[test]
+    fn divergences_of_tokens() {
+        let x = randn([40, 37], 1);
+        let t = Tensor::axpby(1.0, x.clone(), 0.4, randn([40, 37], 2)).unwrap();
+        let (want, _) = reference(x.as_slice().unwrap(), t.as_slice().unwrap(), 37);
+        let (losses, agree) = token_divergences(&x, &t).unwrap();
+        assert_eq!(losses, want);
+        assert!(agree.contains(&true) && agree.contains(&false), "{agree:?}");
+        let narrow = |x: &Tensor| x.to_dtype(DType::F32).unwrap();
+        let (close, same) = token_divergences(&narrow(&x), &narrow(&t)).unwrap();
+        assert!(close.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-5));
+        assert_eq!(same, agree);
+        // Of equal ones the first.
+        let row = |v: [f64; 3]| Tensor::from_vec(v.to_vec(), [1, 3]).unwrap();
+        assert_eq!(token_divergences(&row([1.0, 2.0, 2.0]), &row([0.0, 3.0, 1.0])).unwrap().1, [true]);
+        assert_eq!(token_divergences(&row([2.0, 1.0, 2.0]), &row([0.0, 1.0, 3.0])).unwrap().1, [false]);
+        assert!(token_divergences(&x, &t.slice(1, 2).unwrap()).is_err());
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod hadamard;
 pub mod hadamard_fake_quant;
 pub mod kl_divergence;
 pub mod linear_cross_entropy;
+pub mod log_scale;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
@@ -47,6 +48,7 @@ pub fn cases() -> Vec<Case> {
         hadamard_fake_quant::cases(),
         kl_divergence::cases(),
         linear_cross_entropy::cases(),
+        log_scale::cases(),
         matmul::cases(),
         rms_norm::cases(),
         rope::cases(),

@@ -17,6 +17,7 @@
 
 mod adam;
 mod cayley;
+mod product;
 mod qr_orth;
 mod riemannian;
 mod schedule;
@@ -24,6 +25,7 @@ mod timed;
 
 pub use adam::Adam;
 pub use cayley::{CayleySgd, Mode};
+pub use product::Product;
 pub use qr_orth::{QrOrth, gradient_through_qr};
 pub use riemannian::{RiemannianAdam, RiemannianSgd};
 pub use schedule::Schedule;

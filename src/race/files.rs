@@ -13,7 +13,7 @@ use crate::{Error, Result};
 const FILES: [&str; 5] = ["runs.csv", "curves.csv", "table.md", "steps.png", "seconds.png"];
 
 const RUNS: &str = "entry,optimizer,objective,learning_rate,clip,scheme,steps,seed,held_out_first,held_out_last,perplexity,recovered,\
-                    seconds,orthogonality_error";
+                    kl,top1,seconds,orthogonality_error";
 const CURVES: &str = "entry,learning_rate,scheme,steps,seed,step,seconds,held_out";
 
 /// A race's folder: `runs.csv` and `curves.csv` while it runs, then `table.md` and, with the feature `cli`, `steps.png` and `seconds.png`.
@@ -59,6 +59,8 @@ impl Files {
             run.held_out_last(),
             run.perplexity,
             recovered,
+            run.divergence(),
+            run.fidelity.as_ref().map_or(f64::NAN, |f| f.agreement().mean),
             run.seconds,
             run.orthogonality_error,
         ];

@@ -45,11 +45,11 @@ pub use entry::{Entry, HADAMARD, MakeOptimizer, default_entries};
 pub use files::Files;
 pub use outcome::{Baseline, Outcome, Run};
 
-use crate::compare::judge;
+use crate::compare::{Judged, Test, judge};
 use crate::data::Windows;
 use crate::learn::{ClipChoice, LearnOptions, Named, Point, Watch, learn_watched, search_clips_watched};
 use crate::llama::Llama;
-use crate::quant::{ClipRatios, Scheme};
+use crate::quant::{ClipRatios, Online, Scheme};
 use crate::rotation::Rotations;
 use crate::{Error, Result};
 
@@ -88,8 +88,10 @@ impl Track {
         Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed)
     }
 
-    fn score(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<f64> {
-        Ok(judge(&self.model.merge(Some(rotations), scheme)?, (&self.text, None), watch, what)?.perplexity)
+    /// Perplexity, and fidelity to the model in full precision.
+    fn score(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
+        let full = self.model.merge_exact(None, &Scheme::FULL_PRECISION.online(Online::NONE))?;
+        judge(&self.model.merge(Some(rotations), scheme)?, Some(&full), Test::on(&self.text), watch, what)
     }
 }
 
@@ -98,7 +100,7 @@ impl Track {
 /// # Errors
 /// Those of merging and scoring; [`Error::Interrupted`].
 pub fn full_precision(plain: &Llama, text: &Windows, watch: &mut dyn Watch) -> Result<f64> {
-    Ok(judge(&plain.merge(None, &Scheme::FULL_PRECISION)?, (text, None), watch, "full precision")?.perplexity)
+    Ok(judge(&plain.merge(None, &Scheme::FULL_PRECISION)?, None, Test::on(text), watch, "full precision")?.perplexity)
 }
 
 /// What races, and how far.
@@ -170,8 +172,10 @@ impl Course {
         self.check_text(&track.calibration)?;
         for scheme in &self.schemes {
             let random = |seed| track.score(&track.start(seed)?, scheme, spectator, &format!("{scheme} hadamard:{seed}"));
-            let random = self.seeds.clone().map(random).collect::<Result<Vec<f64>>>()?;
-            let baseline = Baseline { scheme: *scheme, full: track.full, first_seed: self.seeds.start, random };
+            let random = self.seeds.clone().map(random).collect::<Result<Vec<Judged>>>()?;
+            let divergence = random.iter().filter_map(|j| Some(j.fidelity.as_ref()?.divergence().mean)).collect();
+            let random = random.iter().map(|j| j.perplexity).collect();
+            let baseline = Baseline { scheme: *scheme, full: track.full, first_seed: self.seeds.start, random, divergence };
             spectator.scored(&baseline);
             outcome.baselines.push(baseline);
         }
@@ -248,11 +252,13 @@ impl Course {
             seed,
             curve: vec![],
             perplexity: f64::NAN,
+            fidelity: None,
             seconds: searching,
             orthogonality_error: f64::NAN,
         };
         let Some(make) = &entry.optimizer else {
-            run.perplexity = track.score(&start, &scheme, spectator, &what)?;
+            let judged = track.score(&start, &scheme, spectator, &what)?;
+            (run.perplexity, run.fidelity) = (judged.perplexity, judged.fidelity);
             return Ok(run);
         };
         let options = LearnOptions { scheme, steps, seed, ..self.options(entry, rate) };
@@ -270,7 +276,8 @@ impl Course {
         };
         run.curve.insert(0, Point { step: 0, seconds: searching, held_out: learned.held_out_first });
         run.orthogonality_error = learned.orthogonality_error;
-        run.perplexity = track.score(&learned.rotations, &scheme, spectator, &what)?;
+        let judged = track.score(&learned.rotations, &scheme, spectator, &what)?;
+        (run.perplexity, run.fidelity) = (judged.perplexity, judged.fidelity);
         Ok(run)
     }
 }

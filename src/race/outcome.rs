@@ -7,6 +7,7 @@ use std::path::Path;
 
 #[cfg(feature = "cli")]
 use crate::Result;
+use crate::eval::fidelity::Fidelity;
 use crate::learn::Point;
 #[cfg(feature = "cli")]
 use crate::plot::{Axes, Panel, Series, lines};
@@ -35,6 +36,8 @@ pub struct Run {
     pub curve: Vec<Point>,
     /// Perplexity on the text that is scored; NaN for a run that diverged.
     pub perplexity: f64,
+    /// Fidelity on that text to the model in full precision; none for a run that diverged.
+    pub fidelity: Option<Fidelity>,
     /// Wall-clock time of learning and of searching clip ratios; scoring not included.
     pub seconds: f64,
     /// max|RᵀR − I| over all rotations at the end; NaN where nothing was learned.
@@ -42,6 +45,11 @@ pub struct Run {
 }
 
 impl Run {
+    /// KL(full precision ‖ network) on the text that is scored, in nats a token; NaN for a run that diverged.
+    pub fn divergence(&self) -> f64 {
+        self.fidelity.as_ref().map_or(f64::NAN, |f| f.divergence().mean)
+    }
+
     /// Held-out cross entropy at the end; NaN without a curve, so that a run that diverged is not the best of any.
     pub fn held_out_last(&self) -> f64 {
         self.curve.last().map_or(f64::NAN, |p| p.held_out)
@@ -59,6 +67,8 @@ pub struct Baseline {
     pub first_seed: u64,
     /// Perplexity of random Hadamards, of this seed and the following ones.
     pub random: Vec<f64>,
+    /// KL(full precision ‖ network) of the same, in nats a token.
+    pub divergence: Vec<f64>,
 }
 
 impl Baseline {
@@ -127,10 +137,15 @@ impl Outcome {
         let mut table = String::new();
         for b in &self.baselines {
             let (scheme, full, random) = (b.scheme, b.full, b.mean());
-            let _ = writeln!(table, "\n{name}, {scheme}: full precision {full:.3}, random Hadamard {random:.3}\n");
+            let apart = mean(&b.divergence);
             let _ = writeln!(
                 table,
-                "| entry | rate | steps | seeds | perplexity (mean, range) | gap recovered | seconds |\n|---|---|---|---|---|---|---|"
+                "\n{name}, {scheme}: full precision {full:.3}, random Hadamard {random:.3} (KL {apart:.4} from full precision)\n"
+            );
+            let _ = writeln!(
+                table,
+                "| entry | rate | steps | seeds | perplexity (mean, range) | gap recovered | KL | top-1 | seconds |\n\
+                 |---|---|---|---|---|---|---|---|---|"
             );
             let mut groups = self.groups();
             groups.retain(|g| g.first.scheme.to_string() == scheme.to_string());
@@ -143,7 +158,7 @@ impl Outcome {
                 let rate = if g.first.rate.is_nan() { String::new() } else { g.first.rate.to_string() };
                 let _ = writeln!(
                     table,
-                    "| {} | {rate} | {} | {} | {:.3} ({:.3}–{:.3}) | {:.1} % | {:.2} |",
+                    "| {} | {rate} | {} | {} | {:.3} ({:.3}–{:.3}) | {:.1} % | {:.4} | {:.1} % | {:.2} |",
                     g.first.entry,
                     g.first.steps,
                     g.runs.len(),
@@ -151,6 +166,8 @@ impl Outcome {
                     range[0],
                     range[1],
                     100.0 * mean(&of(&|r| self.recovered(r))),
+                    mean(&of(&|r| r.divergence())),
+                    100.0 * mean(&of(&|r| r.fidelity.as_ref().map_or(f64::NAN, |f| f.agreement().mean))),
                     mean(&of(&|r| r.seconds)),
                 );
             }

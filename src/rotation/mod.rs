@@ -3,11 +3,13 @@
 mod file;
 mod pickle;
 mod report;
+mod scales;
 mod start;
 mod torch;
 
 pub use file::{FileClips, RotationFile};
 pub use report::{MatrixReport, TOLERANCE};
+pub use scales::{Scale, Scales, Sizes, Transforms};
 pub use start::{Kind, Start};
 
 use std::collections::BTreeMap;
@@ -18,18 +20,28 @@ use crate::manifold;
 use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor, io};
 
-/// The learned rotations: R1 of the residual stream, and R2 of every layer's values. R3 and R4 are fixed Hadamard maps.
+/// What is learned and leaves the network's function alone: R1 of the residual stream, R2 of every layer's values, and scales. R3 and R4
+/// are fixed Hadamard maps.
 #[derive(Clone, Debug)]
 pub struct Rotations {
     /// `[C, C]`: the residual stream is `x R1`.
     pub r1: Tensor,
     /// `[L, D, D]`: the values of a head in layer l are `v R2[l]`.
     pub r2: Tensor,
+    /// Scales merged with them; none as published.
+    pub scales: Scales,
 }
 
 const FORMAT: &str = "spinquant-rotations";
 const VERSION: &str = "1";
+/// Of files with scales.
+const SCALED_VERSION: &str = "2";
 const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
+
+/// The name of logarithms of scales in files.
+pub fn scale_name(kind: Scale) -> String {
+    format!("scales.{kind}")
+}
 
 impl Rotations {
     /// The notes that every file has of its own.
@@ -91,7 +103,17 @@ impl Rotations {
         for l in 0..layers {
             r2.extend(of(head_dim, l as u64 + 1)?);
         }
-        Ok(Self { r1: Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?, r2: Tensor::from_vec(r2, r2_shape)? })
+        Ok(Self::new(Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?, Tensor::from_vec(r2, r2_shape)?))
+    }
+
+    /// R1 `[C, C]` and R2 `[L, D, D]` made elsewhere, without scales.
+    pub fn new(r1: Tensor, r2: Tensor) -> Self {
+        Self { r1, r2, scales: Scales::default() }
+    }
+
+    /// The same with other scales.
+    pub fn with_scales(self, scales: Scales) -> Self {
+        Self { scales, ..self }
     }
 
     /// That R1 is a square matrix and R2 a list of them: fields are public.
@@ -124,7 +146,8 @@ impl Rotations {
     /// # Errors
     /// A type that is not floating-point; a failed launch.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)? })
+        let scales = self.scales.map(|_, t| t.to_dtype(dtype))?;
+        Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)?, scales })
     }
 
     /// The same on another device.
@@ -132,10 +155,11 @@ impl Rotations {
     /// # Errors
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
-        Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)? })
+        let scales = self.scales.map(|_, t| t.to_device(device))?;
+        Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)?, scales })
     }
 
-    /// As an optimiser sees them: `[1, C, C]` and `[L, D, D]`.
+    /// R1 and R2 as an optimiser sees them: `[1, C, C]` and `[L, D, D]`.
     ///
     /// # Errors
     /// Matrices that are not square.
@@ -159,7 +183,7 @@ impl Rotations {
         if !r2.is_empty() {
             linalg::dims("R2", r2)?;
         }
-        Ok(Self { r1: r1.clone().reshape([c, c])?, r2: r2.clone() })
+        Ok(Self::new(r1.clone().reshape([c, c])?, r2.clone()))
     }
 
     /// max|RᵀR − I| of R1 and of every R2, in `f64`.
@@ -226,9 +250,12 @@ impl Rotations {
     /// # Errors
     /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
-        let tensors = [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into();
+        let scales = self.scales.iter().map(|(kind, t)| (scale_name(kind), t.clone()));
+        let tensors = [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into_iter().chain(scales).collect();
         let mut metadata = notes.clone();
-        let own = Self::OWN_NOTES.iter().zip([FORMAT, VERSION, CONVENTION]);
+        // Whoever knows no scales must not read a file that has some.
+        let version = if self.scales.is_empty() { VERSION } else { SCALED_VERSION };
+        let own = Self::OWN_NOTES.iter().zip([FORMAT, version, CONVENTION]);
         metadata.extend(own.map(|(k, v)| (k.to_string(), v.to_string())));
         io::save_tensors(path, &tensors, &metadata)
     }
@@ -247,8 +274,17 @@ impl Rotations {
     /// As [`Rotations::load`].
     pub fn load_with(path: &Path) -> Result<(Self, BTreeMap<String, String>)> {
         let (mut tensors, metadata) = io::load_tensors(path)?;
-        if let Some(version) = metadata.get("format_version").filter(|v| *v != VERSION) {
-            return Err(Error::format(path, format!("expected rotations of format version {VERSION}, got {version:?}")));
+        if let Some(version) = metadata.get("format_version").filter(|v| *v != VERSION && *v != SCALED_VERSION) {
+            let expected = format!("expected rotations of format version {VERSION} or {SCALED_VERSION}");
+            return Err(Error::format(path, format!("{expected}, got {version:?}")));
+        }
+        let mut scales = Scales::default();
+        for kind in Scale::ALL {
+            let Some(t) = tensors.remove(&scale_name(kind)) else { continue };
+            if !matches!(t.dtype(), DType::F32 | DType::F64) || !io::is_finite(&t)? {
+                return Err(Error::format(path, format!("{}: expected finite f32 or f64 values", scale_name(kind))));
+            }
+            scales.set(kind, Some(t));
         }
         let mut take = |name: &str, rank: usize| -> Result<Tensor> {
             let Some(t) = tensors.remove(name) else {
@@ -271,6 +307,6 @@ impl Rotations {
         if r1.dtype() != r2.dtype() {
             return Err(Error::format(path, format!("R1 is {}, R2 is {}: expected one dtype", r1.dtype(), r2.dtype())));
         }
-        Ok((Self { r1, r2 }, metadata))
+        Ok((Self { r1, r2, scales }, metadata))
     }
 }

@@ -60,13 +60,17 @@ impl Rotations {
     /// rotations to equal bytes.
     ///
     /// # Errors
-    /// [`Error::Io`] with the path; a failing copy from a GPU.
+    /// [`Error::Io`] with the path; scales, which an `R.bin` cannot hold; a failing copy from a GPU.
     pub fn save_torch(&self, path: &Path) -> Result<()> {
         let bytes = self.to_torch_bytes().map_err(|e| Error::format(path, e))?;
         io::write_atomically(path, |out| out.write_all(&bytes))
     }
 
     fn to_torch_bytes(&self) -> Result<Vec<u8>> {
+        if let Some((kind, _)) = self.scales.iter().next() {
+            let message = format!("an R.bin holds R1 and R2 only, got scales {kind}; write safetensors, or learn without scales");
+            return Err(Error::argument("R.bin", message));
+        }
         let mut tensors = vec![("R1".to_string(), self.r1.to_device(&crate::Device::Cpu)?)];
         let r2 = self.r2.to_device(&crate::Device::Cpu)?;
         for l in 0..self.layers() {
@@ -273,7 +277,7 @@ fn read<R: Read + std::io::Seek>(reader: R, size: u64, path: &Path) -> Result<Ro
         tensors.push(t.to_dtype(dtype)?);
     }
     let r1 = tensors.remove(0).reshape([hidden, hidden])?; // None sorts first
-    Ok(Rotations { r1, r2: Tensor::stack(&tensors)? })
+    Ok(Rotations::new(r1, Tensor::stack(&tensors)?))
 }
 
 /// A matrix from its bytes.

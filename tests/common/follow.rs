@@ -276,7 +276,7 @@ pub fn changed(model: &Llama, rotations: &Rotations, layer: usize, changes: Laye
         let at = |i: usize| x[i / (n * n) * n * n + i % n * n + i / n % n];
         Tensor::from_vec((0..x.len()).map(at).collect::<Vec<f64>>(), t.shape()).unwrap()
     };
-    let transposes = Rotations { r1: transposed(&rotations.r1), r2: transposed(&rotations.r2) };
+    let transposes = Rotations::new(transposed(&rotations.r1), transposed(&rotations.r2));
     let tape = Tape::new();
     let vars = RotationVars::constants(&tape, &transposes).unwrap();
     let block = &model.blocks[layer];

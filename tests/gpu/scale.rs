@@ -24,7 +24,7 @@ fn rotations(model: &Llama, device: &Device) -> Rotations {
     let c = &model.config;
     let make = |seed| Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, seed).unwrap().to_device(device).unwrap();
     let times = |a: Tensor, b: &Tensor| product(&a, false, b, false, false, DType::F64).unwrap();
-    let chain = |a: Rotations, b: Rotations| Rotations { r1: times(a.r1, &b.r1), r2: times(a.r2, &b.r2) };
+    let chain = |a: Rotations, b: Rotations| Rotations::new(times(a.r1, &b.r1), times(a.r2, &b.r2));
     (1..4).map(make).fold(make(0), chain).to_dtype(DType::F32).unwrap()
 }
 

@@ -164,7 +164,7 @@ proptest! {
 
     #[test]
     fn rotations(r1 in tensors(), r2 in tensors(), a in extents(), b in extents(), c in 0usize..3) {
-        let r = Rotations { r1, r2 };
+        let r = Rotations::new(r1, r2);
         let _ = (r.hidden(), r.head_dim(), r.layers(), r.as_params(), r.orthogonality_errors(), r.report(), r.projected(0.1));
         let _ = (r.check(2, 2, 2, f64::NAN), Rotations::from_params(&[r.r1.clone(), r.r2.clone()]), Rotations::from_params(&[]));
         // What could be made would take the machine's memory or hours.

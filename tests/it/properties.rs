@@ -372,6 +372,6 @@ fn rotations_survive_a_file_and_bad_files_are_named() {
     says(r.check(24, 8, 5, 1e-4), ["R2", "[5, 8, 8]"]);
     let mut off = r.r2.to_vec::<f64>().unwrap();
     off[3 * 64] += 0.01;
-    let off = Rotations { r1: r.r1.clone(), r2: Tensor::from_vec(off, [4, 8, 8]).unwrap() };
+    let off = Rotations::new(r.r1.clone(), Tensor::from_vec(off, [4, 8, 8]).unwrap());
     says(off.check(24, 8, 4, 1e-4), ["R2[3] is not orthogonal: max|RᵀR−I| =", "at most 1e-4 is accepted"]);
 }

@@ -207,6 +207,11 @@ impl ModelArgs {
         Self { model, named: None, device, dtype, bos }
     }
 
+    /// Another folder, read in the same way.
+    pub fn like(&self, dir: &Path) -> Self {
+        Self { model: dir.into(), named: None, ..self.clone() }
+    }
+
     /// Finds the folder of a model that was given by its name, and downloads what is missing.
     pub fn resolve(&mut self) -> Result<()> {
         let folder = hub::folder(&self.model)?;

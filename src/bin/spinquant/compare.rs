@@ -5,15 +5,16 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use spinquant::Result;
 use spinquant::calibrate::ClipFound;
-use spinquant::compare::{Clipped, Comparison, Judged, Outcome, Row, Run, Unrotated};
+use spinquant::compare::{Clipped, Comparison, Judged, Outcome, Row, Run, Test, Unrotated};
 use spinquant::data::FirstToken;
 use spinquant::eval::exam::{Exam, Report};
+use spinquant::eval::fidelity::Fidelity;
 use spinquant::learn::ClipChoice;
 use spinquant::quant::{Online, Scheme};
 
 use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, with_bits_of};
-use crate::eval::{file_name, limited};
+use crate::eval::{fidelity, file_name, limited};
 use crate::learn::Recipe;
 use crate::weights::GptqArgs;
 use crate::zeroshot::{self, TaskArgs, exam, shown};
@@ -32,6 +33,9 @@ pub struct Args {
     /// Text to score.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+    /// Text of another kind, to score fidelity to the model in full precision on too: what was learned on one text may not serve another.
+    #[arg(long, value_name = "FILE")]
+    fidelity_text: Option<PathBuf>,
     /// Tokens of a window.
     #[arg(long, default_value_t = 2048)]
     seq_len: usize,
@@ -88,19 +92,21 @@ pub fn run(args: &Args) -> Result<()> {
         options.check_text(&calibration)?;
     }
     let text = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
+    let read = |file: &PathBuf| limited(args.model.windows(&config, file, args.seq_len)?, args.max_windows);
+    let other = args.fidelity_text.as_ref().map(read).transpose()?;
+    let test = Test { text: &text, other: other.as_ref(), exam: exam.as_ref() };
     let quantizer = args.gptq_args.quantizer();
     let sample = if args.gptq { Some(args.gptq_args.calibration(&calibration)?) } else { None };
     let gptq = sample.as_ref().map(|sample| (&quantizer, sample));
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
-    let unrotated = Unrotated::score(&args.model.load_plain(&progress)?, &scheme, (&text, exam.as_ref()), gptq, &mut watch)?;
+    let unrotated = Unrotated::score(&args.model.load_plain(&progress)?, &scheme, test, gptq, &mut watch)?;
     let model = args.model.load(&progress)?;
     let comparison = Comparison {
         model: &model,
         unrotated,
         calibration: &calibration,
-        text: &text,
-        exam: exam.as_ref(),
+        test,
         scheme,
         learn_scheme,
         options: &options,
@@ -132,6 +138,11 @@ fn differences(outcome: &Outcome, judged: &Judged, exam: &Exam) -> Result<Report
 pub fn json(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Result<Value> {
     let with = |mut value: Value, judged: &Judged| -> Result<Value> {
         value["perplexity"] = json!(judged.perplexity);
+        for (name, of) in [("fidelity", &judged.fidelity), ("fidelity_other", &judged.other)] {
+            if let Some(of) = of {
+                value[name] = fidelity(of);
+            }
+        }
         if let Some(exam) = exam {
             let mut tasks = zeroshot::json(&exam.report(&judged.marks));
             tasks.insert("minus_full_precision".into(), zeroshot::json(&differences(outcome, judged, exam)?).into());
@@ -175,10 +186,28 @@ pub fn json(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resul
 
 /// The table, that of the tasks where there are some, and a line for every run.
 pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Result<()> {
-    out!("{:<26} {:<12} {:<32} {:<8} {:>12}", "", "scheme", "rotations", "weights", "perplexity");
+    let has_other = outcome.rows.iter().any(|r| r.judged.other.is_some());
+    let other = if has_other { format!(" {:>16} {:>7}", "KL, other text", "top-1") } else { String::new() };
+    out!(
+        "{:<24} {:<9} {:<30} {:<7} {:>10} {:>16} {:>7}{other}",
+        "",
+        "scheme",
+        "rotations",
+        "weights",
+        "perplexity",
+        "KL",
+        "top-1"
+    );
+    let faithful = |f: &Option<Fidelity>| match f {
+        Some(f) => format!(" {:>16} {:>5.1} %", shown(f.divergence(), 4), 100.0 * f.agreement().mean),
+        None => String::new(),
+    };
     for r in &outcome.rows {
-        out!("{:<26} {:<12} {:<32} {:<8} {:>12.3}", r.name, r.scheme, r.rotations, r.weights, r.judged.perplexity);
+        let Judged { perplexity, fidelity, other, .. } = &r.judged;
+        let (fidelity, other) = (faithful(fidelity), faithful(other));
+        out!("{:<24} {:<9} {:<30} {:<7} {perplexity:>10.3}{fidelity}{other}", r.name, r.scheme, r.rotations, r.weights);
     }
+    out!("KL to full precision in nats a token ± standard error; top-1: tokens after which both find the same one likeliest");
     out!("the text starts with {first}");
     if let Some(exam) = exam {
         print_tasks(outcome, exam)?;

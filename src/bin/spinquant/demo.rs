@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use serde_json::json;
-use spinquant::compare::{Comparison, Unrotated};
+use spinquant::compare::{Comparison, Test, Unrotated};
 use spinquant::{Result, demo, inspect};
 
 use crate::common::{Progress, SchemeArgs};
@@ -52,10 +52,9 @@ pub fn run(args: &Args) -> Result<()> {
     let comparison = Comparison {
         model: &model,
         // All gains are 1: it is its own plain network.
-        unrotated: Unrotated::score(&model, &scheme, (&text, None), None, &mut watch)?,
+        unrotated: Unrotated::score(&model, &scheme, Test::on(&text), None, &mut watch)?,
         calibration: &calibration,
-        text: &text,
-        exam: None,
+        test: Test::on(&text),
         scheme,
         learn_scheme: scheme,
         options: &options,

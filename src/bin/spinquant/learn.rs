@@ -15,7 +15,7 @@ use spinquant::memory::{Budget, Needs, Planned};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
 use spinquant::quant::{ClipRatios, Online, R4, Scheme};
-use spinquant::rotation::{RotationFile, Start};
+use spinquant::rotation::{RotationFile, Start, Transforms};
 use spinquant::{DType, Error, Result};
 
 use crate::clip;
@@ -46,6 +46,13 @@ pub struct Recipe {
     optimizer: String,
     #[arg(long, value_name = "NAME", default_value = "cross-entropy", value_parser = objective::by_name, help = objectives())]
     objective: Arc<dyn Objective>,
+    /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2, up-down, values, norms
+    /// (scales; docs/cli.md).
+    #[arg(long, value_name = "LIST", default_value = "published")]
+    transforms: Transforms,
+    /// Learning rate of the first step for logarithms of scales; it falls as --lr does.
+    #[arg(long, value_name = "RATE", default_value_t = LearnOptions::default().scale_rate)]
+    scale_lr: f64,
     /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
     #[arg(long, value_name = "N")]
     held_out: Option<usize>,
@@ -92,6 +99,8 @@ impl Recipe {
             recompute: self.recompute.then_some(Recompute::All),
             memory: self.memory,
             clip: ClipChoice::Keep,
+            scales: self.transforms.scales.clone(),
+            scale_rate: self.scale_lr,
             objective: self.objective.clone(),
             ..LearnOptions::default()
         }
@@ -297,6 +306,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("seed", args.seed)
         .with_note("optimizer", &args.recipe.optimizer)
         .with_note("objective", args.recipe.objective.name())
+        .with_note("transforms", &args.recipe.transforms)
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;
@@ -313,6 +323,8 @@ pub fn run(args: &Args) -> Result<()> {
             json!({
                 "loss_first": learned.loss_first, "loss_last": learned.loss_last,
                 "held_out_first": learned.held_out_first, "held_out_last": learned.held_out_last,
+                "kl_first": learned.fidelity_first.divergence, "kl_last": learned.fidelity_last.divergence,
+                "top1_first": learned.fidelity_first.agreement, "top1_last": learned.fidelity_last.agreement,
                 "orthogonality_error": learned.orthogonality_error, "seconds_per_step": learned.seconds_per_step,
                 "peak_bytes": model.device().peak_bytes(), "clip": learned.clip.as_ref().map(|(found, by)| clip::report(found, *by).1),
                 "starts_with": windows.first_token(),
@@ -321,7 +333,16 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         out!("{scheme}: loss {:.4} -> {:.4}", learned.loss_first, learned.loss_last);
         out!("the text starts with {}", windows.first_token());
-        out!("held-out loss {:.4} -> {:.4}", learned.held_out_first, learned.held_out_last);
+        let (before, after) = (learned.fidelity_first, learned.fidelity_last);
+        out!(
+            "held-out loss {:.4} -> {:.4}, KL to full precision {:.4} -> {:.4}, the same likeliest token after {:.1} % -> {:.1} %",
+            learned.held_out_first,
+            learned.held_out_last,
+            before.divergence,
+            after.divergence,
+            100.0 * before.agreement,
+            100.0 * after.agreement
+        );
         out!("max|RᵀR − I| {:.1e}, {:.2} s a step", learned.orthogonality_error, learned.seconds_per_step);
         out!("rotations written to {}", args.out.display());
     }

@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use spinquant::Result;
 use spinquant::compare::quantized;
 use spinquant::data::Windows;
 use spinquant::export::{Record, is_native, load_native};
-use spinquant::llama::{Compressed, LlamaConfig, Merged};
-use spinquant::quant::Scheme;
+use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged};
+use spinquant::quant::{Online, Scheme};
 use spinquant::rotation::{Rotations, Start};
+use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, SchemeArgs, check_length, contradicts, rotations};
 use crate::weights::{GptqArgs, Method};
@@ -143,21 +143,61 @@ impl Network<'_> {
     /// # Errors
     /// Weights that cannot be read, merged or quantised; [`Error::Interrupted`](spinquant::Error::Interrupted).
     pub fn load(&self, progress: &Progress) -> Result<Merged> {
-        let NetworkArgs { model: files, gptq, .. } = self.args;
-        let (plain, rotations, calibration) = match &self.from {
-            From::Written => return Ok(load_native(&files.model, &files.device()?)?.model),
-            From::Compressed(read) => {
-                let (device, dtype) = files.place()?;
-                return read.load(dtype, &device);
+        match &self.from {
+            From::Written | From::Compressed(_) => self.load_written(),
+            From::Model { .. } => self.quantize(&self.load_model(progress)?, progress),
+        }
+    }
+
+    /// The same, and the model in full precision: `full`, or else the one that is rotated and quantised here, whose weights it shares.
+    /// None where the network was quantised before and `full` is not given.
+    ///
+    /// # Errors
+    /// Those of [`Network::load`]; a `full` with another vocabulary.
+    pub fn load_with_full(&self, full: Option<&PathBuf>, progress: &Progress) -> Result<(Merged, Option<Merged>)> {
+        let exact = Scheme::FULL_PRECISION.online(Online::NONE);
+        let files = &self.args.model;
+        if let Some(dir) = full {
+            let place = files.like(dir);
+            let vocabulary = place.checked(&exact, None)?.vocab_size;
+            if vocabulary != self.config.vocab_size {
+                let message = format!("expected a vocabulary of {} tokens, got {vocabulary}", self.config.vocab_size);
+                return Err(Error::argument(format!("--full-precision {}", dir.display()), message));
             }
-            From::Model { plain, rotations, calibration } => (plain, rotations, calibration),
-        };
-        let model = if *plain { files.load_plain(progress)? } else { files.load(progress)? };
+            let full = place.load_plain(progress)?.merge_exact(None, &exact)?;
+            return Ok((self.load(progress)?, Some(full)));
+        }
+        match &self.from {
+            From::Written | From::Compressed(_) => Ok((self.load_written()?, None)),
+            From::Model { .. } => {
+                let model = self.load_model(progress)?;
+                Ok((self.quantize(&model, progress)?, Some(model.merge_exact(None, &exact)?)))
+            }
+        }
+    }
+
+    fn load_written(&self) -> Result<Merged> {
+        let files = &self.args.model;
+        if let From::Compressed(read) = &self.from {
+            let (device, dtype) = files.place()?;
+            return read.load(dtype, &device);
+        }
+        Ok(load_native(&files.model, &files.device()?)?.model)
+    }
+
+    fn load_model(&self, progress: &Progress) -> Result<Llama> {
+        let files = &self.args.model;
+        if matches!(self.from, From::Model { plain: true, .. }) { files.load_plain(progress) } else { files.load(progress) }
+    }
+
+    fn quantize(&self, model: &Llama, progress: &Progress) -> Result<Merged> {
+        let From::Model { rotations, calibration, .. } = &self.from else { return model.merge(None, &self.scheme) };
+        let gptq = &self.args.gptq;
         match calibration {
             None => model.merge(rotations.as_ref(), &self.scheme),
             Some(text) => {
                 let run = (&gptq.quantizer(), &gptq.calibration(text)?);
-                quantized(&model, rotations.as_ref(), &self.scheme, run, &mut progress.watch())
+                quantized(model, rotations.as_ref(), &self.scheme, run, &mut progress.watch())
             }
         }
     }

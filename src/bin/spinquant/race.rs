@@ -13,7 +13,7 @@ use spinquant::race::{Baseline, Course, Entry, Files, Outcome, Run, Spectator, T
 use spinquant::{DType, Error, Result, demo};
 
 use crate::common::{ModelArgs, Progress, Told, at_least_one};
-use crate::eval::{file_name, limited};
+use crate::eval::{fidelity, file_name, limited};
 use crate::stop;
 
 #[derive(clap::Args)]
@@ -199,12 +199,13 @@ fn line(run: &Run, recovered: f64) -> String {
         None => String::new(),
     };
     format!(
-        "{:<9} {:<32} seed {}: {learning}perplexity {:.3}, {:.1} % of the gap, {:.2} s",
+        "{:<9} {:<32} seed {}: {learning}perplexity {:.3}, {:.1} % of the gap, KL {:.4}, {:.2} s",
         run.scheme.to_string(),
         run.entry,
         run.seed,
         run.perplexity,
         100.0 * recovered,
+        run.divergence(),
         run.seconds
     )
 }
@@ -216,10 +217,11 @@ fn json(outcome: &Outcome, first: &FirstToken) -> Value {
         json!({
             "entry": r.entry, "optimizer": r.optimizer, "objective": r.objective, "learning_rate": r.rate,
             "clip": r.clip, "scheme": r.scheme.to_string(), "steps": r.steps, "seed": r.seed, "perplexity": r.perplexity,
+            "fidelity": r.fidelity.as_ref().map(fidelity),
             "recovered": outcome.recovered(r), "seconds": r.seconds, "orthogonality_error": r.orthogonality_error, "curve": curve,
         })
     });
     let baselines =
-        outcome.baselines().iter().map(|b| json!({"scheme": b.scheme.to_string(), "full": b.full, "random": b.random}));
+        outcome.baselines().iter().map(|b| json!({"scheme": b.scheme.to_string(), "full": b.full, "random": b.random, "kl": b.divergence}));
     json!({"baselines": baselines.collect::<Vec<_>>(), "runs": runs.collect::<Vec<_>>(), "starts_with": first})
 }

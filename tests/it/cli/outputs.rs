@@ -119,7 +119,7 @@ fn rotations_are_checked_and_translated() {
     assert_eq!(report.lines().count(), 3, "{report}");
     assert!(report.lines().all(|l| l.contains("max|RᵀR−I|") && l.contains("det")), "{report}");
 
-    let bent = Rotations { r1: ops::randn([24, 24], 1), r2: rotations.r2.to_dtype(spinquant::DType::F64).unwrap() };
+    let bent = Rotations::new(ops::randn([24, 24], 1), rotations.r2.to_dtype(spinquant::DType::F64).unwrap());
     bent.save(&place.path("bent.safetensors")).unwrap();
     let out = place.run("rotations check bent.safetensors");
     assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("R1 is not orthogonal"));

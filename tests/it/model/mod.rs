@@ -1,6 +1,7 @@
 //! Laws of whole networks: what rotations leave alone, and that gradients are right.
 
 mod learning;
+mod scales;
 
 use std::sync::{Arc, Mutex};
 
@@ -259,7 +260,7 @@ proptest! {
         let inputs = std::iter::once(r.r1.clone()).chain((0..config.layers).map(|l| r.r2.index(l).unwrap()));
         let run = Arc::new(m.run(&scheme, 5).unwrap());
         check::gradients(&inputs.collect::<Vec<_>>(), |mut v| {
-            let vars = RotationVars { r1: v.remove(0), r2: v };
+            let vars = RotationVars::without_scales(v.remove(0), v);
             m.logits(&vars, &t, run.clone(), Recompute::None)
         }).unwrap();
     }

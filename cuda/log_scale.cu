@@ -1,0 +1,110 @@
+// Rows or columns times exponentials of their logarithms a, and the gradient of a:
+//   y[i, j] = x[i, j] exp(sign a[e]),   da[e] = sign exp(sign a[e]) sum of x dy,   e = i (by rows) or j (by columns).
+#include "common.cuh"
+
+namespace {
+
+using namespace sq;
+
+// A warp has neighbouring packs of a row; a block has kWarps rows at a time.
+constexpr int kWarps = 8;
+constexpr int64_t kMostRowBlocks = 1024;
+
+template <typename T, int N, bool kByRows>
+__global__ void __launch_bounds__(32 * kWarps)
+    log_scale_kernel(T *y, const T *x, const float *a, int64_t rows, int64_t cols, float sign) {
+  const int64_t j = (int64_t(blockIdx.x) * 32 + threadIdx.x) * N;
+  if (j >= cols) return;
+  float factors[N];
+  if (!kByRows) {
+#pragma unroll
+    for (int v = 0; v < N; ++v) factors[v] = expf(sign * a[j + v]);
+  }
+  const int64_t step = int64_t(gridDim.y) * kWarps;
+  for (int64_t i = int64_t(blockIdx.y) * kWarps + threadIdx.y; i < rows; i += step) {
+    float values[N];
+    widen(values, load_pack<T, N>(x + i * cols + j));
+    const float factor = kByRows ? expf(sign * a[i]) : 0.0f;
+#pragma unroll
+    for (int v = 0; v < N; ++v) values[v] *= kByRows ? factor : factors[v];
+    store_pack(y + i * cols + j, narrow<T>(values));
+  }
+}
+
+template <typename T, int N>
+int log_scale(T *y, const T *x, const float *a, int64_t rows, int64_t cols, bool by_rows, float sign, cudaStream_t stream) {
+  const int64_t strips = ceil_div(cols, int64_t(32 * N)), groups = ceil_div(rows, int64_t(kWarps));
+  if (strips > kMaxGridX) return cudaErrorInvalidValue;
+  const dim3 grid(unsigned(strips), unsigned(groups < kMostRowBlocks ? groups : kMostRowBlocks));
+  const auto kernel = by_rows ? log_scale_kernel<T, N, true> : log_scale_kernel<T, N, false>;
+  kernel<<<grid, dim3(32, kWarps), 0, stream>>>(y, x, a, rows, cols, sign);
+  return launched();
+}
+
+// A block has 32 columns. Warp w sums rows w, w + 32, ...; the first warp adds up the sums in order.
+template <typename T>
+__global__ void __launch_bounds__(1024)
+    column_products_kernel(float *da, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, float sign) {
+  __shared__ float parts[32][32];
+  const int64_t j = int64_t(blockIdx.x) * 32 + threadIdx.x;
+  float sum = 0.0f;
+  if (j < cols)
+    for (int64_t i = threadIdx.y; i < rows; i += 32) sum += to_float(x[i * cols + j]) * to_float(dy[i * cols + j]);
+  parts[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || j >= cols) return;
+  sum = 0.0f;
+  for (int warp = 0; warp < 32; ++warp) sum += parts[warp][threadIdx.x];
+  da[j] = sign * expf(sign * a[j]) * sum;
+}
+
+// A row per block.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    row_products_kernel(float *da, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, float sign) {
+  __shared__ float scratch[32];
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    float sum = 0.0f;
+    for (int64_t j = threadIdx.x; j < cols; j += blockDim.x) sum += to_float(x[i * cols + j]) * to_float(dy[i * cols + j]);
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) da[i] = sign * expf(sign * a[i]) * sum;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int sq_log_scale(void *y, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows, float sign,
+                 sq_dtype dtype, sq_stream stream) {
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    T *out = static_cast<T *>(y);
+    const T *in = static_cast<const T *>(x);
+    // Rows of whole packs start on their boundaries.
+    if (cols % kPack<T> == 0) return log_scale<T, kPack<T>>(out, in, a, rows, cols, by_rows != 0, sign, cuda_stream(stream));
+    return log_scale<T, 1>(out, in, a, rows, cols, by_rows != 0, sign, cuda_stream(stream));
+  });
+}
+
+int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
+                      float sign, sq_dtype dtype, sq_stream stream) {
+  if (rows < 0 || cols < 1 || ceil_div(cols, int64_t(32)) > kMaxGridX) return cudaErrorInvalidValue;
+  if (by_rows && rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    const T *from = static_cast<const T *>(x), *gradient = static_cast<const T *>(dy);
+    if (by_rows) {
+      const unsigned blocks = unsigned(rows < kMaxGridX ? rows : kMaxGridX);
+      row_products_kernel<<<blocks, 256, 0, cuda_stream(stream)>>>(da, gradient, from, a, rows, cols, sign);
+    } else {
+      const unsigned blocks = unsigned(ceil_div(cols, int64_t(32)));
+      column_products_kernel<<<blocks, dim3(32, 32), 0, cuda_stream(stream)>>>(da, gradient, from, a, rows, cols, sign);
+    }
+    return launched();
+  });
+}
+
+}  // extern "C"

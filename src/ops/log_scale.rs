@@ -1,0 +1,300 @@
+//! Rows or columns times exponentials of learned logarithms: `y[i, j] = x[i, j] exp(±a[j])` by columns, `x[i, j] exp(±a[i])` by rows. A
+//! scale that is an exponential is never 0 and needs no bounds. Backward: `dx = dy exp(±a)`, `da = ± Σ y dy` over what shares an entry.
+
+use rayon::prelude::*;
+
+use crate::device::cuda::{CudaDevice, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{cpu, ffi};
+use crate::ops::{At, Case, Place, Run, exact, normals};
+use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
+use crate::{DType, Error, Result, Tensor};
+
+/// What an entry of the logarithms belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Along {
+    /// A row of x.
+    Rows,
+    /// A column of x.
+    Columns,
+}
+
+/// The operation: x `[.., cols]` as a matrix, and a, one entry a row or a column. Keeps both.
+#[derive(Clone, Copy, Debug)]
+pub struct LogScale {
+    /// What is scaled by one entry.
+    pub along: Along,
+    /// Divides: the sign of the exponent is −.
+    pub inverse: bool,
+}
+
+impl LogScale {
+    fn entries(self, x: &Tensor) -> usize {
+        match self.along {
+            Along::Rows => x.rows(),
+            Along::Columns => x.cols(),
+        }
+    }
+
+    fn sign(self) -> f64 {
+        if self.inverse { -1.0 } else { 1.0 }
+    }
+
+    /// `exp(±a)`.
+    fn factors<T: cpu::Real>(self, a: &Tensor) -> Result<Vec<T>> {
+        Ok(a.to_f64_vec()?.into_iter().map(|a| T::from_f64((self.sign() * a).exp())).collect())
+    }
+
+    /// `x exp(±a)`, in the memory of x.
+    fn times<T: cpu::Real>(self, x: &mut [T], cols: usize, factors: &[T]) {
+        let cols = cols.max(1);
+        x.par_chunks_mut(cols).enumerate().with_min_len(cpu::rows_per_task(cols)).for_each(|(i, row)| match self.along {
+            Along::Rows => row.iter_mut().for_each(|x| *x = *x * factors[i]),
+            Along::Columns => row.iter_mut().zip(factors).for_each(|(x, &f)| *x = *x * f),
+        });
+    }
+
+    /// `± exp(±a) Σ x dy`, summed in double and in a fixed order.
+    fn sums<T: cpu::Real>(self, x: &[T], dy: &[T], cols: usize, factors: &[T]) -> Vec<T> {
+        let (cols, sign) = (cols.max(1), self.sign());
+        let rows = x.par_chunks(cols).zip(dy.par_chunks(cols));
+        let products: Vec<f64> = match self.along {
+            Along::Rows => rows.map(|(x, dy)| x.iter().zip(dy).map(|(x, dy)| x.to_f64() * dy.to_f64()).sum()).collect(),
+            Along::Columns => {
+                let block = cols * cpu::rows_per_task(cols);
+                let part = |(x, dy): (&[T], &[T])| {
+                    let mut sum = vec![0f64; cols];
+                    for (x, dy) in x.chunks(cols).zip(dy.chunks(cols)) {
+                        sum.iter_mut().zip(x.iter().zip(dy)).for_each(|(s, (x, dy))| *s += x.to_f64() * dy.to_f64());
+                    }
+                    sum
+                };
+                let parts: Vec<Vec<f64>> = x.par_chunks(block).zip(dy.par_chunks(block)).map(part).collect();
+                let mut sum = vec![0f64; cols];
+                parts.iter().for_each(|p| sum.iter_mut().zip(p).for_each(|(s, p)| *s += p));
+                sum
+            }
+        };
+        products.into_iter().zip(factors).map(|(p, f)| T::from_f64(sign * p * f.to_f64())).collect()
+    }
+
+    fn forward<T: cpu::Real>(self, x: Tensor, a: &Tensor) -> Result<Tensor> {
+        let (shape, cols) = (x.shape().to_vec(), x.cols());
+        let mut y = x.into_owned::<T>()?;
+        self.times(&mut y, cols, &self.factors(a)?);
+        Tensor::from_vec(y, shape)
+    }
+
+    fn gradients<T: cpu::Real>(self, x: &Tensor, a: &Tensor, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let (shape, cols, factors) = (dy.shape().to_vec(), dy.cols(), self.factors::<T>(a)?);
+        let da = match want[1] {
+            true => Some(Tensor::from_vec(self.sums(x.as_slice::<T>()?, dy.as_slice()?, cols, &factors), a.shape())?),
+            false => None,
+        };
+        let dx = match want[0] {
+            true => {
+                let mut dx = dy.into_owned::<T>()?;
+                self.times(&mut dx, cols, &factors);
+                Some(Tensor::from_vec(dx, shape)?)
+            }
+            false => None,
+        };
+        Ok(vec![dx, da])
+    }
+}
+
+impl Op for LogScale {
+    fn name(&self) -> &'static str {
+        "log_scale"
+    }
+    fn check(&self, inputs: &[Tensor]) -> Result<()> {
+        let [x, a] = operands(inputs)?;
+        let entries = self.entries(x);
+        if a.shape() != [entries] {
+            return Err(Error::shape("log_scale: logarithms", format!("[{entries}]"), a.shape()));
+        }
+        let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        if a.dtype() != wide {
+            return Err(Error::dtype("log_scale: logarithms", wide, a.dtype()));
+        }
+        Ok(())
+    }
+    fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x, a] = inputs.take()?;
+        keep(save, &x, &a);
+        if x.dtype() == DType::F64 { self.forward::<f64>(x, &a) } else { self.forward::<f32>(x, &a) }
+    }
+    fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
+        let [x, a] = inputs.take()?;
+        keep(save, &x, &a);
+        let (mut x, a) = (x.aligned()?, a.aligned()?);
+        let y = x.or_new(device)?;
+        launch(device.queue(), *self, y.view()?, x.view()?, a.view()?, x.cols())?;
+        Ok(y)
+    }
+    fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let (x, a) = kept(saved, want)?;
+        if dy.dtype() == DType::F64 { self.gradients::<f64>(&x, &a, dy, want) } else { self.gradients::<f32>(&x, &a, dy, want) }
+    }
+    fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let (x, a) = kept(saved, want)?;
+        let (x, a, mut dy) = (x.aligned()?, a.aligned()?, dy.aligned()?);
+        let da = match want[1] {
+            true => {
+                let da = Tensor::on(device, a.shape(), DType::F32)?;
+                launch_sums(device.queue(), *self, da.view()?, (dy.view()?, x.view()?), a.view()?, dy.cols())?;
+                Some(da)
+            }
+            false => None,
+        };
+        let dx = match want[0] {
+            true => {
+                let dx = dy.or_new(device)?;
+                launch(device.queue(), *self, dx.view()?, dy.view()?, a.view()?, dy.cols())?;
+                Some(dx)
+            }
+            false => None,
+        };
+        Ok(vec![dx, da])
+    }
+}
+
+/// The logarithms, and x where their gradient is wanted.
+fn keep(save: &mut Saved, x: &Tensor, a: &Tensor) {
+    if save.wants_any() {
+        save.push(a.clone());
+    }
+    if save.wants(1) {
+        save.push(x.clone());
+    }
+}
+
+/// Back from [`keep`]: x (the logarithms again where it was not kept) and a.
+fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Tensor)> {
+    if want[1] {
+        let [a, x] = saved.take()?;
+        return Ok((x, a));
+    }
+    let [a] = saved.take()?;
+    Ok((a.clone(), a))
+}
+
+/// `y = x exp(±a)` for rows of `cols` values, a in `f32`; y may be x.
+fn launch(queue: Queue<'_>, op: LogScale, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
+    let c = Check::new("log_scale", queue);
+    let (n, kind, work) = (x.len(), x.kind(), Work::moving("scale", 2 * x.bytes()));
+    let rows = c.rows(n, cols)?;
+    let entries = if op.along == Along::Rows { rows } else { cols };
+    let (y, x, a) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?, c.operand("a", a, Kind::F32, entries)?);
+    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
+    let (by_rows, sign) = (i32::from(op.along == Along::Rows), op.sign() as f32);
+    // SAFETY: x and y have rows · cols values of one kind and may be the same; a has one f32 a row or a column.
+    c.launch(work, |s| unsafe { ffi!(sq_log_scale(y, x, a, rows, cols, by_rows, sign, dtype, s)) })
+}
+
+/// `da = ± exp(±a) Σ x dy` for rows of `cols` values, a and da in `f32`.
+fn launch_sums(
+    queue: Queue<'_>,
+    op: LogScale,
+    da: View<'_>,
+    (dy, x): (View<'_>, View<'_>),
+    a: View<'_>,
+    cols: usize,
+) -> Result<()> {
+    let c = Check::new("log_scale backward", queue);
+    let (n, kind, work) = (x.len(), x.kind(), Work::moving("scale", 2 * x.bytes()));
+    let rows = c.rows(n, cols)?;
+    let entries = if op.along == Along::Rows { rows } else { cols };
+    let (dy, x) = (c.operand("dy", dy, kind, n)?, c.operand("x", x, kind, n)?);
+    let (a, da) = (c.operand("a", a, Kind::F32, entries)?, c.operand("da", da, Kind::F32, entries)?);
+    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
+    let (by_rows, sign) = (i32::from(op.along == Along::Rows), op.sign() as f32);
+    // SAFETY: x and dy have rows · cols values of one kind; a and da have one f32 a row or a column.
+    c.launch(work, |s| unsafe { ffi!(sq_log_scale_sums(da, dy, x, a, rows, cols, by_rows, sign, dtype, s)) })
+}
+
+impl Var<'_> {
+    /// `self exp(a)` row by row or column by column of self [.., cols], or `self exp(−a)` where `inverse`. a is `f64` for `f64` values,
+    /// else `f32`.
+    ///
+    /// # Errors
+    /// Those of [`Tape::record`](crate::Tape::record); another number of logarithms, or another type.
+    pub fn log_scale(self, a: Self, along: Along, inverse: bool) -> Result<Self> {
+        self.tape().record(LogScale { along, inverse }, vec![self, a])
+    }
+}
+
+/// y by the formula above.
+pub fn reference(op: LogScale, x: &[f64], a: &[f64], cols: usize) -> Vec<f64> {
+    let entry = |i: usize| if op.along == Along::Rows { i / cols } else { i % cols };
+    x.iter().enumerate().map(|(i, x)| x * (op.sign() * a[entry(i)]).exp()).collect()
+}
+
+/// Worked cases.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, along: Along, inverse: bool, rows: usize, cols: usize| {
+        let entries = if along == Along::Rows { rows } else { cols };
+        Case::new("log_scale", name, normals(&[(&[rows, cols], 51), (&[entries], 52)]), move |v| {
+            let [x, a]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+            let wide = if x.value().dtype().is_half() { DType::F32 } else { x.value().dtype() };
+            x.log_scale(a.to_dtype(wide)?, along, inverse)
+        })
+    };
+    let mut all = vec![
+        case("one value", Along::Columns, false, 1, 1),
+        case("columns", Along::Columns, false, 5, 24),
+        case("columns, inverse, odd", Along::Columns, true, 7, 13),
+        case("rows", Along::Rows, false, 5, 24),
+        case("rows, inverse, odd", Along::Rows, true, 33, 7),
+        case("columns, 513x1376", Along::Columns, true, 513, 1376).large(),
+        case("rows, 513x1376", Along::Rows, false, 513, 1376).large(),
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let op = LogScale { along: Along::Columns, inverse: true };
+    let graph = Run::graph(move |v| {
+        let [x, a]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        let wide = if x.value().dtype().is_half() { DType::F32 } else { x.value().dtype() };
+        x.log_scale(a.to_dtype(wide)?, op.along, op.inverse)
+    });
+    let what = ("log_scale", "log-scale", "Columns of rows of n times exponentials");
+    Case::timed(what, (n, rows), vec![vec![rows, n], vec![n]], graph, move |x, y| {
+        let a = x[1].to_f64_vec()?;
+        exact::rows(n, &x[..1], &y[0], |_, got, x| exact::close("log_scale", got, &reference(op, &x[0], &a, n), y[0].dtype(), 1.0))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Tape, ops::randn};
+
+    #[test]
+    fn scales_undo_each_other_and_are_their_definition() {
+        let x = randn([3, 4], 1);
+        for along in [Along::Rows, Along::Columns] {
+            let a = randn([if along == Along::Rows { 3 } else { 4 }], 2);
+            let tape = Tape::new();
+            let y = tape.constant(x.clone()).log_scale(tape.constant(a.clone()), along, false).unwrap();
+            let want = reference(LogScale { along, inverse: false }, x.as_slice().unwrap(), a.as_slice().unwrap(), 4);
+            assert_eq!(y.value().to_vec::<f64>().unwrap(), want);
+            let back = y.log_scale(tape.constant(a), along, true).unwrap();
+            let close = |(x, y): (f64, f64)| (x - y).abs() < 1e-14;
+            assert!(back.value().to_f64_vec().unwrap().into_iter().zip(x.to_f64_vec().unwrap()).all(close));
+        }
+    }
+
+    #[test]
+    fn logarithms_that_do_not_fit_are_errors() {
+        let tape = Tape::new();
+        let x = || tape.constant(randn([3, 4], 1));
+        assert!(x().log_scale(tape.constant(randn([3], 1)), Along::Columns, false).is_err());
+        assert!(x().log_scale(tape.constant(randn([4], 1)), Along::Rows, false).is_err());
+        assert!(x().log_scale(tape.constant(randn([4], 1).to_dtype(DType::F32).unwrap()), Along::Columns, false).is_err());
+    }
+}
