@@ -38,15 +38,21 @@ impl Fidelity {
     pub(crate) fn add(&mut self, network: (&Tensor, &Tensor), full: (&Tensor, &Tensor), seq: usize) -> Result<()> {
         let (divergences, agree) = compared(network, full)?;
         for (divergences, agree) in divergences.chunks(seq).zip(agree.chunks(seq)) {
-            let divergence = divergences.iter().sum::<f64>() / seq as f64;
-            if !divergence.is_finite() {
-                let window = self.divergence.len();
-                return Err(Error::numeric("fidelity", format!("the divergence is {divergence} in window {window}")));
-            }
-            self.divergence.push(divergence);
+            self.divergence.push(divergences.iter().sum::<f64>() / seq as f64);
             self.agreement.push(agree.iter().filter(|a| **a).count() as f64 / seq as f64);
         }
         Ok(())
+    }
+
+    /// Checks that every divergence is a number.
+    pub(crate) fn finite(&self) -> Result<()> {
+        match self.divergence.iter().position(|d| !d.is_finite()) {
+            Some(window) => {
+                let divergence = self.divergence[window];
+                Err(Error::numeric("fidelity", format!("the divergence is {divergence} in window {window}")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Window by window, the mean of several networks' fidelities (of several seeds, say).
@@ -102,6 +108,7 @@ pub fn fidelity(
         let tokens = text.batch(windows);
         let (x, teacher) = (network.last_hidden(&tokens, seq)?, full.last_hidden(&tokens, seq)?);
         found.add((&x, &network.head), (&teacher, &full.head), seq)?;
+        found.finite()?;
         if progress(found.divergence.len()).is_break() {
             return Err(Error::Interrupted { step: found.divergence.len() });
         }

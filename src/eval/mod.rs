@@ -73,6 +73,7 @@ pub fn perplexity_beside(
         }
         if let (Some(found), Some(full)) = (&mut fidelity, full) {
             found.add((&x, &model.head), (&full.last_hidden(&tokens, seq)?, &full.head), seq)?;
+            found.finite()?;
         }
         if progress(i * batch + windows.len()).is_break() {
             return Err(Error::Interrupted { step: i * batch + windows.len() });

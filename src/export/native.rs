@@ -310,9 +310,8 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
         if rotations.as_ref().is_none_or(|r| r.scales.get(Scale::Norms).is_none()) {
             return Ok(block);
         }
-        let [first, second] = NORMS.map(|norm| {
-            part.tensor(&format!("model.layers.{l}.{norm}.weight"), dtype, &[config.hidden_size])?.to_device(device)
-        });
+        let [first, second] = NORMS
+            .map(|norm| part.tensor(&format!("model.layers.{l}.{norm}.weight"), dtype, &[config.hidden_size])?.to_device(device));
         Ok(block.with_gains([first?, second?]))
     };
     let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;

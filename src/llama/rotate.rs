@@ -173,7 +173,8 @@ impl Block {
         let rotations = Rotation { r1, r2, scales, r4: s.online.r4.map(inner)? };
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
         let scaled = scales.up_down.is_some() || scales.norms[1].is_some();
-        let leave = !scaled && !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
+        let leave =
+            !scaled && !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
 
         // What has a rotation on its output comes first: the gradients of R1 and R2 add up in the reverse of this order.
         let mut order = Linear::ALL;

@@ -265,7 +265,9 @@ fn timed(n: usize, rows: usize) -> Case {
     let what = ("log_scale", "log-scale", "Columns of rows of n times exponentials");
     Case::timed(what, (n, rows), vec![vec![rows, n], vec![n]], graph, move |x, y| {
         let a = x[1].to_f64_vec()?;
-        exact::rows(n, &x[..1], &y[0], |_, got, x| exact::close("log_scale", got, &reference(op, &x[0], &a, n), y[0].dtype(), 1.0))
+        exact::rows(n, &x[..1], &y[0], |_, got, x| {
+            exact::close("log_scale", got, &reference(op, &x[0], &a, n), y[0].dtype(), 1.0)
+        })
     })
 }
 

@@ -251,7 +251,8 @@ impl Rotations {
     /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
         let scales = self.scales.iter().map(|(kind, t)| (scale_name(kind), t.clone()));
-        let tensors = [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into_iter().chain(scales).collect();
+        let tensors =
+            [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into_iter().chain(scales).collect();
         let mut metadata = notes.clone();
         // Whoever knows no scales must not read a file that has some.
         let version = if self.scales.is_empty() { VERSION } else { SCALED_VERSION };

@@ -221,7 +221,9 @@ fn json(outcome: &Outcome, first: &FirstToken) -> Value {
             "recovered": outcome.recovered(r), "seconds": r.seconds, "orthogonality_error": r.orthogonality_error, "curve": curve,
         })
     });
-    let baselines =
-        outcome.baselines().iter().map(|b| json!({"scheme": b.scheme.to_string(), "full": b.full, "random": b.random, "kl": b.divergence}));
+    let baselines = outcome
+        .baselines()
+        .iter()
+        .map(|b| json!({"scheme": b.scheme.to_string(), "full": b.full, "random": b.random, "kl": b.divergence}));
     json!({"baselines": baselines.collect::<Vec<_>>(), "runs": runs.collect::<Vec<_>>(), "starts_with": first})
 }
