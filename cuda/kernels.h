@@ -255,6 +255,18 @@ int sq_not_finite(int32_t *flag, const void *x, int64_t count, sq_dtype dtype, s
 /* y = alpha * a + beta * b, rounded once to bf16. */
 int sq_axpby_bf16(void *y, float alpha, const float *a, float beta, const float *b, int64_t count, sq_stream stream);
 
+/* clipped_fake_quant.cu --------------------------------------------------------------------------------------- */
+
+/* y = fake-quantised x [rows, cols], the ends of the range of row (or group) number i clipped by exp(a[2 k]) and exp(a[2 k + 1]),
+ * k = i mod kinds; quant.clip does not count. y may be x. */
+int sq_clipped_fake_quant(void *y, const void *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
+                          sq_quant quant, sq_dtype dtype, sq_stream stream);
+/* dx = dy, or 0 where x was clamped and blocked is not 0; sums[2 i], sums[2 i + 1] = the gradients of both logarithms by row (or group)
+ * i alone. dx may be dy. */
+int sq_clipped_fake_quant_backward(void *dx, float *sums, const void *dy, const void *x, const float *a, int64_t rows,
+                                   int64_t cols, int64_t kinds, sq_quant quant, int blocked, sq_dtype dtype,
+                                   sq_stream stream);
+
 /* log_scale.cu ------------------------------------------------------------------------------------------------ */
 
 /* y = x exp(sign a) for x [rows, cols], one entry of a a row (by_rows) or a column; sign is 1 or -1. y may be x. */

@@ -131,11 +131,12 @@ struct Step {
   float scale, zero;
 };
 
-__device__ __forceinline__ Step find_step(const Quantiser &q, Range range, float clip) {
+// With a ratio for the lower end of the range and one for the upper; a symmetric range is clipped by the upper one.
+__device__ __forceinline__ Step find_step(const Quantiser &q, Range range, float lower, float upper) {
   if (q.symmetric) {
     float most = fmaxf(-range.lo, range.hi);
     if (q.weight) most = fmaxf(most, 1e-5f);
-    const float scale = __fmul_rn(clip, most) / q.maxq;
+    const float scale = __fmul_rn(upper, most) / q.maxq;
     return {most == 0.0f ? 1.0f : scale, 0.0f};
   }
   float lo = range.lo, hi = range.hi;
@@ -143,14 +144,17 @@ __device__ __forceinline__ Step find_step(const Quantiser &q, Range range, float
     lo = fminf(lo, 0.0f);
     hi = fmaxf(hi, 0.0f);
   }
-  lo = __fmul_rn(clip, lo);
-  hi = __fmul_rn(clip, hi);
+  lo = __fmul_rn(lower, lo);
+  hi = __fmul_rn(upper, hi);
   if (lo == 0.0f && hi == 0.0f) {
     lo = -1.0f;
     hi = 1.0f;
   }
   const float scale = hi == lo ? 1.0f : __fsub_rn(hi, lo) / q.maxq;
   return {scale, rintf(-lo / scale)};
+}
+__device__ __forceinline__ Step find_step(const Quantiser &q, Range range, float clip) {
+  return find_step(q, range, clip, clip);
 }
 
 // a / b by the sequence that the compiler divides by where both are ordinary numbers, given the reciprocal of b, rounded.

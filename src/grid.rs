@@ -188,16 +188,30 @@ impl<T: GridFloat> Grid<T> {
     /// The grid of a group whose values span `[lo, hi]`, shrunk by `clip`.
     #[inline(always)]
     pub fn new(spec: &QuantSpec, lo: T, hi: T, clip: T) -> Self {
+        Self::between(spec, lo, hi, [clip; 2])
+    }
+
+    /// The grid of a group with its own ratios for the lower and the upper end of the range, and that range after clipping (symmetric:
+    /// `[0, max|x|]`, clipped by the upper one).
+    pub(crate) fn clipped(spec: &QuantSpec, group: &[T], ratios: [T; 2]) -> (T, T, Self) {
+        let (lo, hi) = extent(group);
+        let grid = Self::between(spec, lo, hi, ratios);
+        let (lo, hi) = spec.range(lo, hi);
+        (ratios[0] * lo, ratios[1] * hi, grid)
+    }
+
+    #[inline(always)]
+    fn between(spec: &QuantSpec, lo: T, hi: T, ratios: [T; 2]) -> Self {
         let (min, max) = (T::of(f64::from(spec.min_code())), T::of(f64::from(spec.max_code())));
         let (lo, hi) = spec.range(lo, hi);
         if spec.symmetric {
             let scale = match spec.target {
                 Target::Activation if hi == T::ZERO => T::ONE,
-                _ => clip * hi / max,
+                _ => ratios[1] * hi / max,
             };
             return Self { scale, zero: T::ZERO, min, max };
         }
-        let (lo, hi) = (clip * lo, clip * hi);
+        let (lo, hi) = (ratios[0] * lo, ratios[1] * hi);
         // After clipping: an all-zero group is given [−1, 1] whatever the ratio.
         let (lo, hi) = if lo == T::ZERO && hi == T::ZERO { (-T::ONE, T::ONE) } else { (lo, hi) };
         // A degenerate range of one non-zero value cannot give a scale.

@@ -10,6 +10,7 @@ pub mod axpby_bf16;
 pub mod bias;
 mod case;
 pub mod cast;
+pub mod clipped_fake_quant;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod exact;
@@ -41,6 +42,7 @@ pub fn cases() -> Vec<Case> {
         attention::cases(),
         axpby_bf16::cases(),
         bias::cases(),
+        clipped_fake_quant::cases(),
         cross_entropy::cases(),
         embedding::cases(),
         fake_quant::cases(),

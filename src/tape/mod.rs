@@ -31,8 +31,15 @@ struct Node {
 pub(crate) enum Residuals {
     #[default]
     Off,
-    Record(Vec<Tensor>),
-    Replay(std::vec::IntoIter<Tensor>),
+    Record(Vec<Residual>),
+    Replay(std::vec::IntoIter<Residual>),
+}
+
+/// An operation less its surrogate, and the operands that both were computed of.
+#[derive(Clone)]
+pub(crate) struct Residual {
+    difference: Tensor,
+    base: Vec<Tensor>,
 }
 
 /// The list of recorded operations.
@@ -156,20 +163,24 @@ impl Tape {
         if matches!(*residuals, Residuals::Off) {
             return run(op, values, saved);
         }
-        let Some(smooth) = op.surrogate(&values.0).transpose()? else {
-            return run(op, values, saved);
-        };
-        let y = run(op, values, saved)?; // also for what it saves
+        let inputs = values.0.clone();
         match &mut *residuals {
-            Residuals::Off => Ok(y),
             Residuals::Record(list) => {
-                list.push(Tensor::axpby(1.0, y.clone(), -1.0, smooth)?);
+                let smooth = op.surrogate_near(&inputs, &inputs).transpose()?;
+                let y = run(op, values, saved)?;
+                if let Some(smooth) = smooth {
+                    list.push(Residual { difference: Tensor::axpby(1.0, y.clone(), -1.0, smooth)?, base: inputs });
+                }
                 Ok(y)
             }
-            Residuals::Replay(list) => {
-                let c = list.next().ok_or_else(|| Error::Tape("the graph changed between evaluations".into()))?;
-                Tensor::axpby(1.0, smooth, 1.0, c)
+            Residuals::Replay(list) if op.surrogate_near(&inputs, &inputs).is_some() => {
+                let known = list.next().ok_or_else(|| Error::Tape("the graph changed between evaluations".into()))?;
+                run(op, values, saved)?; // for what it saves
+                let none = || Error::Tape(format!("{}: a surrogate at one point and none at another", op.name()));
+                let smooth = op.surrogate_near(&inputs, &known.base).ok_or_else(none)??;
+                Tensor::axpby(1.0, smooth, 1.0, known.difference)
             }
+            Residuals::Off | Residuals::Replay(_) => run(op, values, saved),
         }
     }
 

@@ -155,6 +155,15 @@ pub trait Op {
         let _ = inputs;
         None
     }
+    /// The same for operations whose gradient depends on what was rounded and clamped: those decisions are taken at the operands `base`,
+    /// where the gradient is checked, and `inputs` are near them. By default [`Op::surrogate`].
+    ///
+    /// # Errors
+    /// As [`Op::cpu`].
+    fn surrogate_near(&self, inputs: &[Tensor], base: &[Tensor]) -> Option<Result<Tensor>> {
+        let _ = base;
+        self.surrogate(inputs)
+    }
 }
 
 /// Runs an operation without a tape, on the side its operands are on.
