@@ -83,7 +83,7 @@ fn gradients_of_rotations_are_central_differences() {
             let (seq, tokens) = (text.seq, &text.tokens[..text.seq]);
             let run = Arc::new(model.run(&scheme, seq).unwrap());
             let outcome = check::gradients(&inputs, |mut v| {
-                let vars = RotationVars { r1: v.remove(0), r2: v };
+                let vars = RotationVars::without_scales(v.remove(0), v);
                 model.logits(&vars, tokens, run.clone(), Recompute::None)
             });
             assert!(outcome.is_ok(), "{}, {scheme}: {outcome:?}", f.name);
