@@ -272,6 +272,9 @@ int sq_clipped_fake_quant_backward(void *dx, float *sums, const void *dy, const 
 /* y = x exp(sign a) for x [rows, cols], one entry of a a row (by_rows) or a column; sign is 1 or -1. y may be x. */
 int sq_log_scale(void *y, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows, float sign, sq_dtype dtype,
                  sq_stream stream);
+/* The same in double. */
+int sq_log_scale_f64(double *y, const double *x, const double *a, int64_t rows, int64_t cols, int by_rows, double sign,
+                     sq_stream stream);
 /* da = sign exp(sign a) sum of x dy, over the columns (by_rows) or the rows; in a fixed order. */
 int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
                       float sign, sq_dtype dtype, sq_stream stream);

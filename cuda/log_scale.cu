@@ -71,9 +71,27 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// In double, for merging: one value a thread at a time.
+__global__ void __launch_bounds__(256)
+    log_scale_f64_kernel(double *y, const double *x, const double *a, int64_t rows, int64_t cols, bool by_rows, double sign) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * cols; i += step)
+    y[i] = x[i] * exp(sign * a[by_rows ? i / cols : i % cols]);
+}
+
 }  // namespace
 
 extern "C" {
+
+int sq_log_scale_f64(double *y, const double *x, const double *a, int64_t rows, int64_t cols, int by_rows, double sign,
+                     sq_stream stream) {
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div(rows * cols, int64_t(256));
+  log_scale_f64_kernel<<<unsigned(blocks < 8192 ? blocks : 8192), 256, 0, cuda_stream(stream)>>>(y, x, a, rows, cols,
+                                                                                               by_rows != 0, sign);
+  return launched();
+}
 
 int sq_log_scale(void *y, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows, float sign,
                  sq_dtype dtype, sq_stream stream) {

@@ -241,6 +241,13 @@ impl<'t> Rotation<'_, 't> {
         let a = match columns / entries {
             0 | 1 => a.clone(),
             // The query heads of a key and value head read the same values.
+            group if !a.requires_grad() => {
+                let d = self.r2.value().cols();
+                let values = a.value().to_f64_vec()?;
+                let repeated: Vec<f64> = values.chunks(d).flat_map(|head| head.repeat(group)).collect();
+                let repeated = Tensor::from_vec(repeated, [columns])?.to_dtype(a.value().dtype())?;
+                a.tape().constant(repeated.to_device(&a.value().device())?)
+            }
             group => {
                 let heads = entries / self.r2.value().cols();
                 let ids: Vec<u32> = (0..heads * group).map(|q| (q / group) as u32).collect();

@@ -18,8 +18,8 @@ use rayon::prelude::*;
 
 use crate::device::cpu;
 use crate::device::cuda::{CudaDevice, Queue};
-use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::ffi;
+use crate::device::launch::{Check, Kind, View, Work};
 use crate::grid::{Grid, GridFloat, QuantSpec};
 use crate::ops::fake_quant::launch_spec;
 use crate::ops::{Case, bias, randn};
@@ -303,7 +303,8 @@ mod tests {
 
     #[test]
     fn equal_ends_are_a_clip_ratio() {
-        for spec in [QuantSpec::activation(4, false), QuantSpec::activation(4, true), QuantSpec::activation(4, false).grouped(8)] {
+        for spec in [QuantSpec::activation(4, false), QuantSpec::activation(4, true), QuantSpec::activation(4, false).grouped(8)]
+        {
             let x = randn([6, 24], 1);
             let tape = Tape::new();
             let want = tape.constant(x.clone()).fake_quant(&spec.clipped(Clip::Ratio(0.9))).unwrap();
@@ -331,17 +332,33 @@ mod tests {
                 ((hi - lo) / 15.0, (-lo / ((hi - lo) / 15.0)).round_ties_even())
             };
             let loss = |a: &[f64]| -> f64 {
-                (0..4).map(|i| {
-                    let ((s, _), (s0, z)) = (scale(a, i), scale(&a0, i));
-                    row(i).iter().zip(&dys[30 * i..]).map(|(&x, dy)| {
-                        let q = (x / s0).round_ties_even() + z;
-                        let y = if q > 15.0 { s * (15.0 - z) } else if q < 0.0 { s * -z } else { x + s * ((q - z) - x / s0) };
-                        dy * y
-                    }).sum::<f64>()
-                }).sum()
+                (0..4)
+                    .map(|i| {
+                        let ((s, _), (s0, z)) = (scale(a, i), scale(&a0, i));
+                        row(i)
+                            .iter()
+                            .zip(&dys[30 * i..])
+                            .map(|(&x, dy)| {
+                                let q = (x / s0).round_ties_even() + z;
+                                let y = if q > 15.0 {
+                                    s * (15.0 - z)
+                                } else if q < 0.0 {
+                                    s * -z
+                                } else {
+                                    x + s * ((q - z) - x / s0)
+                                };
+                                dy * y
+                            })
+                            .sum::<f64>()
+                    })
+                    .sum()
             };
             for (j, got) in da.to_f64_vec().unwrap().into_iter().enumerate() {
-                let moved = |by: f64| { let mut a = a0.clone(); a[j] += by; loss(&a) };
+                let moved = |by: f64| {
+                    let mut a = a0.clone();
+                    a[j] += by;
+                    loss(&a)
+                };
                 let want = (moved(1e-6) - moved(-1e-6)) / 2e-6;
                 assert!((got - want).abs() < 1e-6 * (1.0 + want.abs()), "{j}: {got} {want}");
             }
@@ -353,7 +370,9 @@ mod tests {
             let mut want = dys.clone();
             let clamped: Vec<usize> = clamped.collect();
             assert!(clamped.len() > 4);
-            if blocked { clamped.iter().for_each(|&i| want[i] = 0.0); }
+            if blocked {
+                clamped.iter().for_each(|&i| want[i] = 0.0);
+            }
             assert_eq!(dx, want);
         }
     }

@@ -179,15 +179,20 @@ fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Tensor)> {
     Ok((a.clone(), a))
 }
 
-/// `y = x exp(±a)` for rows of `cols` values, a in `f32`; y may be x.
+/// `y = x exp(±a)` for rows of `cols` values, a in `f32`, or `f64` where x is; y may be x.
 fn launch(queue: Queue<'_>, op: LogScale, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
     let c = Check::new("log_scale", queue);
     let (n, kind, work) = (x.len(), x.kind(), Work::moving("scale", 2 * x.bytes()));
     let rows = c.rows(n, cols)?;
     let entries = if op.along == Along::Rows { rows } else { cols };
-    let (y, x, a) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?, c.operand("a", a, Kind::F32, entries)?);
-    let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
-    let (by_rows, sign) = (i32::from(op.along == Along::Rows), op.sign() as f32);
+    let of_a = if kind == Kind::F64 { kind } else { Kind::F32 };
+    let (y, x, a) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?, c.operand("a", a, of_a, entries)?);
+    let (rows, cols, by_rows) = (c.long(rows)?, c.long(cols)?, i32::from(op.along == Along::Rows));
+    if kind == Kind::F64 {
+        // SAFETY: x and y have rows · cols values of f64 and may be the same; a has one f64 a row or a column.
+        return c.launch(work, |s| unsafe { ffi!(sq_log_scale_f64(y, x, a, rows, cols, by_rows, op.sign(), s)) });
+    }
+    let (dtype, sign) = (c.code(kind)?, op.sign() as f32);
     // SAFETY: x and y have rows · cols values of one kind and may be the same; a has one f32 a row or a column.
     c.launch(work, |s| unsafe { ffi!(sq_log_scale(y, x, a, rows, cols, by_rows, sign, dtype, s)) })
 }

@@ -69,7 +69,7 @@ fn rotating_a_weight_costs_little_beside_rounding_it() {
         let tape = Tape::new();
         let vars = RotationVars::constants(&tape, r).unwrap();
         let w = block.rotate(&vars.r1, &vars.r2[0], &sites, None).unwrap();
-        w.into_vec().into_iter().map(|w| w.into_value().to_f64_vec().unwrap()).collect::<Vec<_>>()
+        w.into_values().tensors().map(|w| w.to_f64_vec().unwrap()).collect::<Vec<_>>()
     };
     let ours = rotate(block, &r);
     let exact =
