@@ -286,6 +286,22 @@ fn a_state_of_another_run_is_refused() {
     says(run(&m, &w, &mut cayley(), &o, 0).0, &["not a state saved while learning"]);
 }
 
+/// R4 of 100 values was in blocks of 20 when states did not say so.
+#[test]
+fn a_state_of_another_hadamard_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let (_, w) = learnable(DType::F32);
+    let c = LlamaConfig { vocab_size: 32, ..config([4, 2], 8, 24, 100) };
+    let m = cast(&model(&c, 3), DType::F32);
+    let o = stopped(&m, &w, &path);
+    let mut state = State::load(&path).unwrap();
+    let recorded = state.scalars.get_mut("run").unwrap().as_object_mut().unwrap().remove("r4");
+    assert_eq!(recorded.unwrap(), "100*1, Paley II");
+    state.save(&path).unwrap();
+    says(run(&m, &w, &mut CayleySgd::new(Mode::Default), &o, 0).0, &["r4 was null", "100*1, Paley II"]);
+}
+
 #[test]
 fn numbers_that_are_not_finite_name_the_step_and_spare_the_state() {
     let folder = tempfile::tempdir().unwrap();
