@@ -53,7 +53,7 @@ enum From {
     /// A folder of compressed-tensors.
     Compressed(Box<Compressed>),
     /// A model's own files.
-    Model { plain: bool, rotations: Option<Rotations>, calibration: Option<Windows> },
+    Model { plain: bool, rotations: Option<Box<Rotations>>, calibration: Option<Windows> },
 }
 
 impl NetworkArgs {
@@ -79,7 +79,7 @@ impl NetworkArgs {
             Method::Rtn => None,
             Method::Gptq => Some(self.gptq.text(&self.model, &config, self.calibration.as_ref(), seq_len)?),
         };
-        let (plain, rotations) = (matches!(start, Start::None), file.map(|file| file.rotations));
+        let (plain, rotations) = (matches!(start, Start::None), file.map(|file| Box::new(file.rotations)));
         Ok(Network {
             args: self,
             config,
@@ -194,10 +194,10 @@ impl Network<'_> {
         let From::Model { rotations, calibration, .. } = &self.from else { return model.merge(None, &self.scheme) };
         let gptq = &self.args.gptq;
         match calibration {
-            None => model.merge(rotations.as_ref(), &self.scheme),
+            None => model.merge(rotations.as_deref(), &self.scheme),
             Some(text) => {
                 let run = (&gptq.quantizer(), &gptq.calibration(text)?);
-                quantized(model, rotations.as_ref(), &self.scheme, run, &mut progress.watch())
+                quantized(model, rotations.as_deref(), &self.scheme, run, &mut progress.watch())
             }
         }
     }
