@@ -137,7 +137,7 @@ impl LlamaConfig {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] naming the file, the field, what was expected and what came, for anything that is not a
-    /// LLaMA this crate computes exactly: another architecture, another activation, another kind of rotary embedding.
+    /// model this crate computes exactly: another architecture ([`Family`]), another activation, another kind of rotary embedding.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Self::from_json(&std::fs::read(path).map_err(Error::io(path))?, path)

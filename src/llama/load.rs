@@ -194,7 +194,7 @@ fn times(gain: Option<&[f64]>, factor: f64, n: usize) -> Option<Vec<f64>> {
 
 impl Weights {
     /// Reads a model directory: gains folded in `f64`, each weight rounded once to `dtype`; a tied head becomes a copy of the
-    /// embedding, and only the copy takes the final norm's gain. Tensors that a LLaMA does not need are not read ([`Source::unread`]).
+    /// embedding, and only the copy takes the final norm's gain. Tensors that the model does not need are not read ([`Source::unread`]).
     ///
     /// # Errors
     /// Those of [`Checkpoint`] and [`LlamaConfig::validate`]; a value too large for `dtype`.

@@ -1,4 +1,4 @@
-//! A whole LLaMA, in two forms: [`Llama`], whose rotations are learned, and [`Merged`], whose rotations are part of its weights.
+//! A whole model, in two forms: [`Llama`], whose rotations are learned, and [`Merged`], whose rotations are part of its weights.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ impl Recompute {
     }
 }
 
-/// A LLaMA with frozen weights, RMSNorm gains folded into the linears that read them.
+/// A model of any [`Family`](crate::llama::Family) with frozen weights, RMSNorm gains folded into the linears that read them.
 #[derive(Clone, Debug)]
 pub struct Llama {
     /// Sizes.
@@ -391,7 +391,7 @@ impl Run {
     }
 }
 
-/// A LLaMA ready to run: rotations merged, weights quantised, activations fake-quantised as it runs.
+/// A model ready to run: rotations merged, weights quantised, activations fake-quantised as it runs.
 #[derive(Clone, Debug)]
 pub struct Merged {
     /// Sizes.

@@ -15,6 +15,7 @@ mod arguments;
 mod bench;
 mod compressed;
 mod console;
+mod families;
 mod generate;
 mod hub;
 mod input;
