@@ -115,8 +115,8 @@ impl Format {
     }
 
     /// What of a scheme an output in this format holds: a Hugging Face folder has weights only, and whoever runs it computes
-    /// activations, K and V at 16 bits or as it likes; one of compressed-tensors says how inputs of linears are quantised, by a clip ratio
-    /// of its own.
+    /// activations, K and V at 16 bits or as it likes; one of compressed-tensors says how inputs of linears are quantised, by a rule of its
+    /// own.
     pub fn holds(self, scheme: &Scheme) -> Scheme {
         match self {
             Self::Native => *scheme,

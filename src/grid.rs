@@ -32,6 +32,18 @@ pub const SEARCH_STEPS: usize = 80;
 /// The exponent of the error that [`Clip::Search`] minimises.
 pub const SEARCH_NORM: f64 = 2.4;
 
+/// How the range of a group becomes a grid, where libraries differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Rule {
+    /// As in the published code: `s = max|x| / (2^(bits−1) − 1)` symmetric; asymmetric ranges of groups need not include 0.
+    #[default]
+    Published,
+    /// As compressed-tensors does for activations: `s = 2 max|x| / (2^bits − 1)` symmetric, so that the largest magnitude lies half a
+    /// step beyond the largest code; asymmetric ranges include 0. On a GPU the symmetric scale may differ in its last bit.
+    CompressedTensors,
+}
+
 /// How a tensor is quantised: along the last axis, a whole row or groups of it at a time.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QuantSpec {
@@ -46,6 +58,8 @@ pub struct QuantSpec {
     pub clip: Clip,
     /// Activation or weight.
     pub target: Target,
+    /// How a range becomes a grid.
+    pub rule: Rule,
     /// For files that keep scales in this type, and zero points in as many bits as codes: a scale is rounded to the type before codes
     /// are found, and an asymmetric range includes 0 in groups too, so that the zero point is one of the codes. `None`: neither.
     pub stored: Option<DType>,
@@ -53,8 +67,15 @@ pub struct QuantSpec {
 
 impl QuantSpec {
     /// Leaves its tensor alone.
-    pub const NONE: Self =
-        Self { bits: 16, symmetric: true, group: None, clip: Clip::Ratio(1.0), target: Target::Activation, stored: None };
+    pub const NONE: Self = Self {
+        bits: 16,
+        symmetric: true,
+        group: None,
+        clip: Clip::Ratio(1.0),
+        target: Target::Activation,
+        rule: Rule::Published,
+        stored: None,
+    };
 
     /// Dynamic per-row activation quantisation.
     pub fn activation(bits: u32, symmetric: bool) -> Self {
@@ -74,6 +95,26 @@ impl QuantSpec {
     /// The same with a clip rule.
     pub fn clipped(self, clip: Clip) -> Self {
         Self { clip, ..self }
+    }
+
+    /// The same by another rule.
+    pub fn by(self, rule: Rule) -> Self {
+        Self { rule, ..self }
+    }
+
+    /// What the largest magnitude of a symmetric group is divided by.
+    #[inline(always)]
+    pub(crate) fn steps(&self) -> f64 {
+        match self.rule {
+            Rule::Published => f64::from(self.max_code()),
+            Rule::CompressedTensors => f64::from(self.max_code()) + 0.5,
+        }
+    }
+
+    /// True where asymmetric ranges include 0.
+    #[inline(always)]
+    pub(crate) fn includes_zero(&self) -> bool {
+        self.group.is_none() || self.stored.is_some() || self.rule == Rule::CompressedTensors
     }
 
     /// The same for files that keep scales in this type.
@@ -207,7 +248,7 @@ impl<T: GridFloat> Grid<T> {
         if spec.symmetric {
             let scale = match spec.target {
                 Target::Activation if hi == T::ZERO => T::ONE,
-                _ => ratios[1] * hi / max,
+                _ => ratios[1] * hi / T::of(spec.steps()),
             };
             return Self { scale, zero: T::ZERO, min, max };
         }
@@ -256,7 +297,7 @@ impl QuantSpec {
             let most = max(lo.abs(), hi.abs());
             return (T::ZERO, if self.target == Target::Weight { max(most, T::of(1e-5)) } else { most });
         }
-        if self.group.is_none() || self.stored.is_some() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
+        if self.includes_zero() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
     }
 }
 

@@ -45,12 +45,6 @@ pub struct Quantization {
     pub activations: Option<Activations>,
 }
 
-/// The clip ratio that makes our grid of activations that of compressed-tensors: its symmetric scale is `max|x|` by half the number of
-/// steps, `2 max|x| / (2^bits − 1)`, where ours is `max|x|` by the largest code, `max|x| / (2^(bits−1) − 1)`.
-pub fn activation_ratio(bits: u32, symmetric: bool) -> f64 {
-    if symmetric { (2f64.powi(bits as i32) - 2.0) / (2f64.powi(bits as i32) - 1.0) } else { 1.0 }
-}
-
 impl Weights {
     /// The grid of the weights, without a rule how to find it.
     pub fn spec(&self) -> QuantSpec {

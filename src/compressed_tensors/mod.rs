@@ -17,5 +17,5 @@
 mod config;
 mod pack;
 
-pub use config::{Activations, Quantization, Weights, activation_ratio};
+pub use config::{Activations, Quantization, Weights};
 pub use pack::{Packed, words};

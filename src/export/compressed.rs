@@ -5,10 +5,10 @@ use safetensors::tensor::Dtype;
 
 use super::parts::{Part, Raw};
 use super::{Stored, StoredLayer};
-use crate::compressed_tensors::{Packed, activation_ratio, words};
+use crate::compressed_tensors::{Packed, words};
 use crate::grid::Quantized;
 use crate::llama::{Affine, Linear, Linears, LlamaConfig};
-use crate::quant::{ClipRatios, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer};
+use crate::quant::{ClipRatios, QuantSpec, QuantizedLinear, Rule, Scheme, WeightQuantizer};
 use crate::{DType, Error, Result, Tensor};
 
 /// The runtime that a folder is for, where it is for one.
@@ -33,12 +33,8 @@ impl std::str::FromStr for Target {
 
 /// What of a scheme the format holds: K and V at 16 bits, and activations on the grid of compressed-tensors.
 pub(super) fn holds(scheme: &Scheme) -> Scheme {
-    let ratio = match scheme.activation_bits {
-        16.. => 1.0,
-        bits => activation_ratio(bits, scheme.symmetric_activations),
-    };
-    let activation_clip = ClipRatios::uniform(ratio).expect("at most 1");
-    Scheme { key_bits: 16, value_bits: 16, activation_clip, ..*scheme }
+    let activation_rule = if scheme.activation_bits < 16 { Rule::CompressedTensors } else { Rule::Published };
+    Scheme { key_bits: 16, value_bits: 16, activation_clip: ClipRatios::NONE, activation_rule, ..*scheme }
 }
 
 /// Checks that the format can hold a scheme.

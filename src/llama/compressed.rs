@@ -6,8 +6,8 @@ use safetensors::tensor::Dtype;
 use serde_json::{Map, Value};
 
 use super::{Checkpoint, Linear, Llama, LlamaConfig, Merged, Source};
-use crate::compressed_tensors::{Packed, Quantization, Weights, activation_ratio, words};
-use crate::quant::{ClipRatios, Online, Scheme, Site};
+use crate::compressed_tensors::{Packed, Quantization, Weights, words};
+use crate::quant::{Online, Rule, Scheme, Site};
 use crate::{DType, Device, Error, Result, Tensor, io};
 
 /// How the linears of a checkpoint are packed.
@@ -123,7 +123,7 @@ impl Compressed {
             let divides = quantization.weights.spec().group_size(cols);
             divides.map_err(|e| Error::format(&path, format!("quantization_config: {name}: {e}")))?;
         }
-        Ok(Self { dir: dir.to_path_buf(), scheme: scheme(&quantization)?, config, quantization })
+        Ok(Self { dir: dir.to_path_buf(), scheme: scheme(&quantization), config, quantization })
     }
 
     /// Loads the network, weights to the bit what compressed-tensors unpacks, then rounded to `dtype`.
@@ -145,14 +145,13 @@ fn object(dir: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, format!("expected a JSON object: {}", io::short(e))))
 }
 
-fn scheme(q: &Quantization) -> Result<Scheme> {
+fn scheme(q: &Quantization) -> Scheme {
     let Quantization { weights, activations } = *q;
     let scheme = Scheme {
         symmetric_weights: weights.symmetric,
         weight_group: weights.group,
         ..Scheme::new(weights.bits, activations.map_or(16, |a| a.bits), 16).online(Online::NONE)
     };
-    let Some(a) = activations else { return Ok(scheme) };
-    let activation_clip = ClipRatios::uniform(activation_ratio(a.bits, a.symmetric))?;
-    Ok(Scheme { symmetric_activations: a.symmetric, activation_clip, ..scheme })
+    let Some(a) = activations else { return scheme };
+    Scheme { symmetric_activations: a.symmetric, activation_rule: Rule::CompressedTensors, ..scheme }
 }

@@ -129,7 +129,7 @@ pub(crate) fn gpu_grids(device: &CudaDevice, x: &Tensor, spec: &QuantSpec) -> Re
         launch(device.queue(), out, x.view()?, x.cols(), spec)?;
         return Ok([scale, zero]);
     }
-    // Ranges that include 0 are those of whole rows to the kernel: every group is one.
+    // As rows of their own, groups have ranges that include 0.
     launch(device.queue(), out, x.view()?, group, &QuantSpec { group: None, stored: None, ..*spec })?;
     let rounded = scale.to_vec::<f32>()?.into_iter().map(|s| spec.scale(s)).collect();
     Ok([Tensor::from_vec(rounded, shape)?.to_device(&Device::Cuda(device.clone()))?, zero])
@@ -171,6 +171,11 @@ pub(crate) fn launch(queue: Queue<'_>, out: Outputs<'_>, x: View<'_>, cols: usiz
         return Err(Error::argument("fake_quant", format!("expected scales as computed, got scales stored as {dtype}")));
     }
     let (n, kind) = (x.len(), x.kind());
+    // Ranges that include 0 are those of whole rows to the kernel: every group is one.
+    let (cols, spec) = match spec.group {
+        Some(_) if spec.includes_zero() => (spec.group_size(cols)?, &QuantSpec { group: None, ..*spec }),
+        _ => (cols, spec),
+    };
     let rows = c.rows(n, cols)?;
     let groups = c.product(&[rows, cols.div_ceil(spec.group_size(cols)?)])?;
     let work = Work::moving(if search { "clip search" } else { "quantise" }, 2 * x.bytes());
@@ -201,6 +206,8 @@ pub(crate) fn launch_spec(spec: &QuantSpec) -> Result<sq_quant> {
         weight: (spec.target == Target::Weight).into(),
         group: int("quantisation group", spec.group.unwrap_or(0))?,
         clip: match spec.clip {
+            // Kernels divide by the largest code.
+            Clip::Ratio(r) if spec.symmetric => (r * f64::from(spec.max_code()) / spec.steps()) as f32,
             Clip::Ratio(r) => r as f32,
             Clip::Search => 1.0,
         },

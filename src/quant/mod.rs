@@ -9,7 +9,7 @@ mod rtn;
 mod scheme;
 mod weight;
 
-pub use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, SEARCH_NORM, SEARCH_STEPS, Target};
+pub use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, Rule, SEARCH_NORM, SEARCH_STEPS, Target};
 pub use clip::ClipRatios;
 pub use gptq::{Gptq, GroupScales, MAX_DAMPING};
 pub use hessian::Hessian;

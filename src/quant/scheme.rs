@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::quant::{Clip, ClipRatios, Online, QuantSpec, R4};
+use crate::quant::{Clip, ClipRatios, Online, QuantSpec, R4, Rule};
 use crate::{Error, Result};
 
 /// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised". An s after the bits of activations, W4A4sKV4, means that
@@ -23,7 +23,7 @@ use crate::{Error, Result};
 /// assert_eq!((symmetric.to_string(), symmetric.bits_name()), ("W4A4sKV4".into(), "W4A4KV4".into()));
 /// # Ok::<(), spinquant::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scheme {
     /// Weights of the seven linears of every layer.
@@ -46,6 +46,35 @@ pub struct Scheme {
     pub activation_clip: ClipRatios,
     /// The Hadamards that run with the network.
     pub online: Online,
+    /// How ranges of activations, K and V become grids.
+    #[serde(default, skip_serializing_if = "is_published")]
+    pub activation_rule: Rule,
+}
+
+fn is_published(rule: &Rule) -> bool {
+    *rule == Rule::Published
+}
+
+/// Without the rule where it is the published one: what states had before there were others.
+impl fmt::Debug for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut fields = f.debug_struct("Scheme");
+        fields
+            .field("weight_bits", &self.weight_bits)
+            .field("activation_bits", &self.activation_bits)
+            .field("key_bits", &self.key_bits)
+            .field("value_bits", &self.value_bits)
+            .field("symmetric_weights", &self.symmetric_weights)
+            .field("symmetric_activations", &self.symmetric_activations)
+            .field("weight_group", &self.weight_group)
+            .field("weight_clip", &self.weight_clip)
+            .field("activation_clip", &self.activation_clip)
+            .field("online", &self.online);
+        if self.activation_rule != Rule::Published {
+            fields.field("activation_rule", &self.activation_rule);
+        }
+        fields.finish()
+    }
 }
 
 impl Scheme {
@@ -61,6 +90,7 @@ impl Scheme {
         weight_clip: Clip::Search,
         activation_clip: ClipRatios::NONE,
         online: Online::BOTH,
+        activation_rule: Rule::Published,
     };
 
     /// The published settings at these bit widths.
@@ -108,7 +138,9 @@ impl Scheme {
     /// The quantiser of every site of a layer with heads of `head_dim`.
     pub fn sites(&self, head_dim: usize) -> Sites {
         let at = |site, bits| {
-            QuantSpec::activation(bits, self.symmetric_activations).clipped(Clip::Ratio(self.activation_clip.at(site)))
+            QuantSpec::activation(bits, self.symmetric_activations)
+                .clipped(Clip::Ratio(self.activation_clip.at(site)))
+                .by(self.activation_rule)
         };
         let weight = QuantSpec::weight(self.weight_bits, self.symmetric_weights).clipped(self.weight_clip);
         Sites {

@@ -101,15 +101,15 @@ impl Args {
         for line in export::notes(&held, self.target)? {
             note(&line);
         }
-        if scheme.activation_clip != held.activation_clip {
-            let (wanted, held) = (scheme.activation_clip, held.activation_clip);
+        if scheme.activation_clip != ClipRatios::NONE {
+            let clip = scheme.activation_clip;
             if self.scheme.given_clip(None).is_some() {
-                let message = format!("compressed-tensors clips activations at {held} and nowhere else, got {wanted}");
+                let message = format!("expected 1: compressed-tensors has no clip ratios of activations, got {clip}");
                 return Err(Error::argument("--activation-clip", message));
             }
-            if wanted != ClipRatios::NONE {
-                note(&format!("compressed-tensors clips activations at {held}, not where the rotations' file says: {wanted}"));
-            }
+            note(&format!(
+                "compressed-tensors has no clip ratios of activations: those of the rotations' file are not used: {clip}"
+            ));
         }
         if (scheme.key_bits, scheme.value_bits) != (16, 16) {
             note(&format!("the KV cache is none of a compressed-tensors folder's business, so this is {held}, not {scheme}"));

@@ -170,8 +170,12 @@ fn what_a_folder_says_and_brings_along() {
     );
     let read = Compressed::read(&out).unwrap();
     assert_eq!(read.scheme, Format::CompressedTensors.holds(&four));
-    // max|x| / 7.5, not max|x| / 7.
-    assert_eq!(read.scheme.activation_clip.single(), Some(14.0 / 15.0));
+    let input = read.scheme.sites(8).mlp_input;
+    let q = quantize(&Tensor::from_vec(vec![-7.5f32, 7.5, 7.0, 1.0], [1, 4]).unwrap(), &input).unwrap();
+    assert_eq!((q.codes, q.scale.to_f64_vec().unwrap()), (vec![-8, 7, 7, 1], vec![1.0]), "max|x| / 7.5, not max|x| / 7");
+    let asymmetric = Scheme { symmetric_activations: false, ..read.scheme }.sites(8).attention_output;
+    let q = quantize(&Tensor::from_vec((0..8).map(|i| 8.0 + i as f32).collect(), [1, 8]).unwrap(), &asymmetric).unwrap();
+    assert_eq!((q.scale.to_f64_vec().unwrap(), q.zero.to_f64_vec().unwrap()), (vec![1.0], vec![0.0]), "0 is in the range");
     let sharded = read.load(DType::BF16, &Device::Cpu).unwrap();
     written(&four, u64::MAX).unwrap();
     same_weights(&Compressed::read(&out).unwrap().load(DType::BF16, &Device::Cpu).unwrap(), &sharded);
