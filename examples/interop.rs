@@ -177,7 +177,7 @@ fn write_seed(dir: &Path) -> Result<()> {
     std::fs::write(&path, seed).map_err(Error::io(&path))
 }
 
-/// Folders of compressed-tensors, each with the weights that it stands for, the codes of its activations and its logits in f32.
+/// Folders of compressed-tensors, each with the weights that it stands for, its activations with their codes, and its logits in f32.
 fn compressed(dir: &Path) -> Result<()> {
     let base = LlamaConfig { hidden_size: 64, intermediate_size: 96, layers: 3, vocab_size: 97, ..tiny::config(8, 2, false) };
     let rotations = Rotations::random_hadamard(base.hidden_size, base.head_dim, base.layers, 2)?;
@@ -230,8 +230,12 @@ fn compressed(dir: &Path) -> Result<()> {
                 let spec = sites.at(site);
                 if spec.is_active() {
                     let codes = quantize(x, spec)?.codes.into_iter().map(f32::from).collect();
-                    let codes = Tensor::from_vec(codes, [2 * SEQ, x.len() / (2 * SEQ)])?;
-                    into.lock().expect("no panic").insert(format!("{layer}.{}", site.name()), codes);
+                    let shape = [2, SEQ, x.len() / (2 * SEQ)];
+                    let codes = Tensor::from_vec(codes, shape)?;
+                    let values = x.to_dtype(DType::F32)?.reshape(shape)?;
+                    let mut into = into.lock().expect("no panic");
+                    into.insert(format!("{layer}.{}.codes", site.name()), codes);
+                    into.insert(format!("{layer}.{}.values", site.name()), values);
                 }
                 Ok(())
             })?;

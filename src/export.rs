@@ -287,12 +287,12 @@ impl<'a> Writer<'a> {
             (None, Format::Hf | Format::CompressedTensors) => scheme.online(Online::NONE),
         };
         if output.format == Format::CompressedTensors {
-            compressed::check(&scheme)?;
+            compressed::check(config, &scheme)?;
         }
-        if output.format.is_hugging_face() && scheme.online != Online::NONE {
+        if output.format == Format::Hf && scheme.online != Online::NONE {
             let online = scheme.online;
             return Err(Error::argument(
-                if output.format == Format::Hf { "format hf" } else { "format compressed-tensors" },
+                "format hf",
                 format!("expected no online rotations (nothing would run them), got {online}; give --online none"),
             ));
         }
@@ -481,8 +481,8 @@ impl<'a> Writer<'a> {
         drop(files);
         write_text(&done.join(RECORD), &format!("{:#}\n", Value::from(record)))?;
         if self.output.format == Format::CompressedTensors {
-            let Provenance { model, weights, .. } = &self.output.provenance;
-            write_text(&done.join(README), &compressed::readme(&self.written(), self.dtype, model, weights))?;
+            let r4 = compressed::r4(config, &self.scheme)?;
+            write_text(&done.join(README), &compressed::readme(&self.written(), self.dtype, r4, &self.output.provenance))?;
         }
         for name in COPIED {
             let Some(from) = self.output.source.map(|s| s.join(name)).filter(|p| p.is_file()) else { continue };
@@ -508,7 +508,8 @@ impl<'a> Writer<'a> {
         config.insert("tie_word_embeddings".into(), false.into());
         config.extend(self.config.multipliers_json());
         if self.output.format == Format::CompressedTensors {
-            let quantization = Quantization::of(&self.written()).to_json(self.config.head_dim);
+            let r4 = compressed::r4(&self.config, &self.scheme)?;
+            let quantization = Quantization::of(&self.written(), r4).to_json(self.config.head_dim);
             config.insert("quantization_config".into(), quantization);
         }
         let dtype = match self.dtype {

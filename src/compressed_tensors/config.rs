@@ -12,6 +12,8 @@ type Parsed<T> = std::result::Result<T, String>;
 const METHOD: &str = "compressed-tensors";
 /// The only layout of tensors that is written and read.
 const PACKED: &str = "pack-quantized";
+/// The modules behind R4.
+const DOWN: &str = "re:.*down_proj$";
 /// The release whose layout this is.
 const VERSION: &str = "0.20.0";
 
@@ -43,6 +45,20 @@ pub struct Quantization {
     pub weights: Weights,
     /// Of their inputs.
     pub activations: Option<Activations>,
+    /// The values of down_proj's input that a natural-order Sylvester Hadamard takes at a time, a power of two: the online R4, in the
+    /// words of `transform_config`. Its other half is in the weight.
+    pub r4: Option<usize>,
+}
+
+/// A linear of the layers, as a configuration is read for it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Its name in files.
+    pub name: String,
+    /// Values of its input that share a scale, where it is not all of them.
+    pub group: Option<usize>,
+    /// Values of its input, where it is down_proj, which R4 is in front of.
+    pub inner: Option<usize>,
 }
 
 impl Weights {
@@ -61,12 +77,13 @@ impl Weights {
 }
 
 impl Quantization {
-    /// What a scheme asks of the format: weights and inputs of linears. K, V and online rotations are none of its business.
-    pub fn of(scheme: &Scheme) -> Self {
+    /// What a scheme asks of the format: weights and inputs of linears, and R4 in blocks of `r4`. K and V are none of its business.
+    pub fn of(scheme: &Scheme, r4: Option<usize>) -> Self {
         let (bits, symmetric) = (scheme.activation_bits, scheme.symmetric_activations);
         Self {
             weights: Weights { bits: scheme.weight_bits, symmetric: scheme.symmetric_weights, group: scheme.weight_group },
             activations: (bits < 16).then_some(Activations { bits, symmetric }),
+            r4,
         }
     }
 
@@ -93,10 +110,18 @@ impl Quantization {
                 })
             }
         };
-        json!({
+        let mut said = json!({
             "quant_method": METHOD, "format": PACKED, "quantization_status": "compressed", "version": VERSION,
             "global_compression_ratio": null, "ignore": ["lm_head"], "kv_cache_scheme": null, "config_groups": groups,
-        })
+        });
+        if let Some(size) = self.r4 {
+            let at = |location: &str, inverse: bool| json!({"targets": [DOWN], "location": location, "inverse": inverse, "ignore": []});
+            said["transform_config"] = json!({"config_groups": {"R4": {
+                "type": "hadamard", "apply": [at("input", false), at("weight_input", true)], "randomize": false, "requires_grad": false,
+                "head_dim": size, "precision": "torch.float32",
+            }}});
+        }
+        said
     }
 
     /// True of the `quantization_config` of this method, whether [`parse`](Self::parse) takes it or not.
@@ -104,29 +129,23 @@ impl Quantization {
         config["quant_method"] == METHOD
     }
 
-    /// Reads the object. `linears` are the names of all linears in the layers, each with the size of the groups in which its input is
-    /// quantised (`None`: all of it at once).
+    /// Reads the object for all linears of the layers.
     ///
     /// # Errors
     /// What is not read, in words: another layout than packed integers, linears that are quantised differently or not at all, another kind
-    /// of activations, a quantised KV cache, sparsity, transforms.
-    pub fn parse(config: &Value, linears: &[(String, Option<usize>)]) -> Parsed<Self> {
+    /// of activations, a quantised KV cache, sparsity, transforms other than R4.
+    pub fn parse(config: &Value, linears: &[Place]) -> Parsed<Self> {
         only(config, "quant_method", &[json!(METHOD)])?;
         only(config, "quantization_status", &[json!("compressed"), Value::Null])?;
         only(config, "kv_cache_scheme", &[Value::Null])?;
-        for name in ["sparsity_config", "transform_config"] {
-            only(config, name, &[Value::Null, json!({})])?;
-        }
-        let targets = |of: &Value| -> Parsed<Vec<Target>> {
-            let list = of.as_array().map_or(&[][..], Vec::as_slice);
-            list.iter().map(|target| Target::parse(target.as_str().unwrap_or_default())).collect()
-        };
+        only(config, "sparsity_config", &[Value::Null, json!({})])?;
+        let r4 = r4(&config["transform_config"], linears).map_err(|e| format!("transform_config: {e}"))?;
         let ignored = targets(&config["ignore"])?;
         let groups = config["config_groups"].as_object().ok_or("config_groups: expected an object")?;
         let groups =
             groups.iter().map(|(name, group)| Ok((name, group, targets(&group["targets"])?))).collect::<Parsed<Vec<_>>>()?;
         let mut found: Option<Self> = None;
-        for (name, input_group) in linears {
+        for Place { name, group: input_group, .. } in linears {
             if ignored.iter().any(|t| t.matches(name)) {
                 return Err(format!("ignore: expected every linear of the layers to be quantised, got {name} among the ignored"));
             }
@@ -136,7 +155,7 @@ impl Quantization {
             // Exact names before patterns before classes.
             let group = (0..3).find_map(|kind| by(Target::kind, kind));
             let (label, group, _) = group.ok_or_else(|| format!("config_groups: expected a group for {name}, got none"))?;
-            let this = scheme(config, group, *input_group).map_err(|e| format!("config_groups.{label}: {e}"))?;
+            let this = Self { r4, ..scheme(config, group, *input_group).map_err(|e| format!("config_groups.{label}: {e}"))? };
             if *found.get_or_insert(this) != this {
                 return Err(format!("config_groups.{label}: expected every linear to be quantised alike, {name} is not"));
             }
@@ -179,6 +198,48 @@ impl Target {
     }
 }
 
+/// A list of targets.
+fn targets(of: &Value) -> Parsed<Vec<Target>> {
+    let list = of.as_array().map_or(&[][..], Vec::as_slice);
+    list.iter().map(|target| Target::parse(target.as_str().unwrap_or_default())).collect()
+}
+
+/// The size of R4's blocks: a Hadamard in front of every down_proj, and nothing else that runs online.
+fn r4(config: &Value, linears: &[Place]) -> Parsed<Option<usize>> {
+    let groups = match &config["config_groups"] {
+        Value::Null => return only(config, "config_groups", &[Value::Null]).map(|()| None),
+        groups => groups.as_object().ok_or("config_groups: expected an object")?,
+    };
+    let mut found = None;
+    for (label, group) in groups {
+        let bad = |e: String| format!("config_groups.{label}: {e}");
+        only(group, "type", &[json!("hadamard")]).map_err(bad)?;
+        only(group, "randomize", &[json!(false), Value::Null]).map_err(bad)?;
+        for apply in group["apply"].as_array().map_or(&[][..], Vec::as_slice) {
+            let (targets, ignored) = (targets(&apply["targets"]).map_err(bad)?, targets(&apply["ignore"]).map_err(bad)?);
+            let hit =
+                |place: &Place| targets.iter().any(|t| t.matches(&place.name)) && !ignored.iter().any(|t| t.matches(&place.name));
+            if let Some(place) = linears.iter().find(|place| hit(place) != place.inner.is_some()) {
+                return Err(bad(format!("targets: expected every down_proj and no other linear, {} is otherwise", place.name)));
+            }
+            match apply["location"].as_str() {
+                Some("weight_input") => {} // merged
+                Some("input") if found.is_none() => {
+                    let width = linears.iter().find_map(|place| place.inner).ok_or("expected a down_proj, got none")?;
+                    let size = if group["head_dim"].is_null() { Some(width as u64) } else { group["head_dim"].as_u64() };
+                    let size = size.filter(|s| s.is_power_of_two() && width as u64 % s == 0);
+                    let said = &group["head_dim"];
+                    let size =
+                        size.ok_or_else(|| bad(format!("head_dim: expected a power of two that divides {width}, got {said}")))?;
+                    found = Some(size as usize);
+                }
+                _ => return Err(bad(format!("location: expected input once, and weight_input, got {:.40}", apply["location"]))),
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// A group's quantisation of one linear.
 fn scheme(config: &Value, group: &Value, input_group: Option<usize>) -> Parsed<Quantization> {
     let format = if group["format"].is_null() { &config["format"] } else { &group["format"] };
@@ -206,7 +267,7 @@ fn scheme(config: &Value, group: &Value, input_group: Option<usize>) -> Parsed<Q
         true => None,
         false => Some(activations(input, input_group).map_err(|e| format!("input_activations: {e}"))?),
     };
-    Ok(Quantization { weights, activations })
+    Ok(Quantization { weights, activations, r4: None })
 }
 
 fn activations(input: &Value, group: Option<usize>) -> Parsed<Activations> {

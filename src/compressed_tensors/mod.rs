@@ -17,5 +17,5 @@
 mod config;
 mod pack;
 
-pub use config::{Activations, Quantization, Weights};
+pub use config::{Activations, Place, Quantization, Weights};
 pub use pack::{Packed, words};

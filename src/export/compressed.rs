@@ -4,7 +4,7 @@
 use safetensors::tensor::Dtype;
 
 use super::parts::{Part, Raw};
-use super::{Stored, StoredLayer};
+use super::{Provenance, Stored, StoredLayer};
 use crate::compressed_tensors::{Packed, words};
 use crate::grid::Quantized;
 use crate::llama::{Affine, Linear, Linears, LlamaConfig};
@@ -37,24 +37,56 @@ pub(super) fn holds(scheme: &Scheme) -> Scheme {
     Scheme { key_bits: 16, value_bits: 16, activation_clip: ClipRatios::NONE, activation_rule, ..*scheme }
 }
 
-/// Checks that the format can hold a scheme.
-pub(super) fn check(scheme: &Scheme) -> Result<()> {
+/// Checks that the format can hold a model and a scheme.
+pub(super) fn check(config: &LlamaConfig, scheme: &Scheme) -> Result<()> {
+    let bad = |message: String| Err(Error::argument("format compressed-tensors", message));
     if scheme.weight_bits >= 16 {
-        return Err(Error::argument(
-            "format compressed-tensors",
-            "expected weights of 2 to 8 bits, got 16; format hf holds those",
-        ));
+        return bad("expected weights of 2 to 8 bits, got 16; format hf holds those".into());
     }
-    Ok(())
+    if scheme.online.r3 {
+        return bad(format!("expected no R3 (nothing would run it), got {}; give --online none or r4=block:N", scheme.online));
+    }
+    let width = config.intermediate_size;
+    match scheme.online.r4.map(width)? {
+        Some(map) if map.k() > 1 => bad(format!(
+            "expected R4 in blocks of a power of two, the only ones that a runtime has, got {}; give --online r4=block:{}",
+            scheme.online,
+            1 << width.trailing_zeros()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The size of R4's blocks in front of down_proj.
+pub(super) fn r4(config: &LlamaConfig, scheme: &Scheme) -> Result<Option<usize>> {
+    let width = config.intermediate_size;
+    Ok(scheme.online.r4.map(width)?.map(|map| width / map.blocks()))
 }
 
 /// Checks a scheme against the runtime that its folder is for, and says what that runtime will do otherwise than asked, a line each.
 ///
 /// # Errors
 /// A scheme that the runtime refuses, or runs as another network.
-pub fn notes(scheme: &Scheme, target: Option<Target>) -> Result<Vec<String>> {
+pub fn notes(config: &LlamaConfig, scheme: &Scheme, target: Option<Target>) -> Result<Vec<String>> {
     let refuse = |message: &str| Err(Error::argument("target", message));
     let mut notes = vec![];
+    let r4 = scheme.online.r4.is_on();
+    if target == Some(Target::Transformers) {
+        if r4 {
+            return refuse("transformers runs no R4, and says nothing of it: give --online none, or --target vllm");
+        }
+        if !scheme.symmetric_weights && scheme.activation_bits < 16 {
+            return refuse(
+                "transformers loads asymmetric weights by way of a dense model, whose activations it does not quantise",
+            );
+        }
+        if !scheme.symmetric_weights {
+            notes.push("transformers 5.24 loads asymmetric weights with CompressedTensorsConfig(dequantize=True) only".into());
+        }
+    }
+    if target == Some(Target::Vllm) && r4 && config.mlp_bias {
+        return refuse("vLLM runs no R4 in front of a down_proj that has a bias: give --online none");
+    }
     if target == Some(Target::Vllm) && scheme.activation_bits < 16 {
         if !scheme.symmetric_activations {
             return refuse("vLLM takes symmetric activations only: give --symmetric-activations, or --target transformers");
@@ -161,7 +193,8 @@ pub(super) fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dt
 }
 
 /// The folder's README: what it is, and what runs it.
-pub(super) fn readme(scheme: &Scheme, dtype: DType, model: &str, weights: &str) -> String {
+pub(super) fn readme(scheme: &Scheme, dtype: DType, r4: Option<usize>, made: &Provenance) -> String {
+    let Provenance { model, weights, rotations, .. } = made;
     let Scheme { weight_bits, activation_bits, symmetric_weights, symmetric_activations, weight_group, .. } = *scheme;
     let kind = |symmetric: bool| if symmetric { "symmetric" } else { "asymmetric" };
     let scales = weight_group.map_or("one scale an output channel".to_string(), |g| format!("one scale for {g} input channels"));
@@ -186,18 +219,24 @@ pub(super) fn readme(scheme: &Scheme, dtype: DType, model: &str, weights: &str) 
             .to_string(),
         (bits, true) => format!("no: it takes activations of 4, 8 or 16 bits, not {bits}"),
     };
-    let transformers = match activation_bits {
-        16.. => "yes, on CPUs too: weights are unpacked when they are first used",
-        _ => {
+    let transformers = match (activation_bits, symmetric_weights) {
+        _ if r4.is_some() => "no: it ignores `transform_config` without a word and computes another network",
+        (16.., true) => "yes, on CPUs too: weights are unpacked when they are first used",
+        (16.., false) => "yes, on CPUs too, with `quantization_config=CompressedTensorsConfig(dequantize=True)`",
+        (_, false) => {
+            "weights only, with `quantization_config=CompressedTensorsConfig(dequantize=True)`; inputs are then not quantised"
+        }
+        (_, true) => {
             "yes, on CPUs too: weights are unpacked when they are first used, inputs are rounded to their grids and computed with in the model's type"
         }
     };
     format!(
         "# {scheme}, compressed-tensors\n\n\
-        Made from `{model}` by spinquant {version}, whose rotations R1 and R2 are merged into the weights; `spinquant.json` says how.\n\n\
+        Made from `{model}` by spinquant {version}; rotations ({rotations}) are merged into the weights. `spinquant.json` says how.\n\n\
         | | |\n|---|---|\n\
         | weights of the decoder layers | {weight_bits} bits, {}, {scales} ({dtype}), by {weights}; `pack-quantized` |\n\
         | inputs of those linears | {inputs} |\n\
+        | input of down_proj | {online} |\n\
         | embedding, head, norms | {dtype}, not quantised |\n\
         | KV cache | not quantised; runtimes have flags of their own |\n\n\
         | runtime | |\n|---|---|\n\
@@ -205,6 +244,8 @@ pub(super) fn readme(scheme: &Scheme, dtype: DType, model: &str, weights: &str) 
         | vLLM | {vllm} |\n\
         | spinquant | `spinquant eval --model DIR --text FILE` |\n",
         kind(symmetric_weights),
+        online = r4
+            .map_or("as it is".into(), |n| format!("a Hadamard on every {n} values while the network runs (`transform_config`)")),
         version = env!("CARGO_PKG_VERSION"),
     )
 }

@@ -6,8 +6,8 @@ use safetensors::tensor::Dtype;
 use serde_json::{Map, Value};
 
 use super::{Checkpoint, Linear, Llama, LlamaConfig, Merged, Source};
-use crate::compressed_tensors::{Packed, Quantization, Weights, words};
-use crate::quant::{Online, Rule, Scheme, Site};
+use crate::compressed_tensors::{Packed, Place, Quantization, Weights, words};
+use crate::quant::{Online, R4, Rule, Scheme, Site};
 use crate::{DType, Device, Error, Result, Tensor, io};
 
 /// How the linears of a checkpoint are packed.
@@ -114,8 +114,12 @@ impl Compressed {
             return Err(Error::format(&path, "quantization_config: a needed field is missing"));
         };
         let config = LlamaConfig::from_json(Value::from(map).to_string().as_bytes(), &path)?;
-        let input_group = |linear: Linear| (linear.row().site == Site::AttentionOutput).then_some(config.head_dim);
-        let named: Vec<_> = linears(&config).map(|(linear, name)| (name, input_group(linear))).collect();
+        let place = |(linear, name): (Linear, String)| {
+            let site = linear.row().site;
+            let group = (site == Site::AttentionOutput).then_some(config.head_dim);
+            Place { name, group, inner: (site == Site::DownInput).then_some(config.intermediate_size) }
+        };
+        let named: Vec<_> = linears(&config).map(place).collect();
         let quantization =
             Quantization::parse(&said, &named).map_err(|e| Error::format(&path, format!("quantization_config: {e}")))?;
         for (linear, name) in linears(&config) {
@@ -146,11 +150,12 @@ fn object(dir: &Path) -> Result<Map<String, Value>> {
 }
 
 fn scheme(q: &Quantization) -> Scheme {
-    let Quantization { weights, activations } = *q;
+    let Quantization { weights, activations, r4 } = *q;
+    let online = Online { r3: false, r4: r4.map_or(R4::Off, R4::Blocks) };
     let scheme = Scheme {
         symmetric_weights: weights.symmetric,
         weight_group: weights.group,
-        ..Scheme::new(weights.bits, activations.map_or(16, |a| a.bits), 16).online(Online::NONE)
+        ..Scheme::new(weights.bits, activations.map_or(16, |a| a.bits), 16).online(online)
     };
     let Some(a) = activations else { return scheme };
     Scheme { symmetric_activations: a.symmetric, activation_rule: Rule::CompressedTensors, ..scheme }

@@ -10,7 +10,7 @@ use crate::device::cuda::ffi::sq_quant;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work, int};
 use crate::device::{Device, cpu, ffi};
-use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, SEARCH_NORM, Target, fast_grid, reference_grid};
+use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, Rule, SEARCH_NORM, Target, fast_grid, reference_grid};
 use crate::ops::{At, Case, Place, Run, exact, few_rows, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
@@ -207,7 +207,9 @@ pub(crate) fn launch_spec(spec: &QuantSpec) -> Result<sq_quant> {
         group: int("quantisation group", spec.group.unwrap_or(0))?,
         clip: match spec.clip {
             // Kernels divide by the largest code.
-            Clip::Ratio(r) if spec.symmetric => (r * f64::from(spec.max_code()) / spec.steps()) as f32,
+            Clip::Ratio(r) if spec.symmetric && spec.rule != Rule::Published => {
+                (r * f64::from(spec.max_code()) / spec.steps()) as f32
+            }
             Clip::Ratio(r) => r as f32,
             Clip::Search => 1.0,
         },

@@ -3,7 +3,8 @@
     python tests/interop/compressed.py DIR
 
 For every folder: quantization_config passes the classes of compressed-tensors; its own code unpacks every tensor to the bits that we read,
-and packs the same words from them; transformers loads the folder and computes our logits; where activations are quantised, with our codes.
+and packs the same words from them; transformers loads the folder and computes our logits; where activations are quantised, with the codes that its library
+makes of our values.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 import transformers
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
-from compressed_tensors.quantization.lifecycle import forward
+from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from compressed_tensors.utils import match_named_modules
 from safetensors.torch import load_file
@@ -55,27 +56,32 @@ def same_packing(folder, ours, config):
 
 
 def run(model, tokens):
-    """Logits, and the codes of every input that is quantised, with how far from a tie each was."""
-    codes, names = {}, {m: n for n, m in model.named_modules()}
-    quantise = forward.forward_quantize
+    with torch.no_grad():
+        return model(tokens).logits.flatten(0, 1).float()
 
-    def watched(module, value, base_name, args):
-        part = names[module].rsplit(".", 1)[-1]
-        if base_name == "input" and part in SITES:
-            scale, zero = compute_dynamic_scales_and_zp(value=value, args=args, module=module)
-            q = forward.quantize(value, scale, zero, args).float().flatten(0, 1)
-            if args.group_size:
-                scale = scale.repeat_interleave(args.group_size, -1)
-            tie = ((value / scale) % 1 - 0.5).abs().flatten(0, 1)
-            codes[f"{names[module].split('.')[2]}.{SITES[part]}"] = (q, tie, args)
-        return quantise(module, value, base_name, args)
 
-    forward.forward_quantize = watched
-    try:
-        with torch.no_grad():
-            return model(tokens).logits.flatten(0, 1).float(), codes
-    finally:
-        forward.forward_quantize = quantise
+def same_codes(folder, ours, model):
+    """Of every input that is quantised: what compressed-tensors makes of the values that we quantised. From end to end a code that rounds
+    the other way moves all behind it, and the largest magnitude of every symmetric row lies on a tie."""
+    total = different = 0
+    worst = 0.0
+    for name, module in model.named_modules():
+        site = SITES.get(name.rsplit(".", 1)[-1])
+        args = getattr(getattr(module, "quantization_scheme", None), "input_activations", None) if site else None
+        if args is None:
+            continue
+        at = f"{name.split('.')[2]}.{site}"
+        value = ours[at + ".values"]
+        scale, zero = compute_dynamic_scales_and_zp(value=value, args=args, module=module)
+        # Our codes of an asymmetric grid start at 0, theirs at -2^(bits-1).
+        mine = ours[at + ".codes"] - (0 if args.symmetric else 2 ** (args.num_bits - 1))
+        apart = quantize(value, scale, zero, args) != mine
+        scale = scale.repeat_interleave(args.group_size, -1) if args.group_size else scale
+        total, different = total + mine.numel(), different + apart.sum().item()
+        if apart.any():
+            worst = max(worst, ((value / scale) % 1 - 0.5).abs()[apart].max().item())
+    if total:
+        report(f"{folder.name}: codes of activations agree except at ties", worst < 1e-4, f"{different} of {total} differ, {worst:.0e} from a tie")
 
 
 print("torch", torch.__version__, "transformers", transformers.__version__, "compressed-tensors", compressed_tensors.__version__)
@@ -92,23 +98,20 @@ for folder in sorted(p for p in pathlib.Path(sys.argv[1]).iterdir() if (p / "our
     model = AutoModelForCausalLM.from_pretrained(folder / "compressed", **dense).eval()
     targets = {n for scheme in config.config_groups.values() for n, _ in match_named_modules(model, scheme.targets, config.ignore)}
     report(f"{folder.name}: 7 linears of each layer are quantised", len(targets) == 7 * model.config.num_hidden_layers)
-    narrow, _ = run(model, tokens)
-    got, codes = run(torch.nn.Module.float(model), tokens)  # unpacked by now
+    narrow = run(model, tokens)
+    same_codes(folder, ours, model)
+    got = run(torch.nn.Module.float(model), tokens)  # unpacked by now
     spread = ours["logits"].std().item()
-    flips = 0
-    for name, (q, tie, args) in codes.items():
-        # Stored codes of an asymmetric grid start at 0, theirs at -2^(bits-1).
-        different = ours[name] - (0 if args.symmetric else 2 ** (args.num_bits - 1)) != q
-        flips += different.sum().item()
-        if name.startswith("0."):
-            far = tie[different].max().item() if different.any() else 0.0
-            report(f"{folder.name}: codes of layer {name} agree except at ties", far < 1e-3, f"{different.sum().item()} of {q.numel()} differ")
-    error = (got - ours["logits"]).abs().max().item()
-    good = error < (1e-3 if flips == 0 else 0.2 * spread)
-    report(f"{folder.name}: logits in f32 agree", good, f"max|difference| {error:.1e} with {flips} codes apart, deviation {spread:.2f}")
-    if folder.name.endswith("bf16"):
+    bits = (said["config_groups"]["group_0"]["input_activations"] or {"num_bits": 16})["num_bits"]
+    error, rms = (got - ours["logits"]).abs().max().item(), (got - ours["logits"]).pow(2).mean().sqrt().item()
+    detail = f"max|difference| {error:.1e}, rms {rms:.1e}, deviation {spread:.2f}"
+    if bits == 16:
+        report(f"{folder.name}: logits in f32 agree", error < 1e-4, detail)
+    else:  # where rounding differs
+        report(f"{folder.name}: logits in f32 are near", rms < {8: 0.05, 4: 0.6}[bits] * spread, detail)
+    if folder.name.endswith("bf16") and bits == 16:
         rms = (narrow - ours["logits"]).pow(2).mean().sqrt().item() / spread
-        print(f"     {folder.name}: in the folder's type, rms difference {rms:.4f} of the deviation")
+        report(f"{folder.name}: logits in bf16 agree", rms < 0.03, f"rms difference {rms:.4f} of their deviation")
 
 print("all agree" if failures == 0 else f"{failures} differ")
 sys.exit(failures > 0)

@@ -7,7 +7,7 @@ use spinquant::compare::gptq_layer;
 use spinquant::data::Windows;
 use spinquant::export::{self, Format, Output, Provenance, Target, write_quantized};
 use spinquant::learn::Watch;
-use spinquant::llama::Rotated;
+use spinquant::llama::{LlamaConfig, Rotated};
 use spinquant::quant::{ClipRatios, Rtn, Scheme};
 use spinquant::rotation::Start;
 use spinquant::{Error, Result};
@@ -37,7 +37,7 @@ pub struct Args {
     seq_len: usize,
     /// native: packed codes, for `spinquant eval`; hf: a Hugging Face folder for any runtime, weights as values in the
     /// type of the model's files; compressed-tensors: one with packed weights and what is known of activations, for
-    /// transformers and vLLM (both with --online none).
+    /// transformers and vLLM (both with --online none; vLLM also runs r4=block:N).
     #[arg(long, value_name = "native|hf|compressed-tensors", default_value = "native")]
     format: Format,
     /// The runtime that a compressed-tensors folder is for: what it cannot run is refused.
@@ -69,7 +69,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     let rotations = rotations(&args.rotations, &config)?;
     let scheme = args.scheme.scheme_with(rotations.as_ref(), &config)?;
     let scheme = match args.format {
-        Format::CompressedTensors => args.compressed(&scheme)?,
+        Format::CompressedTensors => args.compressed(&config, &scheme)?,
         _ => scheme,
     };
     let rotations = rotations.map(|file| file.rotations);
@@ -96,9 +96,9 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
 
 impl Args {
     /// What a folder of compressed-tensors makes of a scheme, its departures said.
-    fn compressed(&self, scheme: &Scheme) -> Result<Scheme> {
+    fn compressed(&self, config: &LlamaConfig, scheme: &Scheme) -> Result<Scheme> {
         let held = self.format.holds(scheme);
-        for line in export::notes(&held, self.target)? {
+        for line in export::notes(config, &held, self.target)? {
             note(&line);
         }
         if scheme.activation_clip != ClipRatios::NONE {

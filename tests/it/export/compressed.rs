@@ -180,14 +180,63 @@ fn what_a_folder_says_and_brings_along() {
     written(&four, u64::MAX).unwrap();
     same_weights(&Compressed::read(&out).unwrap().load(DType::BF16, &Device::Cpu).unwrap(), &sharded);
 
-    fails(written(&four.online(Online::BOTH), 1 << 20), &["format compressed-tensors", "no online rotations"]);
+    let online = |text: &str| four.online(text.parse().unwrap());
+    fails(written(&four.online(Online::BOTH), 1 << 20), &["format compressed-tensors", "expected no R3", "r3,r4"]);
+    fails(written(&online("r4"), 1 << 20), &["blocks of a power of two", "--online r4=block:8"]);
     fails(written(&Scheme { weight_bits: 16, ..four }, 1 << 20), &["weights of 2 to 8 bits"]);
     let vllm = Some(Target::Vllm);
-    assert!(notes(&four, vllm).unwrap()[0].contains("groups of 8"));
-    fails(notes(&Scheme { symmetric_activations: false, ..four }, vllm), &["symmetric activations only"]);
-    assert!(notes(&Scheme { symmetric_activations: false, ..four }, Some(Target::Transformers)).unwrap().is_empty());
+    assert!(notes(&config, &four, vllm).unwrap()[0].contains("groups of 8"));
+    fails(notes(&config, &Scheme { symmetric_activations: false, ..four }, vllm), &["symmetric activations only"]);
+    assert!(notes(&config, &Scheme { symmetric_activations: false, ..four }, Some(Target::Transformers)).unwrap().is_empty());
     let eight = Scheme { activation_bits: 8, weight_group: Some(128), ..four };
-    assert!(notes(&eight, vllm).unwrap()[0].contains("16 bits where weights have groups"));
+    assert!(notes(&config, &eight, vllm).unwrap()[0].contains("16 bits where weights have groups"));
+}
+
+/// R4 in blocks is said in `transform_config`, and runs when the folder is read.
+#[test]
+fn an_online_rotation_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    let config = tiny::config(4, 2, false);
+    tiny::write(&source, &config, DType::F32, 8, true);
+    let files = Source::open(&source, &config).unwrap();
+    let r = Rotations::random_hadamard(16, 8, 2, 5).unwrap();
+    // Of weights that are nearly exact, the logits are those of the model only where both halves of R4 are there.
+    let scheme = Scheme { weight_group: Some(4), ..scheme(8, true, None) }.online("r4=block:8".parse().unwrap());
+    let rotated = Rotated::open(&files, Some(&r), &scheme, &Device::Cpu).unwrap();
+    let output = Output::new(&out, Format::CompressedTensors);
+    write_quantized(&rotated, &spinquant::quant::Rtn, None, output, |_| ControlFlow::Continue(())).unwrap();
+    let read = Compressed::read(&out).unwrap();
+    assert_eq!(read.scheme, scheme);
+    let tokens = tiny::tokens(&config);
+    let logits = |network: &Merged| network.logits(&tokens, 9).unwrap().to_f64_vec().unwrap();
+    let want = tiny::logits(&Llama::load(&source, DType::F32, &Device::Cpu).unwrap());
+    let network = read.load(DType::F32, &Device::Cpu).unwrap();
+    assert!(distance(&logits(&network), &want) < 0.05, "{}", distance(&logits(&network), &want));
+    let without = Merged { scheme: scheme.online(Online::NONE), ..network };
+    assert!(distance(&logits(&without), &want) > 0.3, "{}", distance(&logits(&without), &want));
+
+    let path = out.join("config.json");
+    let said: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let with = |field: &str, value: Value| {
+        let mut changed = said.clone();
+        *changed["quantization_config"]["transform_config"]["config_groups"]["R4"].pointer_mut(field).unwrap() = value;
+        std::fs::write(&path, changed.to_string()).unwrap();
+        Compressed::read(&out).map(|read| read.scheme.online.to_string())
+    };
+    assert_eq!(with("/head_dim", json!(4)).unwrap(), "r4=block:4");
+    fails(with("/head_dim", json!(3)), &["head_dim: expected a power of two that divides 24, got 3"]);
+    fails(with("/type", json!("random-matrix")), &["transform_config", "R4: type", "random-matrix"]);
+    fails(with("/apply/0/location", json!("output")), &["location", "output"]);
+    fails(with("/apply/0/targets", json!(["re:.*up_proj"])), &["every down_proj", "up_proj"]);
+    for (online, target, parts) in [
+        (scheme.online, Target::Transformers, &["transformers runs no R4"][..]),
+        (Online::NONE, Target::Transformers, &["by way of a dense model"]),
+    ] {
+        let scheme = Scheme { activation_bits: 4, symmetric_weights: false, ..scheme.online(online) };
+        fails(notes(&config, &scheme, Some(target)), parts);
+    }
+    fails(notes(&tiny::with_biases(config.clone()), &scheme, Some(Target::Vllm)), &["has a bias"]);
 }
 
 #[test]
