@@ -227,7 +227,7 @@ fn r4(config: &Value, linears: &[Place]) -> Parsed<Option<usize>> {
                 Some("input") if found.is_none() => {
                     let width = linears.iter().find_map(|place| place.inner).ok_or("expected a down_proj, got none")?;
                     let size = if group["head_dim"].is_null() { Some(width as u64) } else { group["head_dim"].as_u64() };
-                    let size = size.filter(|s| s.is_power_of_two() && width as u64 % s == 0);
+                    let size = size.filter(|s| s.is_power_of_two() && (width as u64).is_multiple_of(*s));
                     let said = &group["head_dim"];
                     let size =
                         size.ok_or_else(|| bad(format!("head_dim: expected a power of two that divides {width}, got {said}")))?;
