@@ -69,6 +69,8 @@ fn write(path: &Path, model: &Model, dtype: Dtype) {
                 Dtype::F32 => (*x as f32).to_le_bytes().to_vec(),
                 Dtype::F16 => f16::from_f64(*x).to_le_bytes().to_vec(),
                 Dtype::BF16 => bf16::from_f64(*x).to_le_bytes().to_vec(),
+                Dtype::I32 => (*x as i32).to_le_bytes().to_vec(),
+                Dtype::I64 => (*x as i64).to_le_bytes().to_vec(),
                 _ => vec![*x as u8],
             };
             (&name[..], &shape[..], values.iter().flat_map(bytes).collect())
@@ -234,7 +236,12 @@ fn bad_weights() {
     wrong.get_mut(name).unwrap().0 = vec![6, 10];
     fails(load(&single(&wrong, Dtype::F32)), &["model.safetensors", name, "expected shape [10, 6], got [6, 10]"]);
 
-    fails(load(&single(&m, Dtype::U8)), &["model.safetensors", "expected dtype F64, F32, F16 or BF16, got U8"]);
+    let others = [Dtype::U8, Dtype::I8, Dtype::I32, Dtype::I64, Dtype::F8_E4M3, Dtype::F8_E5M2];
+    for (dtype, called) in others.into_iter().zip(["U8", "I8", "I32", "I64", "F8_E4M3", "F8_E5M2"]) {
+        let error = load(&single(&m, dtype)).unwrap_err().to_string();
+        let said = format!("expected dtype F64, F32, F16 or BF16, got {called}");
+        assert!(error.contains("model.safetensors") && error.contains(&said) && error.lines().count() == 1, "{error}");
+    }
 
     let mut nan = m.clone();
     nan.get_mut(name).unwrap().1[7] = f64::NAN;

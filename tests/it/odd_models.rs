@@ -164,6 +164,30 @@ fn names_without_their_first_part() {
     fails(Source::open(folder.path(), &untied), &["lm_head.weight", "missing"]);
 }
 
+/// As in the hub's cache: links to contents, and a link to the folder; with spaces in every part of the path.
+#[cfg(unix)]
+#[test]
+fn links_and_paths_with_spaces() {
+    let folder = Folder::new(false);
+    let want = folder.logits();
+    let place = tempfile::tempdir().unwrap();
+    let cache = place.path().join("my models/models--a b--c");
+    let (snapshot, blobs) = (cache.join("snapshots/0 1"), cache.join("blobs"));
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(&blobs).unwrap();
+    for (i, file) in ["config.json", "model.safetensors"].into_iter().enumerate() {
+        std::fs::copy(folder.path().join(file), blobs.join(format!("content {i}"))).unwrap();
+        std::os::unix::fs::symlink(format!("../../blobs/content {i}"), snapshot.join(file)).unwrap();
+    }
+    let link = place.path().join("a link");
+    std::os::unix::fs::symlink(&snapshot, &link).unwrap();
+    for path in [&snapshot, &link] {
+        assert_eq!(tiny::logits(&Llama::load(path, DType::F64, &Device::Cpu).unwrap()), want, "{}", path.display());
+    }
+    std::fs::remove_file(blobs.join("content 1")).unwrap();
+    fails(Source::from_dir(&snapshot), &["model.safetensors"]);
+}
+
 #[test]
 fn folders_that_are_no_models() {
     let place = tempfile::tempdir().unwrap();

@@ -154,3 +154,14 @@ fn what_people_type_by_mistake() {
     std::fs::write(place.path("q/spinquant.json"), "{").unwrap();
     eval("q", &["q/spinquant.json: expected a JSON object"]);
 }
+
+#[test]
+fn a_vocabulary_padded_beyond_the_tokenizer() {
+    let place = Place::new();
+    let words: String = (0..1600).map(|i| format!("w{} ", (i * i + i / 7) % 20)).collect();
+    std::fs::write(place.path("text.txt"), words).unwrap();
+    let whole = score(&place, "");
+    // Ids 22 to 31 are rows of the model's tables that no token has.
+    change_tokenizer(&place, |t| t["model"]["vocab"].as_object_mut().unwrap().retain(|_, id| id.as_u64() < Some(22)));
+    assert_eq!(score(&place, ""), whole);
+}
