@@ -38,11 +38,13 @@ fn json(folder: &Path, args: &str) -> Value {
 /// Name and perplexity of the rows in the README's copy of what `spinquant demo` prints.
 fn readme_rows() -> BTreeMap<String, String> {
     let readme = include_str!("../../README.md");
-    let start = readme.find("scheme       rotations").expect("the header of the demo's table");
-    let rows = readme[start..].lines().skip(1).take_while(|l| !l.starts_with("seed"));
+    let header = |l: &&str| l.contains("scheme") && l.contains("perplexity");
+    let rows = readme.lines().skip_while(|l| !header(l)).skip(1).take_while(|l| !l.starts_with("KL"));
     let row = |l: &str| {
         let (name, rest) = l.split_once("  ").expect("a name and columns");
-        (name.to_string(), rest.split_whitespace().last().expect("a perplexity").to_string())
+        let words: Vec<&str> = rest.split_whitespace().collect();
+        let weights = words.iter().rposition(|w| ["full", "rtn", "gptq"].contains(w)).expect("how weights are quantised");
+        (name.to_string(), words[weights + 1].to_string())
     };
     rows.map(row).collect()
 }

@@ -189,7 +189,7 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
     let has_other = outcome.rows.iter().any(|r| r.judged.other.is_some());
     let other = if has_other { format!(" {:>16} {:>7}", "KL, other text", "top-1") } else { String::new() };
     out!(
-        "{:<24} {:<9} {:<30} {:<7} {:>10} {:>16} {:>7}{other}",
+        "{:<24} {:<11} {:<32} {:<7} {:>10} {:>16} {:>7}{other}",
         "",
         "scheme",
         "rotations",
@@ -205,7 +205,7 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
     for r in &outcome.rows {
         let Judged { perplexity, fidelity, other, .. } = &r.judged;
         let (fidelity, other) = (faithful(fidelity), faithful(other));
-        out!("{:<24} {:<9} {:<30} {:<7} {perplexity:>10.3}{fidelity}{other}", r.name, r.scheme, r.rotations, r.weights);
+        out!("{:<24} {:<11} {:<32} {:<7} {perplexity:>10.3}{fidelity}{other}", r.name, r.scheme, r.rotations, r.weights);
     }
     out!("KL to full precision in nats a token ± standard error; top-1: tokens after which both find the same one likeliest");
     out!("the text starts with {first}");
