@@ -22,7 +22,7 @@ use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::grid::{Grid, GridFloat, QuantSpec};
 use crate::ops::fake_quant::launch_spec;
-use crate::ops::{Case, bias, randn};
+use crate::ops::{At, Case, Place, Run, bias, exact, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -273,7 +273,7 @@ pub fn cases() -> Vec<Case> {
         .rounds()
     };
     let spec = QuantSpec::activation;
-    vec![
+    let mut all = vec![
         case("one row", [1, 24], 1, spec(4, false), false),
         case("asymmetric, blocked", [6, 40], 1, spec(4, false), true),
         case("symmetric", [6, 40], 1, spec(4, true), false),
@@ -283,7 +283,33 @@ pub fn cases() -> Vec<Case> {
         case("odd", [7, 37], 7, spec(3, false), false),
         case("256x1376", [256, 1376], 1, spec(4, false), true).large(),
         case("1024x64 in heads", [1024, 64], 8, spec(4, false), false).large(),
-    ]
+    ];
+    all.extend(Case::table(timed, SIZES));
+    all
+}
+
+const SIZES: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32]), (Place::Gpu, 4096, 16384, &[DType::BF16, DType::F32])];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let op = ClippedFakeQuant { spec: QuantSpec::activation(4, false), blocked: true };
+    let graph = Run::graph(move |v| {
+        let [x, a]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+        let wide = if x.value().dtype().is_half() { DType::F32 } else { x.value().dtype() };
+        x.clipped_fake_quant(&op.spec, a.to_dtype(wide)?, op.blocked)
+    });
+    let what = (
+        "clipped_fake_quant",
+        "clipped-fake-quant",
+        "Asymmetric 4-bit quantisation of rows of n, both ends of the range clipped",
+    );
+    Case::timed(what, (n, rows), vec![vec![rows, n], vec![1, 2]], graph, move |x, y| {
+        let a = x[1].to_f64_vec()?;
+        exact::rows(n, &x[..1], &y[0], |_, got, x| {
+            let grid = op.row(&x[0], [a[0].exp(), a[1].exp()]).grid;
+            exact::on_grid("clipped_fake_quant", got, &x[0], &grid, y[0].dtype())
+        })
+    })
+    .rounds()
 }
 
 #[cfg(test)]

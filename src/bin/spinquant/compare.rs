@@ -9,6 +9,7 @@ use spinquant::compare::{Clipped, Comparison, Judged, Outcome, Row, Run, Test, U
 use spinquant::data::FirstToken;
 use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
+use spinquant::eval::marks::Mean;
 use spinquant::learn::ClipChoice;
 use spinquant::quant::{Online, Scheme};
 
@@ -199,7 +200,11 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
         "top-1"
     );
     let faithful = |f: &Option<Fidelity>| match f {
-        Some(f) => format!(" {:>16} {:>5.1} %", shown(f.divergence(), 4), 100.0 * f.agreement().mean),
+        Some(f) => {
+            // Of equal networks it is rounding, on either side of 0.
+            let divergence = Mean { mean: f.divergence().mean.max(0.0), ..f.divergence() };
+            format!(" {:>16} {:>5.1} %", shown(divergence, 4), 100.0 * f.agreement().mean)
+        }
         None => String::new(),
     };
     for r in &outcome.rows {
