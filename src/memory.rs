@@ -19,6 +19,7 @@ use crate::device::Card;
 use crate::llama::{Linear, LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
 use crate::quant::Scheme;
+use crate::rotation::Scale;
 use crate::{DType, Error, Result};
 
 /// What an objective keeps besides the model.
@@ -47,6 +48,8 @@ pub struct Work {
     pub scheme: Scheme,
     /// Of weights and activations.
     pub dtype: DType,
+    /// Kinds of scales that are learned, in the order of [`Scale::ALL`].
+    pub scales: [bool; Scale::ALL.len()],
 }
 
 impl Work {
@@ -121,6 +124,12 @@ struct Sizes {
     /// Heads of q and k have norms.
     head_norms: bool,
     quantized: bool,
+    /// Norms are scaled.
+    scaled_norms: bool,
+    /// Gate and up may stay unrotated where they are not quantised.
+    may_leave: bool,
+    /// Bytes of the products in `f32` that gradients of a layer's scales need.
+    scaled: usize,
 }
 
 impl Sizes {
@@ -132,7 +141,27 @@ impl Sizes {
         let gains = Linear::ALL.into_iter().filter(|l| l.has_norm(config)).count() * config.head_dim;
         let (quantized, head_norms) = (work.scheme.weight_bits < 16, config.family.facts().head_norms);
         let (vocab, layers, e) = (config.vocab_size, config.layers, work.dtype.size());
-        Self { c, f, vocab, layers, q, kv, e, layer, biases: biases + gains, head_norms, quantized }
+        let is = |kind: Scale| work.scales[kind as usize];
+        let (up_down, values, scaled_norms) = (is(Scale::UpDown), is(Scale::Values), is(Scale::Norms));
+        let of = |scaled: bool, rows: usize| if scaled { 4 * c * rows } else { 0 };
+        let scaled = of(up_down, 2 * f) + of(values, q + kv) + of(scaled_norms, q + 2 * kv + 2 * f);
+        let may_leave = !up_down && !scaled_norms;
+        Self {
+            c,
+            f,
+            vocab,
+            layers,
+            q,
+            kv,
+            e,
+            layer,
+            biases: biases + gains,
+            head_norms,
+            quantized,
+            scaled_norms,
+            may_leave,
+            scaled,
+        }
     }
 
     /// Bytes of the model.
@@ -143,15 +172,15 @@ impl Sizes {
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
     /// and the output of attention, gate and up; q and k in front of their norms.
     fn kept(&self, tokens: usize) -> usize {
-        let normed = if self.head_norms { self.q + self.kv } else { 0 };
+        let normed = if self.head_norms { self.q + self.kv } else { 0 } + if self.scaled_norms { 2 * self.c } else { 0 };
         tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed)
     }
 
-    /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 need.
+    /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 and of scales need.
     fn rotated(&self) -> usize {
         // Unquantised gate and up stay as they are.
-        let rotated = self.layer - if self.quantized { 0 } else { 2 * self.c * self.f };
-        (rotated + self.biases) * self.e + 4 * self.c * (self.q + self.kv)
+        let rotated = self.layer - if self.quantized || !self.may_leave { 0 } else { 2 * self.c * self.f };
+        (rotated + self.biases) * self.e + 4 * self.c * (self.q + self.kv) + self.scaled
     }
 
     /// Bytes of a layer's forward pass of the full-precision model, for so many tokens: the stream and its norm, gate, up and their
@@ -200,6 +229,8 @@ impl Sizes {
         // Gradients of the parts add up in f32, beside one part's own.
         let gradients = self.layer * if part < tokens { e + 4 } else { e };
         let wide = if e == 2 { c * self.f.max(self.q) * (4 + 2 + 2) } else { 0 };
+        // Gradients of scaled weights are in f32 on their way to the scales.
+        let wide = wide + if self.scaled > 0 { 2 * 4 * c * self.f.max(self.q) } else { 0 };
         // The backward pass of a layer: gradients of gate, up and their product, and of the stream.
         let backward = |tokens: usize| tokens * e * (3 * self.f + 4 * c);
         // The layers that keep their values are last, and gone when the others' turn comes.
@@ -247,8 +278,8 @@ impl Sizes {
         let attention = 2.0 * work.batch as f64 * (work.seq as f64).powi(2) * (config.heads * config.head_dim) as f64;
         let rotation = 2.0 * layer * c;
         // Unquantised gate and up are left alone; their input is rotated instead.
-        let inside = if self.quantized { 1.0 } else { 1.0 - 2.0 * (self.c * self.f) as f64 / layer };
-        let outside = if self.quantized { 0.0 } else { 2.0 * tokens * c * c };
+        let inside = if self.quantized || !self.may_leave { 1.0 } else { 1.0 - 2.0 * (self.c * self.f) as f64 / layer };
+        let outside = if self.quantized || !self.may_leave { 0.0 } else { 2.0 * tokens * c * c };
         let again = if plan.keep_weights { 0.0 } else { recomputed };
         let products = layers * (linear * (2.0 + inside) + 3.0 * outside)
             + recomputed * (linear * (1.0 - (self.c * self.f) as f64 / layer) + outside)
@@ -260,6 +291,9 @@ impl Sizes {
         let passes = |c: f64, f: f64| tokens * self.e as f64 * (c * self.c as f64 + f * self.f as f64);
         let moved = layers * (passes(34.0, 6.0) + passes(36.0, 11.0)) + recomputed * passes(32.0, 6.0);
         let weights = rounds * (layers + again) * layer * (14.0 + 8.0) + rounds * layers * 7.0 * 16.0 * c * c;
+        // Products in f32 written, scaled, and read twice on the way back; outputs of norms likewise.
+        let weights = weights + rounds * (layers + again) * 4.0 * self.scaled as f64;
+        let moved = moved + if self.scaled_norms { layers * passes(10.0, 0.0) } else { 0.0 };
         // 80 candidates a value.
         let search = if self.quantized { rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth) } else { 0.0 };
         let more = match work.needs {
@@ -437,7 +471,7 @@ mod tests {
     use crate::llama::synthetic::shape;
 
     fn work(scheme: Scheme) -> Work {
-        Work { needs: Needs::Network, batch: 8, seq: 2048, scheme, dtype: DType::BF16 }
+        Work { needs: Needs::Network, batch: 8, seq: 2048, scheme, dtype: DType::BF16, scales: [false; 3] }
     }
 
     #[test]
@@ -546,5 +580,29 @@ mod tests {
         assert_eq!(micro, [1, 4, 4]);
         assert_eq!(at(Needs::Rows, 96).unwrap().micro_batch, 8);
         assert!(at(Needs::Rows, 18).unwrap_err().to_string().contains("--seq-len"));
+    }
+
+    /// Each kind of scales takes memory and time, so that less is kept within a budget.
+    #[test]
+    fn scales_are_planned() {
+        let (config, card) = (shape("llama-2-7b").unwrap(), Card::h100());
+        for bits in [4, 16] {
+            let none = work(Scheme::new(bits, 4, 4));
+            let at = |scales| {
+                let step = Plan { recompute: config.layers, keep_weights: true, sequences: 1 };
+                predict(&config, &Work { scales, ..none }, step, 1, &card).unwrap()
+            };
+            let without = at([false; 3]);
+            for kind in Scale::ALL {
+                let mut scales = [false; 3];
+                scales[kind as usize] = true;
+                let (one, all) = (at(scales), at([true; 3]));
+                assert!(one.bytes() > without.bytes() && one.seconds > without.seconds, "{kind}");
+                assert!(all.bytes() > one.bytes() && all.seconds > one.seconds, "{kind}");
+            }
+        }
+        let planned = |scales| plan(&config, &Work { scales, ..work(Scheme::new(4, 4, 4)) }, 70 << 30, &card).unwrap();
+        let (without, with) = (planned([false; 3]), planned([true; 3]));
+        assert!(with.bytes() <= 70 << 30 && with.seconds > without.seconds);
     }
 }

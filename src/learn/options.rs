@@ -215,7 +215,8 @@ impl LearnOptions {
         if self.recompute.is_some() || self.micro_batch.is_some() {
             return Ok(None);
         }
-        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype };
+        let scales = Scale::ALL.map(|kind| self.scales.contains(&kind));
+        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype, scales };
         memory::plan(config, &work, self.memory.bytes(free), card).map(Some)
     }
 
