@@ -28,7 +28,7 @@
 //! | `model.layers.N.LINEAR.scale` | F32 (F64 where dtype is), `[out, in/group]` | column i is of group i / `weights.group` |
 //! | `model.layers.N.LINEAR.zero` | as scale | only where asymmetric |
 //! | `model.layers.N.input_layernorm.weight`, `….post_attention_layernorm.weight` | dtype, `[C]` | only with `scales.norms`: the gains |
-//! | `scales.NAME` | as R1 | only where learned with the rotations: logarithms, already merged ([`Scale`](crate::rotation::Scale)) |
+//! | `scales.NAME` | as R1 | only where learned with the rotations: logarithms, already merged ([`Scale`]) |
 //! | `R1`, `R2` | F32 or F64, `[C, C]`, `[L, D, D]` | only where rotated: already merged, for reference |
 //! | `R3.core`, `R4.core` | I8, `[K, K]` | the ±1 matrix `H_K` of an online Hadamard, where K > 1 |
 //!
