@@ -22,7 +22,7 @@ use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export::{Format, Output, write_hf, write_quantized, write_rtn};
 use spinquant::llama::{Compressed, Llama, LlamaConfig, Rotated, Source};
 use spinquant::ops::fake_quant::quantize;
-use spinquant::quant::{Gptq, Online, Rtn, Scheme};
+use spinquant::quant::{Gptq, Online, R4, Rtn, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 
@@ -197,6 +197,7 @@ fn compressed(dir: &Path) -> Result<()> {
         ("w4a4", symmetric(scheme(4, 4)), false),
         ("w4a4-group", symmetric(grouped(scheme(4, 4))), true),
         ("w4a4-asymmetric", scheme(4, 4), false),
+        ("group-r4", grouped(scheme(4, 16)).online(Online { r3: false, r4: R4::Blocks(32) }), false),
     ];
     for (name, scheme, gptq) in cases {
         for dtype in [DType::F32, DType::BF16] {

@@ -4,7 +4,7 @@
 
 For every folder: quantization_config passes the classes of compressed-tensors; its own code unpacks every tensor to the bits that we read,
 and packs the same words from them; transformers loads the folder and computes our logits; where activations are quantised, with the codes that its library
-makes of our values.
+makes of our values. An online R4 is run by its own transforms.
 """
 
 import json
@@ -19,6 +19,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.utils import match_named_modules
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -97,8 +98,19 @@ for folder in sorted(p for p in pathlib.Path(sys.argv[1]).iterdir() if (p / "our
     dense = {} if said["config_groups"]["group_0"]["weights"]["symmetric"] else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(folder / "compressed", **dense).eval()
     targets = {n for scheme in config.config_groups.values() for n, _ in match_named_modules(model, scheme.targets, config.ignore)}
+    online = said.get("transform_config") or {}
     report(f"{folder.name}: 7 linears of each layer are quantised", len(targets) == 7 * model.config.num_hidden_layers)
     narrow = run(model, tokens)
+    if online:
+        # The other half is in the weight; transformers itself ignores both.
+        transforms = TransformConfig.model_validate(online)
+        for scheme in transforms.config_groups.values():
+            scheme.apply = [args for args in scheme.apply if args.location == "input"]
+        report(f"{folder.name}: transform_config is valid", list(transforms.config_groups) == ["R4"])
+        apart = (narrow - ours["logits"]).abs().max().item()
+        report(f"{folder.name}: without R4 it is another network", apart > 0.1, f"max|difference| {apart:.1e}")
+        apply_transform_config(model, transforms)
+        narrow = run(model, tokens)
     same_codes(folder, ours, model)
     got = run(torch.nn.Module.float(model), tokens)  # unpacked by now
     spread = ours["logits"].std().item()
