@@ -170,6 +170,9 @@ pub fn learn_watched(
     let LearnOptions { steps, batch, .. } = *options;
     let config = &model.config;
     let rotations = with_scales(rotations, &options.scales, &config.scale_sizes())?;
+    // Those of the start are learned too, and planned for.
+    let options = &LearnOptions { scales: rotations.transforms().scales, ..options.clone() };
+    options.check(optimizer)?;
     let on_device = rotations.to_device(&model.device())?;
     on_device.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };

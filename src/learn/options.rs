@@ -10,7 +10,7 @@ use crate::calibrate::ClipGoal;
 use crate::data::{Sampler, Windows, split_held_out};
 use crate::device::Card;
 use crate::llama::{Llama, LlamaConfig, Recompute};
-use crate::memory::{self, Budget, Planned, Work};
+use crate::memory::{self, Budget, Needs, Planned, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
 use crate::quant::{ClipRatios, Scheme};
@@ -179,7 +179,8 @@ impl LearnOptions {
     /// Checks what needs neither text nor model: [`learn`](super::learn()) does it first, a program may do it before it loads anything.
     ///
     /// # Errors
-    /// [`Error::Argument`]: no steps, sequences or windows to search on; a learning rate that is not finite and above 0.
+    /// [`Error::Argument`]: no steps, sequences or windows to search on; a learning rate that is not finite and above 0; scales with a
+    /// local objective.
     pub fn check(&self, optimizer: &dyn Optimizer) -> Result<()> {
         if self.steps == 0 || self.batch == 0 || self.micro_batch == Some(0) {
             return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
@@ -187,6 +188,10 @@ impl LearnOptions {
         let rate = self.rate(optimizer);
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::argument("learning rate", format!("expected a finite number above 0, got {rate}")));
+        }
+        if let (Needs::Rows, Some(kind)) = (self.objective.needs(), self.scales.first()) {
+            let message = format!("{} does not depend on scales, got {kind}: learn R1 and R2 alone", self.objective.name());
+            return Err(Error::argument("transforms", message));
         }
         if !(self.scale_rate > 0.0 && self.scale_rate.is_finite()) {
             let message = format!("expected a finite number above 0, got {}", self.scale_rate);

@@ -213,7 +213,7 @@ impl<'a> Rotated<'a> {
 ///
 /// # Errors
 /// No such layer.
-pub fn norm_gains(logarithms: &Tensor, i: usize) -> Result<[Tensor; 2]> {
+pub(crate) fn norm_gains(logarithms: &Tensor, i: usize) -> Result<[Tensor; 2]> {
     let both = logarithms.index(i)?;
     let gain = |which: usize| {
         let a = both.index(which)?.to_f64_vec()?;

@@ -115,16 +115,6 @@ impl<'t> LayerScales<'t> {
         };
         Ok(Self { up_down, values, norms })
     }
-
-    /// The same with every scale replaced.
-    ///
-    /// # Errors
-    /// The first of `f`.
-    pub fn map(self, f: impl Fn(Var<'t>) -> Result<Var<'t>>) -> Result<Self> {
-        let each = |v: Option<Var<'t>>| v.map(&f).transpose();
-        let [first, second] = self.norms;
-        Ok(Self { up_down: each(self.up_down)?, values: each(self.values)?, norms: [each(first)?, each(second)?] })
-    }
 }
 
 impl<'t> LayerTransforms<'t> {
@@ -240,13 +230,12 @@ impl<'t> Rotation<'_, 't> {
         let (entries, columns) = (a.value().len(), w.value().cols());
         let a = match columns / entries {
             0 | 1 => a.clone(),
-            // The query heads of a key and value head read the same values.
-            group if !a.requires_grad() => {
+            // The query heads of a key and value head read the same values. In f64, for merging, a GPU has no kernel that gathers.
+            group if a.value().dtype() == DType::F64 && !a.requires_grad() => {
                 let d = self.r2.value().cols();
                 let values = a.value().to_f64_vec()?;
                 let repeated: Vec<f64> = values.chunks(d).flat_map(|head| head.repeat(group)).collect();
-                let repeated = Tensor::from_vec(repeated, [columns])?.to_dtype(a.value().dtype())?;
-                a.tape().constant(repeated.to_device(&a.value().device())?)
+                a.tape().constant(Tensor::from_vec(repeated, [columns])?.to_device(&a.value().device())?)
             }
             group => {
                 let heads = entries / self.r2.value().cols();

@@ -159,12 +159,15 @@ impl RotationFile {
     /// Writes the file, whole or not at all: an `R.bin` where the name ends in `.bin` or `.pt`, else safetensors.
     ///
     /// # Errors
-    /// [`Error::Io`]; clip ratios, which an `R.bin` cannot hold.
+    /// [`Error::Io`]; clip ratios or scales, which an `R.bin` cannot hold.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         if Self::is_torch_name(path) {
             if self.clips.is_some() {
                 Self::check_holds_clips(path)?;
+            }
+            if !self.rotations.scales.is_empty() {
+                Self::check_holds_scales(path)?;
             }
             return self.rotations.save_torch(path);
         }
@@ -182,6 +185,19 @@ impl RotationFile {
     pub fn check_holds_clips(path: &Path) -> Result<()> {
         if Self::is_torch_name(path) {
             let message = "an R.bin cannot hold clip ratios: give it a name in .safetensors, or search none (--clip none)";
+            return Err(Error::format(path, message));
+        }
+        Ok(())
+    }
+
+    /// The same for scales: before some are learned.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where [`RotationFile::write`] writes an `R.bin`.
+    pub fn check_holds_scales(path: &Path) -> Result<()> {
+        if Self::is_torch_name(path) {
+            let message =
+                "an R.bin holds R1 and R2 only: give it a name in .safetensors, or learn no scales (--transforms published)";
             return Err(Error::format(path, message));
         }
         Ok(())

@@ -39,7 +39,7 @@ const SCALED_VERSION: &str = "2";
 const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
 
 /// The name of logarithms of scales in files.
-pub fn scale_name(kind: Scale) -> String {
+pub(crate) fn scale_name(kind: Scale) -> String {
     format!("scales.{kind}")
 }
 
@@ -109,6 +109,11 @@ impl Rotations {
     /// R1 `[C, C]` and R2 `[L, D, D]` made elsewhere, without scales.
     pub fn new(r1: Tensor, r2: Tensor) -> Self {
         Self { r1, r2, scales: Scales::default() }
+    }
+
+    /// What there is: R1, R2 and the kinds of scales.
+    pub fn transforms(&self) -> Transforms {
+        Transforms { scales: self.scales.iter().map(|(kind, _)| kind).collect() }
     }
 
     /// The same with other scales.

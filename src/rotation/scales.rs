@@ -84,6 +84,14 @@ pub struct Transforms {
     pub scales: Vec<Scale>,
 }
 
+impl Transforms {
+    /// These and others.
+    pub fn with(&self, others: &Self) -> Self {
+        let either = |kind: &Scale| self.scales.contains(kind) || others.scales.contains(kind);
+        Self { scales: Scale::ALL.into_iter().filter(either).collect() }
+    }
+}
+
 impl FromStr for Transforms {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {

@@ -1,7 +1,12 @@
 //! GPU kernels against the f64 reference and an equally imprecise CPU baseline, on every operation's cases.
 
 use spinquant::linalg;
+use spinquant::llama::synthetic::shape;
+use spinquant::llama::{Llama, LlamaConfig, Weights};
 use spinquant::manifold::Orthogonal;
+use spinquant::ops::kl_divergence::token_divergences;
+use spinquant::quant::Scheme;
+use spinquant::rotation::{Rotations, Scale, Scales};
 use spinquant::{DType, Device, Tensor, check, ops};
 
 use crate::common::need::gpu;
@@ -18,6 +23,44 @@ fn every_operation() {
 fn segment_attention() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         ops::segment_attention::check_problems(dtype, &gpu()).unwrap();
+    }
+}
+
+/// Divergences of tokens and the likeliest of them, in every type, beside the CPU's of the same values.
+#[test]
+#[ignore = "needs a GPU"]
+fn divergences_of_tokens() {
+    let device = gpu();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let x = ops::randn([70, 1003], 1);
+        let teacher = Tensor::axpby(1.0, x.clone(), 0.3, ops::randn([70, 1003], 2)).unwrap();
+        let [x, teacher] = [x, teacher].map(|t| t.to_dtype(dtype).unwrap());
+        let (want, same) = token_divergences(&x, &teacher).unwrap();
+        let (got, agree) = token_divergences(&x.to_device(&device).unwrap(), &teacher.to_device(&device).unwrap()).unwrap();
+        assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-5 * (1.0 + b)), "{dtype}");
+        assert!(agree == same && same.contains(&true) && same.contains(&false), "{dtype}");
+    }
+}
+
+/// Scales merged on a GPU, in f64, are those merged on the CPU.
+#[test]
+#[ignore = "needs a GPU"]
+fn scales_merged() {
+    let config = LlamaConfig { layers: 1, ..shape("tiny").unwrap() };
+    let model = Llama::new(config.clone(), Weights::random(&config, 1).unwrap()).unwrap();
+    let scales = Scales::ones(&Scale::ALL, &config.scale_sizes()).unwrap();
+    let scales = scales.map(|kind, t| ops::randn(t.shape(), 3 + kind as u64).scale(0.3)).unwrap();
+    let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, 1, 2).unwrap().with_scales(scales);
+    let scheme = Scheme::FULL_PRECISION;
+    let cast = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+    let layers = model.blocks.iter().map(|b| b.weights.map(|t| Ok(cast(t))).unwrap()).collect();
+    let weights = Weights { embedding: cast(&model.embedding), head: cast(&model.head), layers };
+    let model = Llama::new(config, weights).unwrap();
+    let want = model.merge(Some(&r), &scheme).unwrap();
+    let got = model.to_device(&gpu()).unwrap().merge(Some(&r), &scheme).unwrap();
+    for (a, b) in got.blocks[0].weights.tensors().zip(want.blocks[0].weights.tensors()) {
+        let (a, b) = (a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 2e-7 * (b.abs() + 1e-3)));
     }
 }
 

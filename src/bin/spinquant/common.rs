@@ -360,7 +360,12 @@ pub fn check_length(config: &LlamaConfig, seq_len: usize) -> Result<()> {
 
 /// The rotations that `start` names for a model, read and checked.
 pub fn rotations(start: &Start, config: &LlamaConfig) -> Result<Option<RotationFile>> {
-    start.open(config.hidden_size, config.head_dim, config.layers)
+    let file = start.open(config.hidden_size, config.head_dim, config.layers)?;
+    if let Some(file) = &file {
+        let fits = file.rotations.scales.check(&config.scale_sizes());
+        fits.map_err(|e| file.path().map_or(Error::argument("scales", &e), |path| Error::format(path, &e)))?;
+    }
+    Ok(file)
 }
 
 /// Windows of text for synthetic models: `synthetic` or `synthetic:WINDOWS`. Texts of other lengths are other texts.

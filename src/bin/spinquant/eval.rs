@@ -52,14 +52,14 @@ pub fn run(args: &Args) -> Result<()> {
         Some(text) => Some(limited(args.network.model.windows(&network.config, text, args.seq_len)?, args.max_windows)?),
         None => None,
     };
+    if let Some(text) = args.fidelity_text.as_ref().filter(|_| args.full_precision.is_none() && network.is_written()) {
+        let message = format!("{} is quantised: expected --full-precision DIR for fidelity", args.network.model.model.display());
+        return Err(Error::argument(format!("--fidelity-text {}", text.display()), message));
+    }
     let (merged, full) = match args.no_fidelity {
         true => (network.load(&progress)?, None),
         false => network.load_with_full(args.full_precision.as_ref(), &progress)?,
     };
-    if let (Some(text), None) = (&args.fidelity_text, &full) {
-        let message = format!("{} is quantised: expected --full-precision DIR for fidelity", args.network.model.model.display());
-        return Err(Error::argument(format!("--fidelity-text {}", text.display()), message));
-    }
     let start = Instant::now();
     let scored = score(&merged, full.as_ref(), &windows, &progress, &network.scheme.to_string())?;
     let seconds = start.elapsed().as_secs_f64();

@@ -276,6 +276,12 @@ pub fn run(args: &Args) -> Result<()> {
     if keeps_clips || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
         RotationFile::check_holds_clips(&args.out)?;
     }
+    let transforms = start.rotations.transforms().with(&args.recipe.transforms);
+    options.scales = transforms.scales.clone();
+    options.check(optimizer.as_ref())?;
+    if !transforms.scales.is_empty() {
+        RotationFile::check_holds_scales(&args.out)?;
+    }
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;
     options.check_text(&windows)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));
@@ -306,7 +312,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("seed", args.seed)
         .with_note("optimizer", &args.recipe.optimizer)
         .with_note("objective", args.recipe.objective.name())
-        .with_note("transforms", &args.recipe.transforms)
+        .with_note("transforms", &transforms)
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;

@@ -138,6 +138,11 @@ impl Network<'_> {
         }
     }
 
+    /// True of a model that was quantised before: its weights in full precision are not here.
+    pub fn is_written(&self) -> bool {
+        matches!(self.from, From::Written | From::Compressed(_))
+    }
+
     /// Reads the weights, rotates and quantises them.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Print size, orthogonality and determinant of every matrix; fails where one is further than 1e-4 from orthogonal.
+    /// Print size, orthogonality and determinant of every matrix, and the range of scales; fails where one is further than 1e-4 from orthogonal.
     Check {
         /// Our safetensors, or the published code's R.bin.
         file: PathBuf,
@@ -38,8 +38,14 @@ enum Command {
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Check { file } => {
-            let report = RotationFile::read(file)?.rotations.report()?;
+            let rotations = RotationFile::read(file)?.rotations;
+            let report = rotations.report()?;
             report.iter().for_each(|matrix| out!("{matrix}"));
+            for (kind, logarithms) in rotations.scales.iter() {
+                let all = logarithms.to_f64_vec()?;
+                let [least, most] = [f64::min, f64::max].map(|f| all.iter().copied().reduce(f).unwrap_or(0.0).exp());
+                out!("scales {kind:<10} {:?}  from {least:.3} to {most:.3}", logarithms.shape());
+            }
             match report.iter().find(|m| !m.columns_error.max(m.rows_error).le(&TOLERANCE)) {
                 Some(m) => Err(Error::format(file, format!("{} is not orthogonal: at most {TOLERANCE:.0e} is accepted", m.name))),
                 None => Ok(()),

@@ -26,6 +26,7 @@ mod outputs;
 mod reading;
 mod scores;
 mod serve;
+mod transforms;
 mod zeroshot;
 
 type Tensors = BTreeMap<String, Tensor>;

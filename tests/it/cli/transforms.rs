@@ -1,0 +1,75 @@
+//! Scales learned with the rotations, and fidelity, from the command line.
+
+use super::*;
+
+#[test]
+fn scales_are_learned_written_read_and_scored() {
+    let place = Place::new();
+    let learn = format!("{LEARN} --steps 4 --lr 0.5 --scale-lr 0.01 --json");
+    let report = place.json(&format!("{learn} --transforms r1,r2,up-down,values"));
+    for name in ["kl_first", "kl_last", "top1_first", "top1_last"] {
+        assert!(number(&report, name) > 0.0, "{name}: {report}");
+    }
+    let (rotations, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
+    assert_eq!((notes["transforms"].as_str(), notes["format_version"].as_str()), ("r1,r2,up-down,values", "2"));
+    assert_eq!(rotations.transforms().to_string(), notes["transforms"]);
+    let out = place.run("rotations check R.safetensors");
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success() && text.contains("scales up-down") && text.contains("[2, 56]"), "{text}");
+    assert!(text.contains("scales values") && !text.contains("scales norms"), "{text}");
+
+    // They change the quantised network, not the full-precision one.
+    let kl = |args: &str| place.json(&format!("{EVAL} --json {args}"))["fidelity"]["kl"]["mean"].as_f64().unwrap();
+    assert!(kl("--scheme W16A16KV16 --rotations R.safetensors").abs() < 1e-6);
+    let scaled = kl("--rotations R.safetensors");
+    Rotations::new(rotations.r1, rotations.r2).save(&place.path("plain.safetensors")).unwrap();
+    assert!((scaled / kl("--rotations plain.safetensors") - 1.0).abs() > 1e-6);
+
+    // Those of a start are kept and learned on.
+    let to = |out: &str| learn.replace("--out R.safetensors", &format!("--out {out} --start R.safetensors"));
+    place.json(&format!("{} --transforms r1,r2,norms", to("more.safetensors")));
+    let (_, notes) = Rotations::load_with(&place.path("more.safetensors")).unwrap();
+    assert_eq!(notes["transforms"], "r1,r2,up-down,values,norms");
+    place.fails(&format!("{} --clip none", to("R.bin")), &["R.bin", "R1 and R2 only"]);
+}
+
+/// Before anything is loaded: the folder of the model holds no weights.
+#[test]
+fn what_cannot_be_is_refused_first() {
+    let place = Place::new();
+    place.json(&format!("{LEARN} --steps 1 --transforms all --json"));
+    let other = |c: &mut Value| c["intermediate_size"] = json!(40);
+    assert!(place.run("quantize --model model --device cpu --out packed --rotations R.safetensors").status.success());
+    std::fs::remove_file(place.path("model/model.safetensors")).unwrap();
+    let learn = |args: &str, parts: &[&str]| place.fails(&format!("{LEARN} --steps 1 {args}"), parts);
+    let to_torch = LEARN.replace("R.safetensors", "R.bin");
+    learn("--transforms up-down", &["r1 and r2 among them"]);
+    learn("--transforms r1,r2,gains", &["up-down, values, norms", "gains"]);
+    learn("--scale-lr 0 --transforms all", &["learning rate of scales", "above 0"]);
+    learn("--transforms all --objective whip", &["whip does not depend on scales", "up-down"]);
+    let parts = &["R.bin", "R1 and R2 only", "--transforms published"];
+    place.fails(&format!("{to_torch} --steps 1 --transforms all --clip none"), parts);
+    place.fails("rotations convert R.safetensors R.bin", &["R.bin", "R1 and R2 only"]);
+    let packed = EVAL.replace("--model model", "--model packed");
+    place.fails(&format!("{packed} --fidelity-text text.txt"), &["--fidelity-text", "--full-precision DIR"]);
+    let mut changed = config();
+    other(&mut changed);
+    place.config(changed);
+    place.fails(&format!("{EVAL} --rotations R.safetensors"), &["R.safetensors", "scales up-down", "[2, 40]", "[2, 56]"]);
+}
+
+#[test]
+fn fidelity_of_a_packed_model_is_to_what_it_was_made_from() {
+    let place = Place::new();
+    assert!(place.run("quantize --model model --device cpu --out packed --rotations hadamard:1").status.success());
+    let packed = format!("{} --json", EVAL.replace("--model model", "--model packed"));
+    assert!(place.json(&packed)["fidelity"].is_null());
+    let of = |args: &str| place.json(args)["fidelity"].clone();
+    let want = of(&format!("{EVAL} --rotations hadamard:1 --json"));
+    let got = of(&format!("{packed} --full-precision model"));
+    let kl = |f: &Value| f["kl"]["mean"].as_f64().unwrap();
+    assert!((kl(&got) / kl(&want) - 1.0).abs() < 1e-4, "{got} {want}");
+    assert!(of(&format!("{EVAL} --no-fidelity --json")).is_null());
+    let both = place.json(&format!("{EVAL} --rotations hadamard:1 --fidelity-text text.txt --json"));
+    assert_eq!(both["fidelity"], both["fidelity_other"]);
+}
