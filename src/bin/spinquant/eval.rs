@@ -91,12 +91,9 @@ pub fn run(args: &Args) -> Result<()> {
         for (what, fidelity) in [("", fidelity), (" on the other text", other)] {
             let Some(fidelity) = fidelity else { continue };
             let (divergence, agreement) = (fidelity.divergence(), fidelity.agreement());
-            out!(
-                "fidelity{what}: KL {} nats a token, the same likeliest token after {:.2} % (± {:.2})",
-                shown(divergence, 5),
-                100.0 * agreement.mean,
-                100.0 * agreement.standard_error
-            );
+            let percent = Mean { mean: 100.0 * agreement.mean, standard_error: 100.0 * agreement.standard_error };
+            let (divergence, percent) = (shown(divergence, 5), shown(percent, 2));
+            out!("fidelity{what}: KL {divergence} nats a token, the same likeliest token after {percent} %");
         }
         out!("the text starts with {}", windows.first_token());
     }

@@ -70,6 +70,11 @@ fn fidelity_of_a_packed_model_is_to_what_it_was_made_from() {
     let kl = |f: &Value| f["kl"]["mean"].as_f64().unwrap();
     assert!((kl(&got) / kl(&want) - 1.0).abs() < 1e-4, "{got} {want}");
     assert!(of(&format!("{EVAL} --no-fidelity --json")).is_null());
+    // One window has no standard error, several have.
+    let lines = |args: &str| String::from_utf8(place.run(&format!("{EVAL} --rotations hadamard:1 {args}")).stdout).unwrap();
+    let one = lines("--max-windows 1");
+    assert!(one.contains("fidelity: KL ") && !one.contains("NaN") && !one.contains('±'), "{one}");
+    assert!(lines("").contains('±'));
     let both = place.json(&format!("{EVAL} --rotations hadamard:1 --fidelity-text text.txt --json"));
     assert_eq!(both["fidelity"], both["fidelity_other"]);
 }
