@@ -14,7 +14,7 @@ use std::time::Instant;
 use spinquant::data::{self, Sampler, Tokenizer, Windows};
 use spinquant::export::{Format, Output, write_rtn};
 use spinquant::io::write_atomically;
-use spinquant::llama::{Affine, Block, Linear, LinearVars, Linears, Llama, LlamaConfig, RotatedWeights, Run, Weights};
+use spinquant::llama::{Affine, Around, Block, Linear, LinearVars, Linears, Llama, LlamaConfig, RotatedWeights, Run, Weights};
 use spinquant::ops::randn;
 use spinquant::optim::{Adam, Optimizer, Schedule};
 use spinquant::outliers::{PlantOptions, plant};
@@ -148,7 +148,7 @@ fn logits<'t>(config: &LlamaConfig, vars: &[Var<'t>], tokens: &[u32], run: &Run)
     for (i, layer) in layers.chunks(7).enumerate() {
         let linears: Linears<LinearVars<'t>> = without_biases(layer)?;
         let block = Block::new(config, i, linears.each(|_, l| Ok(l.weight.value().clone().into()))?);
-        x = block.forward(x, RotatedWeights { linears, leave: None, norms: [None, None] }, run)?;
+        x = block.forward(x, RotatedWeights { linears, leave: None, around: Around::default() }, run)?;
     }
     x.rms_norm(config.rms_norm_eps)?.linear(head.clone())
 }

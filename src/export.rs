@@ -29,6 +29,7 @@
 //! | `model.layers.N.LINEAR.zero` | as scale | only where asymmetric |
 //! | `model.layers.N.input_layernorm.weight`, `….post_attention_layernorm.weight` | dtype, `[C]` | only with `scales.norms`: the gains |
 //! | `scales.NAME` | as R1 | only where learned with the rotations: logarithms, already merged ([`Scale`]) |
+//! | `clips.SITE` | as R1, `[L, kinds, 2]` | only where learned with the rotations (then `format_version` is 2): logarithms a₀, a₁ of the clip ratios of the lower and the upper end of what is quantised there, one pair or one a key and value head ([`ClipEnds`](crate::rotation::ClipEnds)); they stand in place of the site's `scheme.activation_clip` |
 //! | `R1`, `R2` | F32 or F64, `[C, C]`, `[L, D, D]` | only where rotated: already merged, for reference |
 //! | `R3.core`, `R4.core` | I8, `[K, K]` | the ±1 matrix `H_K` of an online Hadamard, where K > 1 |
 //!
@@ -238,13 +239,13 @@ pub fn sha256(bytes: &[u8]) -> String {
     io::hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 of the shape, type and values of R1, R2 and the scales.
+/// SHA-256 of the shape, type and values of R1, R2, the scales and the clip constants.
 ///
 /// # Errors
 /// A failing copy from a GPU.
 pub fn rotations_sha256(rotations: &Rotations) -> Result<String> {
     let mut hash = Sha256::new();
-    for t in [&rotations.r1, &rotations.r2].into_iter().chain(rotations.scales.iter().map(|(_, t)| t)) {
+    for t in [&rotations.r1, &rotations.r2].into_iter().chain(rotations.extras().map(|(_, t)| t)) {
         let t = t.to_device(&Device::Cpu)?;
         hash.update(format!("{} {:?}\n", t.dtype(), t.shape()));
         hash.update(io::bytes(&t)?);
@@ -298,11 +299,13 @@ impl<'a> Writer<'a> {
         }
         if let Some(r) = rotations {
             r.check(config.hidden_size, config.head_dim, config.layers, crate::rotation::TOLERANCE)?;
-            r.scales.check(&config.scale_sizes())?;
+            r.check_extras(&config.scale_sizes(), config.kv_heads)?;
         }
+        let clipped = output.format == Format::Native && rotations.is_some_and(|r| !r.clips.is_empty());
+        let version = if clipped { native::CLIPPED_VERSION } else { native::VERSION };
         let mut record = Map::from_iter([
             ("format".into(), output.format.name().into()),
-            ("format_version".into(), native::VERSION.into()),
+            ("format_version".into(), version.into()),
             ("crate_version".into(), env!("CARGO_PKG_VERSION").into()),
             ("config".into(), serde_json::from_str(&config.to_json()).expect("JSON")),
             ("scheme".into(), serde_json::to_value(output.format.holds(&scheme)).expect("JSON")),

@@ -19,7 +19,7 @@ pub use budget::{Budget, parse_bytes};
 use crate::device::Card;
 use crate::llama::{Linear, LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
-use crate::quant::Scheme;
+use crate::quant::{Scheme, Site};
 use crate::rotation::Scale;
 use crate::{DType, Error, Result};
 
@@ -51,6 +51,8 @@ pub struct Work {
     pub dtype: DType,
     /// Kinds of scales that are learned, in the order of [`Scale::ALL`].
     pub scales: [bool; Scale::ALL.len()],
+    /// Clip ratios of activations, K and V are learned.
+    pub clips: bool,
 }
 
 impl Work {
@@ -131,6 +133,8 @@ struct Sizes {
     may_leave: bool,
     /// Bytes of the products in `f32` that gradients of a layer's scales need.
     scaled: usize,
+    /// Values of a token and layer in front of quantisers whose clip ratios are learned.
+    clipped: usize,
 }
 
 impl Sizes {
@@ -147,6 +151,13 @@ impl Sizes {
         let of = |scaled: bool, rows: usize| if scaled { 4 * c * rows } else { 0 };
         let scaled = of(up_down, 2 * f) + of(values, q + kv) + of(scaled_norms, q + 2 * kv + 2 * f);
         let may_leave = !up_down && !scaled_norms;
+        let width = |site| match site {
+            Site::AttentionInput | Site::MlpInput => c,
+            Site::Key | Site::Value => kv,
+            Site::AttentionOutput => q,
+            Site::DownInput => f,
+        };
+        let clipped = if work.clips { work.scheme.active_sites().into_iter().map(width).sum() } else { 0 };
         Self {
             c,
             f,
@@ -162,6 +173,7 @@ impl Sizes {
             scaled_norms,
             may_leave,
             scaled,
+            clipped,
         }
     }
 
@@ -171,10 +183,10 @@ impl Sizes {
     }
 
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
-    /// and the output of attention, gate and up; q and k in front of their norms.
+    /// and the output of attention, gate and up; q and k in front of their norms, everything in front of quantisers that are learned.
     fn kept(&self, tokens: usize) -> usize {
         let normed = if self.head_norms { self.q + self.kv } else { 0 } + if self.scaled_norms { 2 * self.c } else { 0 };
-        tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed)
+        tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed + self.clipped)
     }
 
     /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 and of scales need.
@@ -295,6 +307,8 @@ impl Sizes {
         // Products in f32 written, scaled, and read twice on the way back; outputs of norms likewise.
         let weights = weights + rounds * (layers + again) * 4.0 * self.scaled as f64;
         let moved = moved + if self.scaled_norms { layers * passes(10.0, 0.0) } else { 0.0 };
+        // Quantised by a pass of their own, and read again on the way back.
+        let moved = moved + (5.0 * layers + 2.0 * recomputed) * tokens * (self.e * self.clipped) as f64;
         // 80 candidates a value.
         let search = if self.quantized { rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth) } else { 0.0 };
         let more = match work.needs {
@@ -405,7 +419,7 @@ mod tests {
     use crate::llama::synthetic::shape;
 
     fn work(scheme: Scheme) -> Work {
-        Work { needs: Needs::Network, batch: 8, seq: 2048, scheme, dtype: DType::BF16, scales: [false; 3] }
+        Work { needs: Needs::Network, batch: 8, seq: 2048, scheme, dtype: DType::BF16, scales: [false; 3], clips: false }
     }
 
     #[test]
@@ -506,7 +520,7 @@ mod tests {
         assert!(at(Needs::Rows, 18).unwrap_err().to_string().contains("--seq-len"));
     }
 
-    /// Each kind of scales takes memory and time, so that less is kept within a budget.
+    /// Each kind of scales takes memory and time, so that less is kept within a budget; so do clip ratios that are learned.
     #[test]
     fn scales_are_planned() {
         let (config, card) = (shape("llama-2-7b").unwrap(), Card::h100());
@@ -525,6 +539,11 @@ mod tests {
                 assert!(all.bytes() > one.bytes() && all.seconds > one.seconds, "{kind}");
             }
         }
+        let at = |clips| {
+            let step = Plan { recompute: config.layers, keep_weights: true, sequences: 1 };
+            predict(&config, &Work { clips, ..work(Scheme::new(4, 4, 4)) }, step, 1, &card).unwrap()
+        };
+        assert!(at(true).bytes() > at(false).bytes() && at(true).seconds > at(false).seconds);
         let planned = |scales| plan(&config, &Work { scales, ..work(Scheme::new(4, 4, 4)) }, 70 << 30, &card).unwrap();
         let (without, with) = (planned([false; 3]), planned([true; 3]));
         assert!(with.bytes() <= 70 << 30 && with.seconds > without.seconds);

@@ -6,7 +6,7 @@ use super::time::time;
 use crate::data::Windows;
 use crate::device::Card;
 use crate::device::cuda::Phase;
-use crate::learn::{LearnOptions, Settings, StepReport, learn};
+use crate::learn::{ClipChoice, LearnOptions, Settings, StepReport, learn};
 use crate::linalg::matmul::product;
 use crate::llama::Llama;
 use crate::memory::{Planned, Work, predict};
@@ -92,7 +92,8 @@ pub fn profile(
     let scheme = options.scheme;
     let scales = Scale::ALL.map(|kind| options.scales.contains(&kind));
     let (needs, batch, seq, dtype) = (options.objective.needs(), options.batch, windows.seq_len(), model.dtype());
-    let work = Work { needs, batch, seq, scheme, dtype, scales };
+    let clips = options.clip == ClipChoice::Learned;
+    let work = Work { needs, batch, seq, scheme, dtype, scales, clips };
     let predicted = predict(config, &work, settings.recompute.plan(), settings.micro_batch, &card)?;
     let start = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0)?;
     let (mut seconds, mut losses, mut phases) = (vec![], vec![], Ok(vec![]));

@@ -11,7 +11,7 @@ use crate::eval::perplexity;
 use crate::linalg::matmul;
 use crate::llama::{Llama, Merged, Rotated, Walk};
 use crate::quant::{Clip, ClipRatios, Scheme, Site};
-use crate::rotation::Rotations;
+use crate::rotation::{ClipEnds, Rotations};
 use crate::{DType, Error, Result, Tape, Tensor};
 
 /// What a clip ratio should make small.
@@ -49,6 +49,8 @@ impl fmt::Display for ClipGoal {
 pub struct ClipFound {
     /// The ratios.
     pub ratios: ClipRatios,
+    /// Those of every layer: by [`ClipGoal::Error`] the best of the layer by itself, otherwise the same for all.
+    pub layers: Vec<ClipRatios>,
     /// The goal at ratios of 1 and at these. For [`ClipGoal::Error`] the mean over the sites that are quantised.
     pub goal: (f64, f64),
     /// How many ratios were tried.
@@ -85,11 +87,14 @@ pub fn search_clips(
         return Err(Error::argument("clip search", format!("expected windows below {}, got {windows:?}", text.len())));
     }
     let start = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };
+    // Nothing is clipped while the search looks.
+    let rotations = rotations.map(|r| r.clone().with_clips(ClipEnds::default()));
+    let rotations = rotations.as_ref();
     let rotated = Rotated::new(model, rotations, &start)?;
-    let specs = rotated.scheme().sites(model.config.head_dim);
-    let sites: Vec<Site> = Site::ALL.into_iter().filter(|&s| specs.at(s).is_active()).collect();
+    let sites = rotated.scheme().active_sites();
     if sites.is_empty() {
-        return Ok(ClipFound { ratios: ClipRatios::NONE, goal: (0.0, 0.0), tried: 0 });
+        let layers = vec![ClipRatios::NONE; model.config.layers];
+        return Ok(ClipFound { ratios: ClipRatios::NONE, layers, goal: (0.0, 0.0), tried: 0 });
     }
     match goal {
         ClipGoal::Error => by_error(&rotated, text, windows, &sites, &mut progress),
@@ -146,20 +151,28 @@ fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[S
         told(progress, layer + 1, config.layers)?;
     }
     let mut sums: BTreeMap<Site, [f64; CANDIDATES]> = BTreeMap::new();
-    for ((site, ..), errors) in std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner())) {
-        sums.entry(site).or_insert([0.0; CANDIDATES]).iter_mut().zip(errors).for_each(|(sum, e)| *sum += e);
+    let mut by_layer: BTreeMap<(usize, Site), [f64; CANDIDATES]> = BTreeMap::new();
+    for ((site, _, layer), errors) in std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner())) {
+        for sum in [sums.entry(site).or_default(), by_layer.entry((layer, site)).or_default()] {
+            sum.iter_mut().zip(errors).for_each(|(sum, e)| *sum += e);
+        }
     }
+    let best_of = |errors: &[f64; CANDIDATES]| (1..CANDIDATES).fold(0, |best, i| if errors[i] < errors[best] { i } else { best });
     let (mut ratios, mut goal) = (ClipRatios::NONE, (0.0, 0.0));
     let count = (sums.len() * windows.len() * config.layers) as f64;
     for (site, errors) in &sums {
-        let best = (1..CANDIDATES).fold(0, |best, i| if errors[i] < errors[best] { i } else { best });
+        let best = best_of(errors);
         if !errors[best].is_finite() {
             return Err(Error::numeric("clip search", format!("the error at {} is {}", site.name(), errors[best])));
         }
         ratios = ratios.with(*site, candidate(best))?;
         goal = (goal.0 + errors[0] / count, goal.1 + errors[best] / count);
     }
-    Ok(ClipFound { ratios, goal, tried: CANDIDATES * sums.len() })
+    let mut layers = vec![ClipRatios::NONE; config.layers];
+    for ((layer, site), errors) in &by_layer {
+        layers[*layer] = layers[*layer].with(*site, candidate(best_of(errors)))?;
+    }
+    Ok(ClipFound { ratios, layers, goal, tried: CANDIDATES * sums.len() })
 }
 
 fn by_loss(mut network: Merged, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
@@ -202,5 +215,6 @@ fn by_loss(mut network: Merged, text: &Windows, windows: &[usize], sites: &[Site
             }
         }
     }
-    Ok(ClipFound { ratios, goal: (first, best), tried })
+    let layers = vec![ratios; network.config.layers];
+    Ok(ClipFound { ratios, layers, goal: (first, best), tried })
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::data::{self, Windows};
 use crate::device::cpu;
-use crate::llama::{Affine, Block, LayerWeights, Linear, LinearVars, Linears, Llama, Merged, Rotated, Run, plus};
+use crate::llama::{Affine, Around, Block, LayerWeights, Linear, LinearVars, Linears, Llama, Merged, Rotated, Run, plus};
 use crate::quant::{Hessian, QuantizedLinear, Scheme, Site, WeightQuantizer};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var};
@@ -273,12 +273,12 @@ impl Stream {
     fn reach(&mut self, site: Site, block: &Block, w: &LayerWeights, mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         match site {
             Site::AttentionInput => {
-                self.x.iter().try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), None, &self.run))?))
+                self.x.iter().try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), &Around::default(), &self.run))?))
             }
             Site::AttentionOutput => self.attend(block, w, see),
             Site::MlpInput => {
                 self.add(&w[Linear::O])?;
-                self.x.iter().try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), None, &self.run))?))
+                self.x.iter().try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), &Around::default(), &self.run))?))
             }
             Site::DownInput => self.gate(block, w, see),
             Site::Key | Site::Value => Ok(()),
@@ -290,7 +290,8 @@ impl Stream {
         for x in &self.x {
             let a = value(|t| {
                 let qkv = [Linear::Q, Linear::K, Linear::V].map(|l| on(t, &w[l]));
-                block.attend(block.attention_input(t.constant(x.clone()), None, &self.run)?, qkv, &self.run)
+                let bare = &Around::default();
+                block.attend(block.attention_input(t.constant(x.clone()), bare, &self.run)?, qkv, bare, &self.run)
             })?;
             see(&a)?;
             self.inner.push(a);
@@ -303,7 +304,8 @@ impl Stream {
         for x in &self.x {
             let m = value(|t| {
                 let gate_up = [Linear::Gate, Linear::Up].map(|l| on(t, &w[l]));
-                block.gated(block.mlp_input(t.constant(x.clone()), None, &self.run)?, gate_up, &self.run)
+                let bare = &Around::default();
+                block.gated(block.mlp_input(t.constant(x.clone()), bare, &self.run)?, gate_up, bare, &self.run)
             })?;
             see(&m)?;
             self.inner.push(m);

@@ -9,13 +9,15 @@ use super::parts::{Part, Raw};
 use super::{RECORD, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
-use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS};
+use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS, layer_clips};
 use crate::quant::{QuantSpec, R4, Scheme, Site};
-use crate::rotation::{Rotations, Scale, TOLERANCE, scale_name};
+use crate::rotation::{Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
 
 pub const FORMAT: &str = "spinquant-native";
 pub const VERSION: u32 = 1;
+/// Of outputs with clip constants: whoever does not know them must not run the network.
+pub const CLIPPED_VERSION: u32 = 2;
 const HADAMARD: &str = "a row x of n values becomes H x: view it as [blocks, K, n/(K blocks)], natural-order Sylvester transform \
     along the last axis, H_K (the tensor .core) from the left along the middle axis, divided by sqrt(n/blocks)";
 
@@ -149,8 +151,7 @@ pub fn describe(
     rotations: Option<&Rotations>,
 ) -> Result<Map<String, Value>> {
     if let Some(r) = rotations {
-        let scales = r.scales.iter().map(|(kind, t)| (scale_name(kind), t));
-        for (name, t) in [("R1".into(), &r.r1), ("R2".into(), &r.r2)].into_iter().chain(scales) {
+        for (name, t) in [("R1".into(), &r.r1), ("R2".into(), &r.r2)].into_iter().chain(r.extras()) {
             raws.push(Raw::new(name, t)?);
         }
     }
@@ -240,9 +241,9 @@ impl Record {
         let json: Value = serde_json::from_slice(&bytes)
             .map_err(|e| Error::format(&path, format!("expected a JSON object: {}", io::short(e))))?;
         let bad = |message: String| Error::format(&path, message);
-        if json["format"] != FORMAT || json["format_version"] != VERSION {
+        if json["format"] != FORMAT || ![VERSION, CLIPPED_VERSION].iter().any(|known| json["format_version"] == *known) {
             let (format, version) = (&json["format"], &json["format_version"]);
-            return Err(bad(format!("expected format {FORMAT} version {VERSION}, got {format:.40} version {version:.40}")));
+            return Err(bad(format!("expected format {FORMAT} version {VERSION} or {CLIPPED_VERSION}, got {format:.40} version {version:.40}")));
         }
         let config = LlamaConfig::from_json(json["config"].to_string().as_bytes(), &path)?;
         let mut scheme: Scheme = serde_json::from_value(json["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;
@@ -294,11 +295,8 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
             let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
             let dtype = if part.get("R1", Dtype::F64, &[c, c]).is_ok() { DType::F64 } else { DType::F32 };
             let mut r = Rotations::new(part.tensor("R1", dtype, &[c, c])?, part.tensor("R2", dtype, &[l, d, d])?);
-            for kind in Scale::ALL.into_iter().filter(|kind| part.has(&scale_name(*kind))) {
-                let shape = kind.shape(&config.scale_sizes());
-                r.scales.set(kind, Some(part.tensor(&scale_name(kind), dtype, &shape)?));
-            }
-            let fits = r.check(c, d, l, TOLERANCE).and_then(|()| r.scales.check(&config.scale_sizes()));
+            r.set_extras(|name| part.has(name).then(|| part.of_any_shape(name, dtype)).transpose())?;
+            let fits = r.check(c, d, l, TOLERANCE).and_then(|()| r.check_extras(&config.scale_sizes(), config.kv_heads));
             fits.map_err(|e| Error::format(part.path(), e))?;
             Some(r)
         }
@@ -307,6 +305,10 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
         let stored = read_layer(&part, &config, &sites.weight, dtype, l)?;
         let weights = stored.each(|_, l| Ok(l.with_weight(l.weight.values(dtype)?)))?.map(|w| w.to_device(device))?;
         let block = Block::new(&config, l, weights);
+        let block = match &rotations {
+            Some(r) if !r.clips.is_empty() => block.with_clips(layer_clips(&r.clips, l, dtype, device)?),
+            _ => block,
+        };
         if rotations.as_ref().is_none_or(|r| r.scales.get(Scale::Norms).is_none()) {
             return Ok(block);
         }

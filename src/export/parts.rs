@@ -113,6 +113,12 @@ impl Part {
         Ok(self.bytes(info))
     }
 
+    /// A finite floating-point tensor of whatever shape it has.
+    pub fn of_any_shape(&self, name: &str, dtype: DType) -> Result<Tensor> {
+        let shape = self.metadata.info(name).map(|info| info.shape.clone()).unwrap_or_default();
+        self.tensor(name, dtype, &shape)
+    }
+
     /// A finite floating-point tensor.
     pub fn tensor(&self, name: &str, dtype: DType, shape: &[usize]) -> Result<Tensor> {
         let t = io::from_bytes(dtype, shape, self.get(name, file_type(dtype), shape)?)?;

@@ -22,10 +22,10 @@ use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::eval::fidelity::Fidelity;
 use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars};
 use crate::objective::Batch;
-use crate::optim::{Optimizer, Product, State};
+use crate::optim::{Gradients, Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
 use crate::quant::{ClipRatios, Online, R4, Scheme};
-use crate::rotation::{RotationFile, Rotations, Scale, Scales, Sizes, scale_name};
+use crate::rotation::{ClipEnds, RotationFile, Rotations, Scale, Scales, Sizes};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// What happened in one step, as told to the callback.
@@ -115,7 +115,8 @@ impl Learned {
         let scheme = &self.settings.scheme;
         let file = RotationFile::new(self.rotations.clone());
         let file = file.with_online(scheme.online, config.head_dim, config.intermediate_size)?;
-        Ok(if scheme.activation_clip == ClipRatios::NONE { file } else { file.with_clips_of(scheme) })
+        let none = scheme.activation_clip == ClipRatios::NONE && self.rotations.clips.is_empty();
+        Ok(if none { file } else { file.with_clips_of(scheme) })
     }
 }
 
@@ -171,20 +172,27 @@ pub fn learn_watched(
     let config = &model.config;
     let rotations = with_scales(rotations, &options.scales, &config.scale_sizes())?;
     // Those of the start are learned too, and planned for.
-    let options = &LearnOptions { scales: rotations.transforms().scales, ..options.clone() };
+    let clip = if rotations.clips.is_empty() { options.clip } else { ClipChoice::Learned };
+    let options = &LearnOptions { scales: rotations.transforms().scales, clip, ..options.clone() };
     options.check(optimizer)?;
-    let on_device = rotations.to_device(&model.device())?;
-    on_device.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
+    rotations.to_device(&model.device())?.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let mut scheme = options.scheme;
     let mut clip = None;
     // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
-    if let Some(goal) = options.clip.goal(&scheme, optimizer) {
+    if let Some(goal) = options.clip.goal(&scheme, optimizer).filter(|_| rotations.clips.is_empty()) {
         let found = search_clips_watched(model, &rotations, &scheme, windows, (goal, options.clip_windows), watch)?;
         watch.clipped(&found, goal);
         scheme.activation_clip = found.ratios;
         clip = Some((found, goal));
     }
+    let rotations = match options.clip {
+        ClipChoice::Learned if rotations.clips.is_empty() => {
+            let layers = clip.as_ref().map_or_else(|| vec![scheme.activation_clip; config.layers], |(found, _)| found.layers.clone());
+            rotations.with_clips(ClipEnds::of_ratios(&scheme.active_sites(), &layers, config.kv_heads)?)
+        }
+        _ => rotations,
+    };
     let settings = Settings { scheme, ..options.settle(model, windows, optimizer)? };
     let (train, held_out) = split_held_out(windows, settings.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
@@ -206,7 +214,7 @@ pub fn learn_watched(
     let mut now = match saved {
         Some((path, state)) => resume(state, fingerprint()?, path, &mut optimizer)?,
         None => Progress {
-            rotations: on_device.to_dtype(dtype)?,
+            rotations: rotations.to_device(&model.device())?.to_dtype(dtype)?,
             step: 0,
             losses: (f64::NAN, f64::NAN),
             held_out: (f64::NAN, f64::NAN),
@@ -215,7 +223,6 @@ pub fn learn_watched(
             seconds: 0.0,
         },
     };
-    drop(on_device);
     now.rotations = now.rotations.to_device(&model.device())?;
     let stopped = || options.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
     let faithful = |r: &Rotations| fidelity_until(model, windows, &held_out, r, (&scheme, settings.micro_batch), &stopped);
@@ -229,7 +236,7 @@ pub fn learn_watched(
     while now.step < steps {
         let start = Instant::now();
         let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
-        let (loss, (grads, scale_grads)) =
+        let (loss, grads) =
             gradients(model, windows, &sampler.step(now.step), &now.rotations, (options, &settings)).map_err(failed)?;
         if loss > DIVERGED * now.losses.0.abs() + DIVERGED {
             let message = format!("diverges: {loss:.3}, after {:.3} in the first step; try a lower learning rate", now.losses.0);
@@ -237,8 +244,10 @@ pub fn learn_watched(
         }
         let learning_rate = settings.schedule.at(now.step, steps, settings.learning_rate);
         let (update, part) = (enter_pass("update"), enter("optimiser"));
-        let rates = (learning_rate, options.scale_rate * learning_rate / settings.learning_rate);
-        let rotations = optimizer.step(&now.rotations, (grads, &scale_grads), rates).map_err(failed)?;
+        let fallen = learning_rate / settings.learning_rate;
+        let rates =
+            Rates { rotations: learning_rate, scales: options.scale_rate * fallen, clips: options.clip_rate * fallen };
+        let rotations = optimizer.step(&now.rotations, &grads, rates).map_err(failed)?;
         let orthogonality_error = audit(&rotations, optimizer.rotations()).map_err(failed)?;
         drop((part, update));
         now.rotations = rotations;
@@ -305,17 +314,6 @@ fn with_scales(mut rotations: Rotations, kinds: &[Scale], sizes: &Sizes) -> Resu
     Ok(rotations)
 }
 
-/// Gradients of R1 `[1, C, C]` and R2 `[L, D, D]`, and of the logarithms of scales.
-type Gradients = (Vec<Tensor>, Scales);
-
-/// The sum of gradients.
-fn added((a, s): Gradients, (b, t): Gradients) -> Result<Gradients> {
-    let sum = |a: Tensor, b: Tensor| Tensor::axpby(1.0, a, 1.0, b);
-    let rotations = a.into_iter().zip(b).map(|(a, b)| sum(a, b)).collect::<Result<_>>()?;
-    let scales = s.map(|kind, a| sum(a.clone(), t.get(kind).cloned().unwrap_or_else(|| a.clone())))?;
-    Ok((rotations, scales))
-}
-
 /// Mean loss of a batch and its gradients, micro-batches averaged.
 fn gradients(
     model: &Llama,
@@ -328,7 +326,7 @@ fn gradients(
     for part in batch.chunks(settings.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
         let tape = Tape::new();
-        let vars = RotationVars::variables(&tape, rotations)?;
+        let vars = RotationVars { straight: options.straight, ..RotationVars::variables(&tape, rotations)? };
         let tokens = windows.batch(part);
         let (Settings { scheme, recompute, .. }, objective) = (settings, &options.objective);
         let batch = Batch { model, tokens: &tokens, seq: windows.seq_len(), scheme, recompute: *recompute };
@@ -336,7 +334,11 @@ fn gradients(
         let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
         let value = loss.value().clone();
         let mut grads = tape.backward(loss)?;
-        let grads = (vars.gradients(&mut grads)?, vars.scale_gradients(&mut grads)?);
+        let grads = Gradients {
+            rotations: vars.gradients(&mut grads)?,
+            scales: vars.scale_gradients(&mut grads)?,
+            clips: vars.clip_gradients(&mut grads)?,
+        };
         let value = value.item()?;
         if !value.is_finite() {
             let place = first_not_finite(&vars, &batch)?;
@@ -344,7 +346,7 @@ fn gradients(
         }
         total = Some(match total {
             None => (value, grads),
-            Some((sum, old)) => (sum + value, added(old, grads)?),
+            Some((sum, old)) => (sum + value, old.plus(grads)?),
         });
     }
     total.ok_or_else(|| Error::argument("learn", "a step without windows"))
@@ -463,6 +465,15 @@ fn fingerprint(
         "dtype": model.dtype().to_string(),
         "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
     });
+    if !start.clips.is_empty() {
+        let mut clips = serde_json::Map::new();
+        for (site, t) in start.clips.iter() {
+            clips.insert(site.name().to_string(), data::checksum(values(t)?).into());
+        }
+        all["clips"] = clips.into();
+        all["clip_rate"] = o.clip_rate.into();
+        all["straight"] = o.straight.into();
+    }
     if !start.scales.is_empty() {
         let mut scales = serde_json::Map::new();
         for (kind, t) in start.scales.iter() {
@@ -485,9 +496,9 @@ fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &Product<'_
     state.tensors = state.tensors.iter().map(|(k, v)| Ok((named(k), v.to_device(&Device::Cpu)?))).collect::<Result<_>>()?;
     state.scalars = state.scalars.iter().map(|(k, v)| (named(k), v.clone())).collect();
     let rotations = now.rotations.to_device(&Device::Cpu)?;
+    state.tensors.extend(rotations.extras().map(|(name, t)| (name, t.clone())));
     state.tensors.insert("R1".into(), rotations.r1);
     state.tensors.insert("R2".into(), rotations.r2);
-    state.tensors.extend(rotations.scales.iter().map(|(kind, t)| (scale_name(kind), t.clone())));
     let numbers = [
         ("step", now.step as f64),
         ("loss_first", now.losses.0),
@@ -518,9 +529,7 @@ fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut Pr
     }
     let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
     let mut rotations = Rotations::new(take("R1")?, take("R2")?);
-    for kind in Scale::ALL {
-        rotations.scales.set(kind, take(&scale_name(kind)).ok()); // of the kinds that the fingerprint names
-    }
+    rotations.set_extras(|name| Ok(take(name).ok()))?; // of the kinds that the fingerprint names
     // A loss that was never scored is null in the file.
     let number = |name: &str| state.scalars.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
     let progress = Progress {

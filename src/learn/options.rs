@@ -52,6 +52,11 @@ pub struct LearnOptions {
     pub scales: Vec<Scale>,
     /// Adam's learning rate for logarithms of scales, of the first step; it falls as that of the rotations does.
     pub scale_rate: f64,
+    /// Adam's learning rate for logarithms of clip ratios that are learned ([`ClipChoice::Learned`]), of the first step; it falls as that of
+    /// the rotations does.
+    pub clip_rate: f64,
+    /// Gradients pass straight through where a value was clamped by clip ratios that are learned, as they do by others.
+    pub straight: bool,
     /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
     pub objective: Arc<dyn Objective>,
     /// Where to keep a resumable state, and every how many steps.
@@ -81,6 +86,8 @@ impl Default for LearnOptions {
             clip_windows: 8,
             scales: vec![],
             scale_rate: 3e-3,
+            clip_rate: 1e-2,
+            straight: false,
             objective: Arc::new(CrossEntropy),
             checkpoint: None,
             resume: false,
@@ -108,6 +115,9 @@ pub enum ClipChoice {
     Keep,
     /// Searched on the start.
     Search(ClipGoal),
+    /// Searched by error on the start unless there are some, then learned with the rotations: for every layer and site, and for every head of K
+    /// and V, both ends of the range apart ([`ClipEnds`](crate::rotation::ClipEnds)). They change the network's function.
+    Learned,
 }
 
 impl ClipChoice {
@@ -116,6 +126,7 @@ impl ClipChoice {
         let goal = match self {
             Self::Keep => None,
             Self::Search(goal) => Some(goal),
+            Self::Learned => (scheme.activation_clip == ClipRatios::NONE).then_some(ClipGoal::Error),
             Self::Auto => (scheme.activation_clip == ClipRatios::NONE && optimizer.clips_by_default()).then_some(ClipGoal::Error),
         };
         goal.filter(|_| scheme.quantizes_activations())
@@ -124,15 +135,16 @@ impl ClipChoice {
 
 impl FromStr for ClipChoice {
     type Err = Error;
-    /// `none`, or a [`ClipGoal`]; `auto` is what it is without being given.
+    /// `none`, `learned`, or a [`ClipGoal`]; `auto` is what it is without being given.
     fn from_str(s: &str) -> Result<Self> {
         match s {
             "none" => Ok(Self::Keep),
             "auto" => Ok(Self::Auto),
+            "learned" => Ok(Self::Learned),
             _ => s
                 .parse()
                 .map(Self::Search)
-                .map_err(|_| Error::argument("clip", format!("expected error, loss or none, got {s:?}"))),
+                .map_err(|_| Error::argument("clip", format!("expected error, loss, learned or none, got {s:?}"))),
         }
     }
 }
@@ -142,6 +154,7 @@ impl fmt::Display for ClipChoice {
         match self {
             Self::Auto => f.pad("auto"),
             Self::Keep => f.pad("none"),
+            Self::Learned => f.pad("learned"),
             Self::Search(goal) => goal.fmt(f),
         }
     }
@@ -197,6 +210,14 @@ impl LearnOptions {
             let message = format!("expected a finite number above 0, got {}", self.scale_rate);
             return Err(Error::argument("learning rate of scales", message));
         }
+        if !(self.clip_rate > 0.0 && self.clip_rate.is_finite()) {
+            let message = format!("expected a finite number above 0, got {}", self.clip_rate);
+            return Err(Error::argument("learning rate of clip ratios", message));
+        }
+        if let (Needs::Rows, ClipChoice::Learned) = (self.objective.needs(), self.clip) {
+            let message = format!("{} does not depend on clip ratios: search them (error, loss) or give none", self.objective.name());
+            return Err(Error::argument("clip", message));
+        }
         if self.clip_windows == 0 && self.clip.goal(&self.scheme, optimizer).is_some() {
             return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));
         }
@@ -221,7 +242,8 @@ impl LearnOptions {
             return Ok(None);
         }
         let scales = Scale::ALL.map(|kind| self.scales.contains(&kind));
-        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype, scales };
+        let clips = self.clip == ClipChoice::Learned && self.scheme.quantizes_activations();
+        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype, scales, clips };
         memory::plan(config, &work, self.memory.bytes(free), card).map(Some)
     }
 

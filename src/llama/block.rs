@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use crate::hadamard::Hadamard;
-use crate::llama::rotate::{LinearVars, RotatedWeights};
+use crate::llama::rotate::{Around, LinearVars, RotatedWeights};
 use crate::llama::{LayerWeights, Linears, LlamaConfig};
 use crate::ops::attention::attention;
 use crate::ops::log_scale::Along;
@@ -30,6 +30,8 @@ pub struct Block {
     window: Option<usize>,
     /// Gains of the two norms where they are not folded into the weights.
     gains: Option<[Tensor; 2]>,
+    /// Logarithms of clip ratios, in the order of [`Site::ALL`].
+    clips: [Option<Tensor>; Site::ALL.len()],
 }
 
 /// What the layers need besides their weights.
@@ -75,46 +77,46 @@ impl Block {
     pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
         let Linears([q, k, v, o, gate, up, down]) = w.linears;
         let part = enter("attention");
-        let [first, second] = w.norms;
-        let h = self.attention_input(x.clone(), first, run)?;
-        let a = self.attend(h, [q, k, v], run)?;
+        let around = &w.around;
+        let h = self.attention_input(x.clone(), around, run)?;
+        let a = self.attend(h, [q, k, v], around, run)?;
         let x = o.add_to(x, a)?;
         drop(part);
 
         let _part = enter("mlp");
-        let h = self.mlp_input(x.clone(), second, run)?;
+        let h = self.mlp_input(x.clone(), around, run)?;
         let h = match w.leave {
             Some(r1) => h.linear(r1)?,
             None => h,
         };
-        let m = self.gated(h, [gate, up], run)?;
+        let m = self.gated(h, [gate, up], around, run)?;
         down.add_to_last(x, m)
     }
 
-    /// The input of q, k and v, `[tokens, C]`; the norm's output divided by a scale, of which `scale` is the logarithm, where there is one.
+    /// The input of q, k and v, `[tokens, C]`; the norm's output divided by a scale where there is one.
     ///
     /// # Errors
     /// Values of another shape than the layer's.
-    pub fn attention_input<'t>(&self, x: Var<'t>, scale: Option<Var<'t>>, run: &Run) -> Result<Var<'t>> {
-        self.quantized(Site::AttentionInput, self.norm(x, 0, scale)?, run)
+    pub fn attention_input<'t>(&self, x: Var<'t>, around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
+        self.quantized(Site::AttentionInput, self.norm(x, 0, around)?, around, run)
     }
 
     /// The input of o `[tokens, H·D]`, values in R2's basis.
     ///
     /// # Errors
     /// Values of another shape than the layer's.
-    pub fn attend<'t>(&self, h: Var<'t>, [q, k, v]: [LinearVars<'t>; 3], run: &Run) -> Result<Var<'t>> {
+    pub fn attend<'t>(&self, h: Var<'t>, [q, k, v]: [LinearVars<'t>; 3], around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
         let Run { sites: Sites { online, .. }, seq, .. } = run;
         let r3 = if online.r3 { Some(Hadamard::new(self.head_dim)?) } else { None };
         let q = self.heads(q, h.clone(), run)?;
         let q = if let Some(r3) = &r3 { q.hadamard_by(r3)? } else { q };
-        let k = self.rotated(Site::Key, r3, self.heads(k, h.clone(), run)?, run)?; // R3
-        let v = self.quantized(Site::Value, v.of(h)?, run)?.heads(self.head_dim)?; // in R2's basis
+        let k = self.rotated(Site::Key, r3, self.heads(k, h.clone(), run)?, around, run)?; // R3
+        let v = self.quantized(Site::Value, v.of(h)?, around, run)?.heads(self.head_dim)?; // in R2's basis
         let a = match &run.attend {
             None => attention(q, k, v, *seq, self.window.filter(|w| w < seq))?,
             Some(attend) => without_gradient(self.index, [q, k, v], attend.as_ref())?,
         };
-        self.quantized(Site::AttentionOutput, a, run)
+        self.quantized(Site::AttentionOutput, a, around, run)
     }
 
     /// `rope(normed(h Wᵀ + b))` `[tokens, heads, D]`, as far as this layer has them.
@@ -132,18 +134,18 @@ impl Block {
     ///
     /// # Errors
     /// Values of another shape than the layer's.
-    pub fn mlp_input<'t>(&self, x: Var<'t>, scale: Option<Var<'t>>, run: &Run) -> Result<Var<'t>> {
-        self.quantized(Site::MlpInput, self.norm(x, 1, scale)?, run)
+    pub fn mlp_input<'t>(&self, x: Var<'t>, around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
+        self.quantized(Site::MlpInput, self.norm(x, 1, around)?, around, run)
     }
 
     /// The input of down `[tokens, F]`, after R4.
     ///
     /// # Errors
     /// Values of another shape than the layer's.
-    pub fn gated<'t>(&self, h: Var<'t>, [gate, up]: [LinearVars<'t>; 2], run: &Run) -> Result<Var<'t>> {
+    pub fn gated<'t>(&self, h: Var<'t>, [gate, up]: [LinearVars<'t>; 2], around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
         let m = gate.of(h.clone())?.swiglu(up.of(h)?)?;
         let r4 = run.sites.online.r4.map(m.value().cols())?;
-        self.rotated(Site::DownInput, r4, m, run) // R4
+        self.rotated(Site::DownInput, r4, m, around, run) // R4
     }
 }
 
@@ -152,7 +154,7 @@ impl Block {
     pub fn new(config: &LlamaConfig, index: usize, weights: LayerWeights) -> Self {
         let LlamaConfig { head_dim, rms_norm_eps: eps, .. } = *config;
         let (rope, window) = (config.has_rope(index), config.window(index));
-        Self { weights, index, head_dim, eps, rope, window, gains: None }
+        Self { weights, index, head_dim, eps, rope, window, gains: None, clips: Default::default() }
     }
 
     /// The same layer with other weights.
@@ -166,12 +168,21 @@ impl Block {
         Self { gains: Some(gains), ..self }
     }
 
+    /// The same layer with clip constants of its own: logarithms `[kinds, 2]` of the ratios of both ends, in the order of [`Site::ALL`]
+    /// ([`ClipEnds`](crate::rotation::ClipEnds)).
+    pub fn with_clips(self, clips: [Option<Tensor>; Site::ALL.len()]) -> Self {
+        Self { clips, ..self }
+    }
+
     /// The same layer with its weights on another device.
     ///
     /// # Errors
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
-        let block = self.with_weights(self.weights.map(|w| w.to_device(device))?);
+        let mut block = self.with_weights(self.weights.map(|w| w.to_device(device))?);
+        for t in block.clips.iter_mut().flatten() {
+            *t = t.to_device(device)?;
+        }
         Ok(match &self.gains {
             Some([first, second]) => block.with_gains([first.to_device(device)?, second.to_device(device)?]),
             None => block,
@@ -183,15 +194,21 @@ impl Block {
         self.gains.as_ref()
     }
 
-    fn norm<'t>(&self, x: Var<'t>, which: usize, scale: Option<Var<'t>>) -> Result<Var<'t>> {
+    fn norm<'t>(&self, x: Var<'t>, which: usize, around: &Around<'t>) -> Result<Var<'t>> {
         let y = x.rms_norm_gain(self.eps, self.gains.as_ref().map(|g| &g[which]))?;
-        match scale {
-            Some(a) => y.log_scale(a, Along::Columns, true),
+        match &around.norms[which] {
+            Some(a) => y.log_scale(a.clone(), Along::Columns, true),
             None => Ok(y),
         }
     }
 
-    fn quantized<'t>(&self, site: Site, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
+    /// The clip constants of a site, learned ones first.
+    fn clips<'t>(&self, site: Site, around: &Around<'t>, x: &Var<'t>) -> Option<Var<'t>> {
+        let own = || self.clips[site as usize].as_ref().map(|t| x.tape().constant(t.clone()));
+        around.clips[site as usize].clone().or_else(own)
+    }
+
+    fn quantized<'t>(&self, site: Site, x: Var<'t>, around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
         run.observer.iter().for_each(|see| see(self.index, site, x.value()));
         let other = run.patch.as_ref().map_or(Ok(None), |patch| patch(self.index, site, x.value()))?;
         let x = match other {
@@ -201,16 +218,27 @@ impl Block {
             }
             None => x,
         };
-        x.fake_quant(run.sites.at(site))
+        let spec = run.sites.at(site);
+        match self.clips(site, around, &x) {
+            Some(a) => x.clipped_fake_quant(spec, a, !around.straight),
+            None => x.fake_quant(spec),
+        }
     }
 
-    /// Transformed where there is a map, then quantised; in one pass when nobody watches.
-    fn rotated<'t>(&self, site: Site, map: Option<Hadamard>, x: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        let alone = run.observer.is_none() && run.patch.is_none();
+    /// Transformed where there is a map, then quantised; in one pass when nobody watches and no clip constants are the layer's own.
+    fn rotated<'t>(
+        &self,
+        site: Site,
+        map: Option<Hadamard>,
+        x: Var<'t>,
+        around: &Around<'t>,
+        run: &Run,
+    ) -> Result<Var<'t>> {
+        let alone = run.observer.is_none() && run.patch.is_none() && self.clips(site, around, &x).is_none();
         match map {
             Some(map) if alone => x.hadamard_fake_quant_by(&map, run.sites.at(site)),
-            Some(map) => self.quantized(site, x.hadamard_by(&map)?, run),
-            None => self.quantized(site, x, run),
+            Some(map) => self.quantized(site, x.hadamard_by(&map)?, around, run),
+            None => self.quantized(site, x, around, run),
         }
     }
 }

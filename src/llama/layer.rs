@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::llama::block::{Block, Run};
-use crate::llama::rotate::{LayerTransforms, RotatedWeights};
+use crate::llama::rotate::{LayerLearned, RotatedWeights};
 use crate::profile::enter_pass;
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Tape, Var};
 use crate::{DType, Error, Result, Tensor};
@@ -30,16 +30,16 @@ impl Plan {
     pub const LEAN: Self = Self { sequences: 1, ..Self::INPUTS };
 
     /// Runs layer `index` as planned: `x` [tokens, C] in R1's basis, and out again.
-    pub(crate) fn run<'t>(&self, block: &Arc<Block>, x: Var<'t>, by: LayerTransforms<'t>, run: &Arc<Run>) -> Result<Var<'t>> {
+    pub(crate) fn run<'t>(&self, block: &Arc<Block>, x: Var<'t>, by: LayerLearned<'t>, run: &Arc<Run>) -> Result<Var<'t>> {
         let tokens = x.value().rows();
-        let rotate = || block.transform(&by, &run.sites, Some(tokens));
+        let rotate = || by.weights(block, &run.sites, tokens);
         if block.index >= self.recompute {
             return block.forward(x, rotate()?, run);
         }
-        let tape = x.tape();
+        let (tape, straight) = (x.tape(), by.straight);
         let slots = if self.keep_weights { rotate()?.into_slots() } else { by.into_slots() };
         let (rows, rotated, filled) = (self.sequences * run.seq, self.keep_weights, slots.iter().map(Option::is_some).collect());
-        let layer = Layer { block: block.clone(), run: run.clone(), rows, rotated, filled, tokens };
+        let layer = Layer { block: block.clone(), run: run.clone(), rows, rotated, filled, tokens, straight };
         tape.record(layer, [x].into_iter().chain(slots.into_iter().flatten()).collect())
     }
 }
@@ -53,6 +53,8 @@ struct Layer {
     rotated: bool,
     filled: Vec<bool>,
     tokens: usize,
+    /// As in [`Around`](crate::llama::Around).
+    straight: bool,
 }
 
 /// Values back into the slots that are filled.
@@ -66,9 +68,9 @@ impl Layer {
     fn weights<'t>(&self, operands: Vec<Var<'t>>) -> Result<RotatedWeights<'t>> {
         let slots = into_slots(operands, self.filled.iter().copied());
         if self.rotated {
-            return RotatedWeights::from_slots(slots);
+            return RotatedWeights::from_slots(slots, self.straight);
         }
-        self.block.transform(&LayerTransforms::from_slots(slots)?, &self.run.sites, Some(self.tokens))
+        LayerLearned::from_slots(slots, self.straight)?.weights(&self.block, &self.run.sites, self.tokens)
     }
 
     /// First row and number of rows of every part.
@@ -135,7 +137,7 @@ impl Op for Layer {
             let inner: Vec<_> = weights.iter().map(enter).collect();
             let y = {
                 let _pass = enter_pass("recompute");
-                let weights = RotatedWeights::from_slots(into_slots(inner.clone(), filled.iter().copied()))?;
+                let weights = RotatedWeights::from_slots(into_slots(inner.clone(), filled.iter().copied()), self.straight)?;
                 self.block.forward(x.clone(), weights, &self.run)?
             };
             let mut grads = tape.backward_from(y, dy.slice(first, rows)?)?;

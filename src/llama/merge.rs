@@ -1,8 +1,8 @@
 //! Rotations merged into weights: in float64, a layer at a time, rounded once.
 
 use crate::llama::{Block, LayerScales, LayerTransforms, LayerWeights, Llama, LlamaConfig, Source};
-use crate::quant::Scheme;
-use crate::rotation::{Rotations, Scale, TOLERANCE};
+use crate::quant::{Scheme, Site};
+use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Result, Tape, Tensor};
 
 /// A model in the basis of its rotations, whose layers are made when asked for. One layer is in memory at a time, besides what
@@ -55,7 +55,7 @@ impl<'a> Rotated<'a> {
             Some(r) => {
                 let wide = r.to_device(&device)?.to_dtype(DType::F64)?;
                 wide.check(config.hidden_size, config.head_dim, config.layers, TOLERANCE)?;
-                wide.scales.check(&config.scale_sizes())?;
+                wide.check_extras(&config.scale_sizes(), config.kv_heads)?;
                 Some(wide)
             }
             None => None,
@@ -145,13 +145,17 @@ impl<'a> Rotated<'a> {
     /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn block(&self, i: usize) -> Result<Block> {
         match self.from {
-            From::Memory(model) => self.scaled(i, model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
-            From::Files(source) => self.scaled(i, Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
+            From::Memory(model) => self.complete(i, model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
+            From::Files(source) => self.complete(i, Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
         }
     }
 
-    /// A rotated layer with what the scales leave in its norms.
-    fn scaled(&self, i: usize, block: Block) -> Result<Block> {
+    /// A rotated layer with its clip constants and what the scales leave in its norms.
+    fn complete(&self, i: usize, block: Block) -> Result<Block> {
+        let block = match &self.wide {
+            Some(r) if !r.clips.is_empty() => block.with_clips(layer_clips(&r.clips, i, self.dtype, &self.device)?),
+            _ => block,
+        };
         match self.wide.as_ref().and_then(|r| r.scales.get(Scale::Norms)) {
             None => Ok(block),
             Some(logarithms) => {
@@ -178,8 +182,8 @@ impl<'a> Rotated<'a> {
     /// A failing copy or launch.
     pub fn block_of(&self, i: usize, weights: LayerWeights) -> Result<Block> {
         match self.from {
-            From::Memory(model) => self.scaled(i, model.blocks[i].with_weights(weights)),
-            From::Files(_) => self.scaled(i, Block::new(self.config, i, weights)),
+            From::Memory(model) => self.complete(i, model.blocks[i].with_weights(weights)),
+            From::Files(_) => self.complete(i, Block::new(self.config, i, weights)),
         }
     }
 
@@ -207,6 +211,19 @@ impl<'a> Rotated<'a> {
     fn narrow(&self, t: &Tensor) -> Result<Tensor> {
         t.to_dtype(self.dtype)?.to_device(&self.device)
     }
+}
+
+/// The clip constants of layer `i` as a network of `dtype` reads them.
+///
+/// # Errors
+/// No such layer; a failing copy.
+pub(crate) fn layer_clips(clips: &ClipEnds, i: usize, dtype: DType, device: &Device) -> Result<[Option<Tensor>; Site::ALL.len()]> {
+    let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let mut of = [const { None }; Site::ALL.len()];
+    for (site, t) in clips.iter() {
+        of[site as usize] = Some(t.index(i)?.to_dtype(dtype)?.to_device(device)?);
+    }
+    Ok(of)
 }
 
 /// The gains `[C]` of the two norms of layer `i`, `exp(−a)` of the logarithms `[L, 2, C]`, in `f64` on the CPU.

@@ -9,14 +9,14 @@ use sha2::{Digest, Sha256};
 use crate::data;
 use crate::linalg::matmul;
 use crate::llama::block::{Block, Run};
-use crate::llama::rotate::{LayerScales, LayerTransforms};
+use crate::llama::rotate::{LayerClips, LayerLearned, LayerScales, LayerTransforms, clips_of};
 use crate::llama::walk::observed;
 use crate::llama::{LlamaConfig, Packed, Plan, Rotated, RotatedWeights, Source, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
 use crate::quant::{Scheme, Site};
-use crate::rotation::{Rotations, Scale, Scales};
+use crate::rotation::{ClipEnds, Rotations, Scale, Scales};
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
 /// Which layers keep their intermediate values for the backward pass, and which compute them again.
@@ -64,6 +64,10 @@ pub struct RotationVars<'t> {
     pub r2: Vec<Var<'t>>,
     /// The scales of every layer.
     pub scales: Vec<LayerScales<'t>>,
+    /// The clip constants of every layer.
+    pub clips: Vec<LayerClips<'t>>,
+    /// The gradient passes straight through where a value was clamped by clip constants ([`Around`](crate::llama::Around)); no by default.
+    pub straight: bool,
 }
 
 impl<'t> RotationVars<'t> {
@@ -84,12 +88,14 @@ impl<'t> RotationVars<'t> {
     fn new(rotations: &Rotations, enter: impl Fn(Tensor) -> Var<'t>) -> Result<Self> {
         let r2 = (0..rotations.layers()).map(|i| Ok(enter(rotations.r2.index(i)?))).collect::<Result<_>>()?;
         let scales = (0..rotations.layers()).map(|i| LayerScales::of(&rotations.scales, i, &enter)).collect::<Result<_>>()?;
-        Ok(Self { r1: enter(rotations.r1.clone()), r2, scales })
+        let clips = (0..rotations.layers()).map(|i| clips_of(&rotations.clips, i, &enter)).collect::<Result<_>>()?;
+        Ok(Self { r1: enter(rotations.r1.clone()), r2, scales, clips, straight: false })
     }
-    /// R1 and R2 on a tape, without scales.
+    /// R1 and R2 on a tape, without scales and clip constants.
     pub fn without_scales(r1: Var<'t>, r2: Vec<Var<'t>>) -> Self {
         let scales = vec![LayerScales::default(); r2.len()];
-        Self { r1, r2, scales }
+        let clips = vec![LayerClips::default(); r2.len()];
+        Self { r1, r2, scales, clips, straight: false }
     }
     /// Their values.
     ///
@@ -98,8 +104,8 @@ impl<'t> RotationVars<'t> {
     pub fn values(&self) -> Result<Rotations> {
         let stack = |v: Vec<Tensor>| Tensor::stack(&v);
         let r2 = stack(self.r2.iter().map(|r| r.value().clone()).collect())?;
-        let scales = self.stacked(|v| Ok(v.value().clone()))?;
-        Ok(Rotations::new(self.r1.value().clone(), r2).with_scales(scales))
+        let (scales, clips) = (self.stacked(|v| Ok(v.value().clone()))?, self.stacked_clips(|v| Ok(v.value().clone()))?);
+        Ok(Rotations::new(self.r1.value().clone(), r2).with_scales(scales).with_clips(clips))
     }
     /// The gradients of the logarithms of scales.
     ///
@@ -107,6 +113,25 @@ impl<'t> RotationVars<'t> {
     /// Those of [`Gradients::take`](crate::tape::Gradients::take).
     pub fn scale_gradients(&self, grads: &mut crate::tape::Gradients) -> Result<Scales> {
         self.stacked(|v| grads.take(v))
+    }
+    /// The gradients of the clip constants.
+    ///
+    /// # Errors
+    /// Those of [`Gradients::take`](crate::tape::Gradients::take).
+    pub fn clip_gradients(&self, grads: &mut crate::tape::Gradients) -> Result<ClipEnds> {
+        self.stacked_clips(|v| grads.take(v))
+    }
+    /// What `f` makes of every clip constant, layers stacked.
+    fn stacked_clips(&self, mut f: impl FnMut(&Var<'t>) -> Result<Tensor>) -> Result<ClipEnds> {
+        let mut clips = ClipEnds::default();
+        for site in Site::ALL {
+            let layers = self.clips.iter().filter_map(|layer| layer[site as usize].as_ref());
+            let layers = layers.map(&mut f).collect::<Result<Vec<_>>>()?;
+            if !layers.is_empty() {
+                clips.set(site, Some(Tensor::stack(&layers)?));
+            }
+        }
+        Ok(clips)
     }
     /// What `f` makes of every scale, layers stacked.
     fn stacked(&self, mut f: impl FnMut(&Var<'t>) -> Result<Tensor>) -> Result<Scales> {
@@ -271,10 +296,13 @@ impl Llama {
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
         drop(part);
         let plan = recompute.plan();
-        for ((block, r2), scales) in self.blocks.iter().zip(&rotations.r2).zip(&rotations.scales) {
+        let learned = rotations.r2.iter().zip(&rotations.scales).zip(&rotations.clips);
+        for (block, ((r2, scales), clips)) in self.blocks.iter().zip(learned) {
             // A node of their own, so that a layer's gradients are summed before they join the others' in either branch.
             let (r1, r2) = (r1.clone().fork()?, r2.clone().fork()?);
-            x = plan.run(block, x, LayerTransforms { r1, r2, scales: scales.clone() }, &run)?;
+            let transforms = LayerTransforms { r1, r2, scales: scales.clone() };
+            let by = LayerLearned { transforms, clips: clips.clone(), straight: rotations.straight };
+            x = plan.run(block, x, by, &run)?;
         }
         let _part = enter("head");
         x.rms_norm(self.config.rms_norm_eps)?.linear(r1.clone())

@@ -5,7 +5,7 @@ use crate::llama::{Affine, Basis, Block, LayerWeights, Linear, Linears};
 use crate::ops::log_scale::Along;
 use crate::profile::enter;
 use crate::quant::{Site, Sites};
-use crate::rotation::{Scale, Scales};
+use crate::rotation::{ClipEnds, Scale, Scales};
 use crate::{DType, Error, Result, Tape, Tensor, Var};
 
 /// A linear on a tape: its weight and its bias.
@@ -19,8 +19,35 @@ pub struct RotatedWeights<'t> {
     pub linears: Linears<LinearVars<'t>>,
     /// R1 where gate and up were left unrotated: their input is taken out of R1's basis instead, `x̂ (W R1)ᵀ = (x̂ R1ᵀ) Wᵀ`.
     pub leave: Option<Var<'t>>,
+    /// What the layer's activations meet besides the weights.
+    pub around: Around<'t>,
+}
+
+/// What a layer's activations meet besides its weights, on a tape: nothing by default.
+#[derive(Clone, Default)]
+pub struct Around<'t> {
     /// Logarithms `[C]` of the scales that the outputs of the two norms are divided by, where there are some.
     pub norms: [Option<Var<'t>>; 2],
+    /// Logarithms `[kinds, 2]` of the clip ratios of both ends of what is quantised, in the order of [`Site::ALL`]; where there are none, those of the
+    /// layer ([`Block::with_clips`]), else those of the scheme.
+    pub clips: LayerClips<'t>,
+    /// The gradient passes straight through where a value was clamped by those clips, as it does where there are none; otherwise it stops there.
+    pub straight: bool,
+}
+
+/// The clip constants of one layer, in the order of [`Site::ALL`].
+pub type LayerClips<'t> = [Option<Var<'t>>; Site::ALL.len()];
+
+/// Those of layer `l`, each made a variable or a constant by `enter`.
+///
+/// # Errors
+/// No such layer.
+pub(crate) fn clips_of<'t>(clips: &ClipEnds, l: usize, mut enter: impl FnMut(Tensor) -> Var<'t>) -> Result<LayerClips<'t>> {
+    let mut of: LayerClips<'t> = Default::default();
+    for (site, t) in clips.iter() {
+        of[site as usize] = Some(enter(t.index(l)?));
+    }
+    Ok(of)
 }
 
 impl<'t> RotatedWeights<'t> {
@@ -32,7 +59,7 @@ impl<'t> RotatedWeights<'t> {
             bias: l.bias.as_ref().map(constant),
             norm: l.norm.as_ref().map(constant),
         });
-        Self { linears: Linears(linears), leave: None, norms: [None, None] }
+        Self { linears: Linears(linears), leave: None, around: Around::default() }
     }
 
     /// Their values.
@@ -45,7 +72,7 @@ impl<'t> RotatedWeights<'t> {
     }
 
     /// Everything in a fixed order: seven weights, seven biases, seven gains of norms behind linears, R1 where it leaves, the scales of the
-    /// layer's norms.
+    /// layer's norms, its clip constants.
     pub(crate) fn into_slots(self) -> Vec<Option<Var<'t>>> {
         let (mut weights, mut biases, mut gains) = (vec![], vec![], vec![]);
         for l in self.linears.0 {
@@ -53,15 +80,15 @@ impl<'t> RotatedWeights<'t> {
             biases.push(l.bias);
             gains.push(l.norm);
         }
-        weights.into_iter().chain(biases).chain(gains).chain([self.leave]).chain(self.norms).collect()
+        weights.into_iter().chain(biases).chain(gains).chain([self.leave]).chain(self.around.norms).chain(self.around.clips).collect()
     }
 
-    /// Back from [`RotatedWeights::into_slots`].
+    /// Back from [`RotatedWeights::into_slots`]; `straight` as in [`Around`].
     ///
     /// # Errors
     /// [`Error::Argument`] for another number of slots, or a weight that is missing.
-    pub(crate) fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
-        let (got, wanted) = (slots.len(), 3 * Linear::ALL.len() + 3);
+    pub(crate) fn from_slots(slots: Vec<Option<Var<'t>>>, straight: bool) -> Result<Self> {
+        let (got, wanted) = (slots.len(), 3 * Linear::ALL.len() + 3 + Site::ALL.len());
         if got != wanted {
             return Err(Error::argument("weights", format!("expected {wanted} slots of a layer's weights, got {got}")));
         }
@@ -72,7 +99,8 @@ impl<'t> RotatedWeights<'t> {
         let affine = |((weight, bias), norm): ((Option<_>, _), _)| Ok(Affine { weight: weight.ok_or_else(missing)?, bias, norm });
         let linears = Linears::from_vec(weights.into_iter().zip(biases).zip(gains).map(affine).collect::<Result<_>>()?)?;
         let mut next = || slots.next().flatten();
-        Ok(Self { linears, leave: next(), norms: [next(), next()] })
+        let (leave, norms, clips) = (next(), [next(), next()], std::array::from_fn(|_| next()));
+        Ok(Self { linears, leave, around: Around { norms, clips, straight } })
     }
 }
 
@@ -85,6 +113,15 @@ pub struct LayerTransforms<'t> {
     pub r2: Var<'t>,
     /// This layer's scales.
     pub scales: LayerScales<'t>,
+}
+
+/// A layer's transforms, and the constants that are learned with them.
+#[derive(Clone)]
+pub(crate) struct LayerLearned<'t> {
+    pub transforms: LayerTransforms<'t>,
+    pub clips: LayerClips<'t>,
+    /// As in [`Around`].
+    pub straight: bool,
 }
 
 /// Logarithms of the scales of one layer, where there are some; see [`Scale`](crate::rotation::Scale).
@@ -119,20 +156,44 @@ impl<'t> LayerScales<'t> {
 
 impl<'t> LayerTransforms<'t> {
     /// Everything in a fixed order: R1, R2, the scales.
-    pub(crate) fn into_slots(self) -> Vec<Option<Var<'t>>> {
+    fn into_slots(self) -> Vec<Option<Var<'t>>> {
         let LayerScales { up_down, values, norms: [first, second] } = self.scales;
         vec![Some(self.r1), Some(self.r2), up_down, values, first, second]
     }
 
     /// Back from [`LayerTransforms::into_slots`].
-    ///
-    /// # Errors
-    /// [`Error::Tape`] for another number of slots, or a rotation that is missing.
-    pub(crate) fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
+    fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
         let wrong = || Error::Tape("layer: expected R1, R2 and the slots of scales".into());
         let [r1, r2, up_down, values, first, second] = <[_; 6]>::try_from(slots).map_err(|_| wrong())?;
         let scales = LayerScales { up_down, values, norms: [first, second] };
         Ok(Self { r1: r1.ok_or_else(wrong)?, r2: r2.ok_or_else(wrong)?, scales })
+    }
+}
+
+impl<'t> LayerLearned<'t> {
+    /// Everything in a fixed order: the transforms, the clip constants.
+    pub fn into_slots(self) -> Vec<Option<Var<'t>>> {
+        self.transforms.into_slots().into_iter().chain(self.clips).collect()
+    }
+
+    /// Back from [`LayerLearned::into_slots`].
+    ///
+    /// # Errors
+    /// [`Error::Tape`] for another number of slots, or a rotation that is missing.
+    pub fn from_slots(mut slots: Vec<Option<Var<'t>>>, straight: bool) -> Result<Self> {
+        let clips = slots.split_off(slots.len().saturating_sub(Site::ALL.len()));
+        let clips = LayerClips::try_from(clips).map_err(|_| Error::Tape("layer: expected slots of clip constants".into()))?;
+        Ok(Self { transforms: LayerTransforms::from_slots(slots)?, clips, straight })
+    }
+
+    /// The weights that a layer runs with ([`Block::transform`]), its clip constants beside them.
+    ///
+    /// # Errors
+    /// Those of [`Block::transform`].
+    pub fn weights(&self, block: &Block, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
+        let mut w = block.transform(&self.transforms, s, Some(tokens))?;
+        (w.around.clips, w.around.straight) = (self.clips.clone(), self.straight);
+        Ok(w)
     }
 }
 
@@ -182,7 +243,8 @@ impl Block {
             done[linear] = Some(Affine { weight: w, bias: b, norm });
         }
         let linears = Linears(done.0.map(|l| l.expect("made above")));
-        Ok(RotatedWeights { linears, leave: leave.then(|| r1.clone()), norms: scales.norms.clone() })
+        let around = Around { norms: scales.norms.clone(), ..Around::default() };
+        Ok(RotatedWeights { linears, leave: leave.then(|| r1.clone()), around })
     }
 }
 

@@ -25,7 +25,7 @@ mod timed;
 
 pub use adam::Adam;
 pub use cayley::{CayleySgd, Mode};
-pub use product::Product;
+pub use product::{Gradients, Product, Rates};
 pub use qr_orth::{QrOrth, gradient_through_qr};
 pub use riemannian::{RiemannianAdam, RiemannianSgd};
 pub use schedule::Schedule;

@@ -1,23 +1,107 @@
-//! A step over a product of manifolds: rotations by an optimiser of orthogonal matrices, logarithms of scales by [`Adam`], each at a rate of
-//! its own.
+//! A step over a product of manifolds: rotations by an optimiser of orthogonal matrices; logarithms of scales and of clip ratios by an
+//! [`Adam`] each. Every group has a rate of its own.
 
 use crate::optim::{Adam, Optimizer, State};
-use crate::rotation::{Rotations, Scale, Scales};
+use crate::rotation::{ClipEnds, Rotations, Scales};
 use crate::{DType, Device, Error, Result, Tensor};
 
-/// The two optimisers. The one of rotations may come from outside this crate.
-pub struct Product<'a> {
-    rotations: &'a mut dyn Optimizer,
-    scales: Adam,
+/// The gradients of everything that is learned.
+#[derive(Clone, Debug, Default)]
+pub struct Gradients {
+    /// Of R1 `[1, C, C]` and R2 `[L, D, D]`.
+    pub rotations: Vec<Tensor>,
+    /// Of the logarithms of scales.
+    pub scales: Scales,
+    /// Of the logarithms of clip ratios.
+    pub clips: ClipEnds,
 }
 
-/// What states have in front of the names of the second optimiser.
-const SCALES: &str = "scales.";
+impl Gradients {
+    /// The sum of two.
+    ///
+    /// # Errors
+    /// Shapes that differ.
+    pub fn plus(self, other: Self) -> Result<Self> {
+        let sum = |a: Tensor, b: Tensor| Tensor::axpby(1.0, a, 1.0, b);
+        let either = |a: &Tensor, b: Option<&Tensor>| b.map_or(Ok(a.clone()), |b| sum(a.clone(), b.clone()));
+        Ok(Self {
+            rotations: self.rotations.into_iter().zip(other.rotations).map(|(a, b)| sum(a, b)).collect::<Result<_>>()?,
+            scales: self.scales.map(|kind, a| either(a, other.scales.get(kind)))?,
+            clips: self.clips.map(|site, a| either(a, other.clips.get(site)))?,
+        })
+    }
+}
+
+/// The learning rates of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Of the rotations.
+    pub rotations: f64,
+    /// Of the logarithms of scales.
+    pub scales: f64,
+    /// Of the logarithms of clip ratios.
+    pub clips: f64,
+}
+
+/// Parameters in Euclidean space, and the optimiser that moves them.
+#[derive(Clone)]
+struct Euclidean {
+    /// What its state has in front of its names.
+    prefix: &'static str,
+    adam: Adam,
+}
+
+impl Euclidean {
+    fn new(prefix: &'static str) -> Self {
+        Self { prefix, adam: Adam::default() }
+    }
+
+    /// Moves parameters, a few numbers a channel, on the CPU. Each comes with its name and gradient.
+    fn step(&mut self, of: &[(String, &Tensor, Option<&Tensor>)], rate: f64) -> Result<Vec<Tensor>> {
+        let host = |t: &Tensor| -> Result<Tensor> {
+            let wide = if t.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+            t.to_device(&Device::Cpu)?.to_dtype(wide)
+        };
+        let missing = |name: &str| Error::argument("gradients", format!("expected those of {name}, got none"));
+        let gradient = |(name, _, g): &(String, &Tensor, Option<&Tensor>)| host(g.ok_or_else(|| missing(name))?);
+        let mut params = of.iter().map(|(_, t, _)| host(t)).collect::<Result<Vec<_>>>()?;
+        if !params.is_empty() {
+            self.adam.step(&mut params, of.iter().map(gradient).collect::<Result<_>>()?, rate)?;
+        }
+        params.into_iter().zip(of).map(|(moved, (_, t, _))| moved.to_device(&t.device())).collect()
+    }
+
+    /// Adds its state to another's.
+    fn add_to(&self, state: &mut State) {
+        if self.adam.steps() > 0 {
+            let (of, named) = (self.adam.state(), |k: String| format!("{}{k}", self.prefix));
+            state.tensors.extend(of.tensors.into_iter().map(|(k, v)| (named(k), v)));
+            state.scalars.extend(of.scalars.into_iter().map(|(k, v)| (named(k), v)));
+        }
+    }
+
+    /// Takes its state out of another's.
+    fn take_from(&mut self, state: &mut State) -> Result<()> {
+        let (mut own, inner) = (State::default(), |k: &String| k.strip_prefix(self.prefix).map(str::to_string));
+        own.tensors = state.tensors.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect();
+        own.scalars = state.scalars.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect();
+        state.tensors.retain(|k, _| !k.starts_with(self.prefix));
+        state.scalars.retain(|k, _| !k.starts_with(self.prefix));
+        if own.scalars.is_empty() { Ok(()) } else { self.adam.load_state(own) }
+    }
+}
+
+/// The optimisers of all groups. The one of rotations may come from outside this crate.
+pub struct Product<'a> {
+    rotations: &'a mut dyn Optimizer,
+    scales: Euclidean,
+    clips: Euclidean,
+}
 
 impl<'a> Product<'a> {
-    /// Rotations by this optimiser, scales by Adam with its published constants.
+    /// Rotations by this optimiser, scales and clip ratios by Adam with its published constants.
     pub fn new(rotations: &'a mut dyn Optimizer) -> Self {
-        Self { rotations, scales: Adam::default() }
+        Self { rotations, scales: Euclidean::new("scales."), clips: Euclidean::new("clips.") }
     }
 
     /// The optimiser of the rotations.
@@ -25,60 +109,51 @@ impl<'a> Product<'a> {
         self.rotations
     }
 
-    /// Moves R1 and R2 at the first rate along their gradients `[1, C, C]`, `[L, D, D]`, and the scales at the second along theirs.
+    /// Moves everything along its gradient, each group at its rate.
     ///
     /// # Errors
-    /// Those of either optimiser, gradients of scales that there are not; nothing has moved then.
-    pub fn step(&mut self, x: &Rotations, grads: (Vec<Tensor>, &Scales), rates: (f64, f64)) -> Result<Rotations> {
-        let kinds: Vec<Scale> = x.scales.iter().map(|(kind, _)| kind).collect();
-        let mut moved = Scales::default();
-        // Scales first: Adam can be put back.
-        let before = self.scales.clone();
-        if !kinds.is_empty() {
-            // A few numbers a channel, stepped on the CPU.
-            let host = |t: &Tensor| -> Result<Tensor> {
-                let wide = if t.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-                t.to_device(&Device::Cpu)?.to_dtype(wide)
-            };
-            let missing = |kind: Scale| Error::argument("gradients", format!("expected those of scales {kind}, got none"));
-            let gradient = |&kind: &Scale| host(grads.1.get(kind).ok_or_else(|| missing(kind))?);
-            let mut params = x.scales.iter().map(|(_, t)| host(t)).collect::<Result<Vec<_>>>()?;
-            self.scales.step(&mut params, kinds.iter().map(gradient).collect::<Result<_>>()?, rates.1)?;
-            for (kind, t) in kinds.into_iter().zip(params) {
-                moved.set(kind, Some(t.to_device(&x.r1.device())?));
-            }
+    /// Those of any optimiser, gradients that are missing; nothing has moved then.
+    pub fn step(&mut self, x: &Rotations, grads: &Gradients, rates: Rates) -> Result<Rotations> {
+        // The optimiser of rotations comes last: the others can be put back.
+        let before = (self.scales.clone(), self.clips.clone());
+        let moved = self.stepped(x, grads, rates);
+        if moved.is_err() {
+            (self.scales, self.clips) = before;
         }
-        let mut params = x.as_params()?;
-        if let Err(e) = self.rotations.step(&mut params, grads.0, rates.0) {
-            self.scales = before;
-            return Err(e);
-        }
-        Ok(Rotations::from_params(&params)?.with_scales(moved))
+        moved
     }
 
-    /// The states of both.
+    fn stepped(&mut self, x: &Rotations, grads: &Gradients, rates: Rates) -> Result<Rotations> {
+        let scales: Vec<_> = x.scales.iter().map(|(kind, t)| (format!("scales {kind}"), t, grads.scales.get(kind))).collect();
+        let mut moved = self.scales.step(&scales, rates.scales)?.into_iter();
+        let mut next = |_: &Tensor| moved.next().ok_or_else(|| Error::argument("optimiser", "a group that lost a parameter"));
+        let scales = x.scales.map(|_, t| next(t))?;
+        let clips: Vec<_> =
+            x.clips.iter().map(|(site, t)| (format!("clips {}", site.name()), t, grads.clips.get(site))).collect();
+        let mut moved = self.clips.step(&clips, rates.clips)?.into_iter();
+        let mut next = |_: &Tensor| moved.next().ok_or_else(|| Error::argument("optimiser", "a group that lost a parameter"));
+        let clips = x.clips.map(|_, t| ClipEnds::bounded(next(t)?))?;
+        let mut params = x.as_params()?;
+        self.rotations.step(&mut params, grads.rotations.clone(), rates.rotations)?;
+        Ok(Rotations::from_params(&params)?.with_scales(scales).with_clips(clips))
+    }
+
+    /// The states of all.
     pub fn state(&self) -> State {
         let mut state = self.rotations.state();
-        if self.scales.steps() > 0 {
-            let of = self.scales.state();
-            state.tensors.extend(of.tensors.into_iter().map(|(k, v)| (format!("{SCALES}{k}"), v)));
-            state.scalars.extend(of.scalars.into_iter().map(|(k, v)| (format!("{SCALES}{k}"), v)));
-        }
+        self.scales.add_to(&mut state);
+        self.clips.add_to(&mut state);
         state
     }
 
     /// Continues from [`Product::state`].
     ///
     /// # Errors
-    /// Those of either optimiser.
+    /// Those of any optimiser.
     pub fn load_state(&mut self, mut state: State) -> Result<()> {
-        let (mut scales, inner) = (State::default(), |k: &String| k.strip_prefix(SCALES).map(str::to_string));
-        scales.tensors = state.tensors.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect();
-        scales.scalars = state.scalars.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect();
-        state.tensors.retain(|k, _| !k.starts_with(SCALES));
-        state.scalars.retain(|k, _| !k.starts_with(SCALES));
-        self.rotations.load_state(state)?;
-        if scales.scalars.is_empty() { Ok(()) } else { self.scales.load_state(scales) }
+        self.scales.take_from(&mut state)?;
+        self.clips.take_from(&mut state)?;
+        self.rotations.load_state(state)
     }
 }
 
@@ -86,34 +161,40 @@ impl<'a> Product<'a> {
 mod tests {
     use super::*;
     use crate::optim::by_name;
-    use crate::rotation::Sizes;
+    use crate::quant::{ClipRatios, Site};
+    use crate::rotation::{Scale, Sizes};
     use crate::{io, ops};
+
+    const RATES: Rates = Rates { rotations: 0.5, scales: 0.01, clips: 0.02 };
 
     fn start() -> Rotations {
         let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, values: 4 };
         let scales = Scales::ones(&[Scale::UpDown, Scale::Norms], &sizes).unwrap();
-        Rotations::random_hadamard(8, 4, 2, 0).unwrap().with_scales(scales)
+        let clips = ClipEnds::of_ratios(&[Site::Key, Site::DownInput], &[ClipRatios::uniform(0.9).unwrap(); 2], 2).unwrap();
+        Rotations::random_hadamard(8, 4, 2, 0).unwrap().with_scales(scales).with_clips(clips)
     }
 
-    fn gradients(x: &Rotations, seed: u64) -> (Vec<Tensor>, Scales) {
-        let r = vec![ops::randn([1, 8, 8], seed), ops::randn([2, 4, 4], seed + 1)];
-        (r, x.scales.map(|_, t| Ok(ops::randn(t.shape(), seed + 2))).unwrap())
+    fn gradients(x: &Rotations, seed: u64) -> Gradients {
+        Gradients {
+            rotations: vec![ops::randn([1, 8, 8], seed), ops::randn([2, 4, 4], seed + 1)],
+            scales: x.scales.map(|_, t| Ok(ops::randn(t.shape(), seed + 2))).unwrap(),
+            clips: x.clips.map(|_, t| Ok(ops::randn(t.shape(), seed + 3))).unwrap(),
+        }
     }
 
     fn run(x: &mut Rotations, product: &mut Product<'_>, steps: std::ops::Range<u64>) {
         for i in steps {
-            let (r, s) = gradients(x, 10 * i);
-            *x = product.step(x, (r, &s), (0.5, 0.01)).unwrap();
+            *x = product.step(x, &gradients(x, 10 * i), RATES).unwrap();
         }
     }
 
     fn bits(x: &Rotations) -> Vec<u8> {
-        let scales = x.scales.iter().map(|(_, t)| t);
-        [&x.r1, &x.r2].into_iter().chain(scales).flat_map(|t| io::bytes(t).unwrap().to_vec()).collect()
+        let extras = x.extras().map(|(_, t)| t);
+        [&x.r1, &x.r2].into_iter().chain(extras).flat_map(|t| io::bytes(t).unwrap().to_vec()).collect()
     }
 
     #[test]
-    fn it_resumes_to_the_same_bits_and_both_move() {
+    fn it_resumes_to_the_same_bits_and_all_move() {
         let (mut a, mut whole) = (by_name("cayley").unwrap(), start());
         run(&mut whole, &mut Product::new(a.as_mut()), 0..5);
         let (mut b, mut x) = (by_name("cayley").unwrap(), start());
@@ -126,19 +207,44 @@ mod tests {
         run(&mut x, &mut second, 2..5);
         assert_eq!(bits(&x), bits(&whole));
         assert_ne!(bits(&x), bits(&start()));
-        let largest = x.scales.get(Scale::UpDown).unwrap().to_f64_vec().unwrap().into_iter().fold(0f64, |m, a| m.max(a.abs()));
-        assert!(largest > 0.005 && largest <= 0.05 + 1e-9, "{largest}: Adam moves an entry by about its rate");
+        let furthest = |a: &Tensor, b: &Tensor| {
+            let pairs = a.to_f64_vec().unwrap().into_iter().zip(b.to_f64_vec().unwrap());
+            pairs.fold(0f64, |m, (a, b)| m.max((a - b).abs()))
+        };
+        // Adam moves an entry by about its rate a step.
+        let scales = furthest(whole.scales.get(Scale::UpDown).unwrap(), start().scales.get(Scale::UpDown).unwrap());
+        assert!(scales > 0.005 && scales <= 0.05 + 1e-9, "{scales}");
+        let clips = furthest(whole.clips.get(Site::Key).unwrap(), start().clips.get(Site::Key).unwrap());
+        assert!(clips > 0.01 && clips <= 0.1 + 1e-9, "{clips}");
+    }
+
+    #[test]
+    fn clip_ratios_stay_within_what_files_hold() {
+        let (mut a, mut x) = (by_name("cayley").unwrap(), start());
+        let mut product = Product::new(a.as_mut());
+        for i in 0..30 {
+            let mut grads = gradients(&x, i);
+            grads.clips = x.clips.map(|_, t| Tensor::from_vec(vec![1f64; t.len()], t.shape())).unwrap();
+            x = product.step(&x, &grads, Rates { clips: 1.0, ..RATES }).unwrap();
+        }
+        x.clips.check(2, 2).unwrap();
     }
 
     #[test]
     fn a_refused_step_moves_nothing() {
         let (mut a, x) = (by_name("cayley").unwrap(), start());
         let mut product = Product::new(a.as_mut());
-        let (r, s) = gradients(&x, 1);
-        assert!(product.step(&x, (vec![r[0].clone()], &s), (0.5, 0.01)).is_err());
-        assert!(product.step(&x, (r.clone(), &Scales::default()), (0.5, 0.01)).is_err());
-        assert_eq!(product.scales.steps(), 0);
-        product.step(&x, (r, &s), (0.5, 0.01)).unwrap();
-        assert_eq!(product.scales.steps(), 1);
+        let whole = gradients(&x, 1);
+        let refused = [
+            Gradients { rotations: whole.rotations[..1].to_vec(), ..whole.clone() },
+            Gradients { scales: Scales::default(), ..whole.clone() },
+            Gradients { clips: ClipEnds::default(), ..whole.clone() },
+        ];
+        for grads in refused {
+            assert!(product.step(&x, &grads, RATES).is_err());
+            assert_eq!((product.scales.adam.steps(), product.clips.adam.steps()), (0, 0));
+        }
+        product.step(&x, &whole, RATES).unwrap();
+        assert_eq!((product.scales.adam.steps(), product.clips.adam.steps()), (1, 1));
     }
 }

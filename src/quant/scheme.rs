@@ -130,6 +130,12 @@ impl Scheme {
         [self.activation_bits, self.key_bits, self.value_bits].iter().any(|b| *b < 16)
     }
 
+    /// The sites whose values are quantised.
+    pub fn active_sites(&self) -> Vec<Site> {
+        let sites = self.sites(1);
+        Site::ALL.into_iter().filter(|&site| sites.at(site).is_active()).collect()
+    }
+
     /// True when nothing is quantised.
     pub fn is_full_precision(&self) -> bool {
         [self.weight_bits, self.activation_bits, self.key_bits, self.value_bits].iter().all(|b| *b >= 16)

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{Rotations, TOLERANCE};
+use super::{ClipEnds, Rotations, TOLERANCE};
 use crate::hadamard::Hadamard;
 use crate::quant::{ClipRatios, Online, Scheme};
 use crate::{Error, Result};
@@ -39,7 +39,7 @@ pub struct FileClips {
 pub struct RotationFile {
     /// R1 and R2.
     pub rotations: Rotations,
-    /// The clip ratios that belong to them, where some were searched.
+    /// The clip ratios that belong to them, where some were searched; of sites with learned clip constants, those they began with.
     pub clips: Option<FileClips>,
     /// Other strings by name: scheme, steps, seed, optimiser.
     pub notes: BTreeMap<String, String>,
@@ -120,6 +120,12 @@ impl RotationFile {
         self.clips.as_ref().filter(|clips| clips.bits == scheme.activation_bits_name()).map(|clips| clips.ratios)
     }
 
+    /// What the file holds, for a network of this scheme: clip constants that were learned are for its bits or for none.
+    pub fn rotations_for(&self, scheme: &Scheme) -> Rotations {
+        let fits = self.clips_for(scheme).is_some();
+        if fits { self.rotations.clone() } else { self.rotations.clone().with_clips(ClipEnds::default()) }
+    }
+
     /// Reads our safetensors or the published code's `R.bin`, told apart by what is in the file. An `R.bin` has neither clip ratios
     /// nor notes.
     ///
@@ -163,7 +169,7 @@ impl RotationFile {
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         if Self::is_torch_name(path) {
-            if self.clips.is_some() {
+            if self.clips.is_some() || !self.rotations.clips.is_empty() {
                 Self::check_holds_clips(path)?;
             }
             if !self.rotations.scales.is_empty() {

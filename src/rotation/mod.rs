@@ -1,5 +1,6 @@
 //! The rotations R1 … R4 of the paper, and the Hadamard matrices they start from.
 
+mod clips;
 mod file;
 mod pickle;
 mod report;
@@ -7,6 +8,8 @@ mod scales;
 mod start;
 mod torch;
 
+pub use clips::ClipEnds;
+pub(crate) use clips::clip_name;
 pub use file::{FileClips, RotationFile};
 pub use report::{MatrixReport, TOLERANCE};
 pub use scales::{Scale, Scales, Sizes, Transforms};
@@ -17,11 +20,12 @@ use std::path::Path;
 
 use crate::linalg;
 use crate::manifold;
+use crate::quant::Site;
 use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor, io};
 
-/// What is learned and leaves the network's function alone: R1 of the residual stream, R2 of every layer's values, and scales. R3 and R4
-/// are fixed Hadamard maps.
+/// What is learned. R1 of the residual stream, R2 of every layer's values and scales leave the network's function alone; clip constants,
+/// which only count where something is quantised, do not. R3 and R4 are fixed Hadamard maps.
 #[derive(Clone, Debug)]
 pub struct Rotations {
     /// `[C, C]`: the residual stream is `x R1`.
@@ -30,12 +34,16 @@ pub struct Rotations {
     pub r2: Tensor,
     /// Scales merged with them; none as published.
     pub scales: Scales,
+    /// Clip constants learned with them; none as published.
+    pub clips: ClipEnds,
 }
 
 const FORMAT: &str = "spinquant-rotations";
 const VERSION: &str = "1";
 /// Of files with scales.
 const SCALED_VERSION: &str = "2";
+/// Of files with clip constants.
+const CLIPPED_VERSION: &str = "3";
 const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
 
 /// The name of logarithms of scales in files.
@@ -106,9 +114,9 @@ impl Rotations {
         Ok(Self::new(Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?, Tensor::from_vec(r2, r2_shape)?))
     }
 
-    /// R1 `[C, C]` and R2 `[L, D, D]` made elsewhere, without scales.
+    /// R1 `[C, C]` and R2 `[L, D, D]` made elsewhere, without scales and clip constants.
     pub fn new(r1: Tensor, r2: Tensor) -> Self {
-        Self { r1, r2, scales: Scales::default() }
+        Self { r1, r2, scales: Scales::default(), clips: ClipEnds::default() }
     }
 
     /// What there is: R1, R2 and the kinds of scales.
@@ -119,6 +127,40 @@ impl Rotations {
     /// The same with other scales.
     pub fn with_scales(self, scales: Scales) -> Self {
         Self { scales, ..self }
+    }
+
+    /// The same with other clip constants.
+    pub fn with_clips(self, clips: ClipEnds) -> Self {
+        Self { clips, ..self }
+    }
+
+    /// Everything but R1 and R2, by its name in files.
+    pub(crate) fn extras(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        let scales = self.scales.iter().map(|(kind, t)| (scale_name(kind), t));
+        scales.chain(self.clips.iter().map(|(site, t)| (clip_name(site), t)))
+    }
+
+    /// Sets what [`Rotations::extras`] gives, from what `take` has under its names.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub(crate) fn set_extras(&mut self, mut take: impl FnMut(&str) -> Result<Option<Tensor>>) -> Result<()> {
+        for kind in Scale::ALL {
+            self.scales.set(kind, take(&scale_name(kind))?);
+        }
+        for site in Site::ALL {
+            self.clips.set(site, take(&clip_name(site))?);
+        }
+        Ok(())
+    }
+
+    /// Checks scales and clip constants against a model's sizes.
+    ///
+    /// # Errors
+    /// Names what does not fit, what was expected and what came.
+    pub fn check_extras(&self, sizes: &Sizes, kv_heads: usize) -> Result<()> {
+        self.scales.check(sizes)?;
+        self.clips.check(sizes.layers, kv_heads)
     }
 
     /// That R1 is a square matrix and R2 a list of them: fields are public.
@@ -151,8 +193,8 @@ impl Rotations {
     /// # Errors
     /// A type that is not floating-point; a failed launch.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        let scales = self.scales.map(|_, t| t.to_dtype(dtype))?;
-        Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)?, scales })
+        let (scales, clips) = (self.scales.map(|_, t| t.to_dtype(dtype))?, self.clips.map(|_, t| t.to_dtype(dtype))?);
+        Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)?, scales, clips })
     }
 
     /// The same on another device.
@@ -160,8 +202,8 @@ impl Rotations {
     /// # Errors
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
-        let scales = self.scales.map(|_, t| t.to_device(device))?;
-        Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)?, scales })
+        let (scales, clips) = (self.scales.map(|_, t| t.to_device(device))?, self.clips.map(|_, t| t.to_device(device))?);
+        Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)?, scales, clips })
     }
 
     /// R1 and R2 as an optimiser sees them: `[1, C, C]` and `[L, D, D]`.
@@ -255,12 +297,16 @@ impl Rotations {
     /// # Errors
     /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
-        let scales = self.scales.iter().map(|(kind, t)| (scale_name(kind), t.clone()));
+        let extras = self.extras().map(|(name, t)| (name, t.clone()));
         let tensors =
-            [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into_iter().chain(scales).collect();
+            [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into_iter().chain(extras).collect();
         let mut metadata = notes.clone();
-        // Whoever knows no scales must not read a file that has some.
-        let version = if self.scales.is_empty() { VERSION } else { SCALED_VERSION };
+        // Whoever knows no scales must not read a file that has some; nor clip constants.
+        let version = match (self.clips.is_empty(), self.scales.is_empty()) {
+            (true, true) => VERSION,
+            (true, false) => SCALED_VERSION,
+            (false, _) => CLIPPED_VERSION,
+        };
         let own = Self::OWN_NOTES.iter().zip([FORMAT, version, CONVENTION]);
         metadata.extend(own.map(|(k, v)| (k.to_string(), v.to_string())));
         io::save_tensors(path, &tensors, &metadata)
@@ -280,17 +326,10 @@ impl Rotations {
     /// As [`Rotations::load`].
     pub fn load_with(path: &Path) -> Result<(Self, BTreeMap<String, String>)> {
         let (mut tensors, metadata) = io::load_tensors(path)?;
-        if let Some(version) = metadata.get("format_version").filter(|v| *v != VERSION && *v != SCALED_VERSION) {
-            let expected = format!("expected rotations of format version {VERSION} or {SCALED_VERSION}");
+        let known = [VERSION, SCALED_VERSION, CLIPPED_VERSION];
+        if let Some(version) = metadata.get("format_version").filter(|v| !known.contains(&v.as_str())) {
+            let expected = format!("expected rotations of format version {}", known.join(", "));
             return Err(Error::format(path, format!("{expected}, got {version:?}")));
-        }
-        let mut scales = Scales::default();
-        for kind in Scale::ALL {
-            let Some(t) = tensors.remove(&scale_name(kind)) else { continue };
-            if !matches!(t.dtype(), DType::F32 | DType::F64) || !io::is_finite(&t)? {
-                return Err(Error::format(path, format!("{}: expected finite f32 or f64 values", scale_name(kind))));
-            }
-            scales.set(kind, Some(t));
         }
         let mut take = |name: &str, rank: usize| -> Result<Tensor> {
             let Some(t) = tensors.remove(name) else {
@@ -313,6 +352,14 @@ impl Rotations {
         if r1.dtype() != r2.dtype() {
             return Err(Error::format(path, format!("R1 is {}, R2 is {}: expected one dtype", r1.dtype(), r2.dtype())));
         }
-        Ok((Self { r1, r2, scales }, metadata))
+        let mut all = Self::new(r1, r2);
+        all.set_extras(|name| {
+            let Some(t) = tensors.remove(name) else { return Ok(None) };
+            if !matches!(t.dtype(), DType::F32 | DType::F64) || !io::is_finite(&t)? {
+                return Err(Error::format(path, format!("{name}: expected finite f32 or f64 values")));
+            }
+            Ok(Some(t))
+        })?;
+        Ok((all, metadata))
     }
 }

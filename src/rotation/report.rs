@@ -81,6 +81,7 @@ impl Rotations {
         for (l, error) in others.into_iter().enumerate() {
             r2.extend(project(&self.r2.index(l)?, error)?.into_vec::<f64>()?);
         }
-        Ok(Self { r1, r2: Tensor::from_vec(r2, self.r2.shape())?, scales: self.scales.clone() })
+        let r2 = Tensor::from_vec(r2, self.r2.shape())?;
+        Ok(Self { r1, r2, ..self.clone() })
     }
 }

@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::learn::search_clips_watched;
 use spinquant::quant::Site;
-use spinquant::rotation::{RotationFile, Start};
+use spinquant::rotation::{ClipEnds, RotationFile, Start};
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, rotations};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, note, rotations};
 use crate::outputs;
 
 #[derive(clap::Args)]
@@ -56,7 +56,7 @@ pub fn run(args: &Args) -> Result<()> {
     RotationFile::check_holds_clips(&args.out)?;
     let mut scheme = args.scheme.scheme();
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
-    let file = rotations(&args.rotations, &config)?
+    let mut file = rotations(&args.rotations, &config)?
         .ok_or_else(|| Error::argument("--rotations", "clip ratios are kept with rotations; none has no file"))?;
     scheme.online = args.scheme.scheme_online(Some(&file), &config)?.online;
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;
@@ -64,6 +64,10 @@ pub fn run(args: &Args) -> Result<()> {
     let how = (args.goal, args.windows);
     let found = search_clips_watched(&model, &file.rotations, &scheme, &windows, how, &mut progress.watch())?;
     scheme.activation_clip = found.ratios;
+    if !file.rotations.clips.is_empty() {
+        note(&format!("the ratios stand in place of the clip constants that were learned with {}", args.rotations));
+        file.rotations.clips = ClipEnds::default();
+    }
     let file = file.with_clips_of(&scheme).with_online(scheme.online, config.head_dim, config.intermediate_size)?;
     file.write(&args.out)?;
     let (line, mut value) = report(&found, args.goal);

@@ -14,7 +14,7 @@ use spinquant::export;
 use spinquant::learn::{StepReport, Watch};
 use spinquant::llama::{Llama, LlamaConfig, Source, synthetic};
 use spinquant::quant::{ClipRatios, Online, Scheme};
-use spinquant::rotation::{RotationFile, Start};
+use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
 use spinquant::{DType, Device, Error, Result};
 
 /// The model and where it runs.
@@ -132,6 +132,13 @@ impl SchemeArgs {
             note(&format!("the online Hadamards are {made_for}, as {path} was made for"));
         }
         Ok(scheme.online(online))
+    }
+
+    /// The rotations of a file for a network of this scheme: with their clip constants, unless ratios were given or those are for
+    /// other bits.
+    pub fn learned(&self, file: &RotationFile, scheme: &Scheme) -> Rotations {
+        let rotations = file.rotations_for(scheme);
+        if self.activation_clip.is_some() { rotations.with_clips(ClipEnds::default()) } else { rotations }
     }
 
     /// The clip ratios of the command line, or else those that came with the rotations for these bits.
@@ -362,8 +369,8 @@ pub fn check_length(config: &LlamaConfig, seq_len: usize) -> Result<()> {
 pub fn rotations(start: &Start, config: &LlamaConfig) -> Result<Option<RotationFile>> {
     let file = start.open(config.hidden_size, config.head_dim, config.layers)?;
     if let Some(file) = &file {
-        let fits = file.rotations.scales.check(&config.scale_sizes());
-        fits.map_err(|e| file.path().map_or(Error::argument("scales", &e), |path| Error::format(path, &e)))?;
+        let fits = file.rotations.check_extras(&config.scale_sizes(), config.kv_heads);
+        fits.map_err(|e| file.path().map_or(Error::argument("rotations", &e), |path| Error::format(path, &e)))?;
     }
     Ok(file)
 }

@@ -71,7 +71,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let file = rotations(&args.rotations, &config)?;
     scheme.online = args.scheme.scheme_online(file.as_ref(), &config)?.online;
-    let rotations = file.map(|file| file.rotations);
+    let rotations = file.map(|file| args.scheme.learned(&file, &scheme));
     let text = args.model.windows(&config, &args.text, args.seq_len)?;
     let plain = args.model.load_plain(&progress)?;
     let view = |name: String, network: Merged| {

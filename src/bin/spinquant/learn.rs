@@ -15,7 +15,7 @@ use spinquant::memory::{Budget, Needs, Planned};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
 use spinquant::quant::{ClipRatios, Online, R4, Scheme};
-use spinquant::rotation::{RotationFile, Start, Transforms};
+use spinquant::rotation::{ClipEnds, RotationFile, Start, Transforms};
 use spinquant::{DType, Error, Result};
 
 use crate::clip;
@@ -53,6 +53,12 @@ pub struct Recipe {
     /// Learning rate of the first step for logarithms of scales; it falls as --lr does.
     #[arg(long, value_name = "RATE", default_value_t = LearnOptions::default().scale_rate)]
     scale_lr: f64,
+    /// Learning rate of the first step for logarithms of clip ratios that are learned (--clip learned); it falls as --lr does.
+    #[arg(long, value_name = "RATE", default_value_t = LearnOptions::default().clip_rate)]
+    clip_lr: f64,
+    /// What clip ratios that are learned do to the gradient of a value they clamp: blocked, or straight-through as others do.
+    #[arg(long, value_name = "WHICH", default_value = "blocked")]
+    clip_gradient: ClipGradient,
     /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
     #[arg(long, value_name = "N")]
     held_out: Option<usize>,
@@ -66,6 +72,13 @@ pub struct Recipe {
     /// --recompute say how to. auto: what is free.
     #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
     memory: Budget,
+}
+
+/// The gradient of a value that is clamped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum ClipGradient {
+    Blocked,
+    StraightThrough,
 }
 
 /// An optimiser's name, known before anything is loaded.
@@ -101,6 +114,8 @@ impl Recipe {
             clip: ClipChoice::Keep,
             scales: self.transforms.scales.clone(),
             scale_rate: self.scale_lr,
+            clip_rate: self.clip_lr,
+            straight: self.clip_gradient == ClipGradient::StraightThrough,
             objective: self.objective.clone(),
             ..LearnOptions::default()
         }
@@ -201,9 +216,10 @@ pub struct Args {
         help = format!("Where to start: {} [default: hadamard:SEED with --seed]", Start::usage(&["none"])))]
     start: Option<Start>,
     /// Clip ratios of activations, K and V, searched on the start, learned with, and kept with the rotations: error (of every
-    /// quantiser, by itself) or loss (of the whole network; needs room for a second copy of the weights); none: 1, as published.
+    /// quantiser, by itself) or loss (of the whole network; needs room for a second copy of the weights); learned: searched by error,
+    /// then learned with the rotations, for every layer, both ends apart; none: 1, as published.
     /// Default: what --activation-clip says or a --start file holds, else none with cayley-parity, else error.
-    #[arg(long, value_name = "error|loss|none", conflicts_with = "activation_clip")]
+    #[arg(long, value_name = "error|loss|learned|none", conflicts_with = "activation_clip")]
     clip: Option<ClipChoice>,
     /// Windows to search them on.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
@@ -272,8 +288,12 @@ pub fn run(args: &Args) -> Result<()> {
     options.scheme.online = args.scheme.scheme_online(Some(&start), &config)?.online;
     (options.scheme.activation_clip, options.clip) = args.clip(&start);
     options.check(optimizer.as_ref())?;
-    let keeps_clips = options.scheme.activation_clip != ClipRatios::NONE;
-    if keeps_clips || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
+    let mut from = args.scheme.learned(&start, &options.scheme);
+    if args.clip.is_some_and(|choice| choice != ClipChoice::Learned) {
+        from.clips = ClipEnds::default();
+    }
+    let keeps_clips = options.scheme.activation_clip != ClipRatios::NONE || !from.clips.is_empty();
+    if keeps_clips || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
         RotationFile::check_holds_clips(&args.out)?;
     }
     let transforms = start.rotations.transforms().with(&args.recipe.transforms);
@@ -292,7 +312,7 @@ pub fn run(args: &Args) -> Result<()> {
     // From here on there is something to keep, until it is written.
     let _careful = stop::AfterStep::new();
     let mut watch = Logged { told: progress.watch(), path: args.log.as_deref(), resume: args.resume, log: None, failed: None };
-    let learned = learn_watched(&model, &windows, start.rotations, optimizer.as_mut(), &options, &mut watch);
+    let learned = learn_watched(&model, &windows, from, optimizer.as_mut(), &options, &mut watch);
     let log_failed = watch.failed.take();
     drop(watch);
     let learned = learned.inspect_err(|e| {
@@ -313,6 +333,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("optimizer", &args.recipe.optimizer)
         .with_note("objective", args.recipe.objective.name())
         .with_note("transforms", &transforms)
+        .with_note("clips", if learned.rotations.clips.is_empty() { "ratios" } else { "learned" })
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;

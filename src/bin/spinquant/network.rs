@@ -79,7 +79,7 @@ impl NetworkArgs {
             Method::Rtn => None,
             Method::Gptq => Some(self.gptq.text(&self.model, &config, self.calibration.as_ref(), seq_len)?),
         };
-        let (plain, rotations) = (matches!(start, Start::None), file.map(|file| Box::new(file.rotations)));
+        let (plain, rotations) = (matches!(start, Start::None), file.map(|file| Box::new(self.scheme.learned(&file, &scheme))));
         Ok(Network {
             args: self,
             config,

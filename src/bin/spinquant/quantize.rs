@@ -9,7 +9,7 @@ use spinquant::export::{self, Format, Output, Provenance, Target, write_quantize
 use spinquant::learn::Watch;
 use spinquant::llama::{LlamaConfig, Rotated};
 use spinquant::quant::{ClipRatios, Rtn, Scheme};
-use spinquant::rotation::Start;
+use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
 use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, SchemeArgs, note, open_model, rotations};
@@ -72,7 +72,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
         Format::CompressedTensors => args.compressed(&config, &scheme)?,
         _ => scheme,
     };
-    let rotations = rotations.map(|file| file.rotations);
+    let rotations = rotations.map(|file| args.learned(&file, &scheme));
     let text = match args.weights {
         Method::Rtn => None,
         Method::Gptq => Some(args.gptq.text(&args.model, &config, args.calibration.as_ref(), args.seq_len)?),
@@ -95,6 +95,16 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
 }
 
 impl Args {
+    /// The rotations of a file, with clip constants where the format holds them.
+    fn learned(&self, file: &RotationFile, scheme: &Scheme) -> Rotations {
+        let rotations = self.scheme.learned(file, scheme);
+        if self.format == Format::Native || rotations.clips.is_empty() {
+            return rotations;
+        }
+        note(&format!("a folder of --format {} has no clip constants of activations: those of the rotations' file are not used", if self.format == Format::Hf { "hf" } else { "compressed-tensors" }));
+        rotations.with_clips(ClipEnds::default())
+    }
+
     /// What a folder of compressed-tensors makes of a scheme, its departures said.
     fn compressed(&self, config: &LlamaConfig, scheme: &Scheme) -> Result<Scheme> {
         let held = self.format.holds(scheme);

@@ -46,6 +46,11 @@ pub fn run(args: &Args) -> Result<()> {
                 let [least, most] = [f64::min, f64::max].map(|f| all.iter().copied().reduce(f).unwrap_or(0.0).exp());
                 out!("scales {kind:<10} {:?}  from {least:.3} to {most:.3}", logarithms.shape());
             }
+            for (site, logarithms) in rotations.clips.iter() {
+                let all = logarithms.to_f64_vec()?;
+                let mean = |end: usize| all.iter().skip(end).step_by(2).map(|a| a.exp()).sum::<f64>() / (all.len() / 2) as f64;
+                out!("clips {:<16} {:?}  lower end {:.3}, upper {:.3} on average", site.name(), logarithms.shape(), mean(0), mean(1));
+            }
             match report.iter().find(|m| !m.columns_error.max(m.rows_error).le(&TOLERANCE)) {
                 Some(m) => Err(Error::format(file, format!("{} is not orthogonal: at most {TOLERANCE:.0e} is accepted", m.name))),
                 None => Ok(()),
@@ -62,6 +67,9 @@ pub fn run(args: &Args) -> Result<()> {
             if let Some(clips) = file.clips.take_if(|_| RotationFile::is_torch_name(to)) {
                 let (to, ratios, bits) = (to.display(), clips.ratios, clips.bits);
                 note(&format!("{to} cannot hold the clip ratios of {}, for {bits}: --activation-clip {ratios}", from.display()));
+            }
+            if RotationFile::is_torch_name(to) && !std::mem::take(&mut file.rotations.clips).is_empty() {
+                note(&format!("{} cannot hold the clip constants that were learned with {}", to.display(), from.display()));
             }
             file.write(to)
         }
