@@ -44,7 +44,7 @@ use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, learn_watche
 use crate::llama::{Llama, Merged};
 use crate::optim::Optimizer;
 use crate::quant::{Gptq, Online, Scheme};
-use crate::rotation::Rotations;
+use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result};
 
 /// What a network scored, or several on average.
@@ -165,7 +165,8 @@ pub struct Comparison<'a> {
     pub scheme: Scheme,
     /// Quantisation and online Hadamards while learning.
     pub learn_scheme: Scheme,
-    /// How rotations are learned. Scheme, seed and clip ratios are the table's.
+    /// How rotations are learned. Scheme, seed and clip ratios are the table's; [`ClipChoice::Learned`] says that those of the rows with
+    /// clip ratios are learned on.
     pub options: &'a LearnOptions,
     /// Makes an optimiser for every run.
     pub optimizer: &'a dyn Fn() -> Result<Box<dyn Optimizer>>,
@@ -303,10 +304,20 @@ impl Comparison<'_> {
         judge(&network, Some(&self.full()?), self.test, watch, what)
     }
 
-    fn learn(&self, seed: u64, scheme: Scheme, watch: &mut dyn Watch, what: String) -> Result<(Learned, Vec<(usize, f64)>)> {
+    fn learn(
+        &self,
+        seed: u64,
+        scheme: Scheme,
+        clip: Option<&ClipFound>,
+        watch: &mut dyn Watch,
+        what: String,
+    ) -> Result<(Learned, Vec<(usize, f64)>)> {
         let options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, ..self.options.clone() };
         let mut named = Named::new(watch, what, 0.0);
-        let start = self.hadamard(seed)?;
+        let mut start = self.hadamard(seed)?;
+        if let (Some(found), ClipChoice::Learned) = (clip, self.options.clip) {
+            start.clips = ClipEnds::of_ratios(&scheme.active_sites(), &found.layers, self.model.config.kv_heads)?;
+        }
         let learned = learn_watched(self.model, self.calibration, start, (self.optimizer)()?.as_mut(), &options, &mut named)?;
         Ok((learned, named.curve.iter().map(|p| (p.step, p.held_out)).collect()))
     }
@@ -376,7 +387,7 @@ impl Comparison<'_> {
         let w16_scheme = scheme.unquantized_weights().online(learn_scheme.online);
         for seed in 0..self.learn_seeds {
             if let Some(run) = self.gptq {
-                let (learned, _) = self.learn(seed, w16_scheme, watch, format!("learning at W16 from hadamard:{seed}"))?;
+                let (learned, _) = self.learn(seed, w16_scheme, None, watch, format!("learning at W16 from hadamard:{seed}"))?;
                 made.learned_gptq.push(self.with_gptq(run, &learned.rotations, watch, &format!("learned:{seed} + gptq"))?);
             }
             let start = made.random.get(seed as usize).map(|judged| judged.perplexity);
@@ -388,7 +399,8 @@ impl Comparison<'_> {
             }
         }
         let with = if w16_scheme.online == scheme.online { String::new() } else { format!(" with {}", w16_scheme.online) };
-        for (name, clip) in [("learned", false), ("learned + clip", true)] {
+        let clipped = if self.options.clip == ClipChoice::Learned { "learned + learned clip" } else { "learned + clip" };
+        for (name, clip) in [("learned", false), (clipped, true)] {
             let runs = if clip { &made.runs_clip } else { &made.runs };
             let all: Vec<Judged> = runs.iter().map(|run| run.judged.clone()).collect();
             if !all.is_empty() {
@@ -414,7 +426,8 @@ impl Comparison<'_> {
         watch: &mut dyn Watch,
     ) -> Result<Run> {
         let with = if clip.is_some() && learned_at.activation_clip != self.scheme.activation_clip { " + clip" } else { "" };
-        let (learned, mut held_out) = self.learn(seed, learned_at, watch, format!("learning from hadamard:{seed}{with}"))?;
+        let (learned, mut held_out) =
+            self.learn(seed, learned_at, clip, watch, format!("learning from hadamard:{seed}{with}"))?;
         held_out.insert(0, (0, learned.held_out_first));
         let judged = self.evaluate(&learned.rotations, scored, watch, &format!("learned:{seed}{with}"))?;
         Ok(Run { seed, learned_at, start_perplexity, judged, held_out, clip: clip.cloned(), learned })

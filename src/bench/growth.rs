@@ -163,7 +163,15 @@ pub fn measure_one(size: &Size, scheme: Scheme, device: &Device) -> Result<Measu
         return Err(Error::device("growth", "expected a GPU, got the CPU"));
     };
     let config = synthetic::shape(&format!("{}:{}", size.shape, size.layers))?;
-    let work = Work { needs: Needs::Network, batch: size.batch, seq: size.seq, scheme, dtype: DType::BF16, scales: [false; 3], clips: false };
+    let work = Work {
+        needs: Needs::Network,
+        batch: size.batch,
+        seq: size.seq,
+        scheme,
+        dtype: DType::BF16,
+        scales: [false; 3],
+        clips: false,
+    };
     let predicted = predict(&config, &work, PLAN, size.batch, &gpu.card()?)?;
     let model = synthetic::model(&config, 0, DType::BF16, device)?;
     let windows = synthetic::text(&config, STEPS * size.batch, size.seq, 0)?;

@@ -272,13 +272,16 @@ impl Stream {
     /// Moves on inside a layer to the input of the linears at `site`, which is shown to `see`, with the weights `w` so far.
     fn reach(&mut self, site: Site, block: &Block, w: &LayerWeights, mut see: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         match site {
-            Site::AttentionInput => {
-                self.x.iter().try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), &Around::default(), &self.run))?))
-            }
+            Site::AttentionInput => self
+                .x
+                .iter()
+                .try_for_each(|x| see(&value(|t| block.attention_input(t.constant(x.clone()), &Around::default(), &self.run))?)),
             Site::AttentionOutput => self.attend(block, w, see),
             Site::MlpInput => {
                 self.add(&w[Linear::O])?;
-                self.x.iter().try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), &Around::default(), &self.run))?))
+                self.x
+                    .iter()
+                    .try_for_each(|x| see(&value(|t| block.mlp_input(t.constant(x.clone()), &Around::default(), &self.run))?))
             }
             Site::DownInput => self.gate(block, w, see),
             Site::Key | Site::Value => Ok(()),

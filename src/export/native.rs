@@ -243,7 +243,9 @@ impl Record {
         let bad = |message: String| Error::format(&path, message);
         if json["format"] != FORMAT || ![VERSION, CLIPPED_VERSION].iter().any(|known| json["format_version"] == *known) {
             let (format, version) = (&json["format"], &json["format_version"]);
-            return Err(bad(format!("expected format {FORMAT} version {VERSION} or {CLIPPED_VERSION}, got {format:.40} version {version:.40}")));
+            return Err(bad(format!(
+                "expected format {FORMAT} version {VERSION} or {CLIPPED_VERSION}, got {format:.40} version {version:.40}"
+            )));
         }
         let config = LlamaConfig::from_json(json["config"].to_string().as_bytes(), &path)?;
         let mut scheme: Scheme = serde_json::from_value(json["scheme"].clone()).map_err(|e| bad(format!("scheme: {e}")))?;

@@ -188,7 +188,8 @@ pub fn learn_watched(
     }
     let rotations = match options.clip {
         ClipChoice::Learned if rotations.clips.is_empty() => {
-            let layers = clip.as_ref().map_or_else(|| vec![scheme.activation_clip; config.layers], |(found, _)| found.layers.clone());
+            let layers =
+                clip.as_ref().map_or_else(|| vec![scheme.activation_clip; config.layers], |(found, _)| found.layers.clone());
             rotations.with_clips(ClipEnds::of_ratios(&scheme.active_sites(), &layers, config.kv_heads)?)
         }
         _ => rotations,
@@ -245,8 +246,7 @@ pub fn learn_watched(
         let learning_rate = settings.schedule.at(now.step, steps, settings.learning_rate);
         let (update, part) = (enter_pass("update"), enter("optimiser"));
         let fallen = learning_rate / settings.learning_rate;
-        let rates =
-            Rates { rotations: learning_rate, scales: options.scale_rate * fallen, clips: options.clip_rate * fallen };
+        let rates = Rates { rotations: learning_rate, scales: options.scale_rate * fallen, clips: options.clip_rate * fallen };
         let rotations = optimizer.step(&now.rotations, &grads, rates).map_err(failed)?;
         let orthogonality_error = audit(&rotations, optimizer.rotations()).map_err(failed)?;
         drop((part, update));

@@ -215,7 +215,8 @@ impl LearnOptions {
             return Err(Error::argument("learning rate of clip ratios", message));
         }
         if let (Needs::Rows, ClipChoice::Learned) = (self.objective.needs(), self.clip) {
-            let message = format!("{} does not depend on clip ratios: search them (error, loss) or give none", self.objective.name());
+            let message =
+                format!("{} does not depend on clip ratios: search them (error, loss) or give none", self.objective.name());
             return Err(Error::argument("clip", message));
         }
         if self.clip_windows == 0 && self.clip.goal(&self.scheme, optimizer).is_some() {

@@ -226,14 +226,7 @@ impl Block {
     }
 
     /// Transformed where there is a map, then quantised; in one pass when nobody watches and no clip constants are the layer's own.
-    fn rotated<'t>(
-        &self,
-        site: Site,
-        map: Option<Hadamard>,
-        x: Var<'t>,
-        around: &Around<'t>,
-        run: &Run,
-    ) -> Result<Var<'t>> {
+    fn rotated<'t>(&self, site: Site, map: Option<Hadamard>, x: Var<'t>, around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
         let alone = run.observer.is_none() && run.patch.is_none() && self.clips(site, around, &x).is_none();
         match map {
             Some(map) if alone => x.hadamard_fake_quant_by(&map, run.sites.at(site)),

@@ -217,7 +217,12 @@ impl<'a> Rotated<'a> {
 ///
 /// # Errors
 /// No such layer; a failing copy.
-pub(crate) fn layer_clips(clips: &ClipEnds, i: usize, dtype: DType, device: &Device) -> Result<[Option<Tensor>; Site::ALL.len()]> {
+pub(crate) fn layer_clips(
+    clips: &ClipEnds,
+    i: usize,
+    dtype: DType,
+    device: &Device,
+) -> Result<[Option<Tensor>; Site::ALL.len()]> {
     let dtype = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     let mut of = [const { None }; Site::ALL.len()];
     for (site, t) in clips.iter() {

@@ -80,7 +80,14 @@ impl<'t> RotatedWeights<'t> {
             biases.push(l.bias);
             gains.push(l.norm);
         }
-        weights.into_iter().chain(biases).chain(gains).chain([self.leave]).chain(self.around.norms).chain(self.around.clips).collect()
+        weights
+            .into_iter()
+            .chain(biases)
+            .chain(gains)
+            .chain([self.leave])
+            .chain(self.around.norms)
+            .chain(self.around.clips)
+            .collect()
     }
 
     /// Back from [`RotatedWeights::into_slots`]; `straight` as in [`Around`].

@@ -37,6 +37,8 @@ pub struct Entry {
     pub rates: Vec<f64>,
     /// What clip ratios are searched by on every start, if they are.
     pub clip: Option<ClipGoal>,
+    /// Those of every layer and site are learned on with the rotations ([`ClipChoice::Learned`](crate::learn::ClipChoice)).
+    pub learned_clips: bool,
 }
 
 impl Entry {
@@ -51,12 +53,19 @@ impl Entry {
         let optimizer = make()?;
         let options = LearnOptions { objective: objective.clone(), ..LearnOptions::default() };
         let (name, rates) = (optimizer.name().to_string(), vec![options.rate(optimizer.as_ref())]);
-        Ok(Self { name, optimizer: Some(Arc::new(make)), objective, rates, clip: None })
+        Ok(Self { name, optimizer: Some(Arc::new(make)), objective, rates, clip: None, learned_clips: false })
     }
 
     /// Random Hadamards.
     pub fn hadamard() -> Self {
-        Self { name: HADAMARD.into(), optimizer: None, objective: Arc::new(CrossEntropy), rates: vec![], clip: None }
+        Self {
+            name: HADAMARD.into(),
+            optimizer: None,
+            objective: Arc::new(CrossEntropy),
+            rates: vec![],
+            clip: None,
+            learned_clips: false,
+        }
     }
 
     /// Learns rather than being random.
@@ -67,11 +76,12 @@ impl Entry {
 
 impl FromStr for Entry {
     type Err = Error;
-    /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss]`, or `hadamard[+error|+loss]`.
+    /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss|+learned]`, or `hadamard[+error|+loss]`.
     fn from_str(s: &str) -> Result<Self> {
-        let (rest, clip) = match s.split_once('+') {
-            Some((rest, clip)) => (rest, Some(clip.parse()?)),
-            None => (s, None),
+        let (rest, clip, learned_clips) = match s.split_once('+') {
+            Some((rest, "learned")) => (rest, Some(ClipGoal::Error), true),
+            Some((rest, clip)) => (rest, Some(clip.parse()?), false),
+            None => (s, None, false),
         };
         let (rest, rates) = match rest.split_once('@') {
             Some((rest, rates)) => (rest, Some(rates)),
@@ -79,9 +89,12 @@ impl FromStr for Entry {
         };
         let (optimizer, objective) = rest.split_once('/').unwrap_or((rest, "cross-entropy"));
         if optimizer == HADAMARD {
-            return match rest == HADAMARD && rates.is_none() {
+            return match rest == HADAMARD && rates.is_none() && !learned_clips {
                 true => Ok(Self { clip, ..Self::hadamard() }),
-                false => Err(Error::argument("entry", format!("{HADAMARD} does not learn: no objective or rate, got {s:?}"))),
+                false => Err(Error::argument(
+                    "entry",
+                    format!("{HADAMARD} does not learn: no objective, rate or learned clip ratios, got {s:?}"),
+                )),
             };
         }
         let name = optimizer.to_string();
@@ -93,7 +106,7 @@ impl FromStr for Entry {
         if let Some(rates) = rates {
             entry.rates = rates.split('|').map(number).collect::<Result<_>>()?;
         }
-        Ok(Self { clip, ..entry })
+        Ok(Self { clip, learned_clips, ..entry })
     }
 }
 
@@ -104,7 +117,9 @@ impl fmt::Display for Entry {
         if self.learns() {
             name += &format!("/{}", self.objective.name());
         }
-        if let Some(goal) = self.clip {
+        if self.learned_clips {
+            name += "+learned";
+        } else if let Some(goal) = self.clip {
             name += &format!("+{goal}");
         }
         f.pad(&name)
@@ -135,6 +150,8 @@ mod tests {
         let e: Entry = "cayley/kl@1.5|10+loss".parse().unwrap();
         assert_eq!((e.name.as_str(), e.objective.name().as_str(), &e.rates[..]), ("cayley", "kl", &[1.5, 10.0][..]));
         assert_eq!((e.clip, e.to_string().as_str()), (Some(ClipGoal::Loss), "cayley/kl+loss"));
+        let e: Entry = "cayley+learned".parse().unwrap();
+        assert!(e.learned_clips && e.to_string() == "cayley/cross-entropy+learned");
         let e: Entry = "adam-polar/kl".parse().unwrap();
         assert_eq!((&e.rates[..], e.to_string().as_str()), (&[0.02][..], "adam-polar/kl"));
         assert_eq!("hadamard+error".parse::<Entry>().unwrap().to_string(), "hadamard+error");
@@ -145,6 +162,7 @@ mod tests {
             ("cayley@1.5|0", "got \"0\""),
             ("cayley+much", "expected error or loss"),
             ("hadamard@1", "does not learn"),
+            ("hadamard+learned", "does not learn"),
             ("hadamard/kl", "does not learn"),
         ] {
             let message = text.parse::<Entry>().unwrap_err().to_string();

@@ -50,7 +50,7 @@ use crate::data::Windows;
 use crate::learn::{ClipChoice, LearnOptions, Named, Point, Watch, learn_watched, search_clips_watched};
 use crate::llama::Llama;
 use crate::quant::{ClipRatios, Online, Scheme};
-use crate::rotation::Rotations;
+use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result};
 
 /// Hears how a race goes, and may stop it. `()` hears nothing.
@@ -231,13 +231,16 @@ impl Course {
         (scheme, steps, seed): (&Scheme, usize, u64),
         spectator: &mut dyn Spectator,
     ) -> Result<Run> {
-        let start = track.start(seed)?;
+        let mut start = track.start(seed)?;
         let began = Instant::now();
         let mut scheme = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };
         if let Some(goal) = entry.clip {
             let how = (goal, self.learn.clip_windows);
-            scheme.activation_clip =
-                search_clips_watched(&track.model, &start, &scheme, &track.calibration, how, spectator)?.ratios;
+            let found = search_clips_watched(&track.model, &start, &scheme, &track.calibration, how, spectator)?;
+            scheme.activation_clip = found.ratios;
+            if entry.learned_clips {
+                start.clips = ClipEnds::of_ratios(&scheme.active_sites(), &found.layers, track.model.config.kv_heads)?;
+            }
         }
         let searching = began.elapsed().as_secs_f64();
         let what = format!("{scheme} {entry}:{seed}");

@@ -194,8 +194,15 @@ fn files_hold_rotated_biases() {
 
 #[test]
 fn a_plan_counts_them() {
-    let work =
-        Work { needs: Needs::Network, batch: 1, seq: 9, scheme: Scheme::new(4, 4, 4), dtype: DType::F64, scales: [false; 3], clips: false };
+    let work = Work {
+        needs: Needs::Network,
+        batch: 1,
+        seq: 9,
+        scheme: Scheme::new(4, 4, 4),
+        dtype: DType::F64,
+        scales: [false; 3],
+        clips: false,
+    };
     for config in [tiny::config(4, 2, false), config()] {
         let planned = predict(&config, &work, Plan::KEEP_ALL, 1, &Card::h100()).unwrap();
         let (_, weights) = planned.items.into_iter().find(|(name, _)| *name == "weights").unwrap();

@@ -101,7 +101,10 @@ impl Args {
         if self.format == Format::Native || rotations.clips.is_empty() {
             return rotations;
         }
-        note(&format!("a folder of --format {} has no clip constants of activations: those of the rotations' file are not used", if self.format == Format::Hf { "hf" } else { "compressed-tensors" }));
+        note(&format!(
+            "a folder of --format {} has no clip constants of activations: those of the rotations' file are not used",
+            if self.format == Format::Hf { "hf" } else { "compressed-tensors" }
+        ));
         rotations.with_clips(ClipEnds::default())
     }
 

@@ -49,7 +49,13 @@ pub fn run(args: &Args) -> Result<()> {
             for (site, logarithms) in rotations.clips.iter() {
                 let all = logarithms.to_f64_vec()?;
                 let mean = |end: usize| all.iter().skip(end).step_by(2).map(|a| a.exp()).sum::<f64>() / (all.len() / 2) as f64;
-                out!("clips {:<16} {:?}  lower end {:.3}, upper {:.3} on average", site.name(), logarithms.shape(), mean(0), mean(1));
+                out!(
+                    "clips {:<16} {:?}  lower end {:.3}, upper {:.3} on average",
+                    site.name(),
+                    logarithms.shape(),
+                    mean(0),
+                    mean(1)
+                );
             }
             match report.iter().find(|m| !m.columns_error.max(m.rows_error).le(&TOLERANCE)) {
                 Some(m) => Err(Error::format(file, format!("{} is not orthogonal: at most {TOLERANCE:.0e} is accepted", m.name))),

@@ -78,3 +78,56 @@ fn fidelity_of_a_packed_model_is_to_what_it_was_made_from() {
     let both = place.json(&format!("{EVAL} --rotations hadamard:1 --fidelity-text text.txt --json"));
     assert_eq!(both["fidelity"], both["fidelity_other"]);
 }
+
+#[test]
+fn clip_constants_are_learned_written_read_and_scored() {
+    let place = Place::new();
+    let learn = format!("{LEARN} --steps 4 --lr 0.5 --json");
+    let report = place.json(&format!("{learn} --clip learned"));
+    assert!(report["clip"]["ratios"].is_object() || !report["clip"].is_null(), "{report}");
+    let (rotations, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
+    assert_eq!((notes["clips"].as_str(), notes["format_version"].as_str()), ("learned", "3"));
+    let text = String::from_utf8(place.run("rotations check R.safetensors").stdout).unwrap();
+    assert!(text.contains("clips key") && text.contains("lower end"), "{text}");
+
+    // They count at their bits, and where no ratios are given.
+    let perplexity = |args: &str| number(&place.json(&format!("{EVAL} --json {args}")), "perplexity");
+    let learned = perplexity("--rotations R.safetensors");
+    rotations.clone().with_clips(Default::default()).save(&place.path("plain.safetensors")).unwrap();
+    let apart = |a: f64, b: f64| (a / b - 1.0).abs() > 1e-7;
+    assert!(apart(learned, perplexity("--rotations plain.safetensors")));
+    let given = "--activation-clip 0.9";
+    assert!(!apart(
+        perplexity(&format!("--rotations R.safetensors {given}")),
+        perplexity(&format!("--rotations plain.safetensors {given}"))
+    ));
+    let other = "--scheme W4A8KV8";
+    assert!(!apart(
+        perplexity(&format!("--rotations R.safetensors {other}")),
+        perplexity(&format!("--rotations plain.safetensors {other}"))
+    ));
+
+    // A native folder runs as they say; others say that they hold none; so does an R.bin, before it is learned.
+    let quantize = |args: &str| place.run(&format!("quantize --model model --device cpu --rotations R.safetensors {args}"));
+    assert!(quantize("--out packed").status.success());
+    let packed = number(&place.json(&format!("{} --json", EVAL.replace("--model model", "--model packed"))), "perplexity");
+    assert!((packed / learned - 1.0).abs() < 1e-5, "{packed} {learned}");
+    let hf = quantize("--out hf --format hf --online none");
+    assert!(hf.status.success());
+    let said = String::from_utf8(hf.stderr).unwrap();
+    assert!(said.contains("hf has no clip constants"), "{said}");
+    place.fails(&format!("{} --clip learned", learn.replace("R.safetensors", "R.bin")), &["R.bin", "clip"]);
+    place.fails(&format!("{learn} --clip learned --objective whip"), &["whip does not depend on clip ratios"]);
+    place.fails(&format!("{learn} --clip learned --clip-lr 0"), &["learning rate of clip ratios"]);
+
+    // A start's are learned on; searched ratios stand in their place.
+    let from = |args: &str| {
+        place.json(&format!("{} --start R.safetensors {args}", learn.replace("--out R.safetensors", "--out S.safetensors")))
+    };
+    from("");
+    let more = Rotations::load(&place.path("S.safetensors")).unwrap();
+    let values = |r: &Rotations| r.clips.get(spinquant::quant::Site::Key).map(|t| t.to_f64_vec().unwrap());
+    assert!(values(&more).is_some() && values(&more) != values(&rotations));
+    from("--clip error");
+    assert!(Rotations::load(&place.path("S.safetensors")).unwrap().clips.is_empty());
+}

@@ -238,8 +238,15 @@ fn random_models_are_read_as_they_were_made() {
         // Models in memory and quantised copies of them keep what tells them apart.
         let model = Llama::load(dir.path(), DType::F64, &Device::Cpu).unwrap();
         assert_eq!(model.config.family, family);
-        let work =
-            Work { needs: Needs::Network, batch: 1, seq: 9, scheme: Scheme::new(4, 4, 4), dtype: DType::F64, scales: [false; 3], clips: false };
+        let work = Work {
+            needs: Needs::Network,
+            batch: 1,
+            seq: 9,
+            scheme: Scheme::new(4, 4, 4),
+            dtype: DType::F64,
+            scales: [false; 3],
+            clips: false,
+        };
         let planned = predict(&config, &work, Plan::KEEP_ALL, 1, &Card::h100()).unwrap();
         assert_eq!(planned.items.into_iter().find(|(name, _)| *name == "weights").unwrap().1, model.bytes(), "{family:?}");
         assert_eq!(

@@ -175,7 +175,8 @@ fn learning_starts_at_the_layers_ratios_moves_them_and_resumes_to_the_same_bits(
     };
     let whole = run(&options, usize::MAX).unwrap();
     let (found, goal) = whole.clip.clone().unwrap();
-    let again = search_clips(&m, Some(&start), &options.scheme, &windows, &windows.spread(8), goal, |_, _| ControlFlow::Continue(()));
+    let again =
+        search_clips(&m, Some(&start), &options.scheme, &windows, &windows.spread(8), goal, |_, _| ControlFlow::Continue(()));
     assert_eq!(again.unwrap(), found);
     let begun = ClipEnds::of_ratios(&Site::ALL, &found.layers, 2).unwrap();
     for (site, t) in whole.rotations.clips.iter() {

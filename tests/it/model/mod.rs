@@ -1,7 +1,7 @@
 //! Laws of whole networks: what rotations leave alone, and that gradients are right.
 
-mod learning;
 mod clips;
+mod learning;
 mod scales;
 
 use std::sync::{Arc, Mutex};
