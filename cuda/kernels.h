@@ -279,6 +279,22 @@ int sq_log_scale_f64(double *y, const double *x, const double *a, int64_t rows, 
 int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
                       float sign, sq_dtype dtype, sq_stream stream);
 
+/* rope_pairs.cu ----------------------------------------------------------------------------------------------- */
+
+/* x [heads*dim, cols]: rows i and pairs + i of a head, (a, b), become exp(sign p) (a cos t - b sin t, a sin t + b cos t), with
+ * p and t entries i and pairs + i of row head / group of angles [heads/group, 2 * pairs]; rows from 2 * pairs on stay. sign is 1 or -1.
+ * y may be x. */
+int sq_rope_pairs(void *y, const void *x, const float *angles, int32_t heads, int32_t group, int32_t dim, int32_t pairs,
+                  int64_t cols, float sign, sq_dtype dtype, sq_stream stream);
+/* The same in double. */
+int sq_rope_pairs_f64(double *y, const double *x, const double *angles, int32_t heads, int32_t group, int32_t dim,
+                      int32_t pairs, int64_t cols, double sign, sq_stream stream);
+/* Given dy: dx, and the gradient dangles of the angles, summed over cols and group in a fixed order, for which x is read. dx and
+ * dangles may be null, and x where dangles is; dx may be dy. */
+int sq_rope_pairs_backward(void *dx, float *dangles, const void *dy, const void *x, const float *angles, int32_t heads,
+                           int32_t group, int32_t dim, int32_t pairs, int64_t cols, float sign, sq_dtype dtype,
+                           sq_stream stream);
+
 /* kl_divergence.cu -------------------------------------------------------------------------------------------- */
 
 /* Per row of logits and teacher [rows, vocab]: loss[row] = sum p (log p - log q), p = softmax(teacher), q = softmax(logits),

@@ -20,7 +20,7 @@ use crate::device::Card;
 use crate::llama::{Linear, LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
 use crate::quant::{Scheme, Site};
-use crate::rotation::Scale;
+use crate::rotation::{Scale, Transforms};
 use crate::{DType, Error, Result};
 
 /// What an objective keeps besides the model.
@@ -49,8 +49,8 @@ pub struct Work {
     pub scheme: Scheme,
     /// Of weights and activations.
     pub dtype: DType,
-    /// Kinds of scales that are learned, in the order of [`Scale::ALL`].
-    pub scales: [bool; Scale::ALL.len()],
+    /// What is learned.
+    pub transforms: Transforms,
     /// Clip ratios of activations, K and V are learned.
     pub clips: bool,
 }
@@ -146,10 +146,11 @@ impl Sizes {
         let gains = Linear::ALL.into_iter().filter(|l| l.has_norm(config)).count() * config.head_dim;
         let (quantized, head_norms) = (work.scheme.weight_bits < 16, config.family.facts().head_norms);
         let (vocab, layers, e) = (config.vocab_size, config.layers, work.dtype.size());
-        let is = |kind: Scale| work.scales[kind as usize];
+        let is = |kind: Scale| work.transforms.has(kind) && kind.refused(&config.scale_sizes()).is_none();
         let (up_down, values, scaled_norms) = (is(Scale::UpDown), is(Scale::Values), is(Scale::Norms));
         let of = |scaled: bool, rows: usize| if scaled { 4 * c * rows } else { 0 };
         let scaled = of(up_down, 2 * f) + of(values, q + kv) + of(scaled_norms, q + 2 * kv + 2 * f);
+        let scaled = scaled + of(is(Scale::RopePairs), q + kv);
         let may_leave = !up_down && !scaled_norms;
         let width = |site| match site {
             Site::AttentionInput | Site::MlpInput => c,
@@ -419,7 +420,15 @@ mod tests {
     use crate::llama::synthetic::shape;
 
     fn work(scheme: Scheme) -> Work {
-        Work { needs: Needs::Network, batch: 8, seq: 2048, scheme, dtype: DType::BF16, scales: [false; 3], clips: false }
+        Work {
+            needs: Needs::Network,
+            batch: 8,
+            seq: 2048,
+            scheme,
+            dtype: DType::BF16,
+            transforms: Transforms::PUBLISHED,
+            clips: false,
+        }
     }
 
     #[test]
@@ -526,15 +535,13 @@ mod tests {
         let (config, card) = (shape("llama-2-7b").unwrap(), Card::h100());
         for bits in [4, 16] {
             let none = work(Scheme::new(bits, 4, 4));
-            let at = |scales| {
+            let at = |transforms| {
                 let step = Plan { recompute: config.layers, keep_weights: true, sequences: 1 };
-                predict(&config, &Work { scales, ..none }, step, 1, &card).unwrap()
+                predict(&config, &Work { transforms, ..none }, step, 1, &card).unwrap()
             };
-            let without = at([false; 3]);
+            let without = at(Transforms::PUBLISHED);
             for kind in Scale::ALL {
-                let mut scales = [false; 3];
-                scales[kind as usize] = true;
-                let (one, all) = (at(scales), at([true; 3]));
+                let (one, all) = (at(Transforms::new(&[kind])), at(Transforms::ALL));
                 assert!(one.bytes() > without.bytes() && one.seconds > without.seconds, "{kind}");
                 assert!(all.bytes() > one.bytes() && all.seconds > one.seconds, "{kind}");
             }
@@ -544,8 +551,11 @@ mod tests {
             predict(&config, &Work { clips, ..work(Scheme::new(4, 4, 4)) }, step, 1, &card).unwrap()
         };
         assert!(at(true).bytes() > at(false).bytes() && at(true).seconds > at(false).seconds);
-        let planned = |scales| plan(&config, &Work { scales, ..work(Scheme::new(4, 4, 4)) }, 70 << 30, &card).unwrap();
-        let (without, with) = (planned([false; 3]), planned([true; 3]));
+        let planned = |transforms| {
+            let work = Work { transforms, ..work(Scheme::new(4, 4, 4)) };
+            plan(&config, &work, 70 << 30, &card).unwrap()
+        };
+        let (without, with) = (planned(Transforms::PUBLISHED), planned(Transforms::ALL));
         assert!(with.bytes() <= 70 << 30 && with.seconds > without.seconds);
     }
 }

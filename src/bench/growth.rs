@@ -9,7 +9,7 @@ use crate::llama::{Plan, Recompute, synthetic};
 use crate::memory::{Needs, Planned, Work, predict};
 use crate::optim::{CayleySgd, Mode};
 use crate::quant::Scheme;
-use crate::rotation::Rotations;
+use crate::rotation::{Rotations, Transforms};
 use crate::{DType, Device, Error, Result};
 
 /// Every layer runs again, so that nothing but its input is kept: the plan that all sizes share.
@@ -169,7 +169,7 @@ pub fn measure_one(size: &Size, scheme: Scheme, device: &Device) -> Result<Measu
         seq: size.seq,
         scheme,
         dtype: DType::BF16,
-        scales: [false; 3],
+        transforms: Transforms::PUBLISHED,
         clips: false,
     };
     let predicted = predict(&config, &work, PLAN, size.batch, &gpu.card()?)?;

@@ -11,7 +11,7 @@ use crate::linalg::matmul::product;
 use crate::llama::Llama;
 use crate::memory::{Planned, Work, predict};
 use crate::optim::Optimizer;
-use crate::rotation::{Rotations, Scale};
+use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// The fewest steps of a profile: the first is not timed, the last is watched.
@@ -90,10 +90,10 @@ pub fn profile(
         &LearnOptions { micro_batch: Some(settings.micro_batch), recompute: Some(settings.recompute), ..options.clone() };
     let card = device.card()?.unwrap_or_else(Card::h100);
     let scheme = options.scheme;
-    let scales = Scale::ALL.map(|kind| options.scales.contains(&kind));
+    let transforms = options.transforms.of(&config.scale_sizes())?;
     let (needs, batch, seq, dtype) = (options.objective.needs(), options.batch, windows.seq_len(), model.dtype());
     let clips = options.clip == ClipChoice::Learned;
-    let work = Work { needs, batch, seq, scheme, dtype, scales, clips };
+    let work = Work { needs, batch, seq, scheme, dtype, transforms, clips };
     let predicted = predict(config, &work, settings.recompute.plan(), settings.micro_batch, &card)?;
     let start = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0)?;
     let (mut seconds, mut losses, mut phases) = (vec![], vec![], Ok(vec![]));

@@ -25,7 +25,7 @@ use crate::objective::Batch;
 use crate::optim::{Gradients, Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
 use crate::quant::{ClipRatios, Online, R4, Scheme};
-use crate::rotation::{ClipEnds, RotationFile, Rotations, Scale, Scales, Sizes};
+use crate::rotation::{ClipEnds, RotationFile, Rotations, Scale, Scales, Sizes, Transforms};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// What happened in one step, as told to the callback.
@@ -170,10 +170,10 @@ pub fn learn_watched(
     options.check_text(windows)?;
     let LearnOptions { steps, batch, .. } = *options;
     let config = &model.config;
-    let rotations = with_scales(rotations, &options.scales, &config.scale_sizes())?;
+    let rotations = with_transforms(rotations, &options.transforms, &config.scale_sizes())?;
     // Those of the start are learned too, and planned for.
     let clip = if rotations.clips.is_empty() { options.clip } else { ClipChoice::Learned };
-    let options = &LearnOptions { scales: rotations.transforms().scales, clip, ..options.clone() };
+    let options = &LearnOptions { transforms: rotations.transforms(), clip, ..options.clone() };
     options.check(optimizer)?;
     rotations.to_device(&model.device())?.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
@@ -304,8 +304,9 @@ fn audit(rotations: &Rotations, optimizer: &dyn Optimizer) -> Result<f64> {
 }
 
 /// Rotations with scales of 1 of those kinds that they have none of.
-fn with_scales(mut rotations: Rotations, kinds: &[Scale], sizes: &Sizes) -> Result<Rotations> {
-    for (kind, ones) in Scales::ones(kinds, sizes)?.iter() {
+fn with_transforms(mut rotations: Rotations, transforms: &Transforms, sizes: &Sizes) -> Result<Rotations> {
+    let kinds: Vec<Scale> = transforms.of(sizes)?.scales().collect();
+    for (kind, ones) in Scales::ones(&kinds, sizes)?.iter() {
         if rotations.scales.get(kind).is_none() {
             rotations.scales.set(kind, Some(ones.to_dtype(rotations.r1.dtype())?.to_device(&rotations.r1.device())?));
         }

@@ -14,7 +14,7 @@ use crate::memory::{self, Budget, Needs, Planned, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
 use crate::quant::{ClipRatios, Scheme};
-use crate::rotation::Scale;
+use crate::rotation::Transforms;
 use crate::{DType, Error, Result};
 
 /// The recipe. The defaults are those of `spinquant learn`: the published ones, and clip ratios searched by error.
@@ -48,8 +48,8 @@ pub struct LearnOptions {
     pub clip: ClipChoice,
     /// Windows to search them on, spread evenly over the text; all where there are fewer.
     pub clip_windows: usize,
-    /// Scales that are learned with the rotations, besides those that the start has; none as published.
-    pub scales: Vec<Scale>,
+    /// What is learned, besides what the start has: R1 and R2 as published.
+    pub transforms: Transforms,
     /// Adam's learning rate for logarithms of scales, of the first step; it falls as that of the rotations does.
     pub scale_rate: f64,
     /// Adam's learning rate for logarithms of clip ratios that are learned ([`ClipChoice::Learned`]), of the first step; it falls as that of
@@ -84,7 +84,7 @@ impl Default for LearnOptions {
             memory: Budget::Free,
             clip: ClipChoice::Auto,
             clip_windows: 8,
-            scales: vec![],
+            transforms: Transforms::PUBLISHED,
             scale_rate: 3e-3,
             clip_rate: 1e-2,
             straight: false,
@@ -202,7 +202,7 @@ impl LearnOptions {
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::argument("learning rate", format!("expected a finite number above 0, got {rate}")));
         }
-        if let (Needs::Rows, Some(kind)) = (self.objective.needs(), self.scales.first()) {
+        if let (Needs::Rows, Some(kind)) = (self.objective.needs(), self.transforms.more()) {
             let message = format!("{} does not depend on scales, got {kind}: learn R1 and R2 alone", self.objective.name());
             return Err(Error::argument("transforms", message));
         }
@@ -237,14 +237,14 @@ impl LearnOptions {
     /// How a step runs within `self.memory` of `free` bytes on a card; `None` where `micro_batch` or `recompute` says how.
     ///
     /// # Errors
-    /// Those of [`memory::plan`].
+    /// Those of [`Transforms::of`] and [`memory::plan`].
     pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, free: usize, card: &Card) -> Result<Option<Planned>> {
         if self.recompute.is_some() || self.micro_batch.is_some() {
             return Ok(None);
         }
-        let scales = Scale::ALL.map(|kind| self.scales.contains(&kind));
+        let transforms = self.transforms.of(&config.scale_sizes())?;
         let clips = self.clip == ClipChoice::Learned && self.scheme.quantizes_activations();
-        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype, scales, clips };
+        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype, transforms, clips };
         memory::plan(config, &work, self.memory.bytes(free), card).map(Some)
     }
 

@@ -229,8 +229,9 @@ impl LlamaConfig {
 
     /// The sizes that [scales](crate::rotation::Scale) depend on.
     pub fn scale_sizes(&self) -> Sizes {
-        let values = self.kv_heads * self.head_dim;
-        Sizes { layers: self.layers, hidden: self.hidden_size, intermediate: self.intermediate_size, values }
+        let Self { layers, hidden_size: hidden, intermediate_size: intermediate, kv_heads, head_dim, .. } = *self;
+        let (pairs, head_norms) = (self.rotary_dim() / 2, self.family.facts().head_norms);
+        Sizes { layers, hidden, intermediate, kv_heads, head_dim, pairs, head_norms }
     }
 
     /// Query heads that share a key and value head. (Of a configuration without such heads, which [`validate`](Self::validate)

@@ -143,6 +143,7 @@ impl<'t> RotationVars<'t> {
                     Scale::UpDown => layer.up_down.iter().collect(),
                     Scale::Values => layer.values.iter().collect(),
                     Scale::Norms => layer.norms.iter().flatten().collect(),
+                    Scale::RopePairs => layer.rope_pairs.iter().collect(),
                 };
                 let mut parts = of.into_iter().map(&mut f).collect::<Result<Vec<_>>>()?;
                 match (kind, parts.len()) {

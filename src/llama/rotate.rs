@@ -140,6 +140,8 @@ pub struct LayerScales<'t> {
     pub values: Option<Var<'t>>,
     /// Of the outputs of the two norms, `[C]` each.
     pub norms: [Option<Var<'t>>; 2],
+    /// Of pairs of keys and queries, with their angles, `[K, 2, P]`.
+    pub rope_pairs: Option<Var<'t>>,
 }
 
 impl<'t> LayerScales<'t> {
@@ -149,7 +151,7 @@ impl<'t> LayerScales<'t> {
     /// No such layer.
     pub fn of(scales: &Scales, l: usize, mut enter: impl FnMut(Tensor) -> Var<'t>) -> Result<Self> {
         let mut at = |kind| scales.get(kind).map(|t| Ok::<_, Error>(enter(t.index(l)?))).transpose();
-        let (up_down, values) = (at(Scale::UpDown)?, at(Scale::Values)?);
+        let (up_down, values, rope_pairs) = (at(Scale::UpDown)?, at(Scale::Values)?, at(Scale::RopePairs)?);
         let norms = match scales.get(Scale::Norms) {
             Some(t) => {
                 let both = t.index(l)?;
@@ -157,22 +159,22 @@ impl<'t> LayerScales<'t> {
             }
             None => [None, None],
         };
-        Ok(Self { up_down, values, norms })
+        Ok(Self { up_down, values, norms, rope_pairs })
     }
 }
 
 impl<'t> LayerTransforms<'t> {
     /// Everything in a fixed order: R1, R2, the scales.
     fn into_slots(self) -> Vec<Option<Var<'t>>> {
-        let LayerScales { up_down, values, norms: [first, second] } = self.scales;
-        vec![Some(self.r1), Some(self.r2), up_down, values, first, second]
+        let LayerScales { up_down, values, norms: [first, second], rope_pairs } = self.scales;
+        vec![Some(self.r1), Some(self.r2), up_down, values, first, second, rope_pairs]
     }
 
     /// Back from [`LayerTransforms::into_slots`].
     fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
         let wrong = || Error::Tape("layer: expected R1, R2 and the slots of scales".into());
-        let [r1, r2, up_down, values, first, second] = <[_; 6]>::try_from(slots).map_err(|_| wrong())?;
-        let scales = LayerScales { up_down, values, norms: [first, second] };
+        let [r1, r2, up_down, values, first, second, rope_pairs] = <[_; 7]>::try_from(slots).map_err(|_| wrong())?;
+        let scales = LayerScales { up_down, values, norms: [first, second], rope_pairs };
         Ok(Self { r1: r1.ok_or_else(wrong)?, r2: r2.ok_or_else(wrong)?, scales })
     }
 }
@@ -270,7 +272,8 @@ impl<'t> Rotation<'_, 't> {
         let [out, inputs] = [w.value().rows(), w.value().cols()];
         let dtype = w.value().dtype();
         let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4.is_some());
-        let twice = twice || self.of_rows(linear).is_some() || self.of_columns(linear).is_some();
+        let scaled = self.of_rows(linear).is_some() || self.of_columns(linear).is_some() || self.of_pairs(linear).is_some();
+        let twice = twice || scaled;
         let between = if twice { wide(dtype) } else { dtype };
         let w = match row.reads {
             Basis::Stream => w.matmul_as(self.r1.clone(), between)?,
@@ -289,12 +292,13 @@ impl<'t> Rotation<'_, 't> {
         }
     }
 
-    /// Rows divided and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
+    /// Rows divided or turned and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
     fn scaled(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
         let w = match self.of_rows(linear) {
             Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
             None => w,
         };
+        let w = self.turned(linear, w)?;
         let Some(a) = self.of_columns(linear) else { return Ok(w) };
         let (entries, columns) = (a.value().len(), w.value().cols());
         let a = match columns / entries {
@@ -313,6 +317,19 @@ impl<'t> Rotation<'_, 't> {
             }
         };
         w.log_scale(a, Along::Columns, false)
+    }
+
+    /// Pairs of rows turned: those of q are divided by the scales, those of k multiplied.
+    fn turned(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+        match self.of_pairs(linear) {
+            Some(p) => w.rope_pairs(p.clone(), self.r2.value().cols(), linear == Linear::Q),
+            None => Ok(w),
+        }
+    }
+
+    /// What turns pairs of a linear's output.
+    fn of_pairs(&self, linear: Linear) -> Option<&Var<'t>> {
+        self.scales.rope_pairs.as_ref().filter(|_| matches!(linear, Linear::Q | Linear::K))
     }
 
     /// The scales that divide a linear's output.
@@ -337,6 +354,13 @@ impl<'t> Rotation<'_, 't> {
     fn bias(&self, linear: Linear, b: Var<'t>) -> Result<Var<'t>> {
         let b = match self.of_rows(linear) {
             Some(a) => b.log_scale(a.clone(), Along::Columns, true)?,
+            None => b,
+        };
+        let b = match self.of_pairs(linear) {
+            Some(_) => {
+                let n = b.value().len();
+                self.turned(linear, b.reshape([n, 1])?)?.reshape([n])?
+            }
             None => b,
         };
         let r = match linear.row().writes {

@@ -23,6 +23,7 @@ pub mod log_scale;
 pub mod matmul;
 pub mod rms_norm;
 pub mod rope;
+pub mod rope_pairs;
 pub mod segment_attention;
 pub mod spread;
 mod sum;
@@ -54,6 +55,7 @@ pub fn cases() -> Vec<Case> {
         matmul::cases(),
         rms_norm::cases(),
         rope::cases(),
+        rope_pairs::cases(),
         segment_attention::cases(),
         spread::cases(),
         swiglu::cases(),

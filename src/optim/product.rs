@@ -168,8 +168,8 @@ mod tests {
     const RATES: Rates = Rates { rotations: 0.5, scales: 0.01, clips: 0.02 };
 
     fn start() -> Rotations {
-        let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, values: 4 };
-        let scales = Scales::ones(&[Scale::UpDown, Scale::Norms], &sizes).unwrap();
+        let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, kv_heads: 1, head_dim: 4, pairs: 2, head_norms: false };
+        let scales = Scales::ones(&[Scale::UpDown, Scale::Norms, Scale::RopePairs], &sizes).unwrap();
         let clips = ClipEnds::of_ratios(&[Site::Key, Site::DownInput], &[ClipRatios::uniform(0.9).unwrap(); 2], 2).unwrap();
         Rotations::random_hadamard(8, 4, 2, 0).unwrap().with_scales(scales).with_clips(clips)
     }

@@ -7,13 +7,15 @@ mod report;
 mod scales;
 mod start;
 mod torch;
+mod transforms;
 
 pub use clips::ClipEnds;
 pub(crate) use clips::clip_name;
 pub use file::{FileClips, RotationFile};
 pub use report::{MatrixReport, TOLERANCE};
-pub use scales::{Scale, Scales, Sizes, Transforms};
+pub use scales::{Scale, Scales, Sizes};
 pub use start::{Kind, Start};
+pub use transforms::Transforms;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -121,7 +123,7 @@ impl Rotations {
 
     /// What there is: R1, R2 and the kinds of scales.
     pub fn transforms(&self) -> Transforms {
-        Transforms { scales: self.scales.iter().map(|(kind, _)| kind).collect() }
+        Transforms::new(&self.scales.iter().map(|(kind, _)| kind).collect::<Vec<_>>())
     }
 
     /// The same with other scales.

@@ -5,10 +5,13 @@
 //! | [`Scale::UpDown`] | `[L, F]` | rows of W_up and b_up | columns of W_down | R4 |
 //! | [`Scale::Values`] | `[L, K·D]` | rows of W_v and b_v | columns of W_o, for every query head of a KV head | R2 |
 //! | [`Scale::Norms`] | `[L, 2, C]` | the gain of a norm | columns of q, k, v; of gate, up | behind R1 |
+//! | [`Scale::RopePairs`] | `[L, K, 2, P]` | pairs of rows of W_q and b_q, for every query head of a KV head | those of W_k and b_k | RoPE |
 //!
 //! up is multiplied by the gate entry by entry, and attention mixes values without touching their entries, so the first two cancel. The
 //! third stands behind R1, where a norm has no gain left: it stays in the network as an ordinary RMSNorm gain (OSTQuant,
-//! arXiv 2501.13987). Scales are kept as their logarithms: an exponential is never 0.
+//! arXiv 2501.13987). The fourth turns each of the P pairs that the rotary embedding turns by an angle too, of q and of k by the same one:
+//! both commute with the embedding and leave the products of queries and keys alone (FPTQuant, arXiv 2506.04985). Scales are kept as their
+//! logarithms: an exponential is never 0.
 
 use std::fmt;
 use std::str::FromStr;
@@ -24,11 +27,13 @@ pub enum Scale {
     Values,
     /// Of both norms' outputs.
     Norms,
+    /// Of the pairs of keys and queries that the rotary embedding turns, and angles: row 0 has the logarithms, row 1 the angles.
+    RopePairs,
 }
 
 impl Scale {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::UpDown, Self::Values, Self::Norms];
+    pub const ALL: [Self; 4] = [Self::UpDown, Self::Values, Self::Norms, Self::RopePairs];
 
     /// Its name on the command line and in files.
     pub const fn name(self) -> &'static str {
@@ -36,17 +41,38 @@ impl Scale {
             Self::UpDown => "up-down",
             Self::Values => "values",
             Self::Norms => "norms",
+            Self::RopePairs => "rope-pairs",
         }
     }
 
     /// The shape of the logarithms of a model with these sizes.
     pub fn shape(self, sizes: &Sizes) -> Vec<usize> {
-        let Sizes { layers, hidden, intermediate, values } = *sizes;
+        let Sizes { layers, hidden, intermediate, kv_heads, head_dim, pairs, .. } = *sizes;
         match self {
             Self::UpDown => vec![layers, intermediate],
-            Self::Values => vec![layers, values],
+            Self::Values => vec![layers, kv_heads * head_dim],
             Self::Norms => vec![layers, 2, hidden],
+            Self::RopePairs => vec![layers, kv_heads, 2, pairs],
         }
+    }
+
+    /// Why a model with these sizes cannot have it.
+    pub fn refused(self, sizes: &Sizes) -> Option<&'static str> {
+        let norms = self == Self::RopePairs && sizes.head_norms;
+        norms.then_some("this model norms every head of q and k in front of the rotary embedding, and turned pairs do not pass a norm with a gain")
+    }
+
+    /// The logarithms and the angles among its values.
+    ///
+    /// # Errors
+    /// A failing copy from a GPU.
+    pub fn split(self, t: &Tensor) -> Result<(Vec<f64>, Vec<f64>)> {
+        let (values, cols) = (t.to_f64_vec()?, t.cols().max(1));
+        if self != Self::RopePairs {
+            return Ok((values, vec![]));
+        }
+        let rows = |first: usize| values.chunks(cols).skip(first).step_by(2).flatten().copied().collect();
+        Ok((rows(0), rows(1)))
     }
 }
 
@@ -65,61 +91,6 @@ impl FromStr for Scale {
     }
 }
 
-/// What is learned and leaves the network's function alone, as the command line has it: `published` (R1 and R2), `all`, or a list of `r1`,
-/// `r2` and kinds of scales. R1 and R2 are always learned.
-///
-/// ```
-/// use spinquant::rotation::{Scale, Transforms};
-/// let some: Transforms = "r1,r2,up-down".parse()?;
-/// assert_eq!(some, Transforms { scales: vec![Scale::UpDown] });
-/// assert_eq!(some.to_string(), "r1,r2,up-down");
-/// assert_eq!("published".parse::<Transforms>()?, Transforms::default());
-/// assert_eq!("all".parse::<Transforms>()?.scales, Scale::ALL);
-/// assert!("up-down".parse::<Transforms>().is_err());
-/// # Ok::<(), spinquant::Error>(())
-/// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Transforms {
-    /// Kinds of scales, besides R1 and R2; in the order of [`Scale::ALL`], each once.
-    pub scales: Vec<Scale>,
-}
-
-impl Transforms {
-    /// These and others.
-    pub fn with(&self, others: &Self) -> Self {
-        let either = |kind: &Scale| self.scales.contains(kind) || others.scales.contains(kind);
-        Self { scales: Scale::ALL.into_iter().filter(either).collect() }
-    }
-}
-
-impl FromStr for Transforms {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        let list: Vec<&str> = match s {
-            "published" => vec!["r1", "r2"],
-            "all" => ["r1", "r2"].into_iter().chain(Scale::ALL.map(Scale::name)).collect(),
-            _ => s.split(',').map(str::trim).collect(),
-        };
-        let kinds = Scale::ALL.map(Scale::name).join(", ");
-        let known = |name: &str| ["r1", "r2"].contains(&name) || name.parse::<Scale>().is_ok();
-        if let Some(odd) = list.iter().find(|name| !known(name)) {
-            let message = format!("expected published, all, or a list of r1, r2, {kinds}, got {odd:?}");
-            return Err(Error::argument("transforms", message));
-        }
-        if !["r1", "r2"].iter().all(|name| list.contains(name)) {
-            return Err(Error::argument("transforms", format!("expected r1 and r2 among them, got {s:?}")));
-        }
-        Ok(Self { scales: Scale::ALL.into_iter().filter(|kind| list.contains(&kind.name())).collect() })
-    }
-}
-
-impl fmt::Display for Transforms {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<&str> = ["r1", "r2"].into_iter().chain(self.scales.iter().map(|s| s.name())).collect();
-        f.pad(&names.join(","))
-    }
-}
-
 /// The sizes of a model that scales depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
@@ -129,8 +100,14 @@ pub struct Sizes {
     pub hidden: usize,
     /// F.
     pub intermediate: usize,
-    /// K·D: all key and value heads together.
-    pub values: usize,
+    /// K.
+    pub kv_heads: usize,
+    /// D.
+    pub head_dim: usize,
+    /// Pairs of a head that the rotary embedding turns, P.
+    pub pairs: usize,
+    /// Heads of q and k have norms.
+    pub head_norms: bool,
 }
 
 /// The logarithms of the scales that there are; none by default.
@@ -138,7 +115,7 @@ pub struct Sizes {
 pub struct Scales([Option<Tensor>; Scale::ALL.len()]);
 
 impl Scales {
-    /// Scales of 1, of these kinds, in `f64`.
+    /// Scales of 1, of these kinds, in `f64`; angles are 0.
     ///
     /// # Errors
     /// Sizes too large for memory.
@@ -182,18 +159,25 @@ impl Scales {
         Ok(mapped)
     }
 
-    /// Checks that they fit a model, are finite, and within e^±20 of 1.
+    /// Checks that they fit a model, are finite, and within e^±20 of 1; angles need only be finite.
     ///
     /// # Errors
     /// Names the kind, what was expected and what came.
     pub fn check(&self, sizes: &Sizes) -> Result<()> {
         for (kind, t) in self.iter() {
             let (name, expected) = (format!("scales {kind}"), kind.shape(sizes));
+            if let Some(why) = kind.refused(sizes) {
+                return Err(Error::argument(name, format!("expected none: {why}")));
+            }
             if t.shape() != expected {
                 return Err(Error::shape(name, format!("{expected:?} for this model"), t.shape()));
             }
-            if let Some(worst) = t.to_f64_vec()?.into_iter().find(|a| !(a.abs() <= 20.0)) {
+            let (logarithms, angles) = kind.split(t)?;
+            if let Some(worst) = logarithms.into_iter().find(|a| !(a.abs() <= 20.0)) {
                 return Err(Error::numeric(name, format!("expected logarithms from -20 to 20, got {worst}")));
+            }
+            if let Some(worst) = angles.into_iter().find(|a| !a.is_finite()) {
+                return Err(Error::numeric(name, format!("expected finite angles, got {worst}")));
             }
         }
         Ok(())
@@ -206,7 +190,7 @@ mod tests {
 
     #[test]
     fn kinds_have_names_and_shapes() {
-        let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, values: 4 };
+        let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, kv_heads: 1, head_dim: 4, pairs: 2, head_norms: false };
         for kind in Scale::ALL {
             assert_eq!(kind.to_string().parse::<Scale>().unwrap(), kind);
             let scales = Scales::ones(&[kind], &sizes).unwrap();
@@ -219,5 +203,20 @@ mod tests {
         }
         assert!("gains".parse::<Scale>().unwrap_err().to_string().contains("up-down, values, norms"));
         assert!(Scales::default().is_empty());
+        let mut pairs = Scales::ones(&[Scale::RopePairs], &sizes).unwrap();
+        let message = pairs.check(&Sizes { head_norms: true, ..sizes }).unwrap_err().to_string();
+        assert!(message.contains("rope-pairs") && message.contains("norms every head"), "{message}");
+        // Large angles are angles, large logarithms are none.
+        let values = |odd: usize, value: f64| {
+            let mut all = vec![0.0; 8];
+            all[odd] = value;
+            Some(Tensor::from_vec(all, [2, 1, 2, 2]).unwrap())
+        };
+        pairs.set(Scale::RopePairs, values(2, 30.0));
+        pairs.check(&sizes).unwrap();
+        for (odd, value, says) in [(1, 30.0, "from -20 to 20, got 30"), (7, f64::NAN, "finite angles, got NaN")] {
+            pairs.set(Scale::RopePairs, values(odd, value));
+            assert!(pairs.check(&sizes).unwrap_err().to_string().contains(says));
+        }
     }
 }

@@ -9,7 +9,7 @@ use spinquant::llama::{Checkpoint, Linear, Llama, LlamaConfig, Plan, Recompute, 
 use spinquant::memory::{Needs, Work, predict};
 use spinquant::ops::randn;
 use spinquant::quant::{Online, Scheme};
-use spinquant::rotation::Rotations;
+use spinquant::rotation::{Rotations, Transforms};
 use spinquant::{DType, Device, Tape, Tensor, io};
 
 use crate::common::{distance, tiny};
@@ -200,7 +200,7 @@ fn a_plan_counts_them() {
         seq: 9,
         scheme: Scheme::new(4, 4, 4),
         dtype: DType::F64,
-        scales: [false; 3],
+        transforms: Transforms::PUBLISHED,
         clips: false,
     };
     for config in [tiny::config(4, 2, false), config()] {

@@ -46,8 +46,8 @@ pub struct Recipe {
     optimizer: String,
     #[arg(long, value_name = "NAME", default_value = "cross-entropy", value_parser = objective::by_name, help = objectives())]
     objective: Arc<dyn Objective>,
-    /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2, up-down, values, norms
-    /// (scales; docs/cli.md).
+    /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2, up-down, values, norms,
+    /// rope-pairs (docs/cli.md).
     #[arg(long, value_name = "LIST", default_value = "published")]
     transforms: Transforms,
     /// Learning rate of the first step for logarithms of scales; it falls as --lr does.
@@ -112,7 +112,7 @@ impl Recipe {
             recompute: self.recompute.then_some(Recompute::All),
             memory: self.memory,
             clip: ClipChoice::Keep,
-            scales: self.transforms.scales.clone(),
+            transforms: self.transforms,
             scale_rate: self.scale_lr,
             clip_rate: self.clip_lr,
             straight: self.clip_gradient == ClipGradient::StraightThrough,
@@ -296,10 +296,10 @@ pub fn run(args: &Args) -> Result<()> {
     if keeps_clips || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
         RotationFile::check_holds_clips(&args.out)?;
     }
-    let transforms = start.rotations.transforms().with(&args.recipe.transforms);
-    options.scales = transforms.scales.clone();
+    let transforms = start.rotations.transforms().with(&args.recipe.transforms).of(&config.scale_sizes())?;
+    options.transforms = transforms;
     options.check(optimizer.as_ref())?;
-    if !transforms.scales.is_empty() {
+    if transforms != Transforms::PUBLISHED {
         RotationFile::check_holds_scales(&args.out)?;
     }
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;

@@ -42,9 +42,11 @@ pub fn run(args: &Args) -> Result<()> {
             let report = rotations.report()?;
             report.iter().for_each(|matrix| out!("{matrix}"));
             for (kind, logarithms) in rotations.scales.iter() {
-                let all = logarithms.to_f64_vec()?;
-                let [least, most] = [f64::min, f64::max].map(|f| all.iter().copied().reduce(f).unwrap_or(0.0).exp());
-                out!("scales {kind:<10} {:?}  from {least:.3} to {most:.3}", logarithms.shape());
+                let (all, angles) = kind.split(logarithms)?;
+                let range = |all: &[f64]| [f64::min, f64::max].map(|f| all.iter().copied().reduce(f).unwrap_or(0.0));
+                let ([least, most], [left, right]) = (range(&all).map(f64::exp), range(&angles));
+                let turned = if angles.is_empty() { String::new() } else { format!(", angles from {left:.3} to {right:.3}") };
+                out!("scales {kind:<10} {:?}  from {least:.3} to {most:.3}{turned}", logarithms.shape());
             }
             for (site, logarithms) in rotations.clips.iter() {
                 let all = logarithms.to_f64_vec()?;

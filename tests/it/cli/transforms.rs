@@ -6,16 +6,17 @@ use super::*;
 fn scales_are_learned_written_read_and_scored() {
     let place = Place::new();
     let learn = format!("{LEARN} --steps 4 --lr 0.5 --scale-lr 0.01 --json");
-    let report = place.json(&format!("{learn} --transforms r1,r2,up-down,values"));
+    let report = place.json(&format!("{learn} --transforms r1,r2,up-down,values,rope-pairs"));
     for name in ["kl_first", "kl_last", "top1_first", "top1_last"] {
         assert!(number(&report, name) > 0.0, "{name}: {report}");
     }
     let (rotations, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
-    assert_eq!((notes["transforms"].as_str(), notes["format_version"].as_str()), ("r1,r2,up-down,values", "2"));
+    assert_eq!((notes["transforms"].as_str(), notes["format_version"].as_str()), ("r1,r2,up-down,values,rope-pairs", "2"));
     assert_eq!(rotations.transforms().to_string(), notes["transforms"]);
     let out = place.run("rotations check R.safetensors");
     let text = String::from_utf8(out.stdout).unwrap();
     assert!(out.status.success() && text.contains("scales up-down") && text.contains("[2, 56]"), "{text}");
+    assert!(text.contains("scales rope-pairs") && text.contains("angles from"), "{text}");
     assert!(text.contains("scales values") && !text.contains("scales norms"), "{text}");
 
     // They change the quantised network, not the full-precision one.
@@ -29,7 +30,7 @@ fn scales_are_learned_written_read_and_scored() {
     let to = |out: &str| learn.replace("--out R.safetensors", &format!("--out {out} --start R.safetensors"));
     place.json(&format!("{} --transforms r1,r2,norms", to("more.safetensors")));
     let (_, notes) = Rotations::load_with(&place.path("more.safetensors")).unwrap();
-    assert_eq!(notes["transforms"], "r1,r2,up-down,values,norms");
+    assert_eq!(notes["transforms"], "r1,r2,up-down,values,norms,rope-pairs");
     place.fails(&format!("{} --clip none", to("R.bin")), &["R.bin", "R1 and R2 only"]);
 }
 

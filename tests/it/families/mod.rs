@@ -18,6 +18,7 @@ use spinquant::llama::{
 use spinquant::memory::{Needs, Work, predict};
 use spinquant::ops::fake_quant::quantize;
 use spinquant::quant::{Gptq, Online, Rtn, Scheme};
+use spinquant::rotation::Transforms;
 use spinquant::{DType, Device, Tensor, check, outliers};
 
 use crate::common::families::{TOLERANCE, cache_and_packing, fixtures, full_precision, gradients, rotated, rotations};
@@ -244,7 +245,7 @@ fn random_models_are_read_as_they_were_made() {
             seq: 9,
             scheme: Scheme::new(4, 4, 4),
             dtype: DType::F64,
-            scales: [false; 3],
+            transforms: Transforms::PUBLISHED,
             clips: false,
         };
         let planned = predict(&config, &work, Plan::KEEP_ALL, 1, &Card::h100()).unwrap();

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use spinquant::export::{Format, Output, load_native, write_rtn};
 use spinquant::learn::{LearnOptions, learn};
 use spinquant::llama::{LayerScales, LayerTransforms};
-use spinquant::rotation::{RotationFile, Scale, Scales};
+use spinquant::rotation::{RotationFile, Scale, Scales, Transforms};
 use spinquant::{Device, Error, optim};
 
 use super::*;
@@ -20,13 +20,18 @@ fn kinds() -> impl Strategy<Value = Vec<Scale>> {
     prop::sample::subsequence(Scale::ALL.to_vec(), 1..=Scale::ALL.len())
 }
 
+/// Those of some kinds that a model can have.
+fn possible(m: &Llama, kinds: &[Scale]) -> Vec<Scale> {
+    kinds.iter().copied().filter(|kind| kind.refused(&m.config.scale_sizes()).is_none()).collect()
+}
+
 proptest! {
     #![proptest_config(cases(24))]
 
     #[test]
     fn they_leave_logits_alone(config in configs(), seed: u64, online in prop::sample::select(ONLINE.to_vec()), kinds in kinds()) {
         let m = model(&config, seed);
-        let t = tokens(&m, 14, seed ^ 1);
+        let (t, kinds) = (tokens(&m, 14, seed ^ 1), possible(&m, &kinds));
         let r = orthogonal(&m, seed ^ 2).with_scales(random_scales(&m, &kinds, seed ^ 3));
         let want = m.merge(None, &FULL.online(Online::NONE)).unwrap().logits(&t, 7).unwrap();
         let scheme = FULL.online(online);
@@ -38,22 +43,28 @@ proptest! {
     #[test]
     fn merged_as_in_the_graph(config in configs(), seed: u64, scheme in schemes(), kinds in kinds()) {
         let m = model(&config, seed);
-        let t = tokens(&m, 14, seed ^ 1);
+        let (t, kinds) = (tokens(&m, 14, seed ^ 1), possible(&m, &kinds));
         let plain = orthogonal(&m, seed ^ 2);
         let r = plain.clone().with_scales(random_scales(&m, &kinds, seed ^ 3));
         let merged = m.merge(Some(&r), &scheme).unwrap().logits(&t, 7).unwrap();
         prop_assert!(relative(&in_graph(&m, &r, &t, 7, &scheme), &merged) < 1e-11);
         // And they do something: other values are rounded.
         let without = m.merge(Some(&plain), &scheme).unwrap().logits(&t, 7).unwrap();
-        let norms_alone = kinds == [Scale::Norms] && scheme.activation_bits == 16;
-        prop_assert!(norms_alone || scheme.weight_bits == 16 && scheme.activation_bits == 16 || relative(&without, &merged) > 1e-9);
+        // (Norms and no quantised activations, pairs and neither weights nor keys quantised, or no kind at all.)
+        let seen = |kind: &Scale| match kind {
+            Scale::Norms => scheme.activation_bits < 16 || scheme.weight_bits < 16,
+            Scale::RopePairs => scheme.weight_bits < 16 || scheme.key_bits < 16,
+            _ => true,
+        };
+        let unseen = !kinds.iter().any(seen);
+        prop_assert!(unseen || scheme.weight_bits == 16 && scheme.activation_bits == 16 || relative(&without, &merged) > 1e-9);
     }
 
     #[test]
     fn plans_agree(config in configs(), seed: u64, scheme in schemes()) {
         let m = model(&config, seed);
         let t = tokens(&m, 18, seed ^ 1);
-        let r = orthogonal(&m, seed ^ 2).with_scales(random_scales(&m, &Scale::ALL, seed ^ 3));
+        let r = orthogonal(&m, seed ^ 2).with_scales(random_scales(&m, &possible(&m, &Scale::ALL), seed ^ 3));
         let gradients = |recompute| {
             let tape = Tape::new();
             let vars = RotationVars::variables(&tape, &r).unwrap();
@@ -77,11 +88,12 @@ proptest! {
     fn gradients_of_a_scaled_layer(config in configs(), seed: u64, scheme in schemes(), kinds in kinds()) {
         let m = model(&config, seed);
         let (r, x) = (orthogonal(&m, seed ^ 1), ops::randn([10, config.hidden_size], seed ^ 2));
+        let kinds = possible(&m, &kinds);
         let scales = random_scales(&m, &kinds, seed ^ 3);
         let run = m.run(&scheme, 5).unwrap();
         let mut inputs = vec![x, r.r1, r.r2.index(0).unwrap()];
-        inputs.extend(scales.iter().map(|(_, t)| t.index(0).unwrap()).flat_map(|t| match t.shape().len() {
-            2 => vec![t.index(0).unwrap(), t.index(1).unwrap()],
+        inputs.extend(scales.iter().map(|(kind, t)| (kind, t.index(0).unwrap())).flat_map(|(kind, t)| match kind {
+            Scale::Norms => vec![t.index(0).unwrap(), t.index(1).unwrap()],
             _ => vec![t],
         }));
         check::gradients(&inputs, |v| {
@@ -94,6 +106,7 @@ proptest! {
                     Scale::UpDown => scales.up_down = Some(next()),
                     Scale::Values => scales.values = Some(next()),
                     Scale::Norms => scales.norms = [Some(next()), Some(next())],
+                    Scale::RopePairs => scales.rope_pairs = Some(next()),
                 }
             }
             let weights = m.blocks[0].transform(&LayerTransforms { r1, r2, scales }, &run.sites, Some(1))?;
@@ -116,7 +129,7 @@ fn files_keep_them_and_an_r_bin_says_that_it_cannot() {
     let path = dir.path().join("R.safetensors");
     RotationFile::new(r.clone()).write(&path).unwrap();
     let back = RotationFile::read(&path).unwrap().rotations;
-    assert_eq!(back.scales.iter().count(), 3);
+    assert_eq!(back.scales.iter().count(), Scale::ALL.len());
     for (kind, t) in r.scales.iter() {
         assert_eq!(bits(back.scales.get(kind).unwrap()), bits(t), "{kind}");
     }
@@ -150,7 +163,7 @@ fn outputs_hold_them() {
     write_rtn(&m, Some(&r), &scheme, Output::new(&out, Format::Native), |_| {}).unwrap();
     let native = load_native(&out, &Device::Cpu).unwrap();
     assert_eq!(bits(&native.model.logits(&t, 16).unwrap()), bits(&want));
-    assert_eq!(native.rotations.unwrap().scales.iter().count(), 3);
+    assert_eq!(native.rotations.unwrap().scales.iter().count(), Scale::ALL.len());
 
     let out = dir.path().join("hf");
     write_rtn(&m, Some(&r), &FULL.online(Online::NONE), Output::new(&out, Format::Hf), |_| {}).unwrap();
@@ -172,7 +185,7 @@ fn learning_moves_them_and_resumes_to_the_same_bits() {
         batch: 4,
         micro_batch: Some(2),
         learning_rate: Some(0.5),
-        scales: vec![Scale::UpDown, Scale::Norms],
+        transforms: Transforms::new(&[Scale::UpDown, Scale::Norms, Scale::RopePairs]),
         ..LearnOptions::default()
     };
     let start = Rotations::new(r.r1, r.r2);
@@ -184,13 +197,13 @@ fn learning_moves_them_and_resumes_to_the_same_bits() {
     };
     let whole = run(&options, usize::MAX).unwrap();
     assert!(whole.rotations.scales.get(Scale::Values).is_none());
-    for kind in [Scale::UpDown, Scale::Norms] {
+    for kind in [Scale::UpDown, Scale::Norms, Scale::RopePairs] {
         assert!(values(whole.rotations.scales.get(kind).unwrap()).iter().any(|a| a.abs() > 1e-3), "{kind}");
     }
     let kept = LearnOptions { checkpoint: Some((state, 1)), resume: true, ..options.clone() };
     assert!(matches!(run(&kept, 3), Err(Error::Interrupted { step: 3 })));
     // Without the scales it is another run.
-    let other = run(&LearnOptions { scales: vec![], ..kept.clone() }, usize::MAX).unwrap_err().to_string();
+    let other = run(&LearnOptions { transforms: Transforms::PUBLISHED, ..kept.clone() }, usize::MAX).unwrap_err().to_string();
     assert!(other.contains("another run") && other.contains("scale"), "{other}");
     let resumed = run(&kept, usize::MAX).unwrap();
     for (kind, t) in whole.rotations.scales.iter() {

@@ -1,0 +1,130 @@
+//! Which transforms there are, as a list on the command line.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::{Scale, Sizes};
+use crate::{Error, Result};
+
+/// What is learned and leaves the network's function alone, as the command line has it: `published` (R1 and R2), `all` that a model can
+/// have, or a list of `r1`, `r2` and kinds of scales. R1 and R2 are always learned.
+///
+/// ```
+/// use spinquant::rotation::{Scale, Transforms};
+/// let some: Transforms = "r1,r2,up-down".parse()?;
+/// assert_eq!(some, Transforms::new(&[Scale::UpDown]));
+/// assert_eq!(some.to_string(), "r1,r2,up-down");
+/// assert_eq!("published".parse::<Transforms>()?, Transforms::PUBLISHED);
+/// assert_eq!("all".parse::<Transforms>()?, Transforms::ALL);
+/// assert!("up-down".parse::<Transforms>().is_err());
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transforms {
+    scales: [bool; Scale::ALL.len()],
+    /// All that a model can have, whatever they are.
+    all: bool,
+}
+
+impl Transforms {
+    /// R1 and R2.
+    pub const PUBLISHED: Self = Self { scales: [false; Scale::ALL.len()], all: false };
+    /// All that a model can have.
+    pub const ALL: Self = Self { scales: [true; Scale::ALL.len()], all: true };
+
+    /// R1, R2 and these scales.
+    pub fn new(scales: &[Scale]) -> Self {
+        let mut transforms = Self::PUBLISHED;
+        scales.iter().for_each(|&kind| transforms.scales[kind as usize] = true);
+        transforms
+    }
+
+    /// Whether scales of this kind are among them.
+    pub fn has(&self, kind: Scale) -> bool {
+        self.scales[kind as usize]
+    }
+
+    /// The kinds of scales, in the order of [`Scale::ALL`].
+    pub fn scales(&self) -> impl Iterator<Item = Scale> {
+        let Self { scales, .. } = *self;
+        Scale::ALL.into_iter().filter(move |kind| scales[*kind as usize])
+    }
+
+    /// The first of them besides R1 and R2, by name.
+    pub fn more(&self) -> Option<&'static str> {
+        self.scales().next().map(Scale::name)
+    }
+
+    /// These and others.
+    pub fn with(&self, others: &Self) -> Self {
+        Self { scales: Scale::ALL.map(|kind| self.has(kind) || others.has(kind)), all: self.all || others.all }
+    }
+
+    /// What they come to for a model: of [`Transforms::ALL`] those that it can have.
+    ///
+    /// # Errors
+    /// Names one that was asked for by name and that the model cannot have, and why.
+    pub fn of(&self, sizes: &Sizes) -> Result<Self> {
+        if !self.all
+            && let Some((kind, why)) = self.scales().find_map(|kind| Some((kind, kind.refused(sizes)?)))
+        {
+            return Err(Error::argument("transforms", format!("expected no {kind}: {why}")));
+        }
+        Ok(Self { scales: Scale::ALL.map(|kind| self.has(kind) && kind.refused(sizes).is_none()), all: false })
+    }
+}
+
+impl FromStr for Transforms {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        let list: Vec<&str> = match s {
+            "published" => return Ok(Self::PUBLISHED),
+            "all" => return Ok(Self::ALL),
+            _ => s.split(',').map(str::trim).collect(),
+        };
+        let kinds = Scale::ALL.map(Scale::name).join(", ");
+        let known = |name: &str| ["r1", "r2"].contains(&name) || name.parse::<Scale>().is_ok();
+        if let Some(odd) = list.iter().find(|name| !known(name)) {
+            let message = format!("expected published, all, or a list of r1, r2, {kinds}, got {odd:?}");
+            return Err(Error::argument("transforms", message));
+        }
+        if !["r1", "r2"].iter().all(|name| list.contains(name)) {
+            return Err(Error::argument("transforms", format!("expected r1 and r2 among them, got {s:?}")));
+        }
+        Ok(Self { scales: Scale::ALL.map(|kind| list.contains(&kind.name())), all: false })
+    }
+}
+
+impl fmt::Display for Transforms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.all {
+            return f.pad("all");
+        }
+        let names: Vec<&str> = ["r1", "r2"].into_iter().chain(self.scales().map(Scale::name)).collect();
+        f.pad(&names.join(","))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_are_those_that_a_model_can_have() {
+        let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, kv_heads: 1, head_dim: 4, pairs: 2, head_norms: false };
+        let normed = Sizes { head_norms: true, ..sizes };
+        let names = |t: Transforms| t.to_string();
+        let every = Transforms::ALL.of(&sizes).unwrap();
+        assert!(Scale::ALL.into_iter().all(|kind| every.has(kind)) && names(every) == "r1,r2,up-down,values,norms,rope-pairs");
+        assert_eq!((names(Transforms::ALL), every.to_string().parse::<Transforms>().unwrap()), ("all".into(), every));
+        let fewer = Transforms::ALL.of(&normed).unwrap();
+        assert_eq!(names(fewer), "r1,r2,up-down,values,norms");
+        // By name it is an error.
+        let message = Transforms::new(&[Scale::RopePairs]).of(&normed).unwrap_err().to_string();
+        assert!(message.contains("no rope-pairs") && message.contains("norms every head"), "{message}");
+        // A start that has it is not excused by `all`.
+        assert_eq!(Transforms::PUBLISHED.with(&Transforms::ALL), Transforms::ALL);
+        assert_eq!(Transforms::PUBLISHED.more(), None);
+        assert_eq!(every.more(), Some("up-down"));
+    }
+}
