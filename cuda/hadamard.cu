@@ -47,7 +47,8 @@ int launch_family(const Job &job) {
     case SQ_HADAMARD_TENSOR:
     case SQ_HADAMARD_TENSOR_HELD:
     case SQ_HADAMARD_TENSOR_TWICE: return launch_tensor<T>(job);
-    case SQ_HADAMARD_CORE: return launch_core<T>(job);
+    case SQ_HADAMARD_CORE:
+    case SQ_HADAMARD_CORE_WARPGROUP: return launch_core<T>(job);
     case SQ_HADAMARD_BLOCKS: return launch_blocks<T>(job);
     case SQ_HADAMARD_ANY: return launch_any<T>(job);
   }
@@ -110,6 +111,7 @@ extern "C" int sq_hadamard_choose(sq_hadamard_choice *choice, sq_hadamard_map ma
 
 extern "C" const char *sq_hadamard_family_name(int32_t family) {
   static const char *const names[] = {"none",   "tiny",        "butterfly",    "direct", "fragment",  "warpgroup",
-                                      "tensor", "tensor-held", "tensor-twice", "any",    "two-passes", "core",   "blocks"};
-  return names[family > 0 && family <= SQ_HADAMARD_BLOCKS ? family : SQ_HADAMARD_NONE];
+                                      "tensor", "tensor-held", "tensor-twice", "any",    "two-passes", "core",   "blocks",
+                                      "core-warpgroup"};
+  return names[family > 0 && family <= SQ_HADAMARD_CORE_WARPGROUP ? family : SQ_HADAMARD_NONE];
 }

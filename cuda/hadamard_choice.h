@@ -7,6 +7,8 @@
 
 #include <stddef.h>
 
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace sq {
@@ -227,29 +229,32 @@ constexpr int tensor_m_log2(const HadamardSize &s) {
 
 // ---- Core kernels: K beyond kMaxTensorOrder. ----
 
-// The row is X [P, M], P = K and M = 2^m; for paired matrices, where M has room, P = K / 2 and M twice as much. Warps take turns at `strips` strips of
-// 16 rows of the product, all columns at once.
+// A row is X [P, M], P = K and M = 2^m; for paired matrices, where M has room, P = K / 2 and M twice as much. With warpgroups X has
+// at least 64 columns, of several rows of the map side by side where M is less. Warps take turns at strips of 16 rows of the product,
+// all columns at once.
 struct CoreShape {
   int m_log2, tiles, quads;   // tiles of 16 along each side of the matrix, packed words to a strip
-  int strips, warps;
-  int packed, term, shared_bytes;  // the matrix, and a 16-bit term of the row
+  int rows, strips, warps;    // of the map, of a warp at a time
+  int packed, term, shared_bytes;  // the matrix, and a 16-bit term of X; terms come first, ranges of warps last
 };
 constexpr bool has_core(int m_log2) { return m_log2 >= 4 && m_log2 <= 8; }
-constexpr int core_strips(int m_log2) { return m_log2 >= 7 ? 1 : m_log2 == 6 ? 2 : 4; }
+constexpr int core_rows(int m_log2, bool warpgroups) { return warpgroups && m_log2 < 6 ? 1 << (6 - m_log2) : 1; }
+constexpr int core_strips(int m_log2, bool warpgroups) { return warpgroups || m_log2 >= 7 ? 1 : m_log2 == 6 ? 2 : 4; }
 constexpr int core_threads(int m_log2) { return m_log2 == 8 ? 256 : 512; }  // at most, for the registers
-constexpr CoreShape core_shape(const HadamardSize &s) {
+constexpr CoreShape core_shape(const HadamardSize &s, bool warpgroups) {
   CoreShape c{};
   c.m_log2 = s.m_log2 + (s.paired && has_core(s.m_log2 + 1) ? 1 : 0);
   c.tiles = divide_up(s.n >> c.m_log2, 16);
   c.quads = divide_up(c.tiles, 4);
-  c.strips = core_strips(c.m_log2);
+  c.rows = core_rows(c.m_log2, warpgroups);
+  c.strips = core_strips(c.m_log2, warpgroups);
   c.packed = c.tiles * c.quads * 32 * 4;
-  c.term = c.tiles * 16 * 2 << c.m_log2;
-  c.shared_bytes = c.packed + c.term * (s.bytes == 2 ? 1 : 3);
+  c.term = c.rows * (c.tiles * 16 * 2 << c.m_log2);
+  c.shared_bytes = c.packed + c.term * (s.bytes == 2 ? 1 : 3) + c.rows * 32 * 2 * int(sizeof(float));
   // Eight warps where two blocks find room on a multiprocessor, to load a row while another is multiplied.
-  const int most = c.shared_bytes <= 113 * 1024 ? 8 : core_threads(c.m_log2) / 32, turns = divide_up(c.tiles, c.strips);
-  c.warps = turns < most ? turns : most;
-  if (c.warps > core_threads(c.m_log2) / 32) c.warps = core_threads(c.m_log2) / 32;
+  const int most = c.shared_bytes <= 113 * 1024 || c.m_log2 == 8 ? 8 : core_threads(c.m_log2) / 32;
+  const int turns = divide_up(c.tiles, c.strips);
+  c.warps = warpgroups ? (turns < most ? divide_up(turns, 4) * 4 : most) : turns < most ? turns : most;
   return c;
 }
 
@@ -326,9 +331,15 @@ constexpr sq_hadamard_choice choose_tensor(const HadamardSize &s, const sq_gpu &
 }
 
 constexpr sq_hadamard_choice choose_core(const HadamardSize &s, const sq_gpu &gpu) {
-  const CoreShape c = core_shape(s);
-  if (!has_core(c.m_log2)) return no_choice();
-  return fitting({SQ_HADAMARD_CORE, c.m_log2, c.tiles, c.warps * 32, 1, c.shared_bytes}, kRangesStatic, gpu);
+  for (const bool warpgroups : {true, false}) {
+    const CoreShape c = core_shape(s, warpgroups);
+    if (!has_core(c.m_log2) || (warpgroups && !gpu.warpgroups)) continue;
+    const int family = warpgroups ? SQ_HADAMARD_CORE_WARPGROUP : SQ_HADAMARD_CORE;
+    const sq_hadamard_choice choice =
+        fitting({family, c.m_log2, c.tiles, c.warps * 32, c.rows, c.shared_bytes}, 0, gpu);
+    if (exists(choice)) return choice;
+  }
+  return no_choice();
 }
 
 constexpr sq_hadamard_choice choose_blocks(const HadamardSize &s, const sq_gpu &gpu) {

@@ -37,7 +37,7 @@ __device__ __forceinline__ void butterfly_fragment(float (&sums)[F::NT][4], floa
       sums[nt][c + 1] = fmaf(-odd, scale, even);
     }
   }
-  chunk_butterflies(sums);
+  chunk_butterflies<1, F::NT>(sums);
 }
 
 // Leaves a piece of a strip, sums of rows 8 half .. of 16, in shared memory (all 16 where there is one piece).

@@ -120,14 +120,6 @@ __device__ __forceinline__ void strip_sync(int s) {
 
 // ---- A. ----
 
-// unpack_operand in two instructions a register; `ones` are TensorTraits<T>::kOnes.
-__device__ __forceinline__ void unpack_quickly(uint32_t (&a)[4], uint32_t packed, int tile, uint32_t ones) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // (a & b) ^ c
-    asm("lop3.b32 %0, %1, 0x80008000, %2, 0x6a;" : "=r"(a[i]) : "r"(packed << operand_shift(i, tile)), "r"(ones));
-  }
-}
-
 // A as +-1 for products of warpgroups, chunk c of row r of a block at c ^ (r % 8). `table` as load_table leaves it.
 template <typename F>
 __device__ inline void store_operands(unsigned char *to, const uint32_t *table, const Map &map) {

@@ -32,11 +32,11 @@ struct TensorTraits<float> {
   static constexpr uint32_t kOnes = 0x3f803f80u;
 };
 
-// The levels of the bits of nt, for sums as they come from multiply_add in NT chunks of 8 columns.
-template <int NT>
+// The levels kFrom, 2 kFrom, .., kTo / 2 of nt, for sums as they come from multiply_add in NT chunks of 8 columns.
+template <int kFrom, int kTo, int NT>
 __device__ __forceinline__ void chunk_butterflies(float (&sums)[NT][4]) {
 #pragma unroll
-  for (int h = 1; h < NT; h *= 2) {
+  for (int h = kFrom; h < kTo; h *= 2) {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
       if ((nt & h) == 0) {
@@ -148,6 +148,14 @@ template <typename T>
 __device__ __forceinline__ void unpack_operand(uint32_t (&a)[4], uint32_t packed, int tile) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a[i] = ((packed << operand_shift(i, tile)) & 0x80008000u) ^ TensorTraits<T>::kOnes;
+}
+
+// unpack_operand in two instructions a register; `ones` are TensorTraits<T>::kOnes.
+__device__ __forceinline__ void unpack_quickly(uint32_t (&a)[4], uint32_t packed, int tile, uint32_t ones) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // (a & b) ^ c
+    asm("lop3.b32 %0, %1, 0x80008000, %2, 0x6a;" : "=r"(a[i]) : "r"(packed << operand_shift(i, tile)), "r"(ones));
+  }
 }
 
 // The upper left quarter of the tile H_16, which is also its upper right and lower left; the lower right is its negative.

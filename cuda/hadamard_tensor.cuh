@@ -241,7 +241,7 @@ __device__ __forceinline__ void sum_strip(unsigned char *to, const TensorPlaces<
       sums[nt][i + 1] = fmaf(-c, scale, a);
     }
   }
-  chunk_butterflies(sums);
+  chunk_butterflies<1, K::NT>(sums);
 #pragma unroll
   for (int nt = 0; nt < K::NT; ++nt) {
     unsigned char *const place = to + (at.leave ^ (nt * 32));

@@ -94,7 +94,8 @@ typedef enum {
   SQ_HADAMARD_ANY = 9,
   SQ_HADAMARD_TWO_PASSES = 10,
   SQ_HADAMARD_CORE = 11,
-  SQ_HADAMARD_BLOCKS = 12
+  SQ_HADAMARD_BLOCKS = 12,
+  SQ_HADAMARD_CORE_WARPGROUP = 13
 } sq_hadamard_family;
 
 /* The kernel of a size.
