@@ -24,6 +24,7 @@
 
 pub mod cayley;
 mod hadamard_choice;
+mod learned;
 
 use std::sync::Arc;
 
@@ -44,6 +45,7 @@ use crate::ops::{
 use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
 use crate::{DType, Element, Error, Result};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
+pub use learned::{agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.
 #[allow(private_bounds)]

@@ -212,7 +212,7 @@ impl ClippedFakeQuant {
 }
 
 /// Quantises rows of `cols` values of x, the ends of a row's range clipped by the ratios of its kind; y may be x.
-fn launch(queue: Queue<'_>, op: &ClippedFakeQuant, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
+pub(crate) fn launch(queue: Queue<'_>, op: &ClippedFakeQuant, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
     let c = Check::new("clipped_fake_quant", queue);
     let (n, kind, work) = (x.len(), x.kind(), Work::moving("quantise", 2 * x.bytes()));
     let (rows, kinds) = (c.rows(n, cols)?, a.len() / 2);
@@ -224,7 +224,7 @@ fn launch(queue: Queue<'_>, op: &ClippedFakeQuant, y: View<'_>, x: View<'_>, a: 
 }
 
 /// dx from dy, what went in and the logarithms, and the gradients of both logarithms (`sums`, two `f32` a row or group); dx may be dy.
-fn launch_backward(
+pub(crate) fn launch_backward(
     queue: Queue<'_>,
     op: &ClippedFakeQuant,
     (dx, dy, x): (View<'_>, View<'_>, View<'_>),

@@ -2,12 +2,15 @@
 //! p = softmax(t), q = softmax(x) (Hinton, Vinyals & Dean 2015, temperature 1). Zero exactly where both give the same probabilities.
 //! Backward: `dx = dL (q − p)/rows`, made by forward in the logits' own memory. The teacher is a constant.
 
+use std::rc::Rc;
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{Device, cpu, ffi};
-use crate::ops::{At, Case, Once, Pass, Place, Run, exact, kept_gradient, randn, repeated, sum};
+use crate::ops::{At, Call, Case, Once, Pass, Place, Run, exact, kept_gradient, randn, repeated, sum};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -121,7 +124,7 @@ fn agreement<T: PartialOrd + Sync>(a: &[T], b: &[T], cols: usize) -> Vec<bool> {
 }
 
 /// 1 (`i32`) where the largest values of a row of `cols` of `a` and of `b` are in the same place, else 0.
-fn launch_agreement(queue: Queue<'_>, agree: View<'_>, a: View<'_>, b: View<'_>, cols: usize) -> Result<()> {
+pub(crate) fn launch_agreement(queue: Queue<'_>, agree: View<'_>, a: View<'_>, b: View<'_>, cols: usize) -> Result<()> {
     let c = Check::new("agreement", queue);
     let (n, kind) = (a.len(), a.kind());
     let rows = c.rows(n, cols)?;
@@ -222,6 +225,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("256x4096", 256, 4096, 3.0, 0.5).large(),
     ];
     all.extend(Case::table(timed, SIZES));
+    all.extend(Case::table(timed_agreement, SIZES));
     all
 }
 
@@ -244,6 +248,54 @@ fn timed(n: usize, rows: usize) -> Case {
     })
     .pass(Pass::Recorded)
     .moves(3.0 * n as f64 * rows as f64)
+}
+
+/// Rows whose largest values are in the same place for about half of them.
+fn timed_agreement(n: usize, rows: usize) -> Case {
+    let run = Run::Call(Arc::new(|x: &[Tensor]| {
+        let (a, b) = (x[0].clone().aligned()?, x[1].clone().aligned()?);
+        let (rows, n) = (a.rows(), a.cols());
+        let as_floats = move |same: Vec<i32>| Tensor::from_vec(same.into_iter().map(|s| s as f32).collect(), [rows]);
+        let Device::Cuda(device) = a.device() else {
+            let [a, b] = [a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?];
+            return Ok(Call::new(move || {
+                let same = agreement(a.as_slice::<f32>()?, b.as_slice()?, n);
+                Ok(vec![as_floats(same.into_iter().map(i32::from).collect())?])
+            }));
+        };
+        let agree = Rc::new(device.buffer(rows, Kind::I32, "agreement")?);
+        let result = agree.clone();
+        Ok(Call {
+            run: Box::new(move || launch_agreement(device.queue(), agree.view(), a.view()?, b.view()?, n)),
+            results: Box::new(move || {
+                let mut same = vec![0i32; rows];
+                result.download(0, bytemuck::cast_slice_mut(&mut same))?;
+                Ok(vec![as_floats(same)?])
+            }),
+        })
+    }));
+    let what = ("agreement", "agreement", "Whether the largest of rows of n logits are in the place of a teacher's");
+    Case::timed(what, (n, rows), vec![], run, move |x, y| {
+        let got = y[0].to_f64_vec()?;
+        for r in exact::some(rows) {
+            let want = agreement(&exact::row(&x[0], r, n)?, &exact::row(&x[1], r, n)?, n)[0];
+            if got[r] != f64::from(u8::from(want)) {
+                return Err(Error::numeric("wrong answer", format!("agreement: row {r} is {}, expected {want}", got[r])));
+            }
+        }
+        let same = got.iter().sum::<f64>() / rows as f64;
+        if rows >= 100 && n >= 100 && !(0.1..=0.95).contains(&same) {
+            return Err(Error::numeric("wrong answer", format!("agreement: {same} of all rows, expected about half")));
+        }
+        Ok(())
+    })
+    .drawn(move |dtype, device| {
+        let normal = |seed| repeated([rows, n], seed, dtype, device);
+        let x = normal(1)?;
+        Ok(vec![x.clone(), Tensor::axpby(1.0, x, 0.1, normal(2)?)?])
+    })
+    .moves(2.0 * n as f64 * rows as f64)
+    .holds(4.0 * n as f64 * rows as f64)
 }
 
 #[cfg(test)]

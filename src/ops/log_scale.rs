@@ -180,7 +180,7 @@ fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Tensor)> {
 }
 
 /// `y = x exp(±a)` for rows of `cols` values, a in `f32`, or `f64` where x is; y may be x.
-fn launch(queue: Queue<'_>, op: LogScale, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
+pub(crate) fn launch(queue: Queue<'_>, op: LogScale, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
     let c = Check::new("log_scale", queue);
     let (n, kind, work) = (x.len(), x.kind(), Work::moving("scale", 2 * x.bytes()));
     let rows = c.rows(n, cols)?;
@@ -198,7 +198,7 @@ fn launch(queue: Queue<'_>, op: LogScale, y: View<'_>, x: View<'_>, a: View<'_>,
 }
 
 /// `da = ± exp(±a) Σ x dy` for rows of `cols` values, a and da in `f32`.
-fn launch_sums(
+pub(crate) fn launch_sums(
     queue: Queue<'_>,
     op: LogScale,
     da: View<'_>,

@@ -1,7 +1,9 @@
 //! GPTQ against the CPU's.
 
 use spinquant::calibrate::{Calibration, quantize_weights};
+use spinquant::grid::Quantized;
 use spinquant::llama::Llama;
+use spinquant::ops::fake_quant::quantize;
 use spinquant::ops::randn;
 use spinquant::quant::{Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Scheme};
 use spinquant::rotation::Rotations;
@@ -97,6 +99,57 @@ fn sweeps() {
         }
     }
     println!("losses agree within {worst:.1e}");
+}
+
+/// Scales that a file keeps in 16 bits are numbers of that type, zero points are codes; GPTQ is as good as on the CPU.
+#[test]
+#[ignore = "needs a GPU"]
+fn stored_scales() {
+    let device = gpu();
+    let (rows, n) = (70, 300);
+    let h = hessian(&inputs(900, n, 12), 3);
+    let there = h.to_device(&device).unwrap();
+    let w = randn([rows, n], 200).to_dtype(DType::F32).unwrap();
+    let w_there = w.to_device(&device).unwrap();
+    let stored = |q: &Quantized, spec: &QuantSpec, dtype: DType| {
+        let scales = q.scale.to_f64_vec().unwrap();
+        assert!(scales.iter().all(|&s| s > 0.0 && dtype.round(s) == s), "{spec:?}");
+        let codes = f64::from(spec.min_code())..=f64::from(spec.max_code());
+        assert!(q.zero.to_f64_vec().unwrap().iter().all(|z| codes.contains(z)), "{spec:?}");
+        scales
+    };
+    for (symmetric, group, clip) in [
+        (true, None, Clip::Ratio(1.0)),
+        (true, Some(75), Clip::Search),
+        (false, None, Clip::Search),
+        (false, Some(20), Clip::Ratio(0.9)),
+    ] {
+        for dtype in [DType::BF16, DType::F16] {
+            let spec = QuantSpec { group, ..QuantSpec::weight(4, symmetric).clipped(clip) }.stored(dtype);
+            let (cpu, gpu) = (quantize(&w, &spec).unwrap(), quantize(&w_there, &spec).unwrap());
+            let (a, b) = (stored(&cpu, &spec, dtype), stored(&gpu, &spec, dtype));
+            let zeros = [&cpu, &gpu].map(|q| q.zero.to_f64_vec().unwrap());
+            // Another last bit of a scale before it is rounded, or of an error in the search.
+            let same: Vec<bool> = (0..a.len()).map(|i| a[i] == b[i] && zeros[0][i] == zeros[1][i]).collect();
+            let moved = same.iter().filter(|same| !**same).count();
+            assert!(moved * 50 <= a.len(), "{spec:?}: {moved} of {} grids differ", a.len());
+            for (i, (a, b)) in cpu.codes.chunks(cpu.group).zip(gpu.codes.chunks(gpu.group)).enumerate() {
+                assert!(!same[i] || a == b, "{spec:?}: codes of group {i}");
+            }
+
+            let gptq = Gptq::default();
+            let here = gptq.quantize_one(&w, &spec, &h).unwrap();
+            let theirs = gptq.quantize_one(&w_there, &spec, &there).unwrap();
+            stored(theirs.codes.as_ref().unwrap(), &spec, dtype);
+            assert_on_grid(&theirs, &spec);
+            let (l, m) = (here.loss.unwrap(), theirs.loss.unwrap());
+            assert!((l / m - 1.0).abs() < 0.01, "{spec:?}: losses {l} and {m}");
+        }
+    }
+    // A scale that the type cannot hold is its least number.
+    let small = Tensor::from_vec(vec![1e-9f32; 16], [2, 8]).unwrap().to_device(&device).unwrap();
+    let spec = QuantSpec::weight(8, true).clipped(Clip::Ratio(0.2)).stored(DType::F16);
+    assert!(quantize(&small, &spec).unwrap().scale.to_f64_vec().unwrap().iter().all(|&s| s == DType::F16.least()));
 }
 
 #[test]

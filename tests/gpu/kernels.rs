@@ -6,7 +6,9 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::bf16;
 use spinquant::hadamard::Hadamard;
 use spinquant::kernels::{self, HadamardMap, Sizes};
-use spinquant::ops::{attention, bias, randn, rms_norm, swiglu};
+use spinquant::ops::clipped_fake_quant::ClippedFakeQuant;
+use spinquant::ops::log_scale::{Along, LogScale};
+use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::{DType, Tape, Tensor};
 
@@ -37,7 +39,7 @@ fn stream() -> Arc<CudaStream> {
 #[ignore = "needs a GPU"]
 fn large_orders_with_signs() {
     let (s, rows) = (&stream(), 3);
-    for n in [924 * 16, 684 * 16, 428 * 32, 428 * 2] {
+    for n in [924 * 32, 924 * 16, 684 * 16, 428 * 32, 428 * 2] {
         let x = values(1, rows * n);
         let (gx, mut gy) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows * n).unwrap());
         let signs: Vec<i8> = (0..n).map(|i| if i % 3 == 0 { -1 } else { 1 }).collect();
@@ -54,6 +56,13 @@ fn large_orders_with_signs() {
             }
             kernels::hadamard(s, &mut gy, &gx, &map, transpose).unwrap();
             close(s, &gy, &want, 1e-4);
+            // Half a unit of 16 bits in what goes in, and in what comes out.
+            let narrow: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+            let mut there = s.clone_htod(&narrow).unwrap();
+            kernels::hadamard_in_place(s, &mut there, &map, transpose).unwrap();
+            let (got, mut error) = (s.clone_dtoh(&there).unwrap(), 0f64);
+            got.iter().zip(&want).for_each(|(g, w)| error = error.max((g.to_f64() - w).abs()));
+            assert!(error < 0.05, "{n}: {error}");
         }
     }
     let blocks = HadamardMap::of(s, Hadamard::in_blocks(56, 8).unwrap()).unwrap();
@@ -157,6 +166,65 @@ fn attention_is_the_operation(s: &Arc<CudaStream>, sizes: Sizes) {
     close(s, &dq, &want.0, 1e-3);
     close(s, &dk, &want.1, 1e-3);
     close(s, &dv, &want.2, 1e-3);
+}
+
+/// Learned scales and clip ratios, their gradients, and the likeliest of two networks.
+#[test]
+#[ignore = "needs a GPU"]
+fn learned_kernels_are_the_operations() {
+    let s = &stream();
+    let (rows, cols) = (6, 40);
+    let [x, dy] = [11, 12].map(|seed| values(seed, rows * cols));
+    let [gx, gdy] = [&x, &dy].map(|x| s.clone_htod(x).unwrap());
+    let mut y = s.alloc_zeros::<f32>(rows * cols).unwrap();
+    let shaped = |v: &[f32], shape: &[usize]| Tensor::from_vec(wide(v), shape).unwrap();
+    let matrix = [rows, cols];
+
+    for (along, entries, inverse) in [(Along::Columns, cols, true), (Along::Rows, rows, false)] {
+        let op = LogScale { along, inverse };
+        let a = values(13, entries);
+        let ga = s.clone_htod(&a).unwrap();
+        kernels::log_scale(s, &mut y, &gx, &ga, op, cols).unwrap();
+        close(s, &y, &log_scale::reference(op, &wide(&x), &wide(&a), cols), 1e-4);
+        let mut da = s.alloc_zeros::<f32>(entries).unwrap();
+        kernels::log_scale_sums(s, &mut da, (&gdy, &gx), &ga, op, cols).unwrap();
+        let tape = Tape::new();
+        let (vx, va) = (tape.constant(shaped(&x, &matrix)), tape.variable(shaped(&a, &[entries])));
+        let out = vx.log_scale(va.clone(), along, inverse).unwrap();
+        let want = tape.backward_from(out, shaped(&dy, &matrix)).unwrap().take(&va).unwrap();
+        close(s, &da, &want.to_f64_vec().unwrap(), 1e-3);
+        assert!(kernels::log_scale(s, &mut y, &gx, &ga.slice(..4), op, cols).is_err());
+    }
+
+    // Two kinds of rows.
+    let a: Vec<f32> = values(14, 4).into_iter().map(|a| -0.1 - 0.2 * a.abs()).collect();
+    let ga = s.clone_htod(&a).unwrap();
+    let op = ClippedFakeQuant { spec: QuantSpec::activation(4, false), blocked: true };
+    let tape = Tape::new();
+    let on_tape = |v: &[f32], shape: &[usize]| {
+        let v = Tensor::from_vec(v.to_vec(), shape).unwrap();
+        tape.variable(v)
+    };
+    let (vx, va) = (on_tape(&x, &matrix), on_tape(&a, &[2, 2]));
+    let out = vx.clone().clipped_fake_quant(&op.spec, va.clone(), op.blocked).unwrap();
+    kernels::clipped_fake_quant(s, &mut y, &gx, &ga, &op, cols).unwrap();
+    close(s, &y, &out.value().to_f64_vec().unwrap(), 1e-5);
+    let mut sums = s.alloc_zeros::<f32>(rows * 2).unwrap();
+    kernels::clipped_fake_quant_backward(s, &mut y, &mut sums, (&gdy, &gx), &ga, &op, cols).unwrap();
+    let mut want = tape.backward_from(out, Tensor::from_vec(dy.clone(), matrix).unwrap()).unwrap();
+    close(s, &y, &want.take(&vx).unwrap().to_f64_vec().unwrap(), 1e-5);
+    let mut da = s.alloc_zeros::<f32>(4).unwrap();
+    kernels::column_sums(s, &mut da, &sums).unwrap();
+    close(s, &da, &want.take(&va).unwrap().to_f64_vec().unwrap(), 1e-3);
+    assert!(kernels::clipped_fake_quant(s, &mut y, &gx.slice(..cols), &ga, &op, cols).is_err());
+
+    // The largest of row r is where x has it in even rows, and elsewhere in odd ones.
+    let mut other = x.clone();
+    other.chunks_mut(cols).enumerate().filter(|(r, _)| r % 2 == 1).for_each(|(_, row)| row.iter_mut().for_each(|x| *x = -*x));
+    let mut agree = s.alloc_zeros::<i32>(rows).unwrap();
+    kernels::agreement(s, &mut agree, &gx, &s.clone_htod(&other).unwrap(), cols).unwrap();
+    assert_eq!(s.clone_dtoh(&agree).unwrap(), [1, 0, 1, 0, 1, 0]);
+    assert!(kernels::agreement(s, &mut agree, &gx, &gdy.slice(cols..), cols).is_err());
 }
 
 /// Gradients of the gated activation, the rounded sum, and what Cayley steps are made of.
