@@ -38,7 +38,7 @@ fn stream() -> Arc<CudaStream> {
 #[test]
 #[ignore = "needs a GPU"]
 fn large_orders_with_signs() {
-    let (s, rows) = (&stream(), 3);
+    let (s, rows) = (&stream(), 5);
     for n in [924 * 32, 924 * 16, 684 * 16, 428 * 32, 428 * 2] {
         let x = values(1, rows * n);
         let (gx, mut gy) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows * n).unwrap());
@@ -63,6 +63,17 @@ fn large_orders_with_signs() {
             let (got, mut error) = (s.clone_dtoh(&there).unwrap(), 0f64);
             got.iter().zip(&want).for_each(|(g, w)| error = error.max((g.to_f64() - w).abs()));
             assert!(error < 0.05, "{n}: {error}");
+        }
+        // Rows that lie side by side have ranges of their own.
+        let spec = QuantSpec::activation(4, false);
+        let narrow: Vec<bf16> = x.iter().enumerate().map(|(i, &x)| bf16::from_f32(x * (1 + i / n) as f32)).collect();
+        let there = s.clone_htod(&narrow).unwrap();
+        let (mut all, mut alone) = (s.alloc_zeros::<bf16>(rows * n).unwrap(), s.alloc_zeros::<bf16>(n).unwrap());
+        kernels::hadamard_fake_quant(s, &mut all, &there, &map, &spec).unwrap();
+        let all = s.clone_dtoh(&all).unwrap();
+        for (r, together) in all.chunks(n).enumerate() {
+            kernels::hadamard_fake_quant(s, &mut alone, &there.slice(r * n..(r + 1) * n), &map, &spec).unwrap();
+            assert!(s.clone_dtoh(&alone).unwrap() == together, "row {r} of {rows} x {n}");
         }
     }
     let blocks = HadamardMap::of(s, Hadamard::in_blocks(56, 8).unwrap()).unwrap();
