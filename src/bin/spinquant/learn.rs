@@ -332,7 +332,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("seed", args.seed)
         .with_note("optimizer", &args.recipe.optimizer)
         .with_note("objective", args.recipe.objective.name())
-        .with_note("transforms", &transforms)
+        .with_note("transforms", transforms)
         .with_note("clips", if learned.rotations.clips.is_empty() { "ratios" } else { "learned" })
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
