@@ -39,7 +39,7 @@ fn stream() -> Arc<CudaStream> {
 #[ignore = "needs a GPU"]
 fn large_orders_with_signs() {
     let (s, rows) = (&stream(), 5);
-    for n in [924 * 32, 924 * 16, 684 * 16, 428 * 32, 428 * 2] {
+    for n in [924 * 32, 924 * 16, 684 * 16, 428 * 32, 428 * 128, 204 * 256, 428 * 2] {
         let x = values(1, rows * n);
         let (gx, mut gy) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(rows * n).unwrap());
         let signs: Vec<i8> = (0..n).map(|i| if i % 3 == 0 { -1 } else { 1 }).collect();
