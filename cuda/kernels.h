@@ -296,6 +296,11 @@ int sq_rope_pairs_backward(void *dx, float *dangles, const void *dy, const void 
                            int32_t group, int32_t dim, int32_t pairs, int64_t cols, float sign, sq_dtype dtype,
                            sq_stream stream);
 
+/* swap_axes.cu ------------------------------------------------------------------------------------------------ */
+
+/* Row (j, i) of y [b, a] = row (i, j) of x [a, b]; rows of an even number of bytes. y is not x. */
+int sq_swap_axes(void *y, const void *x, int64_t a, int64_t b, int64_t bytes, sq_stream stream);
+
 /* kl_divergence.cu -------------------------------------------------------------------------------------------- */
 
 /* Per row of logits and teacher [rows, vocab]: loss[row] = sum p (log p - log q), p = softmax(teacher), q = softmax(logits),

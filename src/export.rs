@@ -30,7 +30,7 @@
 //! | `model.layers.N.input_layernorm.weight`, `….post_attention_layernorm.weight` | dtype, `[C]` | only with `scales.norms`: the gains |
 //! | `scales.NAME` | as R1 | only where learned with the rotations: logarithms, already merged ([`Scale`]) |
 //! | `clips.SITE` | as R1, `[L, kinds, 2]` | only where learned with the rotations (then `format_version` is 2): logarithms a₀, a₁ of the clip ratios of the lower and the upper end of what is quantised there, one pair or one a key and value head ([`ClipEnds`](crate::rotation::ClipEnds)); they stand in place of the site's `scheme.activation_clip` |
-//! | `R1`, `R2` | F32 or F64, `[C, C]`, `[L, D, D]` | only where rotated: already merged, for reference |
+//! | `R1`, `R2`, `R2b` | F32 or F64, `[C, C]`, `[L, D, D]` or `[L, K, D, D]`, as R2 | only where rotated: already merged, for reference |
 //! | `R3.core`, `R4.core` | I8, `[K, K]` | the ±1 matrix `H_K` of an online Hadamard, where K > 1 |
 //!
 //! Codes are stored less `weights.min_code`, so from 0. At up to 4 bits there are two a byte, column 2j in the low half of byte j
@@ -239,13 +239,13 @@ pub fn sha256(bytes: &[u8]) -> String {
     io::hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 of the shape, type and values of R1, R2, the scales and the clip constants.
+/// SHA-256 of the shape, type and values of R1, R2, R2b, the scales and the clip constants.
 ///
 /// # Errors
 /// A failing copy from a GPU.
 pub fn rotations_sha256(rotations: &Rotations) -> Result<String> {
     let mut hash = Sha256::new();
-    for t in [&rotations.r1, &rotations.r2].into_iter().chain(rotations.extras().map(|(_, t)| t)) {
+    for (_, t) in rotations.tensors() {
         let t = t.to_device(&Device::Cpu)?;
         hash.update(format!("{} {:?}\n", t.dtype(), t.shape()));
         hash.update(io::bytes(&t)?);
@@ -298,8 +298,7 @@ impl<'a> Writer<'a> {
             ));
         }
         if let Some(r) = rotations {
-            r.check(config.hidden_size, config.head_dim, config.layers, crate::rotation::TOLERANCE)?;
-            r.check_extras(&config.scale_sizes(), config.kv_heads)?;
+            r.check_for(&config.scale_sizes(), crate::rotation::TOLERANCE)?;
         }
         let clipped = output.format == Format::Native && rotations.is_some_and(|r| !r.clips.is_empty());
         let version = if clipped { native::CLIPPED_VERSION } else { native::VERSION };

@@ -333,7 +333,7 @@ fn sizes(count: usize, n: usize) -> Result<()> {
 }
 
 /// Random numbers for matrix `index` of a seed: streams of one generator, so that matrices are independent.
-fn generator(seed: u64, index: u64) -> rand_chacha::ChaCha8Rng {
+pub(crate) fn generator(seed: u64, index: u64) -> rand_chacha::ChaCha8Rng {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(index);
     rng

@@ -135,6 +135,8 @@ struct Sizes {
     scaled: usize,
     /// Values of a token and layer in front of quantisers whose clip ratios are learned.
     clipped: usize,
+    /// Values of R2 and R2b where there is more than one R2 a layer.
+    r2: usize,
 }
 
 impl Sizes {
@@ -150,7 +152,11 @@ impl Sizes {
         let (up_down, values, scaled_norms) = (is(Scale::UpDown), is(Scale::Values), is(Scale::Norms));
         let of = |scaled: bool, rows: usize| if scaled { 4 * c * rows } else { 0 };
         let scaled = of(up_down, 2 * f) + of(values, q + kv) + of(scaled_norms, q + 2 * kv + 2 * f);
-        let scaled = scaled + of(is(Scale::RopePairs), q + kv);
+        let scaled = scaled + of(is(Scale::RopePairs), q + kv) + of(is(Scale::ValuesGeneral), 2 * (q + kv));
+        // Those of every head; one R2 a layer is little beside R1.
+        let (d, each) = (config.head_dim, if work.transforms.heads() { config.kv_heads } else { 1 });
+        let r2 = d * d * layers * each;
+        let r2 = if work.transforms.heads() { r2 } else { 0 } + if is(Scale::ValuesGeneral) { r2 } else { 0 };
         let may_leave = !up_down && !scaled_norms;
         let width = |site| match site {
             Site::AttentionInput | Site::MlpInput => c,
@@ -175,6 +181,7 @@ impl Sizes {
             may_leave,
             scaled,
             clipped,
+            r2,
         }
     }
 
@@ -210,7 +217,7 @@ impl Sizes {
 
     /// What rotations, their gradients and the optimiser take.
     fn rotations(&self) -> Item {
-        ("rotations, their gradients and the optimiser", (9 * 4 + 16) * self.c * self.c)
+        ("rotations, their gradients and the optimiser", (9 * 4 + 16) * (self.c * self.c + self.r2))
     }
 
     /// Every item of a step of a local objective that captures rows of `micro` sequences at once.

@@ -151,7 +151,7 @@ pub fn describe(
     rotations: Option<&Rotations>,
 ) -> Result<Map<String, Value>> {
     if let Some(r) = rotations {
-        for (name, t) in [("R1".into(), &r.r1), ("R2".into(), &r.r2)].into_iter().chain(r.extras()) {
+        for (name, t) in r.tensors() {
             raws.push(Raw::new(name, t)?);
         }
     }
@@ -294,12 +294,11 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
     let rotations = match part.has("R1") {
         false => None,
         true => {
-            let (c, d, l) = (config.hidden_size, config.head_dim, config.layers);
+            let c = config.hidden_size;
             let dtype = if part.get("R1", Dtype::F64, &[c, c]).is_ok() { DType::F64 } else { DType::F32 };
-            let mut r = Rotations::new(part.tensor("R1", dtype, &[c, c])?, part.tensor("R2", dtype, &[l, d, d])?);
+            let mut r = Rotations::new(part.tensor("R1", dtype, &[c, c])?, part.of_any_shape("R2", dtype)?);
             r.set_extras(|name| part.has(name).then(|| part.of_any_shape(name, dtype)).transpose())?;
-            let fits = r.check(c, d, l, TOLERANCE).and_then(|()| r.check_extras(&config.scale_sizes(), config.kv_heads));
-            fits.map_err(|e| Error::format(part.path(), e))?;
+            r.check_for(&config.scale_sizes(), TOLERANCE).map_err(|e| Error::format(part.path(), e))?;
             Some(r)
         }
     };

@@ -25,7 +25,7 @@ use crate::objective::Batch;
 use crate::optim::{Gradients, Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
 use crate::quant::{ClipRatios, Online, R4, Scheme};
-use crate::rotation::{ClipEnds, RotationFile, Rotations, Scale, Scales, Sizes, Transforms};
+use crate::rotation::{ClipEnds, RotationFile, Rotations};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// What happened in one step, as told to the callback.
@@ -135,7 +135,8 @@ struct Progress {
     seconds: f64,
 }
 
-/// Learns rotations for `model` from `rotations` on windows of calibration text, with clip ratios that are searched on the start where
+/// Learns rotations for `model` from `rotations`, and what else the options ask for from a start of its own
+/// ([`Rotations::with_transforms`]), on windows of calibration text, with clip ratios that are searched on the start where
 /// [`LearnOptions::clip`] says so. `callback` hears of every step and may stop the run, which then leaves a checkpoint (if one was
 /// asked for) and returns [`Error::Interrupted`]. [`learn_watched`] hears of the search too.
 ///
@@ -170,12 +171,12 @@ pub fn learn_watched(
     options.check_text(windows)?;
     let LearnOptions { steps, batch, .. } = *options;
     let config = &model.config;
-    let rotations = with_transforms(rotations, &options.transforms, &config.scale_sizes())?;
+    let rotations = rotations.with_transforms(&options.transforms, &config.scale_sizes(), Some(options.seed))?;
     // Those of the start are learned too, and planned for.
     let clip = if rotations.clips.is_empty() { options.clip } else { ClipChoice::Learned };
     let options = &LearnOptions { transforms: rotations.transforms(), clip, ..options.clone() };
     options.check(optimizer)?;
-    rotations.to_device(&model.device())?.check(config.hidden_size, config.head_dim, config.layers, 1e-4)?;
+    rotations.to_device(&model.device())?.check_for(&config.scale_sizes(), 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let mut scheme = options.scheme;
     let mut clip = None;
@@ -301,18 +302,6 @@ fn audit(rotations: &Rotations, optimizer: &dyn Optimizer) -> Result<f64> {
     rotations.check(rotations.hidden(), rotations.head_dim(), rotations.layers(), f64::MAX)?;
     let (r1, r2) = rotations.orthogonality_errors()?;
     Ok(r2.into_iter().fold(r1, f64::max))
-}
-
-/// Rotations with scales of 1 of those kinds that they have none of.
-fn with_transforms(mut rotations: Rotations, transforms: &Transforms, sizes: &Sizes) -> Result<Rotations> {
-    let kinds: Vec<Scale> = transforms.of(sizes)?.scales().collect();
-    for (kind, ones) in Scales::ones(&kinds, sizes)?.iter() {
-        if rotations.scales.get(kind).is_none() {
-            rotations.scales.set(kind, Some(ones.to_dtype(rotations.r1.dtype())?.to_device(&rotations.r1.device())?));
-        }
-    }
-    rotations.scales.check(sizes)?;
-    Ok(rotations)
 }
 
 /// Mean loss of a batch and its gradients, micro-batches averaged.
@@ -447,6 +436,7 @@ fn fingerprint(
     settings: &Settings,
 ) -> Result<Value> {
     let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
+    let second = start.r2b.as_ref().map(values).transpose()?.into_iter().flatten();
     let mut all = json!({
         "scheme": format!("{:?}", settings.scheme),
         "steps": o.steps,
@@ -459,7 +449,7 @@ fn fingerprint(
         "seq_len": windows.seq_len(),
         "windows": windows.len(),
         "text": windows.checksum(),
-        "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?)),
+        "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?).chain(second)),
         "weights": model.sha256()?,
         "optimizer": optimizer,
         "objective": o.objective.name(),
@@ -497,9 +487,7 @@ fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &Product<'_
     state.tensors = state.tensors.iter().map(|(k, v)| Ok((named(k), v.to_device(&Device::Cpu)?))).collect::<Result<_>>()?;
     state.scalars = state.scalars.iter().map(|(k, v)| (named(k), v.clone())).collect();
     let rotations = now.rotations.to_device(&Device::Cpu)?;
-    state.tensors.extend(rotations.extras().map(|(name, t)| (name, t.clone())));
-    state.tensors.insert("R1".into(), rotations.r1);
-    state.tensors.insert("R2".into(), rotations.r2);
+    state.tensors.extend(rotations.tensors().into_iter().map(|(name, t)| (name, t.clone())));
     let numbers = [
         ("step", now.step as f64),
         ("loss_first", now.losses.0),

@@ -34,7 +34,7 @@ pub struct LearnOptions {
     pub learning_rate: Option<f64>,
     /// How it falls. `None`: the optimiser's ([`Optimizer::default_schedule`]).
     pub schedule: Option<Schedule>,
-    /// Decides which windows are held out and the order of the others.
+    /// Decides which windows are held out and the order of the others, and the signs of heads' R2 where they get their own.
     pub seed: u64,
     /// Windows held out of training to score progress on. `None`: an eighth of them, at least 1 and at most 64.
     pub held_out: Option<usize>,
@@ -202,7 +202,7 @@ impl LearnOptions {
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::argument("learning rate", format!("expected a finite number above 0, got {rate}")));
         }
-        if let (Needs::Rows, Some(kind)) = (self.objective.needs(), self.transforms.more()) {
+        if let (Needs::Rows, Some(kind)) = (self.objective.needs(), self.transforms.scales().next()) {
             let message = format!("{} does not depend on scales, got {kind}: learn R1 and R2 alone", self.objective.name());
             return Err(Error::argument("transforms", message));
         }

@@ -3,7 +3,7 @@
 use crate::llama::{Block, LayerScales, LayerTransforms, LayerWeights, Llama, LlamaConfig, Source};
 use crate::quant::{Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
-use crate::{DType, Device, Result, Tape, Tensor};
+use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// A model in the basis of its rotations, whose layers are made when asked for. One layer is in memory at a time, besides what
 /// they are made from.
@@ -54,8 +54,7 @@ impl<'a> Rotated<'a> {
         let wide = match rotations {
             Some(r) => {
                 let wide = r.to_device(&device)?.to_dtype(DType::F64)?;
-                wide.check(config.hidden_size, config.head_dim, config.layers, TOLERANCE)?;
-                wide.check_extras(&config.scale_sizes(), config.kv_heads)?;
+                wide.check_for(&config.scale_sizes(), TOLERANCE)?;
                 Some(wide)
             }
             None => None,
@@ -192,9 +191,10 @@ impl<'a> Rotated<'a> {
         let sites = Scheme::FULL_PRECISION.online(self.scheme.online).sites(self.config.head_dim);
         let tape = Tape::new();
         let (r1, r2) = (tape.constant(rotations.r1.clone()), tape.constant(rotations.r2.index(i)?));
+        let r2b = rotations.r2b.as_ref().map(|t| Ok::<_, Error>(tape.constant(t.index(i)?))).transpose()?;
         let scales = LayerScales::of(&rotations.scales, i, |t| tape.constant(t))?;
         let block = Block::new(self.config, i, weights.map(|w| self.widen(w))?);
-        let w = block.transform(&LayerTransforms { r1, r2, scales }, &sites, None)?;
+        let w = block.transform(&LayerTransforms { r1, r2, r2b, scales }, &sites, None)?;
         w.into_values().map(|w| self.narrow(w))
     }
 

@@ -60,8 +60,10 @@ pub struct Llama {
 pub struct RotationVars<'t> {
     /// `[C, C]`.
     pub r1: Var<'t>,
-    /// `[D, D]` for every layer.
+    /// `[D, D]`, or `[K, D, D]`, for every layer.
     pub r2: Vec<Var<'t>>,
+    /// The same of R2b, where there is one: for every layer or none.
+    pub r2b: Vec<Var<'t>>,
     /// The scales of every layer.
     pub scales: Vec<LayerScales<'t>>,
     /// The clip constants of every layer.
@@ -86,26 +88,27 @@ impl<'t> RotationVars<'t> {
         Self::new(rotations, |t| tape.constant(t))
     }
     fn new(rotations: &Rotations, enter: impl Fn(Tensor) -> Var<'t>) -> Result<Self> {
-        let r2 = (0..rotations.layers()).map(|i| Ok(enter(rotations.r2.index(i)?))).collect::<Result<_>>()?;
+        let layers = |t: &Tensor| (0..rotations.layers()).map(|i| Ok(enter(t.index(i)?))).collect::<Result<Vec<_>>>();
+        let (r2, r2b) = (layers(&rotations.r2)?, rotations.r2b.as_ref().map(layers).transpose()?.unwrap_or_default());
         let scales = (0..rotations.layers()).map(|i| LayerScales::of(&rotations.scales, i, &enter)).collect::<Result<_>>()?;
         let clips = (0..rotations.layers()).map(|i| clips_of(&rotations.clips, i, &enter)).collect::<Result<_>>()?;
-        Ok(Self { r1: enter(rotations.r1.clone()), r2, scales, clips, straight: false })
+        Ok(Self { r1: enter(rotations.r1.clone()), r2, r2b, scales, clips, straight: false })
     }
     /// R1 and R2 on a tape, without scales and clip constants.
     pub fn without_scales(r1: Var<'t>, r2: Vec<Var<'t>>) -> Self {
         let scales = vec![LayerScales::default(); r2.len()];
         let clips = vec![LayerClips::default(); r2.len()];
-        Self { r1, r2, scales, clips, straight: false }
+        Self { r1, r2, r2b: vec![], scales, clips, straight: false }
     }
     /// Their values.
     ///
     /// # Errors
     /// Layers that differ in shape.
     pub fn values(&self) -> Result<Rotations> {
-        let stack = |v: Vec<Tensor>| Tensor::stack(&v);
-        let r2 = stack(self.r2.iter().map(|r| r.value().clone()).collect())?;
+        let stack = |v: &[Var<'t>]| Tensor::stack(&v.iter().map(|r| r.value().clone()).collect::<Vec<_>>());
+        let r2b = if self.r2b.is_empty() { None } else { Some(stack(&self.r2b)?) };
         let (scales, clips) = (self.stacked(|v| Ok(v.value().clone()))?, self.stacked_clips(|v| Ok(v.value().clone()))?);
-        Ok(Rotations::new(self.r1.value().clone(), r2).with_scales(scales).with_clips(clips))
+        Ok(Rotations { r2b, ..Rotations::new(self.r1.value().clone(), stack(&self.r2)?).with_scales(scales).with_clips(clips) })
     }
     /// The gradients of the logarithms of scales.
     ///
@@ -144,6 +147,7 @@ impl<'t> RotationVars<'t> {
                     Scale::Values => layer.values.iter().collect(),
                     Scale::Norms => layer.norms.iter().flatten().collect(),
                     Scale::RopePairs => layer.rope_pairs.iter().collect(),
+                    Scale::ValuesGeneral => layer.values_general.iter().collect(),
                 };
                 let mut parts = of.into_iter().map(&mut f).collect::<Result<Vec<_>>>()?;
                 match (kind, parts.len()) {
@@ -158,15 +162,22 @@ impl<'t> RotationVars<'t> {
         }
         Ok(scales)
     }
-    /// dL/dR1 `[1, C, C]` and dL/dR2 `[L, D, D]`, as an optimiser takes them.
+    /// dL/dR1 `[1, C, C]`, dL/dR2 `[L, D, D]` or `[L·K, D, D]`, and that of R2b where there is one, as an optimiser takes them.
     ///
     /// # Errors
     /// Those of [`Gradients::take`](crate::tape::Gradients::take).
     pub fn gradients(&self, grads: &mut crate::tape::Gradients) -> Result<Vec<Tensor>> {
         let r1 = grads.take(&self.r1)?;
-        let r2 = self.r2.iter().map(|r| grads.take(r)).collect::<Result<Vec<_>>>()?;
         let n = r1.cols();
-        Ok(vec![r1.reshape([1, n, n])?, Tensor::stack(&r2)?])
+        let mut all = vec![r1.reshape([1, n, n])?];
+        for matrices in [&self.r2, &self.r2b].into_iter().filter(|m| !m.is_empty()) {
+            let layers = matrices.iter().map(|r| grads.take(r)).collect::<Result<Vec<_>>>()?;
+            let stack = Tensor::stack(&layers)?;
+            let n = stack.cols();
+            let count = stack.len() / (n * n).max(1);
+            all.push(stack.reshape([count, n, n])?);
+        }
+        Ok(all)
     }
 }
 
@@ -297,11 +308,12 @@ impl Llama {
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?.matmul(r1.clone())?;
         drop(part);
         let plan = recompute.plan();
-        let learned = rotations.r2.iter().zip(&rotations.scales).zip(&rotations.clips);
-        for (block, ((r2, scales), clips)) in self.blocks.iter().zip(learned) {
+        let learned = rotations.scales.iter().zip(&rotations.clips);
+        for ((l, block), (scales, clips)) in self.blocks.iter().enumerate().zip(learned) {
             // A node of their own, so that a layer's gradients are summed before they join the others' in either branch.
-            let (r1, r2) = (r1.clone().fork()?, r2.clone().fork()?);
-            let transforms = LayerTransforms { r1, r2, scales: scales.clone() };
+            let (r1, r2) = (r1.clone().fork()?, rotations.r2[l].clone().fork()?);
+            let r2b = rotations.r2b.get(l).map(|r| r.clone().fork()).transpose()?;
+            let transforms = LayerTransforms { r1, r2, r2b, scales: scales.clone() };
             let by = LayerLearned { transforms, clips: clips.clone(), straight: rotations.straight };
             x = plan.run(block, x, by, &run)?;
         }

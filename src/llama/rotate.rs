@@ -116,8 +116,10 @@ impl<'t> RotatedWeights<'t> {
 pub struct LayerTransforms<'t> {
     /// R1 `[C, C]`.
     pub r1: Var<'t>,
-    /// This layer's R2 `[D, D]`.
+    /// This layer's R2 `[D, D]`, or `[K, D, D]`: one for each key and value head.
     pub r2: Var<'t>,
+    /// Its R2b, of the same shape, where there is one.
+    pub r2b: Option<Var<'t>>,
     /// This layer's scales.
     pub scales: LayerScales<'t>,
 }
@@ -142,6 +144,8 @@ pub struct LayerScales<'t> {
     pub norms: [Option<Var<'t>>; 2],
     /// Of pairs of keys and queries, with their angles, `[K, 2, P]`.
     pub rope_pairs: Option<Var<'t>>,
+    /// Of values between R2 and R2b, `[K·D]`.
+    pub values_general: Option<Var<'t>>,
 }
 
 impl<'t> LayerScales<'t> {
@@ -152,6 +156,7 @@ impl<'t> LayerScales<'t> {
     pub fn of(scales: &Scales, l: usize, mut enter: impl FnMut(Tensor) -> Var<'t>) -> Result<Self> {
         let mut at = |kind| scales.get(kind).map(|t| Ok::<_, Error>(enter(t.index(l)?))).transpose();
         let (up_down, values, rope_pairs) = (at(Scale::UpDown)?, at(Scale::Values)?, at(Scale::RopePairs)?);
+        let values_general = at(Scale::ValuesGeneral)?;
         let norms = match scales.get(Scale::Norms) {
             Some(t) => {
                 let both = t.index(l)?;
@@ -159,23 +164,29 @@ impl<'t> LayerScales<'t> {
             }
             None => [None, None],
         };
-        Ok(Self { up_down, values, norms, rope_pairs })
+        Ok(Self { up_down, values, norms, rope_pairs, values_general })
     }
 }
 
 impl<'t> LayerTransforms<'t> {
-    /// Everything in a fixed order: R1, R2, the scales.
+    /// R1 and R2 alone.
+    pub fn published(r1: Var<'t>, r2: Var<'t>) -> Self {
+        Self { r1, r2, r2b: None, scales: LayerScales::default() }
+    }
+
+    /// Everything in a fixed order: R1, R2, R2b, the scales.
     fn into_slots(self) -> Vec<Option<Var<'t>>> {
-        let LayerScales { up_down, values, norms: [first, second], rope_pairs } = self.scales;
-        vec![Some(self.r1), Some(self.r2), up_down, values, first, second, rope_pairs]
+        let LayerScales { up_down, values, norms: [first, second], rope_pairs, values_general } = self.scales;
+        vec![Some(self.r1), Some(self.r2), self.r2b, up_down, values, first, second, rope_pairs, values_general]
     }
 
     /// Back from [`LayerTransforms::into_slots`].
     fn from_slots(slots: Vec<Option<Var<'t>>>) -> Result<Self> {
         let wrong = || Error::Tape("layer: expected R1, R2 and the slots of scales".into());
-        let [r1, r2, up_down, values, first, second, rope_pairs] = <[_; 7]>::try_from(slots).map_err(|_| wrong())?;
-        let scales = LayerScales { up_down, values, norms: [first, second], rope_pairs };
-        Ok(Self { r1: r1.ok_or_else(wrong)?, r2: r2.ok_or_else(wrong)?, scales })
+        let [r1, r2, r2b, up_down, values, first, second, rope_pairs, values_general] =
+            <[_; 9]>::try_from(slots).map_err(|_| wrong())?;
+        let scales = LayerScales { up_down, values, norms: [first, second], rope_pairs, values_general };
+        Ok(Self { r1: r1.ok_or_else(wrong)?, r2: r2.ok_or_else(wrong)?, r2b, scales })
     }
 }
 
@@ -215,7 +226,7 @@ impl Block {
     /// # Errors
     /// [`Error::Argument`] for a layer whose norms keep their gains; rotations of another size.
     pub fn rotate<'t>(&self, r1: &Var<'t>, r2: &Var<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
-        self.transform(&LayerTransforms { r1: r1.clone(), r2: r2.clone(), scales: LayerScales::default() }, s, tokens)
+        self.transform(&LayerTransforms::published(r1.clone(), r2.clone()), s, tokens)
     }
 
     /// [`Block::rotate`] with scales too. With scales of its norm or of up, gate and up are never left unrotated.
@@ -223,14 +234,14 @@ impl Block {
     /// # Errors
     /// Those of [`Block::rotate`]; scales of another size.
     pub fn transform<'t>(&self, by: &LayerTransforms<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
-        let LayerTransforms { r1, r2, scales } = by;
+        let LayerTransforms { r1, scales, .. } = by;
         if self.gains().is_some() {
             return Err(Error::argument("rotation", "the gains of this layer's norms are not folded into its weights"));
         }
         let _part = enter("weights");
         let tape = r1.tape();
         let inner = self.weights[Linear::Down].weight.cols();
-        let rotations = Rotation { r1, r2, scales, r4: s.online.r4.map(inner)? };
+        let rotations = Rotation { by, r4: s.online.r4.map(inner)? };
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
         let scaled = scales.up_down.is_some() || scales.norms[1].is_some();
         let leave =
@@ -259,9 +270,7 @@ impl Block {
 
 /// The rotations and scales of one layer.
 struct Rotation<'a, 't> {
-    r1: &'a Var<'t>,
-    r2: &'a Var<'t>,
-    scales: &'a LayerScales<'t>,
+    by: &'a LayerTransforms<'t>,
     r4: Option<Hadamard>,
 }
 
@@ -269,27 +278,49 @@ impl<'t> Rotation<'_, 't> {
     /// `Bᵀ W A`, R1's product first; in `f32` at least where that is not the last.
     fn weight(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
         let row = linear.row();
-        let [out, inputs] = [w.value().rows(), w.value().cols()];
         let dtype = w.value().dtype();
         let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4.is_some());
         let scaled = self.of_rows(linear).is_some() || self.of_columns(linear).is_some() || self.of_pairs(linear).is_some();
         let twice = twice || scaled;
         let between = if twice { wide(dtype) } else { dtype };
         let w = match row.reads {
-            Basis::Stream => w.matmul_as(self.r1.clone(), between)?,
-            _ => self.r1.clone().transpose_matmul_as(w, between)?,
+            Basis::Stream => w.matmul_as(self.by.r1.clone(), between)?,
+            _ => self.by.r1.clone().transpose_matmul_as(w, between)?,
         };
         let w = self.scaled(linear, w)?;
-        let d = self.r2.value().cols();
         match (row.reads, row.writes, &self.r4) {
-            (_, Basis::Values, _) => {
-                let heads = w.reshape([out / d, d, inputs])?;
-                self.r2.clone().transpose_matmul(heads)?.reshape([out, inputs])
-            }
-            (Basis::Values, ..) => w.reshape([out * inputs / d, d])?.matmul(self.r2.clone())?.reshape([out, inputs]),
+            (_, Basis::Values, _) => self.values_out(w),
+            (Basis::Values, ..) => self.values_in(w),
             (Basis::Inner, _, Some(r4)) => w.hadamard_by(r4),
             _ => Ok(w),
         }
+    }
+
+    /// Width of a head.
+    fn d(&self) -> usize {
+        self.by.r2.value().cols()
+    }
+
+    /// The rows of v's weight `[K·D, in]` into the basis of values: `R2ᵀ W`, and where there is R2b `R2bᵀ diag(e⁻ᵃ) R2ᵀ W`.
+    fn values_out(&self, w: Var<'t>) -> Result<Var<'t>> {
+        let (d, [out, inputs]) = (self.d(), [w.value().rows(), w.value().cols()]);
+        let by = |w: Var<'t>, r: &Var<'t>| r.clone().transpose_matmul(w.reshape([out / d, d, inputs])?)?.reshape([out, inputs]);
+        let w = by(w, &self.by.r2)?;
+        let w = match &self.by.scales.values_general {
+            Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
+            None => w,
+        };
+        self.by.r2b.iter().try_fold(w, by)
+    }
+
+    /// The columns of o's weight `[out, H·D]` into the basis of values: `W R2`, and where there is R2b `W R2 diag(eᵃ) R2b`.
+    fn values_in(&self, w: Var<'t>) -> Result<Var<'t>> {
+        let w = columns_by(w, &self.by.r2)?;
+        let w = match &self.by.scales.values_general {
+            Some(a) => self.scaled_columns(w, a)?,
+            None => w,
+        };
+        self.by.r2b.iter().try_fold(w, columns_by)
     }
 
     /// Rows divided or turned and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
@@ -299,21 +330,27 @@ impl<'t> Rotation<'_, 't> {
             None => w,
         };
         let w = self.turned(linear, w)?;
-        let Some(a) = self.of_columns(linear) else { return Ok(w) };
-        let (entries, columns) = (a.value().len(), w.value().cols());
+        match self.of_columns(linear) {
+            Some(a) => self.scaled_columns(w, a),
+            None => Ok(w),
+        }
+    }
+
+    /// Columns multiplied by scales, of which the query heads of a key and value head have the same.
+    fn scaled_columns(&self, w: Var<'t>, a: &Var<'t>) -> Result<Var<'t>> {
+        let (entries, columns, d) = (a.value().len(), w.value().cols(), self.d());
         let a = match columns / entries {
             0 | 1 => a.clone(),
-            // The query heads of a key and value head read the same values. In f64, for merging, a GPU has no kernel that gathers.
+            // In f64, for merging, a GPU has no kernel that gathers.
             group if a.value().dtype() == DType::F64 && !a.requires_grad() => {
-                let d = self.r2.value().cols();
                 let values = a.value().to_f64_vec()?;
                 let repeated: Vec<f64> = values.chunks(d).flat_map(|head| head.repeat(group)).collect();
                 a.tape().constant(Tensor::from_vec(repeated, [columns])?.to_device(&a.value().device())?)
             }
             group => {
-                let heads = entries / self.r2.value().cols();
+                let heads = entries / d;
                 let ids: Vec<u32> = (0..heads * group).map(|q| (q / group) as u32).collect();
-                a.clone().reshape([heads, entries / heads])?.embedding(ids.into())?.reshape([columns])?
+                a.clone().reshape([heads, d])?.embedding(ids.into())?.reshape([columns])?
             }
         };
         w.log_scale(a, Along::Columns, false)
@@ -322,21 +359,21 @@ impl<'t> Rotation<'_, 't> {
     /// Pairs of rows turned: those of q are divided by the scales, those of k multiplied.
     fn turned(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
         match self.of_pairs(linear) {
-            Some(p) => w.rope_pairs(p.clone(), self.r2.value().cols(), linear == Linear::Q),
+            Some(p) => w.rope_pairs(p.clone(), self.d(), linear == Linear::Q),
             None => Ok(w),
         }
     }
 
     /// What turns pairs of a linear's output.
     fn of_pairs(&self, linear: Linear) -> Option<&Var<'t>> {
-        self.scales.rope_pairs.as_ref().filter(|_| matches!(linear, Linear::Q | Linear::K))
+        self.by.scales.rope_pairs.as_ref().filter(|_| matches!(linear, Linear::Q | Linear::K))
     }
 
     /// The scales that divide a linear's output.
     fn of_rows(&self, linear: Linear) -> Option<&Var<'t>> {
         match linear {
-            Linear::Up => self.scales.up_down.as_ref(),
-            Linear::V => self.scales.values.as_ref(),
+            Linear::Up => self.by.scales.up_down.as_ref(),
+            Linear::V => self.by.scales.values.as_ref(),
             _ => None,
         }
     }
@@ -344,9 +381,9 @@ impl<'t> Rotation<'_, 't> {
     /// The scales that multiply a linear's input.
     fn of_columns(&self, linear: Linear) -> Option<&Var<'t>> {
         match linear {
-            Linear::Down => self.scales.up_down.as_ref(),
-            Linear::O => self.scales.values.as_ref(),
-            _ => linear.row().norm.and_then(|which| self.scales.norms[which].as_ref()),
+            Linear::Down => self.by.scales.up_down.as_ref(),
+            Linear::O => self.by.scales.values.as_ref(),
+            _ => linear.row().norm.and_then(|which| self.by.scales.norms[which].as_ref()),
         }
     }
 
@@ -363,14 +400,42 @@ impl<'t> Rotation<'_, 't> {
             }
             None => b,
         };
-        let r = match linear.row().writes {
-            Basis::Stream => self.r1,
-            Basis::Values => self.r2,
-            Basis::Own | Basis::Inner => return Ok(b),
-        };
-        let (dtype, out, n) = (b.value().dtype(), b.value().len(), r.value().cols());
-        b.to_dtype(wide(dtype))?.reshape([out / n, n])?.matmul(r.clone())?.reshape([out])?.to_dtype(dtype)
+        let (dtype, out) = (b.value().dtype(), b.value().len());
+        match linear.row().writes {
+            Basis::Stream => {
+                b.to_dtype(wide(dtype))?.reshape([1, out])?.matmul(self.by.r1.clone())?.reshape([out])?.to_dtype(dtype)
+            }
+            Basis::Values => {
+                let d = self.d();
+                let by = |b: Var<'t>, r: &Var<'t>| {
+                    let rows = if r.value().shape().len() == 2 { vec![out / d, d] } else { vec![out / d, 1, d] };
+                    b.reshape(rows)?.matmul(r.clone())?.reshape([out])
+                };
+                let b = by(b.to_dtype(wide(dtype))?, &self.by.r2)?;
+                let b = match &self.by.scales.values_general {
+                    Some(a) => b.log_scale(a.clone(), Along::Columns, true)?,
+                    None => b,
+                };
+                self.by.r2b.iter().try_fold(b, by)?.to_dtype(dtype)
+            }
+            Basis::Own | Basis::Inner => Ok(b),
+        }
     }
+}
+
+/// The columns of w `[out, H·D]`, a head at a time, by R `[D, D]`, or by that of their key and value head in `[K, D, D]`.
+fn columns_by<'t>(w: Var<'t>, r: &Var<'t>) -> Result<Var<'t>> {
+    let (d, [out, columns]) = (r.value().cols(), [w.value().rows(), w.value().cols()]);
+    if r.value().shape().len() == 2 {
+        return w.reshape([out * columns / d, d])?.matmul(r.clone())?.reshape([out, columns]);
+    }
+    // Query heads that share a matrix lie behind one another once heads come first.
+    let (heads, kinds) = (columns / d, r.value().shape()[0]);
+    if kinds == 0 || !heads.is_multiple_of(kinds) {
+        return Err(Error::shape("R2", format!("[a divisor of {heads}, {d}, {d}]"), r.value().shape()));
+    }
+    let first = w.reshape([out, heads, d])?.swap_axes()?.reshape([kinds, heads / kinds * out, d])?;
+    first.matmul(r.clone())?.reshape([heads, out, d])?.swap_axes()?.reshape([out, columns])
 }
 
 /// The type that 16-bit values are multiplied in when the product is not the last.

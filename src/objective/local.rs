@@ -45,8 +45,16 @@ impl Objective for Local {
                 _ => (rotations.r2.get(layer).ok_or_else(|| too_few(layer))?, config.head_dim),
             };
             let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-            let rows = x.len() / d;
-            let rows = tape.constant(x.to_dtype(wide)?.reshape([rows, d])?).rms_norm(1e-12)?;
+            let (tokens, rows) = (x.rows(), x.len() / d);
+            let rows = tape.constant(x.clone().to_dtype(wide)?.reshape([rows, d])?).rms_norm(1e-12)?;
+            let rows = match *r.value().shape() {
+                // An R2 for each key and value head: heads that share one lie behind one another once heads come first.
+                [kinds, ..] if r.value().shape().len() == 3 => {
+                    let heads = rows.reshape([tokens, x.len() / d / tokens, d])?.swap_axes()?;
+                    heads.reshape([kinds, x.len() / d / kinds, d])?
+                }
+                _ => rows,
+            };
             let loss = rows.matmul(r.clone())?.spread(self.0)?.scale(mean)?;
             total = Some(match total {
                 Some(sum) => sum.add(loss)?,

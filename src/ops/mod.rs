@@ -27,6 +27,7 @@ pub mod rope_pairs;
 pub mod segment_attention;
 pub mod spread;
 mod sum;
+pub mod swap_axes;
 pub mod swiglu;
 
 pub use crate::random::{normal, randn, repeated};
@@ -58,6 +59,7 @@ pub fn cases() -> Vec<Case> {
         rope_pairs::cases(),
         segment_attention::cases(),
         spread::cases(),
+        swap_axes::cases(),
         swiglu::cases(),
     ]
     .concat()

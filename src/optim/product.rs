@@ -8,7 +8,7 @@ use crate::{DType, Device, Error, Result, Tensor};
 /// The gradients of everything that is learned.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    /// Of R1 `[1, C, C]` and R2 `[L, D, D]`.
+    /// Of R1, R2 and R2b, as [`Rotations::as_params`] has them.
     pub rotations: Vec<Tensor>,
     /// Of the logarithms of scales.
     pub scales: Scales,
@@ -135,7 +135,7 @@ impl<'a> Product<'a> {
         let clips = x.clips.map(|_, t| ClipEnds::bounded(next(t)?))?;
         let mut params = x.as_params()?;
         self.rotations.step(&mut params, grads.rotations.clone(), rates.rotations)?;
-        Ok(Rotations::from_params(&params)?.with_scales(scales).with_clips(clips))
+        Ok(x.with_params(&params)?.with_scales(scales).with_clips(clips))
     }
 
     /// The states of all.
@@ -189,8 +189,7 @@ mod tests {
     }
 
     fn bits(x: &Rotations) -> Vec<u8> {
-        let extras = x.extras().map(|(_, t)| t);
-        [&x.r1, &x.r2].into_iter().chain(extras).flat_map(|t| io::bytes(t).unwrap().to_vec()).collect()
+        x.tensors().into_iter().flat_map(|(_, t)| io::bytes(t).unwrap().to_vec()).collect()
     }
 
     #[test]

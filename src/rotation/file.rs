@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use super::{ClipEnds, Rotations, TOLERANCE};
+use super::{ClipEnds, Rotations, TOLERANCE, Transforms};
 use crate::hadamard::Hadamard;
 use crate::quant::{ClipRatios, Online, Scheme};
 use crate::{Error, Result};
@@ -165,16 +165,14 @@ impl RotationFile {
     /// Writes the file, whole or not at all: an `R.bin` where the name ends in `.bin` or `.pt`, else safetensors.
     ///
     /// # Errors
-    /// [`Error::Io`]; clip ratios or scales, which an `R.bin` cannot hold.
+    /// [`Error::Io`]; clip ratios or more than R1 and one R2 a layer, which an `R.bin` cannot hold.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         if Self::is_torch_name(path) {
             if self.clips.is_some() || !self.rotations.clips.is_empty() {
                 Self::check_holds_clips(path)?;
             }
-            if !self.rotations.scales.is_empty() {
-                Self::check_holds_scales(path)?;
-            }
+            Self::check_holds(path, &self.rotations.transforms())?;
             return self.rotations.save_torch(path);
         }
         let mut notes = self.notes.clone();
@@ -196,14 +194,16 @@ impl RotationFile {
         Ok(())
     }
 
-    /// The same for scales: before some are learned.
+    /// The same for transforms: before they are learned.
     ///
     /// # Errors
-    /// [`Error::Format`] where [`RotationFile::write`] writes an `R.bin`.
-    pub fn check_holds_scales(path: &Path) -> Result<()> {
-        if Self::is_torch_name(path) {
-            let message =
-                "an R.bin holds R1 and R2 only: give it a name in .safetensors, or learn no scales (--transforms published)";
+    /// [`Error::Format`] where [`RotationFile::write`] writes an `R.bin` and there is more than R1 and one R2 a layer: names it.
+    pub fn check_holds(path: &Path, transforms: &Transforms) -> Result<()> {
+        if let Some(more) = transforms.more().filter(|_| Self::is_torch_name(path)) {
+            let message = format!(
+                "an R.bin holds R1 and R2 only, one a layer, and no {more}: give it a name in .safetensors, or learn no more \
+                 (--transforms published)"
+            );
             return Err(Error::format(path, message));
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 mod clips;
 mod file;
+mod params;
 mod pickle;
 mod report;
 mod scales;
@@ -32,8 +33,11 @@ use crate::{DType, Error, Result, Tensor, io};
 pub struct Rotations {
     /// `[C, C]`: the residual stream is `x R1`.
     pub r1: Tensor,
-    /// `[L, D, D]`: the values of a head in layer l are `v R2[l]`.
+    /// `[L, D, D]`: the values of a head in layer l are `v R2[l]`. Or `[L, K, D, D]`, one for each key and value head.
     pub r2: Tensor,
+    /// Of the same shape, with scales [`Scale::ValuesGeneral`] alone: the values of a head are `v R2 diag(e⁻ᵃ) R2b`, and every invertible
+    /// matrix is such a product.
+    pub r2b: Option<Tensor>,
     /// Scales merged with them; none as published.
     pub scales: Scales,
     /// Clip constants learned with them; none as published.
@@ -42,11 +46,14 @@ pub struct Rotations {
 
 const FORMAT: &str = "spinquant-rotations";
 const VERSION: &str = "1";
-/// Of files with scales.
+/// Of files with more than R1 and one R2 a layer.
 const SCALED_VERSION: &str = "2";
 /// Of files with clip constants.
 const CLIPPED_VERSION: &str = "3";
 const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
+
+/// The name of the second factor of values in files.
+const R2B: &str = "R2b";
 
 /// The name of logarithms of scales in files.
 pub(crate) fn scale_name(kind: Scale) -> String {
@@ -116,14 +123,15 @@ impl Rotations {
         Ok(Self::new(Tensor::from_vec(of(hidden, 0)?, [hidden, hidden])?, Tensor::from_vec(r2, r2_shape)?))
     }
 
-    /// R1 `[C, C]` and R2 `[L, D, D]` made elsewhere, without scales and clip constants.
+    /// R1 `[C, C]` and R2 `[L, D, D]` or `[L, K, D, D]` made elsewhere, without scales and clip constants.
     pub fn new(r1: Tensor, r2: Tensor) -> Self {
-        Self { r1, r2, scales: Scales::default(), clips: ClipEnds::default() }
+        Self { r1, r2, r2b: None, scales: Scales::default(), clips: ClipEnds::default() }
     }
 
-    /// What there is: R1, R2 and the kinds of scales.
+    /// What there is.
     pub fn transforms(&self) -> Transforms {
-        Transforms::new(&self.scales.iter().map(|(kind, _)| kind).collect::<Vec<_>>())
+        let kinds: Vec<Scale> = self.scales.iter().map(|(kind, _)| kind).collect();
+        Transforms::new(&kinds).with_heads(self.heads().is_some())
     }
 
     /// The same with other scales.
@@ -136,17 +144,20 @@ impl Rotations {
         Self { clips, ..self }
     }
 
-    /// Everything but R1 and R2, by its name in files.
-    pub(crate) fn extras(&self) -> impl Iterator<Item = (String, &Tensor)> {
+    /// Everything by its name in files, in a fixed order.
+    pub fn tensors(&self) -> Vec<(String, &Tensor)> {
+        let rotations = [("R1", Some(&self.r1)), ("R2", Some(&self.r2)), (R2B, self.r2b.as_ref())];
+        let rotations = rotations.into_iter().filter_map(|(name, t)| Some((name.to_string(), t?)));
         let scales = self.scales.iter().map(|(kind, t)| (scale_name(kind), t));
-        scales.chain(self.clips.iter().map(|(site, t)| (clip_name(site), t)))
+        rotations.chain(scales).chain(self.clips.iter().map(|(site, t)| (clip_name(site), t))).collect()
     }
 
-    /// Sets what [`Rotations::extras`] gives, from what `take` has under its names.
+    /// Sets what [`Rotations::tensors`] gives besides R1 and R2, from what `take` has under its names.
     ///
     /// # Errors
     /// Those of `take`.
     pub(crate) fn set_extras(&mut self, mut take: impl FnMut(&str) -> Result<Option<Tensor>>) -> Result<()> {
+        self.r2b = take(R2B)?;
         for kind in Scale::ALL {
             self.scales.set(kind, take(&scale_name(kind))?);
         }
@@ -156,13 +167,14 @@ impl Rotations {
         Ok(())
     }
 
-    /// Checks scales and clip constants against a model's sizes.
+    /// What `f` makes of each.
     ///
     /// # Errors
-    /// Names what does not fit, what was expected and what came.
-    pub fn check_extras(&self, sizes: &Sizes, kv_heads: usize) -> Result<()> {
-        self.scales.check(sizes)?;
-        self.clips.check(sizes.layers, kv_heads)
+    /// The first of `f`.
+    pub fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let (r1, r2, r2b) = (f(&self.r1)?, f(&self.r2)?, self.r2b.as_ref().map(&mut f).transpose()?);
+        let scales = self.scales.map(|_, t| f(t))?;
+        Ok(Self { r1, r2, r2b, scales, clips: self.clips.map(|_, t| f(t))? })
     }
 
     /// That R1 is a square matrix and R2 a list of them: fields are public.
@@ -171,10 +183,14 @@ impl Rotations {
             [c, d] if c == d && c > 0 => {}
             _ => return Err(Error::shape("R1", "[C, C]", self.r1.shape())),
         }
-        match *self.r2.shape() {
-            [l, c, d] if c == d && (c > 0 || l == 0) => Ok(()),
-            _ => Err(Error::shape("R2", "[L, D, D]", self.r2.shape())),
+        for (name, t) in [("R2", Some(&self.r2)), ("R2b", self.r2b.as_ref())].into_iter().filter_map(|(n, t)| Some((n, t?))) {
+            match *t.shape() {
+                [l, c, d] if c == d && (c > 0 || l == 0) => {}
+                [_, k, c, d] if c == d && c > 0 && k > 0 => {}
+                _ => return Err(Error::shape(name, "[L, D, D] or [L, K, D, D]", t.shape())),
+            }
         }
+        Ok(())
     }
 
     /// Hidden size C.
@@ -189,14 +205,17 @@ impl Rotations {
     pub fn layers(&self) -> usize {
         self.r2.shape().first().copied().unwrap_or(0)
     }
+    /// Key and value heads K, where each has an R2 of its own.
+    pub fn heads(&self) -> Option<usize> {
+        (self.r2.shape().len() == 4).then(|| self.r2.shape()[1])
+    }
 
     /// The same in another element type.
     ///
     /// # Errors
     /// A type that is not floating-point; a failed launch.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        let (scales, clips) = (self.scales.map(|_, t| t.to_dtype(dtype))?, self.clips.map(|_, t| t.to_dtype(dtype))?);
-        Ok(Self { r1: self.r1.to_dtype(dtype)?, r2: self.r2.to_dtype(dtype)?, scales, clips })
+        self.map(|t| t.to_dtype(dtype))
     }
 
     /// The same on another device.
@@ -204,38 +223,10 @@ impl Rotations {
     /// # Errors
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
-        let (scales, clips) = (self.scales.map(|_, t| t.to_device(device))?, self.clips.map(|_, t| t.to_device(device))?);
-        Ok(Self { r1: self.r1.to_device(device)?, r2: self.r2.to_device(device)?, scales, clips })
+        self.map(|t| t.to_device(device))
     }
 
-    /// R1 and R2 as an optimiser sees them: `[1, C, C]` and `[L, D, D]`.
-    ///
-    /// # Errors
-    /// Matrices that are not square.
-    pub fn as_params(&self) -> Result<Vec<Tensor>> {
-        self.squares()?;
-        let c = self.hidden();
-        Ok(vec![self.r1.clone().reshape([1, c, c])?, self.r2.clone()])
-    }
-
-    /// Back from [`Rotations::as_params`].
-    ///
-    /// # Errors
-    /// Another number of parameters, or shapes that are not R1's and R2's.
-    pub fn from_params(params: &[Tensor]) -> Result<Self> {
-        let [r1, r2] = params else {
-            return Err(Error::argument("rotations", format!("expected R1 and R2, got {} tensors", params.len())));
-        };
-        let (1, c) = linalg::dims("R1", r1)? else {
-            return Err(Error::shape("R1", "[1, C, C]", r1.shape()));
-        };
-        if !r2.is_empty() {
-            linalg::dims("R2", r2)?;
-        }
-        Ok(Self::new(r1.clone().reshape([c, c])?, r2.clone()))
-    }
-
-    /// max|RᵀR − I| of R1 and of every R2, in `f64`.
+    /// max|RᵀR − I| of R1, and of every R2 and then every R2b, head by head, in `f64`.
     ///
     /// # Errors
     /// Matrices that are not square, or integers.
@@ -256,8 +247,9 @@ impl Rotations {
             let worst = |m: f64, e: f64| if e > m || e.is_nan() { e } else { m };
             Ok(gram.chunks(n * n).map(|g| g.iter().enumerate().map(off).fold(0.0, worst)).collect())
         };
-        let c = self.hidden();
-        Ok((of(self.r1.clone().reshape([1, c, c])?)?[0], of(self.r2.clone())?))
+        let mut all = self.as_params()?.into_iter().map(of);
+        let first = all.next().map_or(Ok(vec![]), |r1| r1)?;
+        Ok((first[0], all.collect::<Result<Vec<_>>>()?.concat()))
     }
 
     /// Checks sizes, and that every matrix is orthogonal within `tolerance`.
@@ -268,12 +260,17 @@ impl Rotations {
         if self.r1.shape() != [hidden, hidden] {
             return Err(Error::shape("R1", format!("[{hidden}, {hidden}] for this model"), self.r1.shape()));
         }
-        if self.r2.shape() != [layers, head_dim, head_dim] {
-            return Err(Error::shape("R2", format!("[{layers}, {head_dim}, {head_dim}] for this model"), self.r2.shape()));
+        let one = match self.heads() {
+            Some(k) => vec![layers, k, head_dim, head_dim],
+            None => vec![layers, head_dim, head_dim],
+        };
+        for (name, t) in [("R2", Some(&self.r2)), ("R2b", self.r2b.as_ref())].into_iter().filter_map(|(n, t)| Some((n, t?))) {
+            if t.shape() != one {
+                return Err(Error::shape(name, format!("{one:?} for this model"), t.shape()));
+            }
         }
-        let (r1, r2) = self.orthogonality_errors()?;
-        let named =
-            std::iter::once(("R1".to_string(), r1)).chain(r2.into_iter().enumerate().map(|(l, e)| (format!("R2[{l}]"), e)));
+        let (r1, others) = self.orthogonality_errors()?;
+        let named = std::iter::once(("R1".to_string(), r1)).chain(self.names().into_iter().zip(others));
         for (name, error) in named {
             if error > tolerance || error.is_nan() {
                 if !error.is_finite() {
@@ -284,6 +281,29 @@ impl Rotations {
             }
         }
         Ok(())
+    }
+
+    /// [`Rotations::check`] with the sizes of a model, and of everything else that there is.
+    ///
+    /// # Errors
+    /// Those of [`Rotations::check`], [`Scales::check`] and [`ClipEnds::check`]; R2 for another number of heads; R2b without its scales, or these without it.
+    pub fn check_for(&self, sizes: &Sizes, tolerance: f64) -> Result<()> {
+        if let Some(heads) = self.heads().filter(|&heads| heads != sizes.kv_heads) {
+            let expected = format!("one for each of {} key and value heads of this model", sizes.kv_heads);
+            return Err(Error::argument("R2", format!("expected {expected}, or one a layer, got {heads} a layer")));
+        }
+        self.check(sizes.hidden, sizes.head_dim, sizes.layers, tolerance)?;
+        let (kind, has) = (Scale::ValuesGeneral, |there| if there { "one" } else { "none" });
+        if self.r2b.is_some() != self.scales.get(kind).is_some() {
+            let message = format!(
+                "expected it together with scales {kind}, got {} and {}",
+                has(self.r2b.is_some()),
+                has(self.r2b.is_none())
+            );
+            return Err(Error::argument("R2b", message));
+        }
+        self.scales.check(sizes)?;
+        self.clips.check(sizes.layers, sizes.kv_heads)
     }
 
     /// Writes a safetensors file, whole or not at all.
@@ -299,12 +319,10 @@ impl Rotations {
     /// # Errors
     /// [`Error::Io`] with the path; a failing copy from a GPU.
     pub fn save_with(&self, path: &Path, notes: &BTreeMap<String, String>) -> Result<()> {
-        let extras = self.extras().map(|(name, t)| (name, t.clone()));
-        let tensors =
-            [("R1".to_string(), self.r1.clone()), ("R2".to_string(), self.r2.clone())].into_iter().chain(extras).collect();
+        let tensors = self.tensors().into_iter().map(|(name, t)| (name, t.clone())).collect();
         let mut metadata = notes.clone();
-        // Whoever knows no scales must not read a file that has some; nor clip constants.
-        let version = match (self.clips.is_empty(), self.scales.is_empty()) {
+        // Whoever knows no more than R1 and R2 must not read a file that has more; nor clip constants.
+        let version = match (self.clips.is_empty(), self.transforms() == Transforms::PUBLISHED) {
             (true, true) => VERSION,
             (true, false) => SCALED_VERSION,
             (false, _) => CLIPPED_VERSION,
@@ -333,30 +351,37 @@ impl Rotations {
             let expected = format!("expected rotations of format version {}", known.join(", "));
             return Err(Error::format(path, format!("{expected}, got {version:?}")));
         }
-        let mut take = |name: &str, rank: usize| -> Result<Tensor> {
-            let Some(t) = tensors.remove(name) else {
-                return Err(Error::format(path, format!("holds no {name}")));
-            };
-            let square = t.shape().len() == rank && t.shape()[rank - 1] == t.shape()[rank - 2];
-            if !square || t.cols() == 0 {
-                let wanted = if rank == 2 { "[C, C]" } else { "[L, D, D]" };
+        let matrices = |name: &str, t: Tensor, dtype: Option<DType>| -> Result<Tensor> {
+            let (ranks, wanted) = if name == "R1" { (2..=2, "[C, C]") } else { (3..=4, "[L, D, D] or [L, K, D, D]") };
+            let rank = t.shape().len();
+            let square = ranks.contains(&rank) && t.shape()[rank - 1] == t.shape()[rank - 2];
+            if !square || t.is_empty() && (rank != 3 || t.cols() == 0) {
                 return Err(Error::format(path, format!("{name}: expected shape {wanted}, got {:?}", t.shape())));
             }
             if !matches!(t.dtype(), DType::F32 | DType::F64) {
                 return Err(Error::format(path, format!("{name}: expected dtype f32 or f64, got {}", t.dtype())));
+            }
+            if let Some(r1) = dtype.filter(|r1| *r1 != t.dtype()) {
+                return Err(Error::format(path, format!("R1 is {r1}, {name} is {}: expected one dtype", t.dtype())));
             }
             if !io::is_finite(&t)? {
                 return Err(Error::format(path, format!("{name} holds NaN or infinite values")));
             }
             Ok(t)
         };
-        let (r1, r2) = (take("R1", 2)?, take("R2", 3)?);
-        if r1.dtype() != r2.dtype() {
-            return Err(Error::format(path, format!("R1 is {}, R2 is {}: expected one dtype", r1.dtype(), r2.dtype())));
-        }
+        let mut take = |name: &str, dtype| match tensors.remove(name) {
+            Some(t) => matrices(name, t, dtype),
+            None => Err(Error::format(path, format!("holds no {name}"))),
+        };
+        let r1 = take("R1", None)?;
+        let dtype = r1.dtype();
+        let r2 = take("R2", Some(dtype))?;
         let mut all = Self::new(r1, r2);
         all.set_extras(|name| {
             let Some(t) = tensors.remove(name) else { return Ok(None) };
+            if name == R2B {
+                return matrices(name, t, Some(dtype)).map(Some);
+            }
             if !matches!(t.dtype(), DType::F32 | DType::F64) || !io::is_finite(&t)? {
                 return Err(Error::format(path, format!("{name}: expected finite f32 or f64 values")));
             }

@@ -16,7 +16,7 @@ const EXACT: f64 = 1e-13;
 /// What [`Rotations::report`] says of one matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MatrixReport {
-    /// `R1` or `R2[layer]`.
+    /// `R1`, `R2[layer]` or `R2[layer, head]`, and R2b likewise.
     pub name: String,
     /// Rows, and columns.
     pub size: usize,
@@ -37,15 +37,17 @@ impl fmt::Display for MatrixReport {
 }
 
 impl Rotations {
-    /// Size, orthogonality and determinant of R1 and every R2, in `f64`.
+    /// Size, orthogonality and determinant of R1 and every R2 and R2b, in `f64`.
     ///
     /// # Errors
     /// Matrices that are not square, or integers.
     pub fn report(&self) -> Result<Vec<MatrixReport>> {
         self.squares()?;
         let mut matrices = vec![("R1".to_string(), self.r1.clone())];
-        for l in 0..self.layers() {
-            matrices.push((format!("R2[{l}]"), self.r2.index(l)?));
+        let params = self.as_params()?;
+        let others = params[1..].iter().flat_map(|t| (0..t.shape()[0]).map(|i| t.index(i)));
+        for (name, t) in self.names().into_iter().zip(others) {
+            matrices.push((name, t?));
         }
         let of = |(name, t): (String, Tensor)| {
             let n = t.cols();
@@ -75,13 +77,18 @@ impl Rotations {
             let n = t.cols();
             if error <= EXACT { t.reshape([1, n, n]) } else { Orthogonal.project_point(&t.reshape([1, n, n])?) }
         };
-        let n = self.hidden();
-        let r1 = project(&self.r1, first)?.reshape([n, n])?;
-        let mut r2 = vec![];
-        for (l, error) in others.into_iter().enumerate() {
-            r2.extend(project(&self.r2.index(l)?, error)?.into_vec::<f64>()?);
+        let params = self.as_params()?;
+        let r1 = project(&self.r1, first)?;
+        let mut projected = vec![r1];
+        let mut errors = others.into_iter();
+        for t in &params[1..] {
+            let mut all = vec![];
+            for i in 0..t.shape()[0] {
+                let error = errors.next().unwrap_or(f64::NAN);
+                all.extend(project(&t.index(i)?, error)?.into_vec::<f64>()?);
+            }
+            projected.push(Tensor::from_vec(all, t.shape())?);
         }
-        let r2 = Tensor::from_vec(r2, self.r2.shape())?;
-        Ok(Self { r1, r2, ..self.clone() })
+        self.with_params(&projected)
     }
 }

@@ -6,11 +6,13 @@
 //! | [`Scale::Values`] | `[L, K·D]` | rows of W_v and b_v | columns of W_o, for every query head of a KV head | R2 |
 //! | [`Scale::Norms`] | `[L, 2, C]` | the gain of a norm | columns of q, k, v; of gate, up | behind R1 |
 //! | [`Scale::RopePairs`] | `[L, K, 2, P]` | pairs of rows of W_q and b_q, for every query head of a KV head | those of W_k and b_k | RoPE |
+//! | [`Scale::ValuesGeneral`] | `[L, K·D]` | rows of R2ᵀ W_v and R2ᵀ b_v | columns of W_o R2, for every query head of a KV head | R2b, behind R2 |
 //!
 //! up is multiplied by the gate entry by entry, and attention mixes values without touching their entries, so the first two cancel. The
 //! third stands behind R1, where a norm has no gain left: it stays in the network as an ordinary RMSNorm gain (OSTQuant,
 //! arXiv 2501.13987). The fourth turns each of the P pairs that the rotary embedding turns by an angle too, of q and of k by the same one:
-//! both commute with the embedding and leave the products of queries and keys alone (FPTQuant, arXiv 2506.04985). Scales are kept as their
+//! both commute with the embedding and leave the products of queries and keys alone (FPTQuant, arXiv 2506.04985). The last stands between
+//! two rotations, `v R2 diag(e⁻ᵃ) R2b`: by the singular value decomposition every invertible matrix is such a product. Scales are kept as their
 //! logarithms: an exponential is never 0.
 
 use std::fmt;
@@ -29,11 +31,13 @@ pub enum Scale {
     Norms,
     /// Of the pairs of keys and queries that the rotary embedding turns, and angles: row 0 has the logarithms, row 1 the angles.
     RopePairs,
+    /// Of values between R2 and R2b ([`Rotations::r2b`](super::Rotations::r2b)): with both, any invertible matrix of every head.
+    ValuesGeneral,
 }
 
 impl Scale {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::UpDown, Self::Values, Self::Norms, Self::RopePairs];
+    pub const ALL: [Self; 5] = [Self::UpDown, Self::Values, Self::Norms, Self::RopePairs, Self::ValuesGeneral];
 
     /// Its name on the command line and in files.
     pub const fn name(self) -> &'static str {
@@ -42,6 +46,7 @@ impl Scale {
             Self::Values => "values",
             Self::Norms => "norms",
             Self::RopePairs => "rope-pairs",
+            Self::ValuesGeneral => "values-general",
         }
     }
 
@@ -50,7 +55,7 @@ impl Scale {
         let Sizes { layers, hidden, intermediate, kv_heads, head_dim, pairs, .. } = *sizes;
         match self {
             Self::UpDown => vec![layers, intermediate],
-            Self::Values => vec![layers, kv_heads * head_dim],
+            Self::Values | Self::ValuesGeneral => vec![layers, kv_heads * head_dim],
             Self::Norms => vec![layers, 2, hidden],
             Self::RopePairs => vec![layers, kv_heads, 2, pairs],
         }

@@ -60,15 +60,16 @@ impl Rotations {
     /// rotations to equal bytes.
     ///
     /// # Errors
-    /// [`Error::Io`] with the path; scales, which an `R.bin` cannot hold; a failing copy from a GPU.
+    /// [`Error::Io`] with the path; scales or an R2 for every head, which an `R.bin` cannot hold; a failing copy from a GPU.
     pub fn save_torch(&self, path: &Path) -> Result<()> {
         let bytes = self.to_torch_bytes().map_err(|e| Error::format(path, e))?;
         io::write_atomically(path, |out| out.write_all(&bytes))
     }
 
     fn to_torch_bytes(&self) -> Result<Vec<u8>> {
-        if let Some((kind, _)) = self.scales.iter().next() {
-            let message = format!("an R.bin holds R1 and R2 only, got scales {kind}; write safetensors, or learn without scales");
+        if let Some(more) = self.transforms().more() {
+            let message =
+                format!("an R.bin holds R1 and R2 only, one a layer, got {more}; write safetensors, or learn without it");
             return Err(Error::argument("R.bin", message));
         }
         let mut tensors = vec![("R1".to_string(), self.r1.to_device(&crate::Device::Cpu)?)];

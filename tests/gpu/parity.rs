@@ -50,7 +50,10 @@ fn scales_merged() {
     let model = Llama::new(config.clone(), Weights::random(&config, 1).unwrap()).unwrap();
     let scales = Scales::ones(&Scale::ALL, &config.scale_sizes()).unwrap();
     let scales = scales.map(|kind, t| ops::randn(t.shape(), 3 + kind as u64).scale(0.3)).unwrap();
-    let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, 1, 2).unwrap().with_scales(scales);
+    let r = Rotations::random_hadamard(config.hidden_size, config.head_dim, 1, 2).unwrap();
+    // Everything there is: an R2 and an R2b of every head too.
+    let r = r.per_head(config.kv_heads, Some(5)).unwrap().with_scales(scales);
+    let r = Rotations { r2b: Some(r.clone().r2), ..r };
     let scheme = Scheme::FULL_PRECISION;
     let cast = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
     let layers = model.blocks.iter().map(|b| b.weights.map(|t| Ok(cast(t))).unwrap()).collect();

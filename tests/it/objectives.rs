@@ -79,9 +79,10 @@ proptest! {
 
     /// What a local objective says of the unrotated model's activations is what the quantisers of the rotated network see.
     #[test]
-    fn local_objectives_measure_what_quantizers_see(seed: u64, kv_heads in 1usize..=2) {
+    fn local_objectives_measure_what_quantizers_see(seed: u64, kv_heads in 1usize..=2, per_head: bool) {
         let (m, ids, scheme) = (model(kv_heads, 2, seed), tokens(2 * SEQ, seed), Scheme::FULL_PRECISION.online(Online::NONE));
         let r = rotations(&m, seed);
+        let r = if per_head { r.per_head(kv_heads, Some(seed ^ 1)).unwrap() } else { r };
         let seen = Arc::new(Mutex::new(vec![]));
         let see = {
             let seen = seen.clone();

@@ -14,7 +14,7 @@ use spinquant::export;
 use spinquant::learn::{StepReport, Watch};
 use spinquant::llama::{Llama, LlamaConfig, Source, synthetic};
 use spinquant::quant::{ClipRatios, Online, Scheme};
-use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
+use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start, TOLERANCE};
 use spinquant::{DType, Device, Error, Result};
 
 /// The model and where it runs.
@@ -369,7 +369,7 @@ pub fn check_length(config: &LlamaConfig, seq_len: usize) -> Result<()> {
 pub fn rotations(start: &Start, config: &LlamaConfig) -> Result<Option<RotationFile>> {
     let file = start.open(config.hidden_size, config.head_dim, config.layers)?;
     if let Some(file) = &file {
-        let fits = file.rotations.check_extras(&config.scale_sizes(), config.kv_heads);
+        let fits = file.rotations.check_for(&config.scale_sizes(), TOLERANCE);
         fits.map_err(|e| file.path().map_or(Error::argument("rotations", &e), |path| Error::format(path, &e)))?;
     }
     Ok(file)

@@ -46,11 +46,11 @@ pub struct Recipe {
     optimizer: String,
     #[arg(long, value_name = "NAME", default_value = "cross-entropy", value_parser = objective::by_name, help = objectives())]
     objective: Arc<dyn Objective>,
-    /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2, up-down, values, norms,
-    /// rope-pairs (docs/cli.md).
+    /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2 or r2-heads, up-down,
+    /// values, norms, rope-pairs, values-general (docs/cli.md).
     #[arg(long, value_name = "LIST", default_value = "published")]
     transforms: Transforms,
-    /// Learning rate of the first step for logarithms of scales; it falls as --lr does.
+    /// Learning rate of the first step for logarithms of scales, and angles; it falls as --lr does.
     #[arg(long, value_name = "RATE", default_value_t = LearnOptions::default().scale_rate)]
     scale_lr: f64,
     /// Learning rate of the first step for logarithms of clip ratios that are learned (--clip learned); it falls as --lr does.
@@ -299,9 +299,10 @@ pub fn run(args: &Args) -> Result<()> {
     let transforms = start.rotations.transforms().with(&args.recipe.transforms).of(&config.scale_sizes())?;
     options.transforms = transforms;
     options.check(optimizer.as_ref())?;
-    if transforms != Transforms::PUBLISHED {
-        RotationFile::check_holds_scales(&args.out)?;
-    }
+    RotationFile::check_holds(&args.out, &transforms)?;
+    // Of a random start each head gets a matrix of its own; one that was chosen stays the network that it is.
+    let alike = transforms.heads() && choice.seed().is_none();
+    let from = if alike { from.per_head(config.kv_heads, None)? } else { from };
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;
     options.check_text(&windows)?;
     options.checkpoint = Some((state.clone(), args.checkpoint_every.unwrap_or(usize::MAX)));

@@ -28,9 +28,12 @@ fn scales_are_learned_written_read_and_scored() {
 
     // Those of a start are kept and learned on.
     let to = |out: &str| learn.replace("--out R.safetensors", &format!("--out {out} --start R.safetensors"));
-    place.json(&format!("{} --transforms r1,r2,norms", to("more.safetensors")));
+    place.json(&format!("{} --transforms r1,r2-heads,norms,values-general", to("more.safetensors")));
     let (_, notes) = Rotations::load_with(&place.path("more.safetensors")).unwrap();
-    assert_eq!(notes["transforms"], "r1,r2,up-down,values,norms,rope-pairs");
+    assert_eq!(notes["transforms"], "r1,r2-heads,up-down,values,norms,rope-pairs,values-general");
+    let out = place.run("rotations check more.safetensors");
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(out.status.success() && text.contains("R2[1, 1]") && text.contains("R2b[1, 1]"), "{text}");
     place.fails(&format!("{} --clip none", to("R.bin")), &["R.bin", "R1 and R2 only"]);
 }
 
