@@ -547,6 +547,7 @@ mod tests {
                 predict(&config, &Work { transforms, ..none }, step, 1, &card).unwrap()
             };
             let without = at(Transforms::PUBLISHED);
+            assert!(at(Transforms::PUBLISHED.with_heads(true)).bytes() > without.bytes());
             for kind in Scale::ALL {
                 let (one, all) = (at(Transforms::new(&[kind])), at(Transforms::ALL));
                 assert!(one.bytes() > without.bytes() && one.seconds > without.seconds, "{kind}");

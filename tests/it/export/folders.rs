@@ -1,5 +1,7 @@
 //! Folders that are begun, ended early, in the way or damaged.
 
+use spinquant::rotation::{Scale, Transforms};
+
 use super::*;
 
 fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -60,8 +62,13 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
     let config = LlamaConfig { layers: 3, ..tiny::config(4, 2, false) };
     let text = Windows::new((0..16 * 8).map(|i| (i * i * 7 + i / 3) % 31).collect::<Vec<u32>>(), 16).unwrap();
     let calibration = Calibration::first(&text, 8).unwrap();
-    let r = Rotations::random_hadamard(16, 8, 3, 5).unwrap();
-    for dtype in [DType::F32, DType::BF16] {
+    let plain = Rotations::random_hadamard(16, 8, 3, 5).unwrap();
+    // All that is merged into linears. (Of norms, gains would stay beside the weights that are compared below.)
+    let merged = Transforms::new(&[Scale::UpDown, Scale::Values, Scale::RopePairs, Scale::ValuesGeneral]).with_heads(true);
+    let mut more = plain.clone().with_transforms(&merged, &config.scale_sizes(), Some(6)).unwrap();
+    more.r2b = Some(more.r2.clone());
+    more.scales = more.scales.map(|kind, t| randn(t.shape(), kind as u64).scale(0.2)).unwrap();
+    for (dtype, r) in [(DType::F32, plain), (DType::BF16, more)] {
         tiny::write(&source, &config, dtype, 9, true);
         let (files, model) = (Source::open(&source, &config).unwrap(), Llama::load(&source, dtype, &Device::Cpu).unwrap());
         for format in [Format::Native, Format::Hf, Format::CompressedTensors] {
@@ -298,7 +305,7 @@ fn damaged_native_folders() {
         std::fs::write(&json, changed.to_string()).unwrap();
         load_native(&out, &Device::Cpu)
     };
-    fails(with("/format_version", 2.into()), &["version 1", "version 2"]);
+    fails(with("/format_version", 3.into()), &["version 1 or 2", "version 3"]);
     fails(with("/format", "other".into()), &["spinquant-native"]);
     fails(with("/scheme/weight_bits", 9.into()), &["scheme: weights", "expected 2 to 8"]);
     fails(with("/scheme/weight_bits", 40.into()), &["scheme: weights", "40"]);
