@@ -25,6 +25,7 @@
 pub mod cayley;
 mod hadamard_choice;
 mod learned;
+mod turned;
 
 use std::sync::Arc;
 
@@ -46,6 +47,7 @@ use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
 use crate::{DType, Element, Error, Result};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 pub use learned::{agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums};
+pub use turned::{rope_pairs, rope_pairs_backward, swap_axes};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.
 #[allow(private_bounds)]

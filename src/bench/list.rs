@@ -42,6 +42,8 @@ const ORDER: &[&str] = &[
     "kl-divergence",
     "agreement",
     "log-scale",
+    "rope-pairs",
+    "swap-axes",
     "clipped-fake-quant",
     "whip",
     "kurtosis",

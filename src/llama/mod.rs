@@ -16,6 +16,7 @@ mod model;
 mod packed;
 mod rotate;
 pub mod synthetic;
+mod turn;
 mod walk;
 
 pub(crate) use block::plus;

@@ -195,13 +195,23 @@ fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Tensor)> {
     Ok((p.clone(), p))
 }
 
+/// How many heads so many values are, and logarithms and angles of theirs.
+fn counts(c: &Check<'_>, len: usize, n: Sizes) -> Result<[usize; 2]> {
+    let heads = c.rows(len, c.product(&[n.dim, n.cols])?)?;
+    if n.group == 0 || !heads.is_multiple_of(n.group) || n.pairs == 0 || c.product(&[2, n.pairs])? > n.dim {
+        let Sizes { dim, group, pairs, .. } = n;
+        let message = format!("{heads} heads of {dim} rows, {group} alike, and {pairs} pairs of each do not fit together");
+        return Err(Error::argument("rope_pairs", message));
+    }
+    Ok([heads, c.product(&[heads / n.group, 2, n.pairs])?])
+}
+
 /// The operation on the rows of heads, logarithms and angles in `f32`, or `f64` where x is; y may be x.
-fn launch(queue: Queue<'_>, op: RopePairs, y: View<'_>, x: View<'_>, p: View<'_>, n: Sizes) -> Result<()> {
+pub(crate) fn launch(queue: Queue<'_>, op: RopePairs, y: View<'_>, x: View<'_>, p: View<'_>, n: Sizes) -> Result<()> {
     let c = Check::new("rope_pairs", queue);
     let (len, kind, work) = (x.len(), x.kind(), Work::moving("scale", 2 * x.bytes()));
-    let heads = c.rows(len, c.product(&[n.dim, n.cols])?)?;
+    let [heads, entries] = counts(&c, len, n)?;
     let of_p = if kind == Kind::F64 { kind } else { Kind::F32 };
-    let entries = c.product(&[heads / n.group, 2, n.pairs])?;
     let (y, x, p) = (c.operand("y", y, kind, len)?, c.operand("x", x, kind, len)?, c.operand("angles", p, of_p, entries)?);
     let (heads, group, dim, pairs) = (c.int(heads)?, c.int(n.group)?, c.int(n.dim)?, c.int(n.pairs)?);
     let (cols, sign) = (c.long(n.cols)?, op.sign());
@@ -215,7 +225,7 @@ fn launch(queue: Queue<'_>, op: RopePairs, y: View<'_>, x: View<'_>, p: View<'_>
 }
 
 /// The gradients of x and of the logarithms and angles, those that there is room for; x is read for the second alone. dx may be dy.
-fn launch_backward(
+pub(crate) fn launch_backward(
     queue: Queue<'_>,
     op: RopePairs,
     [dx, dp]: [Option<View<'_>>; 2],
@@ -226,8 +236,7 @@ fn launch_backward(
     let c = Check::new("rope_pairs backward", queue);
     let (len, kind) = (dy.len(), dy.kind());
     let work = Work::moving("scale", dy.bytes() * (1 + usize::from(dx.is_some()) + usize::from(dp.is_some())));
-    let heads = c.rows(len, c.product(&[n.dim, n.cols])?)?;
-    let entries = c.product(&[heads / n.group, 2, n.pairs])?;
+    let [heads, entries] = counts(&c, len, n)?;
     if dp.is_some() && x.is_none() {
         return Err(Error::argument("rope_pairs backward", "expected x for the gradient of the angles, got none"));
     }

@@ -54,7 +54,7 @@ impl Op for SwapAxes {
 }
 
 /// y `[b, a, d]` of x `[a, b, d]`, values of any type with `size` bytes each; y is not x.
-fn launch(queue: Queue<'_>, y: View<'_>, x: View<'_>, [a, b, d]: [usize; 3], size: usize) -> Result<()> {
+pub(crate) fn launch(queue: Queue<'_>, y: View<'_>, x: View<'_>, [a, b, d]: [usize; 3], size: usize) -> Result<()> {
     let c = Check::new("swap_axes", queue);
     let (n, kind, work) = (c.product(&[a, b, d])?, x.kind(), Work::moving("move", 2 * x.bytes()));
     let (y, x) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?);

@@ -8,7 +8,8 @@ use spinquant::hadamard::Hadamard;
 use spinquant::kernels::{self, HadamardMap, Sizes};
 use spinquant::ops::clipped_fake_quant::ClippedFakeQuant;
 use spinquant::ops::log_scale::{Along, LogScale};
-use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, swiglu};
+use spinquant::ops::rope_pairs::RopePairs;
+use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, rope_pairs, swap_axes, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::{DType, Tape, Tensor};
 
@@ -236,6 +237,47 @@ fn learned_kernels_are_the_operations() {
     kernels::agreement(s, &mut agree, &gx, &s.clone_htod(&other).unwrap(), cols).unwrap();
     assert_eq!(s.clone_dtoh(&agree).unwrap(), [1, 0, 1, 0, 1, 0]);
     assert!(kernels::agreement(s, &mut agree, &gx, &gdy.slice(cols..), cols).is_err());
+}
+
+/// Turned pairs of rows with their gradients, and swapped axes, of 32 and of 16 bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn turned_pairs_are_the_operations() {
+    let s = &stream();
+    // Whole packs, odd rows, and a head of which some rows stay.
+    for (group, dim, pairs, cols) in [(1, 8, 4, 40), (3, 6, 3, 7), (2, 8, 3, 16)] {
+        let (sizes, op) = (rope_pairs::Sizes { dim, group, pairs, cols }, RopePairs { dim, inverse: group == 3 });
+        let (kinds, rows) = (2, 2 * group * dim);
+        let [x, dy] = [21, 22].map(|seed| values(seed, rows * cols));
+        let p = values(23, kinds * 2 * pairs);
+        let [gx, gdy, gp] = [&x, &dy, &p].map(|v| s.clone_htod(v).unwrap());
+        let (mut y, mut dp) = (s.alloc_zeros::<f32>(rows * cols).unwrap(), s.alloc_zeros::<f32>(kinds * 2 * pairs).unwrap());
+        kernels::rope_pairs(s, &mut y, &gx, &gp, op, sizes).unwrap();
+        close(s, &y, &rope_pairs::reference(op, &wide(&x), &wide(&p), sizes), 1e-4);
+        kernels::rope_pairs_backward(s, &mut y, &mut dp, (&gdy, &gx), &gp, op, sizes).unwrap();
+        let tape = Tape::new();
+        let on_tape = |v: &[f32], shape: &[usize]| tape.variable(Tensor::from_vec(wide(v), shape).unwrap());
+        let (vx, vp) = (on_tape(&x, &[rows, cols]), on_tape(&p, &[kinds, 2, pairs]));
+        let out = vx.clone().rope_pairs(vp.clone(), dim, op.inverse).unwrap();
+        let mut want = tape.backward_from(out, Tensor::from_vec(wide(&dy), [rows, cols]).unwrap()).unwrap();
+        close(s, &y, &want.take(&vx).unwrap().to_f64_vec().unwrap(), 1e-4);
+        close(s, &dp, &want.take(&vp).unwrap().to_f64_vec().unwrap(), 1e-3);
+        assert!(kernels::rope_pairs(s, &mut y, &gx, &gp.slice(..4), op, sizes).is_err());
+        assert!(kernels::rope_pairs(s, &mut y, &gx, &gp, op, rope_pairs::Sizes { group: 0, ..sizes }).is_err());
+    }
+    for shape in [[3, 5, 16], [4, 3, 7]] {
+        let x = values(24, shape.iter().product());
+        let (gx, mut y) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(x.len()).unwrap());
+        kernels::swap_axes(s, &mut y, &gx, shape).unwrap();
+        close(s, &y, &swap_axes::reference(&wide(&x), shape), 0.0);
+        let narrow: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+        let (gx, mut y) = (s.clone_htod(&narrow).unwrap(), s.alloc_zeros::<bf16>(x.len()).unwrap());
+        kernels::swap_axes(s, &mut y, &gx, shape).unwrap();
+        let want: Vec<f64> = narrow.iter().map(|x| x.to_f64()).collect();
+        let got: Vec<f64> = s.clone_dtoh(&y).unwrap().iter().map(|x| x.to_f64()).collect();
+        assert_eq!(got, swap_axes::reference(&want, shape));
+        assert!(kernels::swap_axes(s, &mut y, &gx, [shape[0], shape[1], 1]).is_err());
+    }
 }
 
 /// Gradients of the gated activation, the rounded sum, and what Cayley steps are made of.

@@ -162,7 +162,8 @@ fn files_keep_them_and_an_r_bin_says_that_it_cannot() {
 fn scales_of_another_model_are_refused() {
     let (m, r, _) = small();
     let other = config([4, 2], 8, 24, 56);
-    let wrong = Rotations::new(r.r1.clone(), r.r2.clone()).with_scales(Scales::ones(&[Scale::UpDown], &other.scale_sizes()).unwrap());
+    let wrong =
+        Rotations::new(r.r1.clone(), r.r2.clone()).with_scales(Scales::ones(&[Scale::UpDown], &other.scale_sizes()).unwrap());
     let message = m.merge(Some(&wrong), &FULL).unwrap_err().to_string();
     assert!(message.contains("scales up-down") && message.contains("[2, 40]"), "{message}");
     let refused = |r: Rotations, parts: [&str; 2]| {

@@ -1,0 +1,182 @@
+//! The weight and the bias of a linear in the bases of its layer's rotations and scales, on a tape.
+
+use crate::hadamard::Hadamard;
+use crate::llama::rotate::LayerTransforms;
+use crate::llama::{Basis, Linear};
+use crate::ops::log_scale::Along;
+use crate::{DType, Error, Result, Tensor, Var};
+
+/// The rotations and scales of one layer.
+pub(super) struct Rotation<'a, 't> {
+    pub by: &'a LayerTransforms<'t>,
+    pub r4: Option<Hadamard>,
+}
+
+impl<'t> Rotation<'_, 't> {
+    /// `Bᵀ W A`, R1's product first; in `f32` at least where that is not the last.
+    pub fn weight(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+        let row = linear.row();
+        let dtype = w.value().dtype();
+        let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4.is_some());
+        let scaled = self.of_rows(linear).is_some() || self.of_columns(linear).is_some() || self.of_pairs(linear).is_some();
+        let twice = twice || scaled;
+        let between = if twice { wide(dtype) } else { dtype };
+        let w = match row.reads {
+            Basis::Stream => w.matmul_as(self.by.r1.clone(), between)?,
+            _ => self.by.r1.clone().transpose_matmul_as(w, between)?,
+        };
+        let w = self.scaled(linear, w)?;
+        match (row.reads, row.writes, &self.r4) {
+            (_, Basis::Values, _) => self.values_out(w),
+            (Basis::Values, ..) => self.values_in(w),
+            (Basis::Inner, _, Some(r4)) => w.hadamard_by(r4),
+            _ => Ok(w),
+        }
+    }
+
+    /// Width of a head.
+    fn d(&self) -> usize {
+        self.by.r2.value().cols()
+    }
+
+    /// The rows of v's weight `[K·D, in]` into the basis of values: `R2ᵀ W`, and where there is R2b `R2bᵀ diag(e⁻ᵃ) R2ᵀ W`.
+    fn values_out(&self, w: Var<'t>) -> Result<Var<'t>> {
+        let (d, [out, inputs]) = (self.d(), [w.value().rows(), w.value().cols()]);
+        let by = |w: Var<'t>, r: &Var<'t>| r.clone().transpose_matmul(w.reshape([out / d, d, inputs])?)?.reshape([out, inputs]);
+        let w = by(w, &self.by.r2)?;
+        let w = match &self.by.scales.values_general {
+            Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
+            None => w,
+        };
+        self.by.r2b.iter().try_fold(w, by)
+    }
+
+    /// The columns of o's weight `[out, H·D]` into the basis of values: `W R2`, and where there is R2b `W R2 diag(eᵃ) R2b`.
+    fn values_in(&self, w: Var<'t>) -> Result<Var<'t>> {
+        let w = columns_by(w, &self.by.r2)?;
+        let w = match &self.by.scales.values_general {
+            Some(a) => self.scaled_columns(w, a)?,
+            None => w,
+        };
+        self.by.r2b.iter().try_fold(w, columns_by)
+    }
+
+    /// Rows divided or turned and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
+    fn scaled(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+        let w = match self.of_rows(linear) {
+            Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
+            None => w,
+        };
+        let w = self.turned(linear, w)?;
+        match self.of_columns(linear) {
+            Some(a) => self.scaled_columns(w, a),
+            None => Ok(w),
+        }
+    }
+
+    /// Columns multiplied by scales, of which the query heads of a key and value head have the same.
+    fn scaled_columns(&self, w: Var<'t>, a: &Var<'t>) -> Result<Var<'t>> {
+        let (entries, columns, d) = (a.value().len(), w.value().cols(), self.d());
+        let a = match columns / entries {
+            0 | 1 => a.clone(),
+            // In f64, for merging, a GPU has no kernel that gathers.
+            group if a.value().dtype() == DType::F64 && !a.requires_grad() => {
+                let values = a.value().to_f64_vec()?;
+                let repeated: Vec<f64> = values.chunks(d).flat_map(|head| head.repeat(group)).collect();
+                a.tape().constant(Tensor::from_vec(repeated, [columns])?.to_device(&a.value().device())?)
+            }
+            group => {
+                let heads = entries / d;
+                let ids: Vec<u32> = (0..heads * group).map(|q| (q / group) as u32).collect();
+                a.clone().reshape([heads, d])?.embedding(ids.into())?.reshape([columns])?
+            }
+        };
+        w.log_scale(a, Along::Columns, false)
+    }
+
+    /// Pairs of rows turned: those of q are divided by the scales, those of k multiplied.
+    fn turned(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+        match self.of_pairs(linear) {
+            Some(p) => w.rope_pairs(p.clone(), self.d(), linear == Linear::Q),
+            None => Ok(w),
+        }
+    }
+
+    /// What turns pairs of a linear's output.
+    fn of_pairs(&self, linear: Linear) -> Option<&Var<'t>> {
+        self.by.scales.rope_pairs.as_ref().filter(|_| matches!(linear, Linear::Q | Linear::K))
+    }
+
+    /// The scales that divide a linear's output.
+    fn of_rows(&self, linear: Linear) -> Option<&Var<'t>> {
+        match linear {
+            Linear::Up => self.by.scales.up_down.as_ref(),
+            Linear::V => self.by.scales.values.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The scales that multiply a linear's input.
+    fn of_columns(&self, linear: Linear) -> Option<&Var<'t>> {
+        match linear {
+            Linear::Down => self.by.scales.up_down.as_ref(),
+            Linear::O => self.by.scales.values.as_ref(),
+            _ => linear.row().norm.and_then(|which| self.by.scales.norms[which].as_ref()),
+        }
+    }
+
+    /// `Bᵀ b`, as the rows `bᵀ B`.
+    pub fn bias(&self, linear: Linear, b: Var<'t>) -> Result<Var<'t>> {
+        let b = match self.of_rows(linear) {
+            Some(a) => b.log_scale(a.clone(), Along::Columns, true)?,
+            None => b,
+        };
+        let b = match self.of_pairs(linear) {
+            Some(_) => {
+                let n = b.value().len();
+                self.turned(linear, b.reshape([n, 1])?)?.reshape([n])?
+            }
+            None => b,
+        };
+        let (dtype, out) = (b.value().dtype(), b.value().len());
+        match linear.row().writes {
+            Basis::Stream => {
+                b.to_dtype(wide(dtype))?.reshape([1, out])?.matmul(self.by.r1.clone())?.reshape([out])?.to_dtype(dtype)
+            }
+            Basis::Values => {
+                let d = self.d();
+                let by = |b: Var<'t>, r: &Var<'t>| {
+                    let rows = if r.value().shape().len() == 2 { vec![out / d, d] } else { vec![out / d, 1, d] };
+                    b.reshape(rows)?.matmul(r.clone())?.reshape([out])
+                };
+                let b = by(b.to_dtype(wide(dtype))?, &self.by.r2)?;
+                let b = match &self.by.scales.values_general {
+                    Some(a) => b.log_scale(a.clone(), Along::Columns, true)?,
+                    None => b,
+                };
+                self.by.r2b.iter().try_fold(b, by)?.to_dtype(dtype)
+            }
+            Basis::Own | Basis::Inner => Ok(b),
+        }
+    }
+}
+
+/// The columns of w `[out, H·D]`, a head at a time, by R `[D, D]`, or by that of their key and value head in `[K, D, D]`.
+fn columns_by<'t>(w: Var<'t>, r: &Var<'t>) -> Result<Var<'t>> {
+    let (d, [out, columns]) = (r.value().cols(), [w.value().rows(), w.value().cols()]);
+    if r.value().shape().len() == 2 {
+        return w.reshape([out * columns / d, d])?.matmul(r.clone())?.reshape([out, columns]);
+    }
+    // Query heads that share a matrix lie behind one another once heads come first.
+    let (heads, kinds) = (columns / d, r.value().shape()[0]);
+    if kinds == 0 || !heads.is_multiple_of(kinds) {
+        return Err(Error::shape("R2", format!("[a divisor of {heads}, {d}, {d}]"), r.value().shape()));
+    }
+    let first = w.reshape([out, heads, d])?.swap_axes()?.reshape([kinds, heads / kinds * out, d])?;
+    first.matmul(r.clone())?.reshape([heads, out, d])?.swap_axes()?.reshape([out, columns])
+}
+
+/// The type that 16-bit values are multiplied in when the product is not the last.
+fn wide(dtype: DType) -> DType {
+    if dtype.is_half() { DType::F32 } else { dtype }
+}
