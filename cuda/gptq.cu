@@ -6,6 +6,8 @@
 // memory, 0 on its diagonal and below. Every lane rounds its own column at every step, and the lane whose turn it is
 // hands its error to the others; an update by 0 leaves swept columns as they were, so that codes and errors can be found
 // once more at the end instead of being kept. The columns behind the block are brought up to date by a matrix product.
+// A correction adds a second matrix, by which a column's weight before rounding goes to those behind it, or pulls a column
+// back towards what it was when its turn comes; blocks are half as wide then.
 #include <type_traits>
 
 #include "common.cuh"
@@ -16,7 +18,7 @@ namespace {
 
 constexpr int kThreads = 256, kTile = 32;
 constexpr int kColumns = 128;              // of a block
-constexpr int kParts = kColumns / 32;      // columns a lane
+constexpr int kCorrectedColumns = 64;      // the same with a correction
 
 unsigned blocks_for(int64_t count) {
   const int64_t blocks = ceil_div(count, int64_t(kThreads));
@@ -90,24 +92,30 @@ constexpr int kWarps = 8;
 
 struct Sweep {
   int16_t *codes;
-  float *errors;
+  float *errors, *latent;
   double *loss;
-  const float *w, *u, *scale, *zero;
+  const float *w, *u, *forward, *original, *scale, *zero;
   const uint32_t *order;
   int64_t rows, n, start, group;
+  float pull;
   int width;
 };
 
-// kGrouped: every column has a grid of its own; else one a row.
-template <typename T, int kRows, bool kGrouped>
+// A lane has kParts columns. kGrouped: every column has a grid of its own; else one a row. kCorrected: with forward or original.
+template <typename T, int kRows, int kParts, bool kGrouped, bool kCorrected>
 __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quantiser q) {
-  extern __shared__ float u[];  // [kColumns][kColumns]
+  constexpr int kWide = 32 * kParts;
+  extern __shared__ float u[];  // [kWide][kWide], and forward's part behind it
+  float *const forward = u + kWide * kWide;
   constexpr int kGrids = kGrouped ? kParts : 1;
   const int lane = int(threadIdx.x % 32);
-  const float *const corner = s.u + s.start * s.n + s.start;
-  for (int at = int(threadIdx.x); at < s.width * kColumns; at += kWarps * 32) {
-    const int j = at / kColumns, c = at % kColumns;
-    u[at] = c > j && c < s.width ? corner[j * s.n + c] : 0.0f;
+  const int64_t corner_at = s.start * s.n + s.start;
+  const float *const corner = s.u + corner_at;
+  for (int at = int(threadIdx.x); at < s.width * kWide; at += kWarps * 32) {
+    const int j = at / kWide, c = at % kWide;
+    const bool behind = c > j && c < s.width;
+    u[at] = behind ? corner[j * s.n + c] : 0.0f;
+    if constexpr (kCorrected) forward[at] = behind && s.forward ? s.forward[corner_at + j * s.n + c] : 0.0f;
   }
   __syncthreads();
 
@@ -123,6 +131,7 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quant
     reciprocal[i] = live ? 1.0f / corner[c * s.n + c] : 0.0f;
   }
   float w[kRows][kParts];
+  float original[kRows][kCorrected ? kParts : 1];
   Step step[kRows][kGrids];
   bool quick = true;
   const int64_t groups = s.n / s.group;
@@ -132,7 +141,9 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quant
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const bool live = row_live && 32 * i + lane < s.width;
-      w[r][i] = live ? s.w[(first + r) * s.n + s.start + 32 * i + lane] : 0.0f;
+      const int64_t at = (first + r) * s.n + s.start + 32 * i + lane;
+      w[r][i] = live ? s.w[at] : 0.0f;
+      if constexpr (kCorrected) original[r][i] = live && s.original ? s.original[at] : 0.0f;
       if (i < kGrids) {
         const int64_t grid = (first + r) * groups + column[i] / s.group;
         step[r][i] = row_live && (live || !kGrouped) ? Step{s.scale[grid], s.zero[grid]} : Step{1.0f, 0.0f};
@@ -142,6 +153,15 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quant
   }
   quick = __all_sync(0xffffffffu, quick);
 
+  // What column i of row r lacks of `value`, with what it is pulled back by.
+  const auto missing = [&](int r, int i, float value) {
+    const float rounded = w[r][i] - value;
+    if constexpr (kCorrected) return __fmaf_rn(-s.pull, w[r][i] - original[r][i], rounded);
+    return rounded;
+  };
+  const auto kept = [&](int r, int i, const Coder &coder) {
+    return fminf(fmaxf(w[r][i], coder.decode(coder.lowest)), coder.decode(coder.highest));
+  };
   const auto sweep = [&](auto is_quick) {
     constexpr bool kQuick = decltype(is_quick)::value;
 #pragma unroll
@@ -149,13 +169,26 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quant
       const int steps = s.width - 32 * i < 32 ? s.width - 32 * i : 32;
       for (int l = 0; l < steps; ++l) {
         float part[kParts];
+        [[maybe_unused]] float next[kCorrected ? kParts : 1];
 #pragma unroll
-        for (int k = i; k < kParts; ++k) part[k] = u[(32 * i + l) * kColumns + 32 * k + lane];
+        for (int k = i; k < kParts; ++k) {
+          part[k] = u[(32 * i + l) * kWide + 32 * k + lane];
+          if constexpr (kCorrected) next[k] = forward[(32 * i + l) * kWide + 32 * k + lane];
+        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const Coder coder(q, step[r][kGrouped ? i : 0], 1.0f);
-          const float mine = (w[r][i] - coder.decode(coder.template code<kQuick>(w[r][i]))) * reciprocal[i];
+          if constexpr (kCorrected) {
+            if (lane == l) w[r][i] = __fmaf_rn(-s.pull, w[r][i] - original[r][i], w[r][i]);
+          }
+          const float value = coder.decode(coder.template code<kQuick>(w[r][i]));
+          const float mine = missing(r, i, value) * reciprocal[i];
           const float error = __shfl_sync(0xffffffffu, mine, l);
+          if constexpr (kCorrected) {
+            const float latent = __shfl_sync(0xffffffffu, kept(r, i, coder), l);
+#pragma unroll
+            for (int k = i; k < kParts; ++k) w[r][k] = __fmaf_rn(latent, next[k], w[r][k]);
+          }
 #pragma unroll
           for (int k = i; k < kParts; ++k) w[r][k] = __fmaf_rn(-error, part[k], w[r][k]);
         }
@@ -177,8 +210,11 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quant
       if (32 * i + lane >= s.width) break;
       const Coder coder(q, step[r][kGrouped ? i : 0], 1.0f);
       const float code = quick ? coder.template code<true>(w[r][i]) : coder.template code<false>(w[r][i]);
-      const float value = coder.decode(code), error = (w[r][i] - value) * reciprocal[i];
+      const float value = coder.decode(code), error = missing(r, i, value) * reciprocal[i];
       s.errors[row * s.width + 32 * i + lane] = -error;
+      if constexpr (kCorrected) {
+        if (s.latent) s.latent[row * s.width + 32 * i + lane] = kept(r, i, coder);
+      }
       s.codes[row * s.n + column[i]] = int16_t(code);
       y[row * s.n + column[i]] = from_float<T>(value);
       loss += double(error) * double(error);
@@ -189,10 +225,11 @@ __global__ void __launch_bounds__(kWarps * 32) sweep_kernel(T *y, Sweep s, Quant
   }
 }
 
-template <typename T, int kRows, bool kGrouped>
+template <typename T, int kRows, bool kGrouped, bool kCorrected>
 int launch_sweep(T *y, const Sweep &s, const Quantiser &q, cudaStream_t stream) {
-  const size_t bytes = size_t(kColumns) * kColumns * sizeof(float);
-  const auto kernel = sweep_kernel<T, kRows, kGrouped>;
+  constexpr int kWide = kCorrected ? kCorrectedColumns : kColumns;
+  const size_t bytes = size_t(kCorrected ? 2 : 1) * kWide * kWide * sizeof(float);
+  const auto kernel = sweep_kernel<T, kRows, kWide / 32, kGrouped, kCorrected>;
   if (const int status = allow_shared(kernel, bytes)) return status;
   const int64_t blocks = ceil_div(s.rows, int64_t(kWarps * kRows));
   if (blocks > kMaxGridX) return cudaErrorInvalidValue;
@@ -253,20 +290,28 @@ int sq_gptq_gather(float *w, const void *x, const uint8_t *dead, const uint32_t 
   });
 }
 
-int sq_gptq_sweep(void *y, int16_t *codes, float *errors, double *loss, const float *w, const float *u,
-                  const float *scale, const float *zero, const uint32_t *order, int64_t rows, int64_t n, int64_t start,
-                  int64_t width, sq_quant quant, sq_dtype dtype, sq_stream stream) {
+int sq_gptq_sweep(void *y, int16_t *codes, float *errors, float *latent, double *loss, const float *w, const float *u,
+                  const float *forward, const float *original, float pull, const float *scale, const float *zero,
+                  const uint32_t *order, int64_t rows, int64_t n, int64_t start, int64_t width, sq_quant quant,
+                  sq_dtype dtype, sq_stream stream) {
   sq::Quantiser q;
-  if (rows < 0 || start < 0 || width < 1 || width > sq::kColumns || start + width > n) return cudaErrorInvalidValue;
+  const bool corrected = forward || original;
+  const int most = corrected ? sq::kCorrectedColumns : sq::kColumns;
+  if (rows < 0 || start < 0 || width < 1 || width > most || start + width > n) return cudaErrorInvalidValue;
+  if ((forward == nullptr) != (latent == nullptr)) return cudaErrorInvalidValue;
   if (!sq::make_quantiser(&q, quant, n)) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
-  const sq::Sweep s = {codes, errors, loss, w,     u,     scale, zero, order,
-                       rows,  n,      start, quant.group > 0 ? quant.group : n, int(width)};
+  const int64_t group = quant.group > 0 ? quant.group : n;
+  const sq::Sweep s = {codes, errors, latent, loss, w, u,     forward, original, scale,
+                       zero,  order,  rows,   n,    start, group, original ? pull : 0.0f, int(width)};
   return sq::dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     T *const out = static_cast<T *>(y);
-    if (quant.group > 0) return sq::launch_sweep<T, 2, true>(out, s, q, sq::cuda_stream(stream));
-    return sq::launch_sweep<T, 4, false>(out, s, q, sq::cuda_stream(stream));
+    cudaStream_t at = sq::cuda_stream(stream);
+    if (quant.group > 0 && corrected) return sq::launch_sweep<T, 2, true, true>(out, s, q, at);
+    if (quant.group > 0) return sq::launch_sweep<T, 2, true, false>(out, s, q, at);
+    if (corrected) return sq::launch_sweep<T, 4, false, true>(out, s, q, at);
+    return sq::launch_sweep<T, 4, false, false>(out, s, q, at);
   });
 }
 

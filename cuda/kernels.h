@@ -220,10 +220,28 @@ int sq_gptq_gather(float *w, const void *x, const uint8_t *dead, const uint32_t 
  * effect of all columns before start. Column j of w is column order[j] of the weight (NULL: j). Grids: scale, zero
  * [rows, n / group] by the weight's own columns. Written: y (dtype) and codes, both [rows, n] in the weight's own columns;
  * errors[rows, width] = (value - w) / u[j][j]; loss[row] += their squares. The columns behind are the caller's:
- * w[:, start+width ..] += errors u[start .. start+width, start+width ..]. */
-int sq_gptq_sweep(void *y, int16_t *codes, float *errors, double *loss, const float *w, const float *u,
-                  const float *scale, const float *zero, const uint32_t *order, int64_t rows, int64_t n, int64_t start,
-                  int64_t width, sq_quant quant, sq_dtype dtype, sq_stream stream);
+ * w[:, start+width ..] += errors u[start .. start+width, start+width ..].
+ * With forward [n, n] (strictly upper triangular; NULL: none) column j adds its weight before rounding, kept within its grid, times
+ * row j of it to the columns behind; those weights are written to latent[rows, width], for the caller to do the same with.
+ * With original [rows, n] in the order of the sweep (NULL: none) column j is first moved towards it, w -= pull (w - original), and
+ * errors are (value - w + pull (w - original)) / u[j][j]. With either, width is at most 64. */
+int sq_gptq_sweep(void *y, int16_t *codes, float *errors, float *latent, double *loss, const float *w, const float *u,
+                  const float *forward, const float *original, float pull, const float *scale, const float *zero,
+                  const uint32_t *order, int64_t rows, int64_t n, int64_t start, int64_t width, sq_quant quant,
+                  sq_dtype dtype, sq_stream stream);
+
+/* correction.cu: what GPTQ is told of the full-precision network; see src/quant/correction.rs ---------------------- */
+
+/* d *= scale. */
+int sq_drift_scale(double *d, double scale, int64_t count, sq_stream stream);
+/* a[n-1-i][n-1-j] = d[order[i]][order[j]]; order may be NULL (as it is). */
+int sq_correction_gather(double *a, const double *d, const uint32_t *order, int64_t n, sq_stream stream);
+/* a[n, n] = 0 above its diagonal, and on it where strict. */
+int sq_correction_lower(double *a, int64_t n, int32_t strict, sq_stream stream);
+/* y[order[i]][order[j]] = factor * c[n-1-i][n-1-j]; order may be NULL (as it is). With d and inverse (both or none; [n, n], reversed as
+ * c is) less (c[n-1-i][n-1] - d[n-1-i][n-1] / first) * inverse[n-1][n-1-j] / inverse[n-1][n-1]. */
+int sq_correction_finish(float *y, const double *c, const double *d, const double *inverse, double first, double factor,
+                         const uint32_t *order, int64_t n, sq_stream stream);
 
 /* bias.cu ----------------------------------------------------------------------------------------------------- */
 

@@ -270,7 +270,7 @@ pub fn quantized(
     (gptq, calibration): GptqRun<'_>,
     watch: &mut dyn Watch,
 ) -> Result<Merged> {
-    watch.begin("gptq, layers", model.config.layers);
+    watch.begin(&format!("{}, layers", gptq.correction), model.config.layers);
     let told = |report: &LayerReport| gptq_layer(gptq, report, watch);
     quantize_weights(model, rotations, scheme, gptq, Some(calibration), &mut (), told)
 }

@@ -280,6 +280,14 @@ impl<T: GridFloat> Grid<T> {
         self.scale * (code - self.zero)
     }
 
+    /// x where it is within the values of the grid, else the end nearest to it.
+    #[inline(always)]
+    pub(crate) fn clamp(&self, x: T) -> T {
+        let (lo, hi) = (self.value(self.min), self.value(self.max));
+        let x = if x < lo { lo } else { x };
+        if x > hi { hi } else { x }
+    }
+
     /// Quantise and dequantise.
     #[inline(always)]
     pub fn nearest(&self, x: T) -> T {

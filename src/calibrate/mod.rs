@@ -2,6 +2,7 @@
 
 mod clip_search;
 mod pipeline;
+mod stream;
 mod timed;
 
 pub use clip_search::{ClipFound, ClipGoal, search_clips};

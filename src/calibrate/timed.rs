@@ -58,7 +58,7 @@ fn quantized(x: &[Tensor], device: &Device) -> Result<(Vec<i16>, f64)> {
     h.add(&x[0])?;
     let spec = QuantSpec::weight(4, true).clipped(Clip::Search);
     let w = x[1].to_device(device)?;
-    let mut quantized = Gptq::default().quantize(&[&w], &spec, Some(&h.finish(1)?))?;
+    let mut quantized = Gptq::default().quantize(&[&w], &spec, Some(&h.finish(1)?.into()))?;
     let missing = || Error::numeric("wrong answer", "GPTQ gave no codes");
     let one = quantized.pop().ok_or_else(missing)?;
     Ok((one.codes.ok_or_else(missing)?.codes, one.loss.unwrap_or(f64::NAN)))

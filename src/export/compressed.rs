@@ -8,7 +8,7 @@ use super::{Provenance, Stored, StoredLayer};
 use crate::compressed_tensors::{Packed, words};
 use crate::grid::Quantized;
 use crate::llama::{Affine, Linear, Linears, LlamaConfig};
-use crate::quant::{ClipRatios, QuantSpec, QuantizedLinear, Rule, Scheme, WeightQuantizer};
+use crate::quant::{ClipRatios, Moments, QuantSpec, QuantizedLinear, Rule, Scheme, Site, WeightQuantizer};
 use crate::{DType, Error, Result, Tensor};
 
 /// The runtime that a folder is for, where it is for one.
@@ -122,8 +122,14 @@ impl WeightQuantizer for WithStoredScales<'_> {
     fn needs_hessian(&self) -> bool {
         self.quantizer.needs_hessian()
     }
-    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, hessian: Option<&Tensor>) -> Result<Vec<QuantizedLinear>> {
-        self.quantizer.quantize(weights, &spec.stored(self.dtype), hessian)
+    fn wants_drift(&self, site: Site) -> bool {
+        self.quantizer.wants_drift(site)
+    }
+    fn reads_quantized(&self) -> bool {
+        self.quantizer.reads_quantized()
+    }
+    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
+        self.quantizer.quantize(weights, &spec.stored(self.dtype), moments)
     }
 }
 

@@ -7,7 +7,8 @@
 //! q = Q(w_j)     e = (w_j − q) / U[j,j]     W[:, j..] −= e · U[j, j..]
 //! ```
 //! so that `tr((W − Ŵ) H (W − Ŵ)ᵀ) = Σ e²`, which is reported. The update is exact inside a block of columns, and reaches those behind
-//! it once for the whole block, by one matrix product. Rows are independent of one another.
+//! it once for the whole block, by one matrix product. Rows are independent of one another. A [`Correction`] changes what W is, or adds a
+//! term to the update.
 //!
 //! H and its factor are `f64`; the sweep is in the type of the weight (`f32` for 16-bit ones). Weights on a GPU are quantised there:
 //! the factor by cuSOLVER (on the CPU where it is not installed), blocks of at most 128 columns on chip, the rest by products in
@@ -19,9 +20,11 @@ use crate::device::cpu::{self, Strides};
 use crate::device::cuda::CudaDevice;
 use crate::grid::Quantized;
 use crate::linalg::factor;
-use crate::quant::gptq_gpu as gpu;
-use crate::quant::weight::hessian_for;
-use crate::quant::{Grid, GridFloat, QuantSpec, QuantizedLinear, WeightQuantizer};
+use crate::quant::correction::Terms;
+use crate::quant::sweep::Rows;
+use crate::quant::weight::moments_for;
+use crate::quant::{Correction, Grid, GridFloat, Moments, QuantSpec, QuantizedLinear, Site, WeightQuantizer};
+use crate::quant::{correction_gpu, gptq_gpu as gpu};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// A Hessian that is not positive definite with this times its mean diagonal added is refused.
@@ -68,11 +71,13 @@ pub struct Gptq {
     pub block: usize,
     /// Where the grids of groups come from, without `act_order`.
     pub group_scales: GroupScales,
+    /// What is done about inputs that are not those of the full-precision network. With one, grids are found on the weight that is swept.
+    pub correction: Correction,
 }
 
 impl Default for Gptq {
     fn default() -> Self {
-        Self { damping: 0.01, act_order: false, block: 128, group_scales: GroupScales::default() }
+        Self { damping: 0.01, act_order: false, block: 128, group_scales: GroupScales::default(), correction: Correction::None }
     }
 }
 
@@ -88,33 +93,47 @@ struct Factor {
     damping: f64,
 }
 
-/// U where the sweep is done.
+/// U where the sweep is done, and what goes with it.
 enum Upper {
-    Host(Vec<f64>),
-    Gpu(CudaDevice, Tensor, gpu::Order),
+    Host(Vec<f64>, Terms<Vec<f64>>),
+    Gpu(CudaDevice, Tensor, gpu::Order, Terms<Tensor>),
 }
 
 impl WeightQuantizer for Gptq {
     fn name(&self) -> &'static str {
-        "gptq"
+        self.correction.name()
     }
     fn needs_hessian(&self) -> bool {
         true
     }
-    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, hessian: Option<&Tensor>) -> Result<Vec<QuantizedLinear>> {
-        let hessian = hessian_for("GPTQ", weights, hessian)?;
+    fn wants_drift(&self, site: Site) -> bool {
+        self.correction.wants_drift(site)
+    }
+    fn reads_quantized(&self) -> bool {
+        self.correction != Correction::None
+    }
+    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
+        let moments = moments_for("GPTQ", weights, moments)?;
         // On the GPU where the weights are; in f64 it has no kernels.
         let device = weights.first().map_or(Device::Cpu, |w| w.device());
         let narrow = weights.iter().all(|w| w.device() == device && w.dtype() != DType::F64);
-        let factor = self.factor(&hessian.to_device(if narrow { &device } else { &Device::Cpu })?)?;
+        let place = |t: &Tensor| t.to_device(if narrow { &device } else { &Device::Cpu });
+        let hessian = place(&moments.hessian)?;
+        let factor = self.factor(&Moments { hessian, drift: moments.drift.as_ref().map(place).transpose()? })?;
         let sweep = |w: &&Tensor| match &factor.u {
-            Upper::Host(u) if w.dtype() == DType::F64 => self.sweep::<f64>(w, spec, &factor, u),
-            Upper::Host(u) => self.sweep::<f32>(w, spec, &factor, u),
-            Upper::Gpu(d, u, order) => {
+            Upper::Host(u, terms) if w.dtype() == DType::F64 => self.sweep::<f64>(w, spec, &factor, u, terms),
+            Upper::Host(u, terms) => self.sweep::<f32>(w, spec, &factor, u, terms),
+            Upper::Gpu(d, u, order, terms) => {
                 let on_the_way = self.grids_on_the_way(spec);
                 let ends = self.block_ends(factor.n, spec.group_size(factor.n)?, on_the_way);
-                let s = gpu::Sweep { u, order, dead: &factor.dead, ends: &ends, grids_on_the_way: on_the_way };
-                Ok(QuantizedLinear { damping: Some(factor.damping), ..gpu::sweep(d, w, spec, &s)? })
+                let (dead, pull) = (&factor.dead[..], self.correction.pull());
+                let s = gpu::Sweep { u, order, dead, ends: &ends, grids_on_the_way: on_the_way, terms, pull };
+                let swept = gpu::sweep(d, w, spec, &s)?;
+                Ok(QuantizedLinear {
+                    damping: Some(factor.damping),
+                    loss: swept.loss.filter(|_| self.correction.is_none()),
+                    ..swept
+                })
             }
         };
         weights.iter().map(sweep).collect()
@@ -125,8 +144,9 @@ impl Gptq {
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::Argument`]: a damping outside 0 to 10, or blocks of no column.
+    /// [`Error::Argument`]: a damping outside 0 to 100, blocks of no column, or what [`Correction::check`] refuses.
     pub fn check(&self) -> Result<()> {
+        self.correction.check()?;
         if self.block == 0 || !(0.0..=MAX_DAMPING).contains(&self.damping) {
             let got = format!("got {} and {}", self.damping, self.block);
             return Err(Error::argument("GPTQ", format!("damping is 0 to {MAX_DAMPING} and a block at least 1 column, {got}")));
@@ -138,17 +158,27 @@ impl Gptq {
     ///
     /// # Errors
     /// Shapes that do not fit, values that are not finite, a Hessian that no damping makes positive definite, and what
-    /// [`QuantSpec::group_size`] refuses.
+    /// [`QuantSpec::group_size`] refuses; a correction that needs more than a Hessian.
     pub fn quantize_one(&self, weight: &Tensor, spec: &QuantSpec, hessian: &Tensor) -> Result<QuantizedLinear> {
-        Ok(self.quantize(&[weight], spec, Some(hessian))?.remove(0))
+        Ok(self.quantize(&[weight], spec, Some(&hessian.clone().into()))?.remove(0))
     }
 
-    fn factor(&self, hessian: &Tensor) -> Result<Factor> {
+    fn factor(&self, moments: &Moments) -> Result<Factor> {
         self.check()?;
+        let Moments { hessian, drift } = moments;
+        if drift.is_none() && self.correction.wants_drift(Site::DownInput) {
+            let message = "needs the drift of the weights' input beside its Hessian, got none";
+            return Err(Error::argument(self.correction.name(), message));
+        }
         let n = hessian.cols();
         let (mut diagonal, finite) = diagonal(hessian)?;
         if !finite {
             return Err(Error::numeric("GPTQ", "the Hessian holds NaN or infinite values"));
+        }
+        if let Some(drift) = drift.as_ref().filter(|_| !self.correction.is_none())
+            && !self::diagonal(drift)?.1
+        {
+            return Err(Error::numeric(self.correction.name(), "the drift holds NaN or infinite values"));
         }
         let dead: Vec<usize> = (0..n).filter(|&i| diagonal[i] == 0.0).collect();
         dead.iter().for_each(|&i| diagonal[i] = 1.0);
@@ -157,7 +187,8 @@ impl Gptq {
             order.sort_by(|&i, &j| diagonal[j].total_cmp(&diagonal[i])); // stable
         }
         let mean = diagonal.iter().sum::<f64>() / n.max(1) as f64;
-        let mut factor = factoring(hessian, &order, &dead)?;
+        let first = order.first().map_or(1.0, |&i| diagonal[i]);
+        let mut factor = factoring(moments, &self.correction, first, &order, &dead)?;
         let mut damping = self.damping;
         loop {
             if let Some(u) = factor(damping * mean)? {
@@ -188,7 +219,14 @@ impl Gptq {
         ends
     }
 
-    fn sweep<T: GridFloat>(&self, weight: &Tensor, spec: &QuantSpec, factor: &Factor, u: &[f64]) -> Result<QuantizedLinear> {
+    fn sweep<T: GridFloat>(
+        &self,
+        weight: &Tensor,
+        spec: &QuantSpec,
+        factor: &Factor,
+        u: &[f64],
+        terms: &Terms<Vec<f64>>,
+    ) -> Result<QuantizedLinear> {
         let Factor { n, order, dead, damping, .. } = factor;
         let n = *n;
         let group = spec.group_size(n)?;
@@ -197,8 +235,12 @@ impl Gptq {
         if w.iter().any(|x| !x.to_f64().is_finite()) {
             return Err(Error::numeric("GPTQ", "the weight holds NaN or infinite values"));
         }
+        let (rows, narrow) = (weight.rows(), |m: &[f64]| m.iter().map(|&x| T::of(x)).collect::<Vec<T>>());
+        if let Some(c) = &terms.target {
+            let (original, c, plain) = (w.clone(), narrow(c), Strides::new(n, false));
+            cpu::gemm((rows, n, n), &mut w, plain, T::ONE, &original, plain, &c, plain, T::ONE, true);
+        }
         w.chunks_mut(n.max(1)).for_each(|row| dead.iter().for_each(|&i| row[i] = T::ZERO));
-        let rows = weight.rows();
 
         let on_the_way = self.grids_on_the_way(spec);
         let mut grids = if on_the_way {
@@ -210,16 +252,30 @@ impl Gptq {
             w = w.par_chunks(n.max(1)).flat_map_iter(|row| order.iter().map(|&i| row[i])).collect();
         }
         let ends = self.block_ends(n, group, on_the_way);
-        let u: Vec<T> = u.iter().map(|&x| T::of(x)).collect();
+        let (u, forward) = (narrow(u), terms.forward.as_deref().map(narrow));
+        // What FOEM pulls back to.
+        let original = self.correction.pull().map(|beta| (T::of(beta), w.clone()));
         let mut codes = vec![0i16; rows * n];
         let chunk = ROWS * n.max(1);
         let losses: Vec<f64> = w
             .par_chunks_mut(chunk)
             .zip(codes.par_chunks_mut(chunk))
             .zip(grids.par_chunks_mut(ROWS * groups.max(1)))
-            .map(|((w, codes), grids)| {
-                let mut rows =
-                    Rows { n, group, order, on_the_way: on_the_way.then_some(spec), u: &u, w, codes, grids, loss: 0.0 };
+            .enumerate()
+            .map(|(i, ((w, codes), grids))| {
+                let mut rows = Rows {
+                    n,
+                    group,
+                    order,
+                    on_the_way: on_the_way.then_some(spec),
+                    u: &u,
+                    forward: forward.as_deref(),
+                    pull: original.as_ref().map(|(beta, original)| (*beta, &original[i * chunk..][..w.len()])),
+                    w,
+                    codes,
+                    grids,
+                    loss: 0.0,
+                };
                 let mut start = 0;
                 for &end in &ends {
                     rows.block(start, end);
@@ -238,7 +294,7 @@ impl Gptq {
         };
         Ok(QuantizedLinear {
             damping: Some(*damping),
-            loss: Some(losses.iter().sum()),
+            loss: self.correction.is_none().then(|| losses.iter().sum()),
             ..QuantizedLinear::from_codes(codes, weight.dtype(), &weight.device())?
         })
     }
@@ -257,81 +313,53 @@ fn diagonal(hessian: &Tensor) -> Result<(Vec<f64>, bool)> {
 /// positive definite.
 type Factoring<'a> = Box<dyn FnMut(f64) -> Result<Option<Upper>> + 'a>;
 
-fn factoring<'a>(hessian: &'a Tensor, order: &[usize], dead: &[usize]) -> Result<Factoring<'a>> {
+fn factoring<'a>(
+    moments: &'a Moments,
+    correction: &'a Correction,
+    first: f64,
+    order: &[usize],
+    dead: &[usize],
+) -> Result<Factoring<'a>> {
+    let hessian = &moments.hessian;
+    let drift = moments.drift.as_ref().filter(|_| !correction.is_none());
     if let Device::Cuda(d) = hessian.device() {
         let order = gpu::Order::new(&d, order)?;
         return Ok(Box::new(move |add| {
-            Ok(gpu::factor(&d, hessian, &order, add)?.map(|u| Upper::Gpu(d.clone(), u, order.clone())))
+            let Some((u, inverse)) = gpu::factor(&d, hessian, &order, add)? else { return Ok(None) };
+            let terms = match drift {
+                Some(drift) => correction_gpu::terms(correction, &d, drift, &inverse, &order, first)?,
+                None => Terms::NONE,
+            };
+            Ok(Some(Upper::Gpu(d.clone(), u, order.clone(), terms)))
         }));
     }
-    let n = hessian.cols();
+    let (n, order) = (hessian.cols(), order.to_vec());
+    let in_order = order.iter().enumerate().all(|(i, &j)| i == j);
+    let indices = move || order.iter().flat_map(|&i| order.iter().map(move |&j| i * n + j)).collect::<Vec<_>>();
+    let indices = if in_order { None } else { Some(indices()) };
+    let arranged = |m: Vec<f64>| match &indices {
+        Some(indices) => indices.iter().map(|&at| m[at]).collect(),
+        None => m,
+    };
     let mut h = hessian.to_f64_vec()?;
     dead.iter().for_each(|&i| h[i * n + i] = 1.0);
-    if order.iter().enumerate().any(|(i, &j)| i != j) {
-        h = order.iter().flat_map(|&i| order.iter().map(move |&j| i * n + j)).map(|at| h[at]).collect();
-    }
+    let h = arranged(h);
+    let drift = drift.map(|d| Ok::<_, Error>(arranged(d.to_f64_vec()?))).transpose()?;
     Ok(Box::new(move |add| {
         let mut damped = h.clone();
         damped.iter_mut().step_by(n + 1).for_each(|x| *x += add);
-        Ok(factor::inverse_factor(damped, n).map(Upper::Host))
-    }))
-}
-
-/// A few rows of W on their way through the sweep.
-struct Rows<'a, T> {
-    n: usize,
-    group: usize,
-    order: &'a [usize],
-    /// The specification, where grids are found on the way.
-    on_the_way: Option<&'a QuantSpec>,
-    u: &'a [T],
-    /// `[rows, n]` in the order of the sweep: columns behind the current block hold the effect of all finished blocks.
-    w: &'a mut [T],
-    /// `[rows, n]` in the columns' own order.
-    codes: &'a mut [i16],
-    /// `[rows, groups]`.
-    grids: &'a mut [Grid<T>],
-    loss: f64,
-}
-
-impl<T: GridFloat> Rows<'_, T> {
-    /// Sweeps columns `start..end` and makes up for their errors behind them.
-    fn block(&mut self, start: usize, end: usize) {
-        let (n, group, width) = (self.n, self.group, end - start);
-        let rows = self.w.len() / n;
-        let groups = n.div_ceil(group);
-        // Every row's part of this block, up to date, turns into its errors column by column.
-        let mut errors: Vec<T> = self.w.chunks(n).flat_map(|row| &row[start..end]).copied().collect();
-        for (r, part) in errors.chunks_mut(width).enumerate() {
-            if let Some(spec) = self.on_the_way {
-                for first in (start.next_multiple_of(group)..end).step_by(group) {
-                    self.grids[r * groups + first / group] = T::grid(spec, &self.w[r * n + first..][..group]);
-                }
+        let Some(u) = factor::inverse_factor(damped, n) else { return Ok(None) };
+        let Some(drift) = &drift else { return Ok(Some(Upper::Host(u, Terms::NONE))) };
+        let Terms { target, forward } = correction.terms(drift, &u, first, n);
+        // W is in its own order where it is corrected.
+        let target = target.map(|c| match &indices {
+            None => c,
+            Some(indices) => {
+                let mut own = vec![0.0; n * n];
+                indices.iter().zip(c).for_each(|(&at, c)| own[at] = c);
+                own
             }
-            let (grids, codes) = (&self.grids[r * groups..][..groups], &mut self.codes[r * n..][..n]);
-            let (order, u) = (&self.order[start..end], self.u);
-            self.loss += cpu::simd(
-                #[inline(always)]
-                || {
-                    let mut loss = 0.0;
-                    for (j, &column) in order.iter().enumerate() {
-                        let u = &u[(start + j) * n + start..][..width];
-                        let grid = grids[column / group];
-                        let code = grid.code(part[j]);
-                        codes[column] = code.to_f64() as i16;
-                        let e = (part[j] - grid.value(code)) / u[j];
-                        part[j] = e;
-                        part[j + 1..].iter_mut().zip(&u[j + 1..]).for_each(|(w, &u)| *w = *w - e * u);
-                        loss += e.to_f64() * e.to_f64();
-                    }
-                    loss
-                },
-            );
-        }
-        if end < n {
-            let (c, s) = (&mut self.w[end..], |cols| Strides::new(cols, false));
-            let u = &self.u[start * n + end..];
-            cpu::gemm((rows, n - end, width), c, s(n), T::ONE, &errors, s(width), u, s(n), T::of(-1.0), false);
-        }
-    }
+        });
+        Ok(Some(Upper::Host(u, Terms { target, forward })))
+    }))
 }

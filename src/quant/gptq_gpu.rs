@@ -9,21 +9,25 @@ use crate::device::launch::{Check, Kind, View, Work};
 use crate::grid::{QuantSpec, Quantized};
 use crate::linalg::{factor as cpu_factor, matmul};
 use crate::ops::fake_quant::{gpu_grids, launch_spec};
-use crate::quant::QuantizedLinear;
+use crate::quant::correction::Terms;
+use crate::quant::{QuantizedLinear, correction_gpu};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// Rows that one product sums over before it is added up in `f64`.
 const ROWS: usize = 4096;
 /// Columns that are swept on chip.
 const COLUMNS: usize = 128;
+/// The same with a correction, whose terms need their room too.
+const CORRECTED_COLUMNS: usize = 64;
 
-/// `sum += xᵀ x` for sum `[n, n]` in `f64`.
-pub(super) fn add_gram(d: &CudaDevice, sum: &Tensor, x: &Tensor) -> Result<()> {
-    let rows = x.rows();
-    let x = x.clone().reshape([rows, x.cols()])?;
+/// `sum += aᵀ b` for sum `[n, n]` in `f64`.
+pub(super) fn add_products(d: &CudaDevice, sum: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    let rows = a.rows();
+    let [a, b] = [a, b].map(|t| t.clone().reshape([rows, t.cols()]));
+    let (a, b) = (a?, b?);
     for first in (0..rows).step_by(ROWS) {
-        let part = x.slice(first, ROWS.min(rows - first))?;
-        let part = matmul::product(&part, true, &part, false, false, DType::F32)?;
+        let [a, b] = [&a, &b].map(|t| t.slice(first, ROWS.min(rows - first)));
+        let part = matmul::product(&a?, true, &b?, false, false, DType::F32)?;
         launch_add(d.queue(), sum.view()?, part.view()?)?;
     }
     Ok(())
@@ -51,6 +55,21 @@ fn launch_finish(queue: Queue<'_>, h: View<'_>, scale: f64, n: usize) -> Result<
     let (h, n) = (c.operand("H", h, Kind::F64, c.product(&[n, n])?)?, c.long(n)?);
     // SAFETY: n · n values.
     c.launch(Work::of("hessian"), |s| unsafe { ffi!(sq_hessian_finish(h, scale, n, s)) })
+}
+
+/// `scale · sum`, in its own memory.
+pub(super) fn scaled(d: &CudaDevice, sum: Tensor, scale: f64) -> Result<Tensor> {
+    launch_scale(d.queue(), sum.view()?, scale)?;
+    Ok(sum)
+}
+
+/// `x` (`f64`) = scale times it.
+fn launch_scale(queue: Queue<'_>, x: View<'_>, scale: f64) -> Result<()> {
+    let c = Check::new("drift", queue);
+    let n = x.len();
+    let (x, count) = (c.operand("D", x, Kind::F64, n)?, c.long(n)?);
+    // SAFETY: n values.
+    c.launch(Work::of("drift"), |s| unsafe { ffi!(sq_drift_scale(x, scale, count, s)) })
 }
 
 /// The diagonal, and whether every value is finite.
@@ -92,14 +111,14 @@ impl Order {
         Ok(Self(Some(Arc::new(d.upload(bytemuck::cast_slice(&order), Kind::U32)?))))
     }
 
-    fn view(&self) -> Option<View<'_>> {
+    pub(super) fn view(&self) -> Option<View<'_>> {
         self.0.as_ref().map(|b| b.view())
     }
 }
 
-/// U in `f32`, of H with `add` on its diagonal (dead columns at 1), in the order of the sweep; `None` where that is not positive
-/// definite.
-pub(super) fn factor(d: &CudaDevice, h: &Tensor, order: &Order, add: f64) -> Result<Option<Tensor>> {
+/// U in `f32`, of H with `add` on its diagonal (dead columns at 1), in the order of the sweep, and the same in `f64`, reversed: L⁻¹ below the
+/// diagonal, and nothing of use above. `None` where that is not positive definite.
+pub(super) fn factor(d: &CudaDevice, h: &Tensor, order: &Order, add: f64) -> Result<Option<(Tensor, Tensor)>> {
     let (h, n) = (h.clone().aligned()?, h.cols());
     let a = Tensor::on(d, h.shape(), DType::F64)?;
     // SAFETY: the order is one of the columns.
@@ -107,7 +126,7 @@ pub(super) fn factor(d: &CudaDevice, h: &Tensor, order: &Order, add: f64) -> Res
     let Some(inverse) = invert_cholesky(d, a)? else { return Ok(None) };
     let u = Tensor::on(d, h.shape(), DType::F32)?;
     launch_upper(d.queue(), u.view()?, inverse.view()?, n)?;
-    Ok(is_finite(d, &u)?.then_some(u))
+    Ok(is_finite(d, &u)?.then_some((u, inverse)))
 }
 
 /// L⁻¹ below the diagonal, with `A = L Lᵀ`, in the memory of A; without cuSOLVER the CPU does it. `None` where A is not positive definite.
@@ -173,6 +192,10 @@ pub(super) struct Sweep<'a> {
     pub ends: &'a [usize],
     /// Grids of groups are found when the sweep comes to them.
     pub grids_on_the_way: bool,
+    /// C and P of a correction.
+    pub terms: &'a Terms<Tensor>,
+    /// β of FOEM.
+    pub pull: Option<f64>,
 }
 
 /// Sweeps one weight.
@@ -184,6 +207,9 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
     if !is_finite(d, weight)? {
         return Err(Error::numeric("GPTQ", "the weight holds NaN or infinite values"));
     }
+    let (shape, dtype) = (weight.shape().to_vec(), weight.dtype());
+    let corrected = s.terms.target.as_ref().map(|c| correction_gpu::target(d, weight, c)).transpose()?;
+    let weight = corrected.as_ref().unwrap_or(weight);
     let mut dead = vec![0u8; if s.dead.is_empty() { 0 } else { n }];
     s.dead.iter().for_each(|&i| dead[i] = 1);
     let dead = (!dead.is_empty()).then(|| d.upload(&dead, Kind::U8)).transpose()?;
@@ -205,7 +231,16 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
     }
     let w = w.map_or_else(|| gather(s.order.view()), Ok)?;
 
-    let y = Tensor::on(d, weight.shape(), weight.dtype())?;
+    // What FOEM pulls back to.
+    let original = s.pull.map(|_| -> Result<Tensor> {
+        let copy = new([rows, n])?;
+        d.copy(copy.view()?, w.view()?)?;
+        Ok(copy)
+    });
+    let original = original.transpose()?;
+    let is_corrected = original.is_some() || s.terms.forward.is_some();
+    let columns = if is_corrected { CORRECTED_COLUMNS } else { COLUMNS };
+    let y = Tensor::on(d, &shape, dtype)?;
     let codes = d.buffer(rows * n, Kind::I16, "quantised codes")?;
     let loss = Tensor::zeros([rows], DType::F64, &Device::Cuda(d.clone()))?;
     let mut start = 0usize;
@@ -223,12 +258,22 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
             }
         }
         while start < end {
-            let width = COLUMNS.min(end - start);
+            let width = columns.min(end - start);
             let errors = new([rows, width])?;
-            let to = Swept { y: y.view()?, codes: codes.view(), errors: errors.view()?, loss: loss.view()? };
+            let latent = s.terms.forward.as_ref().map(|_| new([rows, width])).transpose()?;
+            let to = Swept {
+                y: y.view()?,
+                codes: codes.view(),
+                errors: errors.view()?,
+                latent: latent.as_ref().map(Tensor::view).transpose()?,
+                loss: loss.view()?,
+            };
             let from = Sweeping {
                 w: w.view()?,
                 u: s.u.view()?,
+                forward: s.terms.forward.as_ref().map(Tensor::view).transpose()?,
+                original: original.as_ref().map(Tensor::view).transpose()?,
+                pull: s.pull.unwrap_or(0.0) as f32,
                 scale: scale.view()?,
                 zero: zero.view()?,
                 order: s.order.view(),
@@ -238,12 +283,15 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
             // SAFETY: the order is one of the columns.
             unsafe { launch_sweep(d.queue(), &to, &from, spec)? };
             d.add_product(w.view()?, start + width, errors.view()?, s.u.view()?, start, [rows, n, width])?;
+            if let (Some(latent), Some(p)) = (&latent, &s.terms.forward) {
+                d.add_product(w.view()?, start + width, latent.view()?, p.view()?, start, [rows, n, width])?;
+            }
             start += width;
         }
     }
     let mut host = vec![0i16; rows * n];
     codes.download(0, bytemuck::cast_slice_mut(&mut host))?;
-    let (cpu, shape) = (Device::Cpu, weight.shape().to_vec());
+    let cpu = Device::Cpu;
     let (scale, zero) = (scale.to_device(&cpu)?, zero.to_device(&cpu)?);
     let loss = loss.to_vec::<f64>()?.iter().sum();
     let codes = Quantized { shape, group, codes: host, scale, zero };
@@ -281,6 +329,8 @@ struct Swept<'a> {
     codes: View<'a>,
     /// `[rows, width]` in `f32`.
     errors: View<'a>,
+    /// The same: weights before rounding, within their grids; only with P.
+    latent: Option<View<'a>>,
     /// One a row in `f64`, added to.
     loss: View<'a>,
 }
@@ -291,6 +341,12 @@ struct Sweeping<'a> {
     w: View<'a>,
     /// `[n, n]`.
     u: View<'a>,
+    /// P `[n, n]`.
+    forward: Option<View<'a>>,
+    /// `[rows, n]` in the order of the sweep, what β pulls back to.
+    original: Option<View<'a>>,
+    /// β.
+    pull: f32,
     /// `[rows, groups]`.
     scale: View<'a>,
     /// `[rows, groups]`.
@@ -301,7 +357,7 @@ struct Sweeping<'a> {
     columns: std::ops::Range<usize>,
 }
 
-/// Sweeps at most 128 columns.
+/// Sweeps at most 128 columns, 64 with P or β.
 ///
 /// # Safety
 /// The order names columns below n: the kernel does not look.
@@ -310,14 +366,18 @@ unsafe fn launch_sweep(queue: Queue<'_>, to: &Swept<'_>, from: &Sweeping<'_>, sp
     let (n, start, width, len, kind) = (from.n, from.columns.start, from.columns.len(), from.w.len(), to.y.kind());
     let rows = c.rows(len, n)?;
     let groups = c.product(&[rows, n.div_ceil(spec.group_size(n)?)])?;
-    if from.columns.end > n || width > COLUMNS {
-        return Err(Error::argument("gptq sweep", format!("columns {:?} of {n}, at most {COLUMNS}", from.columns)));
+    let most = if from.forward.is_some() || from.original.is_some() { CORRECTED_COLUMNS } else { COLUMNS };
+    if from.columns.end > n || width > most || from.forward.is_some() != to.latent.is_some() {
+        return Err(Error::argument("gptq sweep", format!("columns {:?} of {n}, at most {most}", from.columns)));
     }
     let (y, codes) = (c.operand("y", to.y, kind, len)?, c.operand("codes", to.codes, Kind::I16, len)?);
     let errors = c.operand("errors", to.errors, Kind::F32, c.product(&[rows, width])?)?;
+    let latent = c.optional("latent weights", to.latent, Kind::F32, c.product(&[rows, width])?)?;
     let loss = c.operand("loss", to.loss, Kind::F64, rows)?;
     let w = c.operand("w", from.w, Kind::F32, len)?;
     let u = c.operand("U", from.u, Kind::F32, c.product(&[n, n])?)?;
+    let forward = c.optional("P", from.forward, Kind::F32, c.product(&[n, n])?)?;
+    let (original, pull) = (c.optional("original weight", from.original, Kind::F32, len)?, from.pull);
     let scale = c.operand("scale", from.scale, Kind::F32, groups)?;
     let zero = c.operand("zero", from.zero, Kind::F32, groups)?;
     let order = c.optional("order", from.order, Kind::U32, n)?;
@@ -325,6 +385,9 @@ unsafe fn launch_sweep(queue: Queue<'_>, to: &Swept<'_>, from: &Sweeping<'_>, sp
     let (quant, dtype) = (launch_spec(spec)?, c.code(kind)?);
     // SAFETY: sizes as kernels.h asks; that the order names columns is the caller's word.
     c.launch(Work::of("gptq sweep"), |s| unsafe {
-        ffi!(sq_gptq_sweep(y, codes, errors, loss, w, u, scale, zero, order, rows, n, start, width, quant, dtype, s))
+        ffi!(sq_gptq_sweep(
+            y, codes, errors, latent, loss, w, u, forward, original, pull, scale, zero, order, rows, n, start, width, quant,
+            dtype, s
+        ))
     })
 }

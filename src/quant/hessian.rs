@@ -7,7 +7,7 @@ use crate::tensor::room;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// Rows that one `f32` product sums over before it is added up in `f64`.
-const ROWS: usize = 1024;
+pub(super) const ROWS: usize = 1024;
 /// Rows of H computed at once; what lies right of the diagonal is left out in steps of this.
 const STRIPE: usize = 128;
 
@@ -29,13 +29,32 @@ pub struct Hessian {
     sum: Sum,
 }
 
-/// Σ xᵀ x: the lower triangle, and some or all of the upper.
+/// A sum of products of inputs `[in, in]` in `f64`. Here Σ xᵀ x: the lower triangle, and some or all of the upper.
 #[derive(Clone)]
-enum Sum {
+pub(super) enum Sum {
     /// No inputs yet.
     Empty,
     Host(Vec<f64>),
     Gpu(CudaDevice, Tensor),
+}
+
+impl Sum {
+    /// Where inputs are, if there is none yet.
+    pub(super) fn begin(&mut self, what: &str, n: usize, x: &Tensor) -> Result<()> {
+        if x.cols() != n {
+            return Err(Error::shape(what, format!("[.., {n}]"), x.shape()));
+        }
+        if let Self::Empty = self {
+            *self = match x.device() {
+                Device::Cuda(d) if x.dtype() != DType::F64 => {
+                    let sum = Tensor::zeros([n, n], DType::F64, &Device::Cuda(d.clone()))?;
+                    Self::Gpu(d, sum)
+                }
+                _ => Self::Host(vec![0.0; room(what, &[n, n], DType::F64)?]),
+            };
+        }
+        Ok(())
+    }
 }
 
 impl std::fmt::Debug for Hessian {
@@ -56,21 +75,13 @@ impl Hessian {
     /// Inputs of another width or on another device than the first; a type that is not floating-point.
     pub fn add(&mut self, x: &Tensor) -> Result<()> {
         let n = self.cols;
-        if x.cols() != n {
-            return Err(Error::shape("Hessian", format!("[.., {n}]"), x.shape()));
-        }
-        if let Sum::Empty = self.sum {
-            self.sum = match x.device() {
-                Device::Cuda(d) if x.dtype() != DType::F64 => {
-                    let sum = Tensor::zeros([n, n], DType::F64, &Device::Cuda(d.clone()))?;
-                    Sum::Gpu(d, sum)
-                }
-                _ => Sum::Host(vec![0.0; room("Hessian", &[n, n], DType::F64)?]),
-            };
-        }
+        self.sum.begin("Hessian", n, x)?;
         match &mut self.sum {
             Sum::Host(sum) => add(sum, n, &x.to_device(&Device::Cpu)?),
-            Sum::Gpu(d, sum) => gpu::add_gram(d, sum, &x.to_device(&sum.device())?),
+            Sum::Gpu(d, sum) => {
+                let x = x.to_device(&sum.device())?;
+                gpu::add_products(d, sum, &x, &x)
+            }
             Sum::Empty => unreachable!("just begun"),
         }
     }

@@ -1,7 +1,7 @@
 //! Round to nearest: every weight by itself, on the grid that its row or group spans.
 
 use crate::ops::fake_quant::quantize;
-use crate::quant::{QuantSpec, QuantizedLinear, WeightQuantizer};
+use crate::quant::{Moments, QuantSpec, QuantizedLinear, WeightQuantizer};
 use crate::{Result, Tensor};
 
 /// Round to nearest.
@@ -15,7 +15,7 @@ impl WeightQuantizer for Rtn {
     fn needs_hessian(&self) -> bool {
         false
     }
-    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, _: Option<&Tensor>) -> Result<Vec<QuantizedLinear>> {
+    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, _: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
         weights.iter().map(|w| QuantizedLinear::from_codes(quantize(w, spec)?, w.dtype(), &w.device())).collect()
     }
 }

@@ -2,7 +2,7 @@
 //! [`WeightQuantizer`].
 
 use crate::grid::Quantized;
-use crate::quant::QuantSpec;
+use crate::quant::{Moments, QuantSpec, Site};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// One linear layer, quantised.
@@ -15,7 +15,7 @@ pub struct QuantizedLinear {
     pub codes: Option<Quantized>,
     /// The damping that GPTQ used, where it did.
     pub damping: Option<f64>,
-    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the damped H, where one was used.
+    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` with the damped H, where GPTQ made it as small as it could.
     pub loss: Option<f64>,
 }
 
@@ -43,25 +43,37 @@ pub trait WeightQuantizer {
     /// True when [`WeightQuantizer::quantize`] wants a Hessian, and so calibration text.
     fn needs_hessian(&self) -> bool;
 
-    /// Quantises linears `[out, in]` that read one input; `hessian` is that input's `[in, in]` in `f64` ([`Hessian`](crate::quant::Hessian)).
-    /// `spec` is active. The results are in the order of `weights`.
+    /// True when it wants the drift of the inputs at a site too, and so a second stream of the text, in full precision.
+    fn wants_drift(&self, _site: Site) -> bool {
+        false
+    }
+
+    /// True when activations, K and V are to be quantised in the stream that Hessians are measured on, whatever the calibration says.
+    fn reads_quantized(&self) -> bool {
+        false
+    }
+
+    /// Quantises linears `[out, in]` that read one input, of which `moments` are the second moments. `spec` is active. The results are in
+    /// the order of `weights`.
     ///
     /// # Errors
-    /// Weights or a Hessian of shapes that do not fit; a quantiser that needs a Hessian and got none; a Hessian that cannot be
-    /// factored.
-    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, hessian: Option<&Tensor>) -> Result<Vec<QuantizedLinear>>;
+    /// Weights or moments of shapes that do not fit; a quantiser that needs moments and got none; a Hessian that cannot be factored.
+    fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>>;
 }
 
-/// Checks a Hessian against the weights that it is for.
-pub(crate) fn hessian_for<'a>(name: &str, weights: &[&Tensor], hessian: Option<&'a Tensor>) -> Result<&'a Tensor> {
-    let hessian = hessian.ok_or_else(|| Error::argument(name, "needs the Hessian of the weights' input"))?;
+/// Checks moments against the weights that they are for.
+pub(crate) fn moments_for<'a>(name: &str, weights: &[&Tensor], moments: Option<&'a Moments>) -> Result<&'a Moments> {
+    let moments = moments.ok_or_else(|| Error::argument(name, "needs the Hessian of the weights' input"))?;
     for w in weights {
         if w.shape().len() != 2 {
             return Err(Error::shape(format!("{name}: weight"), "[out, in]", w.shape()));
         }
-        if hessian.shape() != [w.cols(), w.cols()] {
-            return Err(Error::shape(format!("{name}: Hessian"), format!("[{n}, {n}]", n = w.cols()), hessian.shape()));
+        let square = [w.cols(), w.cols()];
+        for (what, of) in [("Hessian", Some(&moments.hessian)), ("drift", moments.drift.as_ref())] {
+            if let Some(of) = of.filter(|of| of.shape() != square) {
+                return Err(Error::shape(format!("{name}: {what}"), format!("{square:?}"), of.shape()));
+            }
         }
     }
-    Ok(hessian)
+    Ok(moments)
 }

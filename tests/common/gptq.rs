@@ -8,7 +8,9 @@ use spinquant::data::Windows;
 use spinquant::linalg::matmul::product;
 use spinquant::llama::{Llama, LlamaConfig, Merged, Weights};
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Gptq, GroupScales, Hessian, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer};
+use spinquant::quant::{
+    Clip, Correction, Drift, Gptq, GroupScales, Hessian, Moments, QuantSpec, QuantizedLinear, Scheme, WeightQuantizer,
+};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor};
 
@@ -22,6 +24,31 @@ pub fn hessian(x: &Tensor, sequences: usize) -> Tensor {
     let mut h = Hessian::new(x.cols());
     h.add(x).unwrap();
     h.finish(sequences).unwrap()
+}
+
+/// H of quantised inputs, and D with those in full precision.
+pub fn moments(exact: &Tensor, quantized: &Tensor, sequences: usize) -> Moments {
+    let mut drift = Drift::new(exact.cols());
+    drift.add(exact, quantized).unwrap();
+    Moments { hessian: hessian(quantized, sequences), drift: Some(drift.finish(sequences).unwrap()) }
+}
+
+/// One linear, with a correction.
+pub fn corrected(gptq: &Gptq, w: &Tensor, spec: &QuantSpec, m: &Moments) -> QuantizedLinear {
+    gptq.quantize(&[w], spec, Some(m)).unwrap().remove(0)
+}
+
+/// Inputs as a quantised network might have them: rounded to 4 bits, row by row, and not those alone: a little of the others is there too.
+pub fn disturbed(x: &Tensor, seed: u64) -> Tensor {
+    let n = x.cols();
+    let noise = values(&inputs(x.rows(), n, seed + 77));
+    let exact = values(x);
+    let rounded = exact.chunks(n).flat_map(|row| {
+        let step = row.iter().fold(0f64, |m, x| m.max(x.abs())) / 7.0;
+        row.iter().map(move |x| if step == 0.0 { 0.0 } else { step * (x / step).round() }).collect::<Vec<_>>()
+    });
+    let mixed = rounded.zip(noise).map(|(x, e)| 0.95 * x + 0.1 * e).collect();
+    Tensor::from_vec::<f64>(mixed, x.shape()).unwrap()
 }
 
 /// `[rows, n]` inputs whose channels are correlated and of very different sizes.
@@ -79,6 +106,7 @@ pub fn published() -> Vec<Published> {
             act_order: flag("act_order"),
             block: number(case, "block") as usize,
             group_scales: GroupScales::FinishedBlocks,
+            ..Gptq::default()
         };
         let (x, w, h, q) = (get("X"), get("W"), get("H"), get("Q"));
         Published { name, spec, gptq, x, w, h, q }
@@ -137,6 +165,45 @@ pub fn awkward_hessians_on(device: &Device, dtype: DType) {
     let mut nan = Hessian::new(1);
     nan.add(&place(Tensor::from_vec(vec![f32::NAN], [1, 1]).unwrap())).unwrap();
     assert!(matches!(nan.finish(1), Err(Error::Numeric { .. })));
+}
+
+/// Constants, and what a correction cannot do without.
+pub fn awkward_corrections_on(device: &Device, dtype: DType) {
+    let place = |t: Tensor| t.to_dtype(dtype).unwrap().to_device(device).unwrap();
+    let (spec, w, x) = (QuantSpec::weight(4, true), place(randn([3, 8], 1)), inputs(40, 8, 3));
+    let m = moments(&x, &disturbed(&x, 4), 1);
+    let with = |correction, m: &Moments| Gptq { correction, ..Gptq::default() }.quantize(&[&w], &spec, Some(m));
+    for correction in Correction::ALL {
+        let q = with(correction, &m).unwrap().remove(0);
+        assert_on_grid(&q, &spec);
+        assert_eq!((q.weight.dtype(), q.weight.device(), q.loss.is_some()), (dtype, device.clone(), correction.is_none()));
+        let alone = with(correction, &m.hessian.clone().into());
+        match correction {
+            Correction::Gptaq(_) | Correction::Qronos => {
+                let error = alone.unwrap_err().to_string();
+                assert!(error.contains(correction.name()) && error.contains("drift"), "{error}");
+            }
+            _ => assert_on_grid(&alone.unwrap()[0], &spec),
+        }
+        let misshapen = Moments { drift: Some(randn([7, 8], 1)), ..m.clone() };
+        assert!(matches!(with(correction, &misshapen), Err(Error::Shape { .. })), "{correction}");
+        let mut odd = values(m.drift.as_ref().unwrap());
+        odd[3] = f64::NAN;
+        let odd = Moments { drift: Some(Tensor::from_vec(odd, [8, 8]).unwrap()), ..m.clone() };
+        assert_eq!(with(correction, &odd).is_err(), !correction.is_none(), "{correction}");
+        if correction.constant().is_some() {
+            for constant in [-0.1, 1.5, f64::NAN] {
+                assert!(matches!(correction.with(constant), Err(Error::Argument { .. })), "{correction}");
+            }
+        }
+    }
+    assert!(matches!(with(Correction::Qep(2.0), &m), Err(Error::Argument { .. })));
+    let (mut drift, other) = (Drift::new(8), place(randn([40, 8], 1)));
+    assert!(drift.add(&other, &place(randn([39, 8], 1))).is_err());
+    assert!(drift.add(&place(randn([40, 7], 1)), &place(randn([40, 7], 1))).is_err());
+    drift.add(&place(Tensor::from_vec(vec![f64::INFINITY; 8], [1, 8]).unwrap()), &place(randn([1, 8], 1))).unwrap();
+    assert!(matches!(drift.finish(1), Err(Error::Numeric { .. })));
+    assert!(values(&Drift::new(3).finish(1).unwrap()).iter().all(|d| *d == 0.0));
 }
 
 /// Columns that nothing comes into are zero in the quantised weight.
@@ -216,13 +283,17 @@ impl LayerStore for Memory {
     }
 }
 
-/// A run that stops after each layer, and goes on.
-pub fn interrupted_run(model: Llama) {
+/// Runs that stop after each layer, and go on.
+pub fn interrupted_runs(model: &Llama) {
+    Correction::ALL.into_iter().for_each(|correction| interrupted_run(model, &Gptq { correction, ..Gptq::default() }));
+}
+
+fn interrupted_run(model: &Llama, gptq: &Gptq) {
     let text = text();
     let rotations = Rotations::random_hadamard(32, 8, 3, 2).unwrap();
     let calibration = Calibration { at_once: 3, ..Calibration::random(&text, 10, 1).unwrap() };
     let run = |store: &mut dyn LayerStore, stop: usize, reports: &mut Vec<LayerReport>| {
-        quantize_weights(&model, Some(&rotations), &Scheme::new(4, 4, 4), &Gptq::default(), Some(&calibration), store, |r| {
+        quantize_weights(model, Some(&rotations), &Scheme::new(4, 4, 4), gptq, Some(&calibration), store, |r| {
             reports.push(r.clone());
             if r.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })

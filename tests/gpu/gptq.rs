@@ -2,12 +2,13 @@
 
 use spinquant::calibrate::{Calibration, quantize_weights};
 use spinquant::grid::Quantized;
+use spinquant::linalg::matmul::product;
 use spinquant::llama::Llama;
 use spinquant::ops::fake_quant::quantize;
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Scheme};
+use spinquant::quant::{Clip, Correction, Gptq, GroupScales, Moments, QuantSpec, QuantizedLinear, Scheme};
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Tensor};
+use spinquant::{DType, Device, Tensor};
 
 use crate::common::distance;
 use crate::common::gptq::*;
@@ -30,6 +31,97 @@ fn awkward_hessians() {
 #[ignore = "needs a GPU"]
 fn dead_columns_become_zero() {
     dead_columns_on(&gpu(), DType::F32);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn awkward_corrections() {
+    awkward_corrections_on(&gpu(), DType::F32);
+    awkward_corrections_on(&gpu(), DType::F64); // with the weight there, but done on the CPU
+}
+
+/// Of the same values, in f64. A difference of 16-bit inputs is rounded to 16 bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn drifts() {
+    let device = gpu();
+    for (rows, n) in [(9000, 150), (1, 1), (100, 33), (4097, 64)] {
+        for (dtype, bound) in [(DType::F32, 4e-6), (DType::BF16, 4e-4), (DType::F16, 5e-5)] {
+            let x = inputs(rows, n, 8);
+            let [x, there] = [x.clone(), disturbed(&x, 9)].map(|t| t.to_dtype(dtype).unwrap());
+            let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+            let exact = moments(&wide(&x), &wide(&there), 5).drift.unwrap();
+            let place = |t: &Tensor| t.to_device(&device).unwrap().reshape([1, rows, n]).unwrap();
+            let ours = moments(&place(&x), &place(&there), 5).drift.unwrap();
+            assert_eq!((ours.device(), ours.dtype(), ours.shape()), (device.clone(), DType::F64, &[n, n][..]));
+            let largest = values(&exact).iter().fold(0f64, |m, x| m.max(x.abs()));
+            let error = distance(&values(&ours), &values(&exact)) / largest;
+            println!("{rows} x {n} {dtype}: error {error:.1e} of the largest value");
+            assert!(error <= bound, "{rows} x {n} {dtype}: {error:e}");
+        }
+    }
+}
+
+/// As below, with every correction: few rows differ from the CPU's in f32, and the error of the output is the same.
+#[test]
+#[ignore = "needs a GPU"]
+fn corrected_sweeps() {
+    let device = gpu();
+    let (rows, n) = (70, 300);
+    let x = inputs(900, n, 12);
+    let x_there = disturbed(&x, 13);
+    let m = moments(&x, &x_there, 3);
+    let place = |t: &Tensor| t.to_device(&device).unwrap();
+    let there = Moments { hessian: place(&m.hessian), drift: m.drift.as_ref().map(place) };
+    let y = |x: &Tensor, w: &Tensor| {
+        let w = w.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+        values(&product(x, false, &w, true, false, DType::F64).unwrap())
+    };
+    let groups = [None, Some(20), Some(75), Some(150)];
+    for correction in Correction::ALL {
+        for (i, group) in groups.into_iter().cycle().take(16).enumerate() {
+            let (bits, symmetric, act_order) = ([4, 3, 4, 8][i / 4 % 4], i / 2 % 2 == 0, i % 3 == 0);
+            let spec = QuantSpec { group, ..QuantSpec::weight(bits, symmetric).clipped(Clip::Ratio(0.95)) };
+            let gptq = Gptq { act_order, block: [128, 7, 300, 64][i % 4], correction, ..Gptq::default() };
+            for dtype in [DType::F32, DType::BF16] {
+                let w = randn([rows, n], 100 + i as u64).to_dtype(dtype).unwrap();
+                let (cpu, gpu) = (corrected(&gptq, &w, &spec, &m), corrected(&gptq, &place(&w), &spec, &there));
+                assert_on_grid(&gpu, &spec);
+                let codes = |q: &QuantizedLinear| q.codes.as_ref().unwrap().codes.clone();
+                let moved = codes(&cpu).chunks(n).zip(codes(&gpu).chunks(n)).filter(|(a, b)| a != b).count();
+                let wanted = y(&x, &w);
+                let error = |q: &QuantizedLinear| -> f64 {
+                    wanted.iter().zip(y(&x_there, &q.weight)).map(|(a, b)| (a - b) * (a - b)).sum()
+                };
+                let ratio = error(&gpu) / error(&cpu);
+                let what =
+                    format!("{correction} {spec:?} {gptq:?} {dtype}: {moved} of {rows} rows differ, errors are {ratio} apart");
+                println!("{what}");
+                // Groups' grids come from weights that f32 has rounded: more rows may differ where they are found on the way.
+                assert!(moved * 4 <= rows && (ratio - 1.0).abs() < 0.01, "{what}");
+                assert_eq!(codes(&corrected(&gptq, &place(&w), &spec, &there)), codes(&gpu), "{what}");
+            }
+        }
+    }
+}
+
+/// Streams that are the same: GPTQ's codes, on the GPU too. FOEM with a constant of 0 as well.
+#[test]
+#[ignore = "needs a GPU"]
+fn nothing_to_correct_is_gptq() {
+    let x = inputs(900, 300, 12).to_dtype(DType::F32).unwrap().to_device(&gpu()).unwrap();
+    let m = moments(&x, &x, 3);
+    let w = randn([70, 300], 3).to_dtype(DType::BF16).unwrap().to_device(&gpu()).unwrap();
+    for spec in [QuantSpec::weight(4, true), QuantSpec::weight(3, false).grouped(75)] {
+        let plain = corrected(&Gptq::default(), &w, &spec, &m);
+        for correction in [Correction::Gptaq(0.25), Correction::Qep(1.0), Correction::Qronos, Correction::Foem(0.0)] {
+            let q = corrected(&Gptq { correction, ..Gptq::default() }, &w, &spec, &m);
+            let differ = different_codes(&q, &plain);
+            // GPTAQ's blocks are half as wide, which is another order of the same sums.
+            let allowed = if matches!(correction, Correction::Gptaq(_)) { 70 * 300 / 50 } else { 0 };
+            assert!(differ <= allowed, "{correction}: {differ} codes differ");
+        }
+    }
 }
 
 /// Sums of products of at most 4096 rows in f32 (exact products, for 16-bit inputs), against the same values in f64.
@@ -70,7 +162,7 @@ fn sweeps() {
         let clip = if i % 2 == 0 { Clip::Search } else { Clip::Ratio(0.95) };
         let spec = QuantSpec { group, ..QuantSpec::weight(bits, symmetric).clipped(clip) };
         let group_scales = if fresh { GroupScales::Updated } else { GroupScales::FinishedBlocks };
-        let gptq = Gptq { damping: 0.01, act_order, block: [128, 7, 300, 64][i % 4], group_scales };
+        let gptq = Gptq { act_order, block: [128, 7, 300, 64][i % 4], group_scales, ..Gptq::default() };
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let w = randn([rows, n], 100 + i as u64).to_dtype(dtype).unwrap();
             let cpu = gptq.quantize_one(&w, &spec, &h).unwrap();
@@ -156,7 +248,7 @@ fn stored_scales() {
 #[ignore = "needs a GPU"]
 fn an_interrupted_run_continues_to_the_same_bits() {
     for dtype in [DType::F32, DType::BF16] {
-        interrupted_run(model(dtype).to_device(&gpu()).unwrap());
+        interrupted_runs(&model(dtype).to_device(&gpu()).unwrap());
     }
 }
 
@@ -169,10 +261,12 @@ fn the_pipeline() {
     let there = model.clone().to_device(&device).unwrap();
     let rotations = Rotations::random_hadamard(32, 8, 3, 2).unwrap();
     let calibration = Calibration::first(&text, 10).unwrap();
-    for (scheme, act_order) in
-        [(Scheme::new(4, 4, 4), false), (Scheme { weight_group: Some(16), ..Scheme::new(3, 16, 16) }, true)]
-    {
-        let gptq = Gptq { act_order, ..Gptq::default() };
+    let grouped = Scheme { weight_group: Some(16), ..Scheme::new(3, 16, 16) };
+    let plain = [(Scheme::new(4, 4, 4), false, Correction::None), (grouped, true, Correction::None)];
+    // Of the first layer D is that of its own quantisers alone, which round as the CPU's but for ties.
+    let corrected = Correction::ALL.map(|correction| (Scheme::new(4, 8, 8), false, correction));
+    for (scheme, act_order, correction) in plain.into_iter().chain(corrected) {
+        let gptq = Gptq { act_order, correction, ..Gptq::default() };
         let run = |model: &Llama| {
             let mut store = Memory::default();
             quantize_weights(model, Some(&rotations), &scheme, &gptq, Some(&calibration), &mut store, go_on).unwrap();
@@ -182,8 +276,8 @@ fn the_pipeline() {
         for ((name, a), (_, b)) in cpu.linears.iter().zip(gpu.linears.iter()) {
             let (a, b) = (&a.weight, &b.weight);
             let (differ, all) = (different_codes(a, b), a.codes.as_ref().unwrap().codes.len());
-            println!("{scheme} {name}: {differ} of {all} codes differ");
-            assert!(differ * 20 <= all, "{scheme} {name}: {differ} of {all} codes differ");
+            println!("{scheme} {correction} {name}: {differ} of {all} codes differ");
+            assert!(differ * 20 <= all, "{scheme} {correction} {name}: {differ} of {all} codes differ");
         }
     }
 }

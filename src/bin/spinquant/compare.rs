@@ -11,7 +11,7 @@ use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
 use spinquant::learn::ClipChoice;
-use spinquant::quant::{Online, Scheme};
+use spinquant::quant::{Correction, Online, Scheme};
 
 use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, with_bits_of};
@@ -98,7 +98,7 @@ pub fn run(args: &Args) -> Result<()> {
     let read = |file: &PathBuf| limited(args.model.windows(&config, file, args.seq_len)?, args.max_windows);
     let other = args.fidelity_text.as_ref().map(read).transpose()?;
     let test = Test { text: &text, other: other.as_ref(), exam: exam.as_ref() };
-    let quantizer = args.gptq_args.quantizer();
+    let quantizer = args.gptq_args.quantizer(Correction::None);
     let sample = if args.gptq { Some(args.gptq_args.calibration(&calibration)?) } else { None };
     let gptq = sample.as_ref().map(|sample| (&quantizer, sample));
     let mut watch = progress.watch();

@@ -6,7 +6,7 @@ use spinquant::compare::quantized;
 use spinquant::data::Windows;
 use spinquant::export::{Record, is_native, load_native};
 use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged};
-use spinquant::quant::{Online, Scheme};
+use spinquant::quant::{Correction, Online, Scheme};
 use spinquant::rotation::{Rotations, Start};
 use spinquant::{Error, Result};
 
@@ -22,10 +22,11 @@ pub struct NetworkArgs {
     scheme: SchemeArgs,
     #[arg(long, value_name = "WHICH", help = format!("{} [default: none]", Start::usage(&[])))]
     rotations: Option<Start>,
-    /// How weights are quantised [default: rtn].
-    #[arg(long, value_enum)]
+    /// How weights are quantised: to nearest, by GPTQ, or by one of its successors, which correct for activations that are quantised
+    /// (experimental) [default: rtn].
+    #[arg(long, value_name = Method::NAMES)]
     weights: Option<Method>,
-    /// Calibration text for GPTQ.
+    /// Calibration text, for all but rtn.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     #[command(flatten)]
@@ -41,7 +42,7 @@ pub struct Network<'a> {
     pub scheme: Scheme,
     /// Which rotations, in words.
     pub rotations: String,
-    /// How its weights are quantised: `rtn` or `gptq`.
+    /// How its weights are quantised: `rtn`, `gptq`, `gptaq:0.25`, ….
     pub weights: String,
     from: From,
 }
@@ -53,7 +54,7 @@ enum From {
     /// A folder of compressed-tensors.
     Compressed(Box<Compressed>),
     /// A model's own files.
-    Model { plain: bool, rotations: Option<Box<Rotations>>, calibration: Option<Windows> },
+    Model { plain: bool, rotations: Option<Box<Rotations>>, calibration: Option<(Correction, Windows)> },
 }
 
 impl NetworkArgs {
@@ -71,13 +72,14 @@ impl NetworkArgs {
         }
         let start = self.rotations.clone().unwrap_or(Start::None);
         let weights = self.weights.unwrap_or(Method::Rtn);
-        let reads = scores_windows || weights == Method::Gptq;
+        let reads = scores_windows || weights.reads_text();
         let config = self.model.checked(&self.scheme.scheme(), reads.then_some(seq_len))?;
         let file = rotations(&start, &config)?;
         let scheme = self.scheme.scheme_with(file.as_ref(), &config)?;
+        let text = self.gptq.text(weights, &self.model, &config, self.calibration.as_ref(), seq_len)?;
         let calibration = match weights {
+            Method::Gptq(correction) => text.map(|text| (correction, text)),
             Method::Rtn => None,
-            Method::Gptq => Some(self.gptq.text(&self.model, &config, self.calibration.as_ref(), seq_len)?),
         };
         let (plain, rotations) = (matches!(start, Start::None), file.map(|file| Box::new(self.scheme.learned(&file, &scheme))));
         Ok(Network {
@@ -85,7 +87,7 @@ impl NetworkArgs {
             config,
             scheme,
             rotations: start.to_string(),
-            weights: weights.name().to_string(),
+            weights: weights.to_string(),
             from: From::Model { plain, rotations, calibration },
         })
     }
@@ -122,7 +124,7 @@ impl NetworkArgs {
         self.scheme.check_written(scheme, dir)?;
         let given = [
             ("--rotations", self.rotations.as_ref().map(Start::to_string), rotations),
-            ("--weights", self.weights.map(|method| method.name().to_string()), weights),
+            ("--weights", self.weights.map(|method| method.to_string()), weights),
         ];
         let differs = given.into_iter().find_map(|(name, given, written)| Some((name, given.filter(|g| g != written)?, written)));
         differs.map_or(Ok(()), |(name, given, written)| Err(contradicts(name, dir, written, &given)))
@@ -200,8 +202,8 @@ impl Network<'_> {
         let gptq = &self.args.gptq;
         match calibration {
             None => model.merge(rotations.as_deref(), &self.scheme),
-            Some(text) => {
-                let run = (&gptq.quantizer(), &gptq.calibration(text)?);
+            Some((correction, text)) => {
+                let run = (&gptq.quantizer(*correction), &gptq.calibration(text)?);
                 quantized(model, rotations.as_deref(), &self.scheme, run, &mut progress.watch())
             }
         }

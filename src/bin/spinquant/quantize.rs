@@ -26,10 +26,11 @@ pub struct Args {
     gptq: GptqArgs,
     #[arg(long, value_name = "WHICH", help = Start::usage(&[]))]
     rotations: Start,
-    /// How weights are quantised.
-    #[arg(long, value_enum, default_value_t = Method::Rtn)]
+    /// How weights are quantised: to nearest, by GPTQ, or by one of its successors, which correct for activations that are quantised
+    /// (experimental).
+    #[arg(long, value_name = Method::NAMES, default_value_t = Method::Rtn)]
     weights: Method,
-    /// Calibration text for GPTQ.
+    /// Calibration text, for all but rtn.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// Tokens of a calibration window.
@@ -64,8 +65,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     if args.target.is_some() && args.format != Format::CompressedTensors {
         return Err(Error::argument("--target", "is for --format compressed-tensors"));
     }
-    let reads_text = args.weights == Method::Gptq;
-    let config = args.model.checked(&args.scheme.scheme(), reads_text.then_some(args.seq_len))?;
+    let config = args.model.checked(&args.scheme.scheme(), args.weights.reads_text().then_some(args.seq_len))?;
     let rotations = rotations(&args.rotations, &config)?;
     let scheme = args.scheme.scheme_with(rotations.as_ref(), &config)?;
     let scheme = match args.format {
@@ -73,10 +73,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
         _ => scheme,
     };
     let rotations = rotations.map(|file| args.learned(&file, &scheme));
-    let text = match args.weights {
-        Method::Rtn => None,
-        Method::Gptq => Some(args.gptq.text(&args.model, &config, args.calibration.as_ref(), args.seq_len)?),
-    };
+    let text = args.gptq.text(args.weights, &args.model, &config, args.calibration.as_ref(), args.seq_len)?;
     if let Some(device) = hf_device {
         let source = open_model(&args.model.model)?;
         write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, text.as_ref(), progress)?;
@@ -90,7 +87,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
             "a Hugging Face folder holds weights only, so this is {written}: a runtime computes activations and the KV cache as it likes, not as {scheme} says"
         ));
     }
-    out!("{written}, rotations {}, weights {}: written to {}", args.rotations, args.weights.name(), args.out.display());
+    out!("{written}, rotations {}, weights {}: written to {}", args.rotations, args.weights, args.out.display());
     Ok(())
 }
 
@@ -143,14 +140,18 @@ fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &
     output.provenance = Provenance {
         model: args.model.name(),
         rotations: args.rotations.to_string(),
-        weights: args.weights.name().to_string(),
+        weights: args.weights.to_string(),
         seeds: args.rotations.seed().map(|seed| ("rotations".to_string(), seed)).into_iter().collect(),
         command: std::env::args().collect::<Vec<_>>().join(" "),
         notes: [("device".to_string(), rotated.device().to_string().into())].into(),
         ..Provenance::default()
     };
     stop::kept("the layers done are kept: the same command goes on from there");
-    match text {
+    let correction = match args.weights {
+        Method::Gptq(correction) => Some(correction),
+        Method::Rtn => None,
+    };
+    match correction.zip(text) {
         None => {
             let mut task = progress.start("writing, layers", layers);
             write_quantized(rotated, &Rtn, None, output, |report| {
@@ -158,15 +159,15 @@ fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &
                 stop::asked()
             })
         }
-        Some(text) => {
-            let calibration = args.gptq.calibration(text)?;
-            output.provenance.notes.extend(args.gptq.notes());
+        Some((correction, text)) => {
+            let (calibration, gptq) = (args.gptq.calibration(text)?, args.gptq.quantizer(correction));
+            output.provenance.notes.extend(args.gptq.notes(&gptq));
             output.provenance.notes.insert("seq_len".into(), args.seq_len.into());
             output.provenance.notes.insert("bos".into(), args.model.bos().to_string().into());
             let file = args.calibration.as_ref().expect("just read");
             output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, text)?);
-            let (gptq, mut watch) = (args.gptq.quantizer(), progress.watch());
-            watch.begin("gptq, layers", layers);
+            let mut watch = progress.watch();
+            watch.begin(&format!("{correction}, layers"), layers);
             let told = |report: &LayerReport| gptq_layer(&gptq, report, &mut watch);
             write_quantized(rotated, &gptq, Some(&calibration), output, told)
         }

@@ -18,6 +18,18 @@ fn quantized_models_are_written_and_read_back() {
     let native = perplexity("eval --model gptq --device cpu --seq-len 16 --text text.txt --json");
     assert_eq!(native, perplexity(&format!("{EVAL} {scheme} --weights gptq {calibration} --json")), "GPTQ");
 
+    // A successor: the same network in the folder, which says what it was; its constant may be said again, not changed.
+    assert!(quantize(&format!("{scheme} --weights qep {calibration} --out qep")).status.success());
+    let written = "eval --model qep --device cpu --seq-len 16 --text text.txt --json";
+    let qep = perplexity(written);
+    assert_eq!(qep, perplexity(&format!("{EVAL} {scheme} --weights qep:0.5 {calibration} --json")), "QEP");
+    assert_eq!(qep, perplexity(&format!("{written} --weights qep:0.5")));
+    assert_ne!(qep, native);
+    place.fails(&format!("{written} --weights qep:0.6"), &["qep:0.5, which cannot be changed; got qep:0.6"]);
+    let record: serde_json::Value = serde_json::from_slice(&place.read("qep/spinquant.json")).unwrap();
+    let provenance = &record["provenance"];
+    assert_eq!((&provenance["weights"], &provenance["notes"]["calibrate_quantized"]), (&"qep:0.5".into(), &true.into()));
+
     assert!(quantize("--scheme W16A16KV16 --online none --rotations hadamard:3 --format hf --out hf").status.success());
     let exact = number(&place.json(&format!("{EVAL} --scheme W16A16KV16 --json")), "perplexity");
     let merged =
@@ -56,10 +68,14 @@ fn quantized_models_are_written_and_read_back() {
 #[test]
 fn a_killed_quantize_continues_to_the_same_bytes() {
     let place = Place::new();
-    for (format, scheme) in [("native", "--scheme W4A4KV4"), ("hf", "--scheme W4A16KV16 --online none")] {
+    for (format, scheme, weights) in [
+        ("native", "--scheme W4A4KV4", "gptq"),
+        ("native", "--scheme W4A4KV4", "gptaq:0.3"),
+        ("hf", "--scheme W4A16KV16 --online none", "gptq"),
+    ] {
         let args = |out: &str| {
             format!(
-                "quantize --model model --device cpu --seq-len 16 {scheme} --rotations hadamard:3 --weights gptq \
+                "quantize --model model --device cpu --seq-len 16 {scheme} --rotations hadamard:3 --weights {weights} \
                  --calibration text.txt --calibration-windows 100 --format {format} --out {out}"
             )
         };

@@ -4,12 +4,12 @@ use serde_json::json;
 use spinquant::export::{Target, notes};
 use spinquant::grid::QuantSpec;
 use spinquant::ops::fake_quant::quantize;
-use spinquant::quant::QuantizedLinear;
+use spinquant::quant::{Moments, QuantizedLinear, Site};
 
 use super::*;
 
 /// Another quantiser, with the grids that a file in this type needs.
-pub struct Stored(pub DType);
+pub struct Stored(pub DType, pub Gptq);
 
 impl WeightQuantizer for Stored {
     fn name(&self) -> &'static str {
@@ -18,8 +18,14 @@ impl WeightQuantizer for Stored {
     fn needs_hessian(&self) -> bool {
         true
     }
-    fn quantize(&self, w: &[&Tensor], spec: &QuantSpec, h: Option<&Tensor>) -> Result<Vec<QuantizedLinear>> {
-        Gptq::default().quantize(w, &spec.stored(self.0), h)
+    fn wants_drift(&self, site: Site) -> bool {
+        self.1.wants_drift(site)
+    }
+    fn reads_quantized(&self) -> bool {
+        self.1.reads_quantized()
+    }
+    fn quantize(&self, w: &[&Tensor], spec: &QuantSpec, m: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
+        self.1.quantize(w, &spec.stored(self.0), m)
     }
 }
 

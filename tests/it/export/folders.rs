@@ -71,7 +71,15 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
     for (dtype, r) in [(DType::F32, plain), (DType::BF16, more)] {
         tiny::write(&source, &config, dtype, 9, true);
         let (files, model) = (Source::open(&source, &config).unwrap(), Llama::load(&source, dtype, &Device::Cpu).unwrap());
-        for format in [Format::Native, Format::Hf, Format::CompressedTensors] {
+        for (format, correction) in [
+            (Format::Native, Correction::None),
+            (Format::Native, Correction::Gptaq(0.25)),
+            (Format::Hf, Correction::None),
+            (Format::Hf, Correction::Qronos),
+            (Format::CompressedTensors, Correction::None),
+            (Format::CompressedTensors, Correction::Qep(0.5)),
+        ] {
+            let gptq = Gptq { correction, ..Gptq::default() };
             let plain = Scheme::new(3, 16, 16).online(Online::NONE);
             let scheme = match format {
                 Format::Native => Scheme { weight_group: Some(8), ..Scheme::new(4, 4, 4) },
@@ -85,7 +93,7 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
             .unwrap();
             let write = |dir: &Path, stop: usize| {
                 let output = Output { source: Some(&source), ..Output::new(dir, format) };
-                write_quantized(&rotated, &Gptq::default(), Some(&calibration), output, |report| {
+                write_quantized(&rotated, &gptq, Some(&calibration), output, |report| {
                     if report.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 })
             };
@@ -94,13 +102,13 @@ fn an_interrupted_gptq_run_ends_in_the_same_bytes() {
                 assert!(matches!(write(&out, stop), Err(Error::Interrupted { step }) if step == stop));
                 assert!(!out.exists());
                 write(&out, 0).unwrap();
-                assert_eq!(contents(&out), contents(&whole), "{format:?} {dtype}, stopped after {stop}");
+                assert_eq!(contents(&out), contents(&whole), "{format:?} {correction} {dtype}, stopped after {stop}");
                 std::fs::remove_dir_all(&out).unwrap();
             }
             // What is written is what GPTQ made of the rotated layers.
             let mut blocks = vec![];
             let go_on = |_: &LayerReport| ControlFlow::Continue(());
-            let (gptq, stored) = (Gptq::default(), compressed::Stored(dtype));
+            let stored = compressed::Stored(dtype, gptq);
             let quantizer: &dyn WeightQuantizer = if format == Format::CompressedTensors { &stored } else { &gptq };
             quantize_layers(&rotated, quantizer, Some(&calibration), &mut (), go_on, |b| blocks.push(b)).unwrap();
             let written = match format {

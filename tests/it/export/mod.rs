@@ -22,7 +22,7 @@ use spinquant::export::{
 use spinquant::grid::Quantized;
 use spinquant::llama::{Compressed, Linear, Llama, LlamaConfig, Merged, Rotated, Source};
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Gptq, Online, R4, Scheme, WeightQuantizer};
+use spinquant::quant::{Clip, Correction, Gptq, Online, R4, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Result, Tensor, io};
 use zip::CompressionMethod::Stored as StoredEntry;

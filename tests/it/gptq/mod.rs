@@ -1,5 +1,6 @@
 //! GPTQ: the published numbers, what the algorithm promises, and the layer-by-layer pipeline.
 
+mod corrections;
 mod pipeline;
 
 use std::sync::{Arc, Mutex};
@@ -12,7 +13,9 @@ use spinquant::calibrate::{Calibration, quantize_weights};
 use spinquant::linalg::matmul::product;
 use spinquant::llama::{Block, Linear, Llama, Merged, RotatedWeights, Run};
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Gptq, GroupScales, QuantSpec, QuantizedLinear, Rtn, Scheme, Site, WeightQuantizer};
+use spinquant::quant::{
+    Clip, Correction, Gptq, GroupScales, Moments, QuantSpec, QuantizedLinear, Rtn, Scheme, Site, WeightQuantizer,
+};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error, Tape, Tensor};
 
@@ -55,7 +58,7 @@ fn specs() -> impl Strategy<Value = (QuantSpec, Gptq)> {
             let clip = if search { Clip::Search } else { Clip::Ratio(1.0) };
             let group_scales = if fresh { GroupScales::Updated } else { GroupScales::FinishedBlocks };
             let spec = QuantSpec { group, ..QuantSpec::weight(bits, symmetric).clipped(clip) };
-            (spec, Gptq { damping: 0.01, act_order, block, group_scales })
+            (spec, Gptq { act_order, block, group_scales, ..Gptq::default() })
         },
     )
 }
@@ -188,7 +191,7 @@ fn linears_of_one_input_and_chunks_of_rows_are_independent() {
         assert_eq!(whole.weight.dtype(), dtype);
         assert_on_grid(&whole, &spec);
         let (a, b) = (w.slice(0, 41).unwrap(), w.slice(41, 29).unwrap());
-        let parts = Gptq::default().quantize(&[&a, &b], &spec, Some(&h)).unwrap();
+        let parts = Gptq::default().quantize(&[&a, &b], &spec, Some(&h.clone().into())).unwrap();
         let together = [values(&parts[0].weight), values(&parts[1].weight)].concat();
         // The same but for the rounding of products of other shapes.
         let differ = together.iter().zip(values(&whole.weight)).filter(|(a, b)| **a != *b).count();

@@ -19,12 +19,15 @@ fn nearest_through_the_pipeline_is_merge() {
     }
 }
 
-/// The pipeline as it is described: the whole network run anew for every group of linears, the inputs taken from an observer.
+/// The pipeline as it is described: the whole network run anew for every group of linears, the inputs taken from an observer; once more in
+/// full precision where a correction asks for it.
 fn by_the_book(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, gptq: &Gptq, c: &Calibration<'_>) -> Merged {
-    let mut merged = model.merge_exact(rotations, scheme).unwrap();
+    let exact = model.merge_exact(rotations, scheme).unwrap();
+    let mut merged = exact.clone();
     let spec = merged.scheme.sites(model.config.head_dim).weight;
     let off = Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..merged.scheme };
-    let (seq, running) = (c.text.seq_len(), if c.quantize_activations { merged.scheme } else { off });
+    let on = c.quantize_activations || gptq.correction != Correction::None;
+    let running = if on { merged.scheme } else { off };
     let groups = [
         (Site::AttentionInput, vec![Linear::Q, Linear::K, Linear::V]),
         (Site::AttentionOutput, vec![Linear::O]),
@@ -33,26 +36,15 @@ fn by_the_book(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, gp
     ];
     for layer in 0..model.config.layers {
         for (wanted, members) in &groups {
-            let seen = Arc::new(Mutex::new(None));
-            let mut run: Run = model.run(&running, seq).unwrap();
-            let (sink, wanted) = (seen.clone(), *wanted);
-            run.observer = Some(Arc::new(move |l, site, x: &Tensor| {
-                if (l, site) == (layer, wanted) {
-                    *sink.lock().unwrap() = Some(x.clone());
-                }
-            }));
-            let tape = Tape::new();
-            let mut x = tape.constant(merged.embedding.clone()).embedding(c.text.batch(&c.windows).into()).unwrap();
-            for block in &merged.blocks {
-                x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run).unwrap();
-            }
-            let x = seen.lock().unwrap().take().unwrap();
-            // The observer sees what goes into the quantiser.
-            let x = tape.constant(x).fake_quant(run.sites.at(wanted)).unwrap().into_value();
-            let h = hessian(&x, c.windows.len());
+            let quantized = input(model, &merged, &running, c, layer, *wanted);
+            let x = input(model, &exact, &off, c, layer, *wanted);
+            let m = moments(&x, &quantized, c.windows.len());
             let mut weights = merged.blocks[layer].weights.clone();
+            // QEP leaves down_proj alone.
+            let skips = matches!(gptq.correction, Correction::Qep(_)) && *wanted == Site::DownInput;
+            let m = if skips { m.hessian.into() } else { m };
             for &linear in members {
-                weights[linear].weight = gptq.quantize_one(&weights[linear].weight, &spec, &h).unwrap().weight;
+                weights[linear].weight = corrected(gptq, &weights[linear].weight, &spec, &m).weight;
             }
             merged.blocks[layer] = Block::new(&model.config, layer, weights);
         }
@@ -60,9 +52,48 @@ fn by_the_book(model: &Llama, rotations: Option<&Rotations>, scheme: &Scheme, gp
     merged
 }
 
+/// What goes into the linears at a site of a layer.
+fn input(model: &Llama, network: &Merged, scheme: &Scheme, c: &Calibration<'_>, layer: usize, wanted: Site) -> Tensor {
+    let seen = Arc::new(Mutex::new(None));
+    let mut run: Run = model.run(scheme, c.text.seq_len()).unwrap();
+    let sink = seen.clone();
+    run.observer = Some(Arc::new(move |l, site, x: &Tensor| {
+        if (l, site) == (layer, wanted) {
+            *sink.lock().unwrap() = Some(x.clone());
+        }
+    }));
+    let tape = Tape::new();
+    let mut x = tape.constant(network.embedding.clone()).embedding(c.text.batch(&c.windows).into()).unwrap();
+    for block in &network.blocks {
+        x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run).unwrap();
+    }
+    let x = seen.lock().unwrap().take().unwrap();
+    // The observer sees what goes into the quantiser.
+    tape.constant(x).fake_quant(run.sites.at(wanted)).unwrap().into_value()
+}
+
 #[test]
 fn the_pipeline_does_what_it_says() {
     check_pipeline(&model(DType::F64));
+}
+
+/// Both streams: the first layer's drift is that of its own quantisers, and later ones' of all before.
+#[test]
+fn corrections_go_through_the_pipeline() {
+    let (model, text) = (model(DType::F64), text());
+    let rotations = Rotations::random_hadamard(32, 8, 3, 1).unwrap();
+    let scheme = Scheme { weight_clip: Clip::Ratio(1.0), ..Scheme::new(4, 4, 4) };
+    let calibration = Calibration { at_once: 8, ..Calibration::first(&text, 8).unwrap() };
+    let run = |correction| {
+        let gptq = Gptq { correction, ..Gptq::default() };
+        let ours = quantize_weights(&model, Some(&rotations), &scheme, &gptq, Some(&calibration), &mut (), go_on).unwrap();
+        assert_same(&ours, &by_the_book(&model, Some(&rotations), &scheme, &gptq, &calibration));
+        values(&ours.blocks[2].weights[Linear::Down].weight)
+    };
+    let all = Correction::ALL.map(run);
+    for (i, a) in all.iter().enumerate() {
+        assert!(all[..i].iter().all(|b| a != b), "{}", Correction::ALL[i]);
+    }
 }
 
 #[test]
@@ -89,7 +120,7 @@ fn check_pipeline(model: &Llama) {
 
 #[test]
 fn an_interrupted_run_continues_to_the_same_bits() {
-    interrupted_run(model(DType::F32));
+    interrupted_runs(&model(DType::F32));
 }
 
 #[test]
