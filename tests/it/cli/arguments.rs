@@ -20,7 +20,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("learn", "--memory garbage", "expected auto or a size such as 24GiB"),
     ("learn", "--weight-group 5", "quantisation group: 5 does not divide rows of 24"),
     ("learn", "--clip-windows 0", "at least 1"),
-    ("learn", "--clip much", "expected error, loss or none, got \"much\""),
+    ("learn", "--clip much", "expected error, loss, learned or none, got \"much\""),
     ("learn", "--start none", "nothing to learn"),
     ("learn", "--start hadamrd", "hadamard[:SEED], block-hadamard[:SEED]"),
     ("learn", "--start hadamard:x", "expected a number after the colon"),
