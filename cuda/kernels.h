@@ -328,6 +328,14 @@ int sq_kl_divergence(void *logits, float *loss, const void *teacher, int64_t row
 /* Per row of a and b [rows, cols]: agree[row] = 1 where their largest values are in the same place (of equal ones the first), else 0. */
 int sq_agreement(int32_t *agree, const void *a, const void *b, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream);
 
+/* kl_top.cu --------------------------------------------------------------------------------------------------- */
+
+/* The same over the `top` likeliest tokens S of the teacher's row (of equally likely ones those in front). rest 0: all others are one event;
+ * 1: they count in both softmaxes, but not in the sum; 2: both softmaxes are over S alone. loss[row], and, when scale != 0, logits are
+ * overwritten by scale times its gradient. */
+int sq_kl_top(void *logits, float *loss, const void *teacher, int64_t rows, int64_t vocab, int64_t top, int rest, float scale,
+              sq_dtype dtype, sq_stream stream);
+
 /* spread.cu --------------------------------------------------------------------------------------------------- */
 
 /* sums[sq_spread_sums(count)]: parts of the sum of phi, in order; phi(x) = exp(-|x|) for measure 0 and x^4 for 1. Values are

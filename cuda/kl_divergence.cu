@@ -2,32 +2,13 @@
 //   loss = sum_j p_j (log p_j - log q_j),   dx = scale (q - p),   p = softmax(t), q = softmax(x).
 // A block has one row and reads both twice: for maxima and sums of exponentials, then for the divergence and the gradient.
 // A second kernel compares the places of both maxima, for evaluation.
-#include <float.h>
-
-#include "common.cuh"
+#include "divergence.cuh"
 
 namespace {
 
 using namespace sq;
 
 constexpr int kThreads = 256;
-
-// A running maximum and the sum of exponentials relative to it.
-struct Softmax {
-  float most = -FLT_MAX, sum = 0.0f;
-  __device__ void add(float x) {
-    if (x > most) {
-      sum *= expf(most - x);
-      most = x;
-    }
-    sum += expf(x - most);
-  }
-  __device__ void over_block(float *scratch) {
-    const float all = block_max(most, scratch);
-    sum = block_sum(sum * expf(most - all), scratch);
-    most = all;
-  }
-};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -50,13 +31,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   apart = block_sum(apart, scratch);
   if (threadIdx.x == 0) loss[blockIdx.x] = apart / p.sum + logf(q.sum) - logf(p.sum);
-}
-
-// A value and its place as one integer: larger values first, then smaller places. -0 is 0.
-__device__ __forceinline__ unsigned long long placed(float x, int64_t place) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return (static_cast<unsigned long long>(ordered) << 32) | (0xffffffffu - uint32_t(place));
 }
 
 template <typename T>

@@ -266,7 +266,8 @@ impl Sizes {
             Needs::Logits => {
                 // Both models' are there between the passes through the layers, the full-precision model's already during the first;
                 // before that it runs itself. What is larger counts: the items add up to it.
-                let both = 2 * whole + 3 * tokens * c * e;
+                // Of a mixture, the gradient of cross entropy by what the head reads is kept beside them.
+                let both = 2 * whole + 4 * tokens * c * e;
                 let forward = whole + self.forward(part) + wide;
                 let teacher = (whole + self.forward(tokens)).saturating_sub(inputs + values + rotated);
                 (("logits of both models", both), layer.max(forward).max(teacher).saturating_sub(both))

@@ -1,7 +1,8 @@
 //! What learning minimises: a scalar function of R1 and every R2, built on a tape from a batch of tokens.
 //!
 //! [`all`] lists those of this crate: [`CrossEntropy`], the paper's; divergences from the full-precision model, which cost one more
-//! forward pass; and [`Local`] measures of rotated activations, which need a forward pass in full precision and none back.
+//! forward pass; and [`Local`] measures of rotated activations, which need a forward pass in full precision and none back. The first two
+//! kinds can be mixed ([`Mixture`]), for they are functions of the network's [`Predictions`].
 //!
 //! To add one, inside the crate or outside: implement [`Objective`] and give it to
 //! [`LearnOptions::objective`](crate::learn::LearnOptions::objective).
@@ -25,9 +26,15 @@
 
 mod kl_top;
 mod local;
+mod mixture;
+mod predictions;
 
+pub use crate::ops::kl_top::Rest;
 pub use kl_top::KlTop;
 pub use local::Local;
+pub use mixture::Mixture;
+pub use predictions::Predictions;
+use predictions::of_network;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -92,6 +99,16 @@ pub trait Objective: Debug + Send + Sync {
     /// Those of the network and of the operations that the loss is made of.
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>>;
 
+    /// The loss as a function of the network's predictions alone, where it is one: what a [`Mixture`] and networks that are learned otherwise
+    /// than by rotations need.
+    ///
+    /// # Errors
+    /// Those of the operations; an objective of something else, which is what it says unless overridden.
+    fn of_predictions<'t>(&self, _: &Predictions<'t, '_>) -> Result<Var<'t>> {
+        let message = format!("{} does not depend on the network's predictions alone", self.name());
+        Err(Error::argument("objective", message))
+    }
+
     /// Factor on the default learning rate of optimisers whose steps grow with the gradient.
     fn rate(&self) -> f64 {
         1.0
@@ -118,6 +135,9 @@ impl Objective for CrossEntropy {
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
         batch.model.loss(rotations, batch.tokens, batch.seq, batch.scheme, batch.recompute)
     }
+    fn of_predictions<'t>(&self, predictions: &Predictions<'t, '_>) -> Result<Var<'t>> {
+        predictions.cross_entropy()
+    }
 }
 
 /// Mean divergence, over all positions, of the fake-quantised network's next-token probabilities from the full-precision model's:
@@ -133,9 +153,11 @@ impl Objective for Kl {
         "divergence from the full-precision model".into()
     }
     fn loss<'t>(&self, rotations: &RotationVars<'t>, batch: &Batch<'_>) -> Result<Var<'t>> {
-        let teacher = batch.teacher()?;
-        let run = Arc::new(batch.model.run(batch.scheme, batch.seq)?);
-        batch.model.logits(rotations, batch.tokens, run, batch.recompute)?.kl_divergence(teacher)
+        of_network(self, rotations, batch)
+    }
+    fn of_predictions<'t>(&self, predictions: &Predictions<'t, '_>) -> Result<Var<'t>> {
+        let teacher = predictions.teacher()?;
+        predictions.logits()?.kl_divergence(teacher)
     }
     fn rate(&self) -> f64 {
         6.5
@@ -151,16 +173,22 @@ pub fn all() -> Vec<Arc<dyn Objective>> {
         Arc::new(CrossEntropy),
         Arc::new(Kl),
         Arc::new(KlTop::default()),
+        Arc::new(KlTop { rest: Rest::Partial, ..KlTop::default() }),
+        Arc::new(KlTop { rest: Rest::Gathered, ..KlTop::default() }),
         Arc::new(Local(Measure::Whip)),
         Arc::new(Local(Measure::Kurtosis)),
     ]
 }
 
-/// An objective by its name on the command line: one of [`all`], perhaps with a constant ([`Objective::with`]) behind a colon.
+/// An objective by its name on the command line: one of [`all`], perhaps with a constant ([`Objective::with`]) behind a colon; or a
+/// [`Mixture`] of them, `W*NAME+W*NAME`.
 ///
 /// # Errors
-/// Any other name: lists them all. A constant that the objective refuses.
+/// Any other name: lists them all. A constant that the objective refuses; those of [`Mixture::new`].
 pub fn by_name(name: &str) -> Result<Arc<dyn Objective>> {
+    if name.contains(['+', '*']) {
+        return Ok(Arc::new(Mixture::parse(name)?));
+    }
     let (known, constant) = name.split_once(':').map_or((name, None), |(known, constant)| (known, Some(constant)));
     let Some(found) = all().into_iter().find(|o| o.name() == known) else {
         let names: Vec<String> = all().iter().map(|o| o.name()).collect();

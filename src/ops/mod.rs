@@ -18,6 +18,7 @@ pub mod fake_quant;
 pub mod hadamard;
 pub mod hadamard_fake_quant;
 pub mod kl_divergence;
+pub mod kl_top;
 pub mod linear_cross_entropy;
 pub mod log_scale;
 pub mod matmul;
@@ -51,6 +52,7 @@ pub fn cases() -> Vec<Case> {
         hadamard::cases(),
         hadamard_fake_quant::cases(),
         kl_divergence::cases(),
+        kl_top::cases(),
         linear_cross_entropy::cases(),
         log_scale::cases(),
         matmul::cases(),

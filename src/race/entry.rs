@@ -78,10 +78,12 @@ impl FromStr for Entry {
     type Err = Error;
     /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss|+learned]`, or `hadamard[+error|+loss]`.
     fn from_str(s: &str) -> Result<Self> {
-        let (rest, clip, learned_clips) = match s.split_once('+') {
+        // A mixture of objectives has pluses of its own.
+        let goal = |clip: &str| clip.parse::<ClipGoal>();
+        let (rest, clip, learned_clips) = match s.rsplit_once('+') {
             Some((rest, "learned")) => (rest, Some(ClipGoal::Error), true),
-            Some((rest, clip)) => (rest, Some(clip.parse()?), false),
-            None => (s, None, false),
+            Some((rest, clip)) if goal(clip).is_ok() || !rest.contains('/') => (rest, Some(goal(clip)?), false),
+            _ => (s, None, false),
         };
         let (rest, rates) = match rest.split_once('@') {
             Some((rest, rates)) => (rest, Some(rates)),
@@ -154,6 +156,11 @@ mod tests {
         assert!(e.learned_clips && e.to_string() == "cayley/cross-entropy+learned");
         let e: Entry = "adam-polar/kl".parse().unwrap();
         assert_eq!((&e.rates[..], e.to_string().as_str()), (&[0.02][..], "adam-polar/kl"));
+        for text in ["cayley/0.5*cross-entropy+0.5*kl", "cayley/0.5*cross-entropy+0.5*kl+loss"] {
+            let rates = format!("cayley/0.5*cross-entropy+0.5*kl@1|2{}", &text["cayley/0.5*cross-entropy+0.5*kl".len()..]);
+            let e: Entry = rates.parse().unwrap();
+            assert_eq!((e.to_string().as_str(), &e.rates[..]), (text, &[1.0, 2.0][..]));
+        }
         assert_eq!("hadamard+error".parse::<Entry>().unwrap().to_string(), "hadamard+error");
         for (text, part) in [
             ("newton", "expected one of cayley"),

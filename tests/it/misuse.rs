@@ -9,6 +9,7 @@ use spinquant::hadamard::Hadamard;
 use spinquant::linalg::{self, Digits};
 use spinquant::llama::LlamaConfig;
 use spinquant::manifold::{Manifold, Orthogonal, retractions};
+use spinquant::ops::kl_top::Rest;
 use spinquant::ops::spread::Measure;
 use spinquant::ops::{attention::attention, cross_entropy, fake_quant, hadamard, linear_cross_entropy, rope::Rope};
 use spinquant::optim;
@@ -66,7 +67,7 @@ fn targets(x: &Var<'_>) -> Arc<[i32]> {
     (0..x.value().rows().min(64) as i32).map(|i| i % 4 - 1).collect::<Vec<_>>().into()
 }
 
-const OPERATIONS: [(&str, Operation); 21] = [
+const OPERATIONS: [(&str, Operation); 22] = [
     ("add", |v, _, _| v[0].clone().add(v[1].clone())),
     ("scale", |v, n, _| v[0].clone().scale(n as f64)),
     ("matmul", |v, _, _| v[0].clone().matmul(v[1].clone())),
@@ -80,6 +81,7 @@ const OPERATIONS: [(&str, Operation); 21] = [
     ("cross_entropy", |v, _, _| v[0].clone().cross_entropy(targets(&v[0]))),
     ("linear_cross_entropy", |v, _, _| v[0].clone().linear_cross_entropy(v[1].clone(), targets(&v[0]))),
     ("kl_divergence", |v, _, _| v[0].clone().kl_divergence(v[1].value().clone())),
+    ("kl_top", |v, n, _| v[0].clone().kl_top(v[1].value().clone(), n, Rest::Event)),
     ("fake_quant", |v, _, spec| v[0].clone().fake_quant(spec)),
     ("hadamard", |v, _, _| v[0].clone().hadamard()),
     ("hadamard_fake_quant", |v, _, spec| v[0].clone().hadamard_fake_quant(spec)),

@@ -41,6 +41,13 @@ fn batch<'a>(model: &'a Llama, tokens: &'a [u32], scheme: &'a Scheme) -> Batch<'
     Batch { model, tokens, seq: SEQ, scheme, recompute: Recompute::None }
 }
 
+/// What the list leaves out: fewer tokens than the vocabulary has, and mixtures.
+fn others() -> impl Iterator<Item = Arc<dyn Objective>> {
+    let names =
+        ["kl-top:3", "kl-top-partial:3", "kl-top-gathered:3", "0.5*cross-entropy+0.5*kl", "kl-top-partial:5+0.1*cross-entropy"];
+    names.into_iter().map(|name| objective::by_name(name).unwrap())
+}
+
 /// The objective's value.
 fn value(o: &dyn Objective, b: &Batch<'_>, r: &Rotations) -> f64 {
     let tape = Tape::new();
@@ -58,8 +65,7 @@ proptest! {
         inputs.extend((0..layers).map(|l| r.r2.index(l).unwrap()));
         // Whip has a kink at 0, which differences step over now and then. Kurtosis takes the same path, and the operation's own cases
         // check both slopes.
-        let few = objective::by_name("kl-top:3").unwrap(); // fewer than the vocabulary has
-        for o in objective::all().into_iter().filter(|o| o.name() != "whip").chain([few]) {
+        for o in objective::all().into_iter().filter(|o| o.name() != "whip").chain(others()) {
             check::gradients(&inputs, |mut v| {
                 let r1 = v.remove(0);
                 o.loss(&RotationVars::without_scales(r1, v), &batch(&m, &ids, &scheme))
@@ -182,10 +188,33 @@ fn objectives_go_by_their_names() {
         ("mse", format!("objective: expected one of {}, got \"mse\"", names.join(", "))),
         ("kl:3", "objective: kl has no constant, got \"3\"".into()),
         ("kl-top:none", "objective: expected kl-top:K with a number of tokens above 0, got \"none\"".into()),
+        ("kl-top-gathered:0", "objective: expected kl-top-gathered:K with a number of tokens above 0, got \"0\"".into()),
     ] {
         assert_eq!(objective::by_name(name).unwrap_err().to_string(), want);
     }
     assert_eq!(objective::by_name("kl-top:3").unwrap().name(), "kl-top:3");
+}
+
+/// The network runs once, and both parts see it: the value and the gradient are the sums of theirs.
+#[test]
+fn a_mixture_is_the_sum_of_its_parts() {
+    let (m, scheme, ids) = (model(2, 2, 5), Scheme::new(4, 4, 4), tokens(2 * SEQ, 6));
+    let (r, b) = (rotations(&m, 7), batch(&m, &ids, &scheme));
+    let slope = |o: &dyn Objective| {
+        let tape = Tape::new();
+        let vars = RotationVars::variables(&tape, &r).unwrap();
+        let loss = o.loss(&vars, &b).unwrap();
+        vars.gradients(&mut tape.backward(loss).unwrap()).unwrap()[0].to_f64_vec().unwrap()
+    };
+    for name in ["kl", "kl-top:3", "kl-top-partial:3", "kl-top-gathered:3"] {
+        let (mixture, part) =
+            (objective::by_name(&format!("0.3*{name}+2*cross-entropy")).unwrap(), objective::by_name(name).unwrap());
+        let want = 0.3 * value(&*part, &b, &r) + 2.0 * value(&CrossEntropy, &b, &r);
+        assert!((value(&*mixture, &b, &r) - want).abs() < 1e-12, "{name}");
+        for ((got, a), b) in slope(&*mixture).iter().zip(slope(&*part)).zip(slope(&CrossEntropy)) {
+            assert!((got - (0.3 * a + 2.0 * b)).abs() < 1e-12, "{name}");
+        }
+    }
 }
 
 /// One from outside the crate, with a constant.

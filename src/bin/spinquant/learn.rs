@@ -93,7 +93,7 @@ fn optimizers() -> String {
 
 fn objectives() -> String {
     let each: Vec<String> = objective::all().iter().map(|o| format!("{} ({})", o.name(), o.about())).collect();
-    format!("What to minimise: {}", each.join(", "))
+    format!("What to minimise: {}; or a mixture, as 0.5*cross-entropy+0.5*kl", each.join(", "))
 }
 
 impl Recipe {
