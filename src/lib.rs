@@ -81,6 +81,7 @@
 //! | models with planted outliers | [`outliers`] |
 #![warn(missing_docs)]
 
+pub mod baselines;
 pub mod bench;
 pub mod calibrate;
 #[cfg(feature = "chat")]

@@ -18,7 +18,20 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("around a model", &["check", "laws", "memory", "objective", "optim", "outliers", "plot"]),
     (
         "over a model",
-        &["bench", "calibrate", "compare", "demo", "eval", "export", "generate", "inspect", "learn", "race", "serve"],
+        &[
+            "baselines",
+            "bench",
+            "calibrate",
+            "compare",
+            "demo",
+            "eval",
+            "export",
+            "generate",
+            "inspect",
+            "learn",
+            "race",
+            "serve",
+        ],
     ),
 ];
 

@@ -1,6 +1,7 @@
 //! Tests that need nothing but this repository, by subject.
 
 mod architecture;
+mod baselines;
 mod bench;
 mod bias;
 #[cfg(feature = "cli")]

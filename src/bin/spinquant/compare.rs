@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use spinquant::Result;
+use spinquant::baselines::{QatOptions, Training};
 use spinquant::calibrate::ClipFound;
 use spinquant::compare::{Clipped, Comparison, Judged, Outcome, Row, Run, Test, Unrotated};
 use spinquant::data::FirstToken;
 use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
-use spinquant::learn::ClipChoice;
+use spinquant::learn::{ClipChoice, LearnOptions};
 use spinquant::quant::{Correction, Online, Scheme};
+use spinquant::{Error, Result};
 
 use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, with_bits_of};
@@ -62,9 +63,16 @@ pub struct Args {
     /// The paper clips nothing.
     #[arg(long, value_name = "error|loss|learned|none", default_value = "none", conflicts_with = "activation_clip")]
     clip: ClipChoice,
-    /// Windows of --calibration to search them on.
+    /// Windows of --calibration to search them, and the exponent of SmoothQuant, on.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     clip_windows: usize,
+    /// Add rows of other methods, with the training that every row needed: SmoothQuant; LLM-QAT, which trains all weights, on models that
+    /// fit; and the full-precision model with its own norms' gains trained as the rotations are, which is what adapting to the text wins
+    /// by itself.
+    #[arg(long)]
+    baselines: bool,
+    #[command(flatten)]
+    qat: QatArgs,
     #[command(flatten)]
     tasks: TaskArgs,
     /// Score at most this many windows.
@@ -73,6 +81,32 @@ pub struct Args {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// LLM-QAT. Steps, batches and seed are those of learning.
+#[derive(clap::Args)]
+struct QatArgs {
+    /// Windows of text that the model writes for LLM-QAT.
+    #[arg(long, value_name = "N", default_value_t = QatOptions::default().windows, value_parser = at_least_one, requires = "baselines")]
+    qat_windows: usize,
+    /// Learning rate of its first step.
+    #[arg(long, value_name = "RATE", default_value_t = QatOptions::default().rate, requires = "baselines")]
+    qat_lr: f64,
+}
+
+impl QatArgs {
+    fn options(&self, options: &LearnOptions, seq: usize) -> Result<QatOptions> {
+        let (rate, windows) = (self.qat_lr, self.qat_windows);
+        if !(rate > 0.0 && rate.is_finite()) {
+            return Err(Error::argument("--qat-lr", format!("expected a finite number above 0, got {rate}")));
+        }
+        if windows < options.batch {
+            let message = format!("expected at least --batch, {}, got {windows}", options.batch);
+            return Err(Error::argument("--qat-windows", message));
+        }
+        let schedule = options.schedule.unwrap_or_default();
+        Ok(QatOptions { windows, seq, steps: options.steps, batch: options.batch, rate, schedule, seed: 0 })
+    }
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -85,13 +119,18 @@ pub fn run(args: &Args) -> Result<()> {
     let clip = goal.map(|goal| (goal, args.clip_windows));
     options.check(args.recipe.optimizer()?.as_ref())?;
     args.gptq_args.check()?;
+    let qat = args.qat.options(&options, args.seq_len);
+    let mut qat = if args.baselines { Some(qat?) } else { None };
     let tasks = args.tasks.read()?;
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
     let learn_scheme = learn_scheme.online(args.learn_online.unwrap_or(scheme.online));
     config.check_scheme(&learn_scheme)?;
+    if let Some(qat) = &mut qat {
+        qat.seq = qat.seq.min(config.max_position_embeddings);
+    }
     let exam = if tasks.is_empty() { None } else { Some(exam(tasks, &args.model, &config)?) };
     let calibration = args.model.windows(&config, &args.calibration, args.seq_len)?;
-    if args.learn_seeds > 0 {
+    if args.learn_seeds > 0 || args.baselines {
         options.check_text(&calibration)?;
     }
     let text = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
@@ -103,7 +142,14 @@ pub fn run(args: &Args) -> Result<()> {
     let gptq = sample.as_ref().map(|sample| (&quantizer, sample));
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
-    let unrotated = Unrotated::score(&args.model.load_plain(&progress)?, &scheme, test, gptq, &mut watch)?;
+    let unrotated = {
+        let plain = args.model.load_plain(&progress)?;
+        let mut unrotated = Unrotated::score(&plain, &scheme, test, gptq, &mut watch)?;
+        if let Some(qat) = &qat {
+            unrotated.train(&plain, &scheme, test, qat, &mut watch)?;
+        }
+        unrotated
+    };
     let model = args.model.load(&progress)?;
     let comparison = Comparison {
         model: &model,
@@ -117,6 +163,7 @@ pub fn run(args: &Args) -> Result<()> {
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
         gptq,
+        baselines: args.baselines.then_some(args.clip_windows),
         clip,
     };
     let outcome = comparison.run(&mut watch)?;
@@ -126,6 +173,9 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         out!("{} on {}, windows of {}", file_name(Path::new(&args.model.name())), file_name(&args.text), args.seq_len);
         print(&outcome, &text.first_token(), exam.as_ref())?;
+        if args.baselines {
+            print_training(&outcome);
+        }
     }
     Ok(())
 }
@@ -154,7 +204,11 @@ pub fn json(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resul
         Ok(value)
     };
     let row = |r: &Row| {
-        let value = json!({"name": r.name, "scheme": r.scheme.to_string(), "rotations": r.rotations, "weights": r.weights});
+        let Training { tokens, steps, seconds } = r.training;
+        let value = json!({
+            "name": r.name, "scheme": r.scheme.to_string(), "rotations": r.rotations, "weights": r.weights,
+            "training": {"tokens": tokens, "steps": steps, "seconds": seconds},
+        });
         with(value, &r.judged)
     };
     let by_seed = |all: &[Judged]| -> Result<Vec<Value>> {
@@ -233,6 +287,15 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
         );
     }
     Ok(())
+}
+
+/// What every row took besides the model.
+fn print_training(outcome: &Outcome) {
+    out!("{:<24} {:>15} {:>16} {:>10}", "training", "tokens read", "optimiser steps", "seconds");
+    for r in &outcome.rows {
+        let Training { tokens, steps, seconds } = r.training;
+        out!("{:<24} {tokens:>15} {steps:>16} {seconds:>10.1}", r.name);
+    }
 }
 
 /// Means over the tasks with their differences to full precision, then every task's accuracy.

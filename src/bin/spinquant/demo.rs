@@ -62,6 +62,7 @@ pub fn run(args: &Args) -> Result<()> {
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
         gptq: None,
+        baselines: None,
         clip: None,
     };
     let outcome = comparison.run(&mut watch)?;

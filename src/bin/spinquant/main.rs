@@ -56,7 +56,7 @@ enum Command {
     /// Continue a text, or answer, with a quantised model and a quantised KV cache.
     Generate(generate::Args),
     /// The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations.
-    Compare(compare::Args),
+    Compare(Box<compare::Args>),
     /// That table on a small embedded model, with a picture: what all this is about, in a minute.
     Demo(demo::Args),
     /// What every quantiser is given: outliers, kurtosis, error; tables and pictures, before and after rotation.

@@ -12,6 +12,7 @@ use spinquant::{Tensor, ops};
 use tempfile::TempDir;
 
 mod arguments;
+mod baselines;
 mod bench;
 mod compressed;
 mod console;

@@ -20,6 +20,7 @@
 //!     seeds: 2,
 //!     learn_seeds: 1,
 //!     gptq: None,
+//!     baselines: None,
 //!     clip: None,
 //! }
 //! .run(&mut ())?;
@@ -32,87 +33,23 @@
 //! # Ok::<(), spinquant::Error>(())
 //! ```
 
-use std::ops::ControlFlow;
+mod judged;
 
+pub use judged::{Judged, Row, Test, judge};
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use crate::baselines::{QatOptions, Training, adapted, llm_qat, smooth_quant};
 use crate::calibrate::{Calibration, ClipFound, ClipGoal, LayerReport, quantize_weights};
 use crate::data::Windows;
-use crate::eval::exam::Exam;
-use crate::eval::fidelity::{self, Fidelity};
-use crate::eval::marks::Marks;
-use crate::eval::perplexity_beside;
 use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
+use crate::memory::Needs;
 use crate::optim::Optimizer;
 use crate::quant::{Gptq, Online, Scheme};
 use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result};
-
-/// What a network scored, or several on average.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Judged {
-    /// Perplexity on the text.
-    pub perplexity: f64,
-    /// Fidelity on the text to the model in full precision, where that was at hand.
-    pub fidelity: Option<Fidelity>,
-    /// The same on text of another kind.
-    pub other: Option<Fidelity>,
-    /// The marks of every task of the exam; none without one.
-    pub marks: Vec<Marks>,
-}
-
-impl Judged {
-    /// The mean of several networks' perplexities, and of their fidelities window by window and marks question by question.
-    ///
-    /// # Errors
-    /// No network; networks that read different windows or were asked different questions.
-    pub fn mean(all: &[Self]) -> Result<Self> {
-        if all.is_empty() {
-            return Err(Error::argument("scores", "expected those of at least one network, got none"));
-        }
-        let perplexity = all.iter().map(|j| j.perplexity).sum::<f64>() / all.len() as f64;
-        let tasks = all.iter().map(|j| j.marks.len()).min().unwrap_or(0);
-        let task = |t: usize| Marks::mean(&all.iter().map(|j| j.marks[t].clone()).collect::<Vec<_>>());
-        let fidelity = |of: fn(&Self) -> &Option<Fidelity>| -> Result<Option<Fidelity>> {
-            let known: Option<Vec<Fidelity>> = all.iter().map(|j| of(j).clone()).collect();
-            known.map(|known| Fidelity::mean(&known)).transpose()
-        };
-        let (fidelity, other) = (fidelity(|j| &j.fidelity)?, fidelity(|j| &j.other)?);
-        Ok(Self { perplexity, fidelity, other, marks: (0..tasks).map(task).collect::<Result<_>>()? })
-    }
-}
-
-/// What networks are scored on.
-#[derive(Clone, Copy, Debug)]
-pub struct Test<'a> {
-    /// Text, for perplexity and fidelity.
-    pub text: &'a Windows,
-    /// Text of another kind, for fidelity.
-    pub other: Option<&'a Windows>,
-    /// Tasks.
-    pub exam: Option<&'a Exam>,
-}
-
-impl<'a> Test<'a> {
-    /// A text alone.
-    pub fn on(text: &'a Windows) -> Self {
-        Self { text, other: None, exam: None }
-    }
-}
-
-/// One line of the table.
-#[derive(Clone, Debug)]
-pub struct Row {
-    /// What it is called.
-    pub name: &'static str,
-    /// What the network is quantised to.
-    pub scheme: Scheme,
-    /// Which rotations, in words.
-    pub rotations: String,
-    /// How weights are quantised: `full`, `rtn` or `gptq`.
-    pub weights: &'static str,
-    /// Its scores.
-    pub judged: Judged,
-}
 
 /// GPTQ, and the text that it is calibrated on.
 pub type GptqRun<'a> = (&'a Gptq, &'a Calibration<'a>);
@@ -124,8 +61,10 @@ pub struct Unrotated {
     pub full: Judged,
     /// Quantised by the scheme, weights rounded to nearest.
     pub rtn: Judged,
-    /// The same with GPTQ weights.
-    pub gptq: Option<Judged>,
+    /// The same with GPTQ weights, and what they took.
+    pub gptq: Option<(Judged, Training)>,
+    /// The same with weights that were trained ([`Unrotated::train`]).
+    pub qat: Option<(Judged, Training)>,
 }
 
 impl Unrotated {
@@ -144,10 +83,38 @@ impl Unrotated {
         let full = judge(&exact, Some(&exact), test, watch, "full precision")?;
         let rtn = judge(&plain.merge(None, scheme)?, Some(&exact), test, watch, "rtn")?;
         let gptq = match gptq {
-            Some(run) => Some(judge(&quantized(plain, None, scheme, run, watch)?, Some(&exact), test, watch, "gptq")?),
+            Some(run) => {
+                let (network, training) = timed_gptq(plain, None, scheme, run, watch)?;
+                Some((judge(&network, Some(&exact), test, watch, "gptq")?, training))
+            }
             None => None,
         };
-        Ok(Self { full, rtn, gptq })
+        Ok(Self { full, rtn, gptq, qat: None })
+    }
+
+    /// Adds the scores of weights that were trained through their quantisers ([`llm_qat`]); tells the watch why not where they do not fit on the
+    /// GPU.
+    ///
+    /// # Errors
+    /// Those of [`llm_qat`] but for a GPU without room, and of scoring.
+    pub fn train(
+        &mut self,
+        plain: &Llama,
+        scheme: &Scheme,
+        test: Test<'_>,
+        options: &QatOptions,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
+        let trained = match llm_qat(plain, scheme, options, watch) {
+            Err(e @ Error::Device { .. }) => {
+                watch.note(&format!("no row of LLM-QAT: {e}"));
+                return Ok(());
+            }
+            trained => trained?,
+        };
+        let exact = plain.merge(None, &Scheme::FULL_PRECISION)?;
+        self.qat = Some((judge(&trained.network, Some(&exact), test, watch, "llm-qat")?, trained.training));
+        Ok(())
     }
 }
 
@@ -176,6 +143,9 @@ pub struct Comparison<'a> {
     pub learn_seeds: u64,
     /// Adds rows with GPTQ weights, learned rotations for them learned at W16.
     pub gptq: Option<GptqRun<'a>>,
+    /// Adds the rows of SmoothQuant, searched on so many windows of the calibration text, and of the full-precision model with its own gains
+    /// trained as rotations are ([`baselines`](crate::baselines)).
+    pub baselines: Option<usize>,
     /// Adds rows with clip ratios searched on every start: by what, and on how many windows of the calibration text.
     pub clip: Option<(ClipGoal, usize)>,
 }
@@ -229,36 +199,6 @@ pub struct Outcome {
     pub clip: Option<ClipGoal>,
 }
 
-/// Perplexity, fidelity to `full` (the model in full precision) where that is given, and marks, told to a watch.
-///
-/// # Errors
-/// Those of [`perplexity_beside`] and [`Exam::take`].
-pub fn judge(
-    network: &Merged,
-    full: Option<&Merged>,
-    Test { text, other, exam }: Test<'_>,
-    watch: &mut dyn Watch,
-    what: &str,
-) -> Result<Judged> {
-    watch.begin(what, text.len());
-    let (score, fidelity) = perplexity_beside(network, full, text, |done| watch.at(done))?;
-    let other = match (full, other) {
-        (Some(full), Some(other)) => {
-            watch.begin(&format!("{what}, other text"), other.len());
-            Some(fidelity::fidelity(network, full, other, |done| watch.at(done))?)
-        }
-        _ => None,
-    };
-    let marks = match exam {
-        Some(exam) => {
-            watch.begin(&format!("{what}, answers"), exam.requests().len());
-            exam.take(network, |done| watch.at(done))?
-        }
-        None => vec![],
-    };
-    Ok(Judged { perplexity: score.perplexity, fidelity, other, marks })
-}
-
 /// Rotates a model and quantises its weights by GPTQ, told to a watch: layers, and where a Hessian asked for more damping.
 ///
 /// # Errors
@@ -273,6 +213,19 @@ pub fn quantized(
     watch.begin(&format!("{}, layers", gptq.correction), model.config.layers);
     let told = |report: &LayerReport| gptq_layer(gptq, report, watch);
     quantize_weights(model, rotations, scheme, gptq, Some(calibration), &mut (), told)
+}
+
+/// The same, and what it took.
+fn timed_gptq(
+    model: &Llama,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    run: GptqRun<'_>,
+    watch: &mut dyn Watch,
+) -> Result<(Merged, Training)> {
+    let begun = Instant::now();
+    let network = quantized(model, rotations, scheme, run, watch)?;
+    Ok((network, Training::since(begun, run.1.windows.len() * run.1.text.seq_len())))
 }
 
 /// Tells a watch of a layer that GPTQ quantised.
@@ -299,9 +252,43 @@ impl Comparison<'_> {
         judge(&self.model.merge(Some(rotations), scheme)?, Some(&self.full()?), self.test, watch, what)
     }
 
-    fn with_gptq(&self, run: GptqRun<'_>, rotations: &Rotations, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
-        let network = quantized(self.model, Some(rotations), &self.scheme, run, watch)?;
-        judge(&network, Some(&self.full()?), self.test, watch, what)
+    fn with_gptq(
+        &self,
+        run: GptqRun<'_>,
+        rotations: &Rotations,
+        watch: &mut dyn Watch,
+        what: &str,
+    ) -> Result<(Judged, Training)> {
+        let (network, training) = timed_gptq(self.model, Some(rotations), &self.scheme, run, watch)?;
+        Ok((judge(&network, Some(&self.full()?), self.test, watch, what)?, training))
+    }
+
+    /// What a run of learning took.
+    fn training_of(&self, learned: &Learned) -> Training {
+        let LearnOptions { steps, batch, .. } = *self.options;
+        let tokens = steps * batch * self.calibration.seq_len();
+        Training { tokens, steps, seconds: steps as f64 * learned.seconds_per_step }
+    }
+
+    /// The full-precision model with its own gains trained; tells the watch where the objective does not depend on them.
+    fn adapted(&self, watch: &mut dyn Watch) -> Result<Option<Row>> {
+        if self.options.objective.needs() == Needs::Rows {
+            watch.note(&format!("no row of adapted gains: {} does not depend on them", self.options.objective.name()));
+            return Ok(None);
+        }
+        let options = LearnOptions { seed: 0, ..self.options.clone() };
+        let (trained, name) = (adapted(self.model, self.calibration, &options, watch)?, "full precision, adapted");
+        let judged = judge(&trained.network, Some(&self.full()?), self.test, watch, name)?;
+        let (scheme, rotations) = (Scheme::FULL_PRECISION, "none, gains trained".into());
+        Ok(Some(Row { name, scheme, rotations, weights: "full", judged, training: trained.training }))
+    }
+
+    fn smooth(&self, windows: usize, watch: &mut dyn Watch) -> Result<Row> {
+        let found = smooth_quant(self.model, &self.scheme, self.calibration, &self.calibration.spread(windows), watch)?;
+        let (network, name) = (self.model.merge(Some(&found.rotations), &self.scheme.unrotated())?, "smoothquant");
+        let judged = judge(&network, Some(&self.full()?), self.test, watch, name)?;
+        let rotations = format!("none, scales with α = {}", found.exponent);
+        Ok(Row { name, scheme: self.scheme, rotations, weights: "rtn", judged, training: found.training })
     }
 
     fn learn(
@@ -330,14 +317,24 @@ impl Comparison<'_> {
         let Self { scheme, learn_scheme, .. } = *self;
         let full = Scheme::FULL_PRECISION;
         let mut made = Outcome { clip: self.clip.map(|(goal, _)| goal), ..Outcome::default() };
-        let row = |made: &mut Outcome, name, scheme, rotations: String, weights, judged| {
-            made.rows.push(Row { name, scheme, rotations, weights, judged });
+        let none = Training::default();
+        let row = |made: &mut Outcome, name, scheme, rotations: String, weights, (judged, training)| {
+            made.rows.push(Row { name, scheme, rotations, weights, judged, training });
         };
 
-        row(&mut made, "full precision", full, "none".into(), "full", self.unrotated.full.clone());
+        row(&mut made, "full precision", full, "none".into(), "full", (self.unrotated.full.clone(), none));
         let rotated = self.evaluate(&self.hadamard(0)?, &full.online(scheme.online), watch, "full precision, rotated")?;
-        row(&mut made, "full precision, rotated", full, "hadamard:0".into(), "full", rotated);
-        row(&mut made, "rtn", scheme, "none".into(), "rtn", self.unrotated.rtn.clone());
+        row(&mut made, "full precision, rotated", full, "hadamard:0".into(), "full", (rotated, none));
+        if self.baselines.is_some() {
+            made.rows.extend(self.adapted(watch)?);
+        }
+        row(&mut made, "rtn", scheme, "none".into(), "rtn", (self.unrotated.rtn.clone(), none));
+        if let Some(windows) = self.baselines {
+            made.rows.push(self.smooth(windows, watch)?);
+        }
+        if let Some(trained) = self.unrotated.qat.clone() {
+            row(&mut made, "llm-qat", scheme, "none".into(), "qat", trained);
+        }
         for seed in 0..self.seeds {
             made.random.push(self.evaluate(&self.hadamard(seed)?, &scheme, watch, &format!("hadamard:{seed}"))?);
         }
@@ -348,30 +345,37 @@ impl Comparison<'_> {
             };
             let (best, worst) = (by(|a, b| a < b).unwrap_or(0), by(|a, b| a > b).unwrap_or(0));
             let rotations = format!("hadamard, {}", seeds(random.len()));
-            row(&mut made, "hadamard mean", scheme, rotations, "rtn", Judged::mean(&random)?);
-            row(&mut made, "hadamard best", scheme, format!("hadamard:{best}"), "rtn", random[best].clone());
-            row(&mut made, "hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", random[worst].clone());
+            row(&mut made, "hadamard mean", scheme, rotations, "rtn", (Judged::mean(&random)?, none));
+            row(&mut made, "hadamard best", scheme, format!("hadamard:{best}"), "rtn", (random[best].clone(), none));
+            row(&mut made, "hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", (random[worst].clone(), none));
         }
-        if let Some(judged) = self.unrotated.gptq.clone() {
-            row(&mut made, "gptq", scheme, "none".into(), "gptq", judged);
+        if let Some(scored) = self.unrotated.gptq.clone() {
+            row(&mut made, "gptq", scheme, "none".into(), "gptq", scored);
         }
         if let Some(run) = self.gptq {
+            let mut trainings = vec![];
             for seed in 0..self.seeds {
-                let judged = self.with_gptq(run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + gptq"))?;
+                let (judged, training) = self.with_gptq(run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + gptq"))?;
                 made.random_gptq.push(judged);
+                trainings.push(training);
             }
             if !made.random_gptq.is_empty() {
                 let rotations = format!("hadamard, {}", seeds(made.random_gptq.len()));
-                let judged = Judged::mean(&made.random_gptq)?;
-                row(&mut made, "hadamard + gptq mean", scheme, rotations, "gptq", judged);
+                let scored = (Judged::mean(&made.random_gptq)?, Training::mean(&trainings));
+                row(&mut made, "hadamard + gptq mean", scheme, rotations, "gptq", scored);
             }
         }
         // Ratios belong to the scheme that is scored; rotations are learned with them.
         let mut clipped: Vec<(Scheme, ClipFound)> = vec![];
+        let mut searches = vec![];
         if let Some(how) = self.clip {
             for seed in 0..self.seeds.max(self.learn_seeds) {
-                let start = self.hadamard(seed)?;
+                let (start, begun) = (self.hadamard(seed)?, Instant::now());
                 let found = search_clips_watched(self.model, &start, &scheme, self.calibration, how, watch)?;
+                // By error the windows are read once, whatever is tried on them.
+                let times = if how.0 == ClipGoal::Loss { found.tried } else { 1 };
+                let tokens = times * self.calibration.spread(how.1).len() * self.calibration.seq_len();
+                searches.push(Training::since(begun, tokens));
                 clipped.push((Scheme { activation_clip: found.ratios, ..scheme }, found));
             }
         }
@@ -382,13 +386,16 @@ impl Comparison<'_> {
         if !made.random_clip.is_empty() {
             let all: Vec<Judged> = made.random_clip.iter().map(|c| c.judged.clone()).collect();
             let rotations = format!("hadamard, {}", seeds(all.len()));
-            row(&mut made, "hadamard + clip mean", scheme, rotations, "rtn", Judged::mean(&all)?);
+            row(&mut made, "hadamard + clip mean", scheme, rotations, "rtn", (Judged::mean(&all)?, Training::mean(&searches)));
         }
         let w16_scheme = scheme.unquantized_weights().online(learn_scheme.online);
+        let mut w16_trainings = vec![];
         for seed in 0..self.learn_seeds {
             if let Some(run) = self.gptq {
                 let (learned, _) = self.learn(seed, w16_scheme, None, watch, format!("learning at W16 from hadamard:{seed}"))?;
-                made.learned_gptq.push(self.with_gptq(run, &learned.rotations, watch, &format!("learned:{seed} + gptq"))?);
+                let (judged, training) = self.with_gptq(run, &learned.rotations, watch, &format!("learned:{seed} + gptq"))?;
+                made.learned_gptq.push(judged);
+                w16_trainings.push(self.training_of(&learned).and(training));
             }
             let start = made.random.get(seed as usize).map(|judged| judged.perplexity);
             made.runs.push(self.learned(seed, learn_scheme, (&scheme, None), start, watch)?);
@@ -405,13 +412,16 @@ impl Comparison<'_> {
             let all: Vec<Judged> = runs.iter().map(|run| run.judged.clone()).collect();
             if !all.is_empty() {
                 let rotations = format!("learned at {learn_scheme}{with}, {}", seeds(all.len()));
-                row(&mut made, name, scheme, rotations, "rtn", Judged::mean(&all)?);
+                let learning: Vec<Training> = runs.iter().map(|run| self.training_of(&run.learned)).collect();
+                let searching = if clip { Training::mean(&searches) } else { none };
+                let scored = (Judged::mean(&all)?, searching.and(Training::mean(&learning)));
+                row(&mut made, name, scheme, rotations, "rtn", scored);
             }
         }
         if !made.learned_gptq.is_empty() {
             let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(made.learned_gptq.len()));
-            let judged = Judged::mean(&made.learned_gptq)?;
-            row(&mut made, "learned + gptq", scheme, rotations, "gptq", judged);
+            let scored = (Judged::mean(&made.learned_gptq)?, Training::mean(&w16_trainings));
+            row(&mut made, "learned + gptq", scheme, rotations, "gptq", scored);
         }
         Ok(made)
     }
