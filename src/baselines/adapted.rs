@@ -6,7 +6,7 @@ use super::Trained;
 use super::train::{Course, hidden, wide};
 use crate::data::{Sampler, Windows, split_held_out};
 use crate::learn::{LearnOptions, Watch};
-use crate::llama::{Llama, RotatedWeights};
+use crate::llama::{Around, Llama, RotatedWeights};
 use crate::memory::Needs;
 use crate::objective::Predictions;
 use crate::ops::log_scale::Along;
@@ -52,7 +52,8 @@ pub fn adapted(model: &Llama, text: &Windows, options: &LearnOptions, watch: &mu
             let teacher = if objective.needs() == Needs::Logits { Some(exact.logits(tokens, seq)?) } else { None };
             let x = hidden(model, tape, tokens, &run, |l| {
                 let norms = [Some(gains[2 * l].clone()), Some(gains[2 * l + 1].clone())];
-                Ok(RotatedWeights { norms, ..RotatedWeights::constants(tape, &model.blocks[l].weights) })
+                let around = Around { norms, ..Around::default() };
+                Ok(RotatedWeights { around, ..RotatedWeights::constants(tape, &model.blocks[l].weights) })
             })?;
             let hidden = x.log_scale(gains[2 * layers].clone(), Along::Columns, true)?;
             let head = tape.constant(model.head.clone());

@@ -16,6 +16,7 @@ use crate::memory::{self, Needs, Work};
 use crate::objective::{Kl, Objective, Predictions};
 use crate::optim::Schedule;
 use crate::quant::Scheme;
+use crate::rotation::Transforms;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// How weights are trained.
@@ -147,7 +148,8 @@ pub fn llm_qat(plain: &Llama, scheme: &Scheme, options: &QatOptions, watch: &mut
 /// # Errors
 /// Sizes whose bytes a machine word cannot count.
 pub fn qat_bytes(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType) -> Result<usize> {
-    let work = Work { needs: Needs::Logits, batch: 1, seq, scheme: *scheme, dtype, scales: Default::default() };
+    let (needs, transforms) = (Needs::Logits, Transforms::default());
+    let work = Work { needs, batch: 1, seq, scheme: *scheme, dtype, transforms, clips: false };
     let step = memory::predict(config, &work, Plan::KEEP_ALL, 1, &Card::h100())?.bytes();
     let trained: usize = Linear::ALL.map(|l| l.shape(config).into_iter().product::<usize>()).iter().sum();
     Ok(step + config.layers * trained * (2 * dtype.size() + wide(dtype).size()))
