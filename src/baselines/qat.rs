@@ -39,9 +39,9 @@ pub struct QatOptions {
 }
 
 impl Default for QatOptions {
-    /// The rate and the schedule of the paper, for as many steps and windows as rotations are learned in.
+    /// The rate and the schedule of the paper, for as many steps and windows a step as rotations are learned in.
     fn default() -> Self {
-        Self { windows: 32, seq: 2048, steps: 100, batch: 8, rate: 2e-5, schedule: Schedule::Cosine, seed: 0 }
+        Self { windows: 16, seq: 2048, steps: 100, batch: 8, rate: 2e-5, schedule: Schedule::Cosine, seed: 0 }
     }
 }
 

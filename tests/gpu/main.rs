@@ -1,6 +1,7 @@
 //! Tests that need a GPU: `cargo test --features cuda -- --include-ignored`.
 #![cfg(feature = "cuda")]
 
+mod baselines;
 #[path = "../common/mod.rs"]
 mod common;
 mod families;
