@@ -253,7 +253,7 @@ fn timed(n: usize, rows: usize) -> Case {
 /// Rows whose largest values are in the same place for about half of them.
 fn timed_agreement(n: usize, rows: usize) -> Case {
     let run = Run::Call(Arc::new(|x: &[Tensor]| {
-        let (a, b) = (x[0].clone().aligned()?, x[1].clone().aligned()?);
+        let (a, b) = (x[0].clone(), x[1].clone());
         let (rows, n) = (a.rows(), a.cols());
         let as_floats = move |same: Vec<i32>| Tensor::from_vec(same.into_iter().map(|s| s as f32).collect(), [rows]);
         let Device::Cuda(device) = a.device() else {
@@ -263,6 +263,7 @@ fn timed_agreement(n: usize, rows: usize) -> Case {
                 Ok(vec![as_floats(same.into_iter().map(i32::from).collect())?])
             }));
         };
+        let (a, b) = (a.aligned()?, b.aligned()?);
         let agree = Rc::new(device.buffer(rows, Kind::I32, "agreement")?);
         let result = agree.clone();
         Ok(Call {

@@ -14,6 +14,7 @@ fn small() -> impl Iterator<Item = Case> {
             "cayley" | "cayley-audit" => (24, 2),
             "gptq-layer" | "gptq-model" => (32, 64),
             "rope" | "rope-backward" => (256, 5),
+            "rope-pairs" | "rope-pairs-backward" => (24, 128),
             _ => (96, 5),
         };
         bench::one(kernel, Some(n), Some(rows), None, &Device::Cpu).unwrap().0
