@@ -67,13 +67,13 @@ impl<'a> Test<'a> {
 #[derive(Clone, Debug)]
 pub struct Row {
     /// What it is called.
-    pub name: &'static str,
+    pub name: String,
     /// What the network is quantised to.
     pub scheme: Scheme,
     /// Which rotations, in words.
     pub rotations: String,
-    /// How weights are quantised: `full`, `rtn`, `gptq` or `qat`.
-    pub weights: &'static str,
+    /// How weights are quantised: `full`, `rtn`, `qat`, or a [`Correction`](crate::quant::Correction): `gptq`, `gptaq:0.25`, ….
+    pub weights: String,
     /// What it took besides the model; of several seeds, on average.
     pub training: Training,
     /// Its scores.

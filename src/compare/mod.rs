@@ -1,5 +1,5 @@
-//! The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations; with GPTQ weights and searched
-//! clip ratios where they are wanted.
+//! The paper's table on one model: full precision, plain rounding, random Hadamards, learned rotations; with weights by GPTQ and its
+//! successors, and searched clip ratios, where they are wanted.
 //!
 //! ```
 //! use spinquant::compare::{Comparison, Test, Unrotated};
@@ -10,7 +10,7 @@
 //! let (calibration, text) = (demo::windows(demo::CALIBRATION, 64)?, demo::windows(&demo::TEST[..8_000], 64)?);
 //! let outcome = Comparison {
 //!     model: &model,
-//!     unrotated: Unrotated::score(&model, &scheme, Test::on(&text), None, &mut ())?,
+//!     unrotated: Unrotated::score(&model, &scheme, Test::on(&text), &[], &mut ())?,
 //!     calibration: &calibration,
 //!     test: Test::on(&text),
 //!     scheme,
@@ -19,12 +19,12 @@
 //!     optimizer: &|| optim::by_name("cayley"),
 //!     seeds: 2,
 //!     learn_seeds: 1,
-//!     gptq: None,
+//!     quantizers: &[],
 //!     baselines: None,
 //!     clip: None,
 //! }
 //! .run(&mut ())?;
-//! let names: Vec<&str> = outcome.rows.iter().map(|row| row.name).collect();
+//! let names: Vec<&str> = outcome.rows.iter().map(|row| &row.name[..]).collect();
 //! assert_eq!(names[..4], ["full precision", "full precision, rotated", "rtn", "hadamard mean"]);
 //! assert!(outcome.rows[0].judged.perplexity < outcome.rows[2].judged.perplexity);
 //! let divergence = |row: usize| outcome.rows[row].judged.fidelity.as_ref().map(|f| f.divergence().mean);
@@ -61,8 +61,8 @@ pub struct Unrotated {
     pub full: Judged,
     /// Quantised by the scheme, weights rounded to nearest.
     pub rtn: Judged,
-    /// The same with GPTQ weights, and what they took.
-    pub gptq: Option<(Judged, Training)>,
+    /// The same with weights by every quantiser, and what they took.
+    pub quantized: Vec<(Judged, Training)>,
     /// The same with weights that were trained ([`Unrotated::train`]).
     pub qat: Option<(Judged, Training)>,
 }
@@ -76,20 +76,18 @@ impl Unrotated {
         plain: &Llama,
         scheme: &Scheme,
         test: Test<'_>,
-        gptq: Option<GptqRun<'_>>,
+        quantizers: &[GptqRun<'_>],
         watch: &mut dyn Watch,
     ) -> Result<Self> {
         let exact = plain.merge(None, &Scheme::FULL_PRECISION)?;
         let full = judge(&exact, Some(&exact), test, watch, "full precision")?;
         let rtn = judge(&plain.merge(None, scheme)?, Some(&exact), test, watch, "rtn")?;
-        let gptq = match gptq {
-            Some(run) => {
-                let (network, training) = timed_gptq(plain, None, scheme, run, watch)?;
-                Some((judge(&network, Some(&exact), test, watch, "gptq")?, training))
-            }
-            None => None,
-        };
-        Ok(Self { full, rtn, gptq, qat: None })
+        let mut quantized = vec![];
+        for run in quantizers {
+            let (network, training) = timed_gptq(plain, None, scheme, *run, watch)?;
+            quantized.push((judge(&network, Some(&exact), test, watch, &name_of(*run))?, training));
+        }
+        Ok(Self { full, rtn, quantized, qat: None })
     }
 
     /// Adds the scores of weights that were trained through their quantisers ([`llm_qat`]); tells the watch why not where they do not fit on the
@@ -141,8 +139,9 @@ pub struct Comparison<'a> {
     pub seeds: u64,
     /// Of those, how many to learn from.
     pub learn_seeds: u64,
-    /// Adds rows with GPTQ weights, learned rotations for them learned at W16.
-    pub gptq: Option<GptqRun<'a>>,
+    /// Adds rows with weights by each of these, learned rotations for them learned at W16, and one with these rotations before weights are
+    /// quantised. The same as [`Unrotated::score`] was given.
+    pub quantizers: &'a [GptqRun<'a>],
     /// Adds the rows of SmoothQuant, searched on so many windows of the calibration text, and of the full-precision model with its own gains
     /// trained as rotations are ([`baselines`](crate::baselines)).
     pub baselines: Option<usize>,
@@ -185,21 +184,23 @@ pub struct Outcome {
     pub rows: Vec<Row>,
     /// Scores of every random Hadamard, by seed.
     pub random: Vec<Judged>,
-    /// The same with GPTQ weights.
-    pub random_gptq: Vec<Judged>,
+    /// The same with weights by every quantiser: its name, and scores by seed.
+    pub random_quantized: Vec<(String, Vec<Judged>)>,
     /// The same with clip ratios.
     pub random_clip: Vec<Clipped>,
     /// What was learned, by seed.
     pub runs: Vec<Run>,
     /// The same with clip ratios.
     pub runs_clip: Vec<Run>,
-    /// Scores with GPTQ weights and rotations learned at W16, by seed.
-    pub learned_gptq: Vec<Judged>,
+    /// Scores with rotations learned at W16, weights not quantised, by seed.
+    pub learned_w16: Vec<Judged>,
+    /// The same with weights by every quantiser: its name, and scores by seed.
+    pub learned_quantized: Vec<(String, Vec<Judged>)>,
     /// What clip ratios were searched by.
     pub clip: Option<ClipGoal>,
 }
 
-/// Rotates a model and quantises its weights by GPTQ, told to a watch: layers, and where a Hessian asked for more damping.
+/// Rotates a model and quantises its weights by GPTQ or a successor, told to a watch: layers, and where a Hessian asked for more damping.
 ///
 /// # Errors
 /// Those of [`quantize_weights`].
@@ -226,6 +227,11 @@ fn timed_gptq(
     let begun = Instant::now();
     let network = quantized(model, rotations, scheme, run, watch)?;
     Ok((network, Training::since(begun, run.1.windows.len() * run.1.text.seq_len())))
+}
+
+/// What a quantiser is called in the table.
+fn name_of((gptq, _): GptqRun<'_>) -> String {
+    gptq.correction.to_string()
 }
 
 /// Tells a watch of a layer that GPTQ quantised.
@@ -280,7 +286,7 @@ impl Comparison<'_> {
         let (trained, name) = (adapted(self.model, self.calibration, &options, watch)?, "full precision, adapted");
         let judged = judge(&trained.network, Some(&self.full()?), self.test, watch, name)?;
         let (scheme, rotations) = (Scheme::FULL_PRECISION, "none, gains trained".into());
-        Ok(Some(Row { name, scheme, rotations, weights: "full", judged, training: trained.training }))
+        Ok(Some(Row { name: name.into(), scheme, rotations, weights: "full".into(), judged, training: trained.training }))
     }
 
     fn smooth(&self, windows: usize, watch: &mut dyn Watch) -> Result<Row> {
@@ -288,7 +294,7 @@ impl Comparison<'_> {
         let (network, name) = (self.model.merge(Some(&found.rotations), &self.scheme.unrotated())?, "smoothquant");
         let judged = judge(&network, Some(&self.full()?), self.test, watch, name)?;
         let rotations = format!("none, scales with α = {}", found.exponent);
-        Ok(Row { name, scheme: self.scheme, rotations, weights: "rtn", judged, training: found.training })
+        Ok(Row { name: name.into(), scheme: self.scheme, rotations, weights: "rtn".into(), judged, training: found.training })
     }
 
     fn learn(
@@ -318,8 +324,8 @@ impl Comparison<'_> {
         let full = Scheme::FULL_PRECISION;
         let mut made = Outcome { clip: self.clip.map(|(goal, _)| goal), ..Outcome::default() };
         let none = Training::default();
-        let row = |made: &mut Outcome, name, scheme, rotations: String, weights, (judged, training)| {
-            made.rows.push(Row { name, scheme, rotations, weights, judged, training });
+        let row = |made: &mut Outcome, name: &str, scheme, rotations: String, weights: &str, (judged, training)| {
+            made.rows.push(Row { name: name.into(), scheme, rotations, weights: weights.into(), judged, training });
         };
 
         row(&mut made, "full precision", full, "none".into(), "full", (self.unrotated.full.clone(), none));
@@ -349,21 +355,24 @@ impl Comparison<'_> {
             row(&mut made, "hadamard best", scheme, format!("hadamard:{best}"), "rtn", (random[best].clone(), none));
             row(&mut made, "hadamard worst", scheme, format!("hadamard:{worst}"), "rtn", (random[worst].clone(), none));
         }
-        if let Some(scored) = self.unrotated.gptq.clone() {
-            row(&mut made, "gptq", scheme, "none".into(), "gptq", scored);
+        for (run, scored) in self.quantizers.iter().zip(&self.unrotated.quantized) {
+            let name = name_of(*run);
+            row(&mut made, &name, scheme, "none".into(), &name, scored.clone());
         }
-        if let Some(run) = self.gptq {
-            let mut trainings = vec![];
+        for run in self.quantizers {
+            let (name, mut all, mut trainings) = (name_of(*run), vec![], vec![]);
             for seed in 0..self.seeds {
-                let (judged, training) = self.with_gptq(run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + gptq"))?;
-                made.random_gptq.push(judged);
+                let (judged, training) =
+                    self.with_gptq(*run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + {name}"))?;
+                all.push(judged);
                 trainings.push(training);
             }
-            if !made.random_gptq.is_empty() {
-                let rotations = format!("hadamard, {}", seeds(made.random_gptq.len()));
-                let scored = (Judged::mean(&made.random_gptq)?, Training::mean(&trainings));
-                row(&mut made, "hadamard + gptq mean", scheme, rotations, "gptq", scored);
+            if !all.is_empty() {
+                let rotations = format!("hadamard, {}", seeds(all.len()));
+                let scored = (Judged::mean(&all)?, Training::mean(&trainings));
+                row(&mut made, &format!("hadamard + {name} mean"), scheme, rotations, &name, scored);
             }
+            made.random_quantized.push((name, all));
         }
         // Ratios belong to the scheme that is scored; rotations are learned with them.
         let mut clipped: Vec<(Scheme, ClipFound)> = vec![];
@@ -390,12 +399,18 @@ impl Comparison<'_> {
         }
         let w16_scheme = scheme.unquantized_weights().online(learn_scheme.online);
         let mut w16_trainings = vec![];
+        let mut quantized: Vec<(String, Vec<(Judged, Training)>)> =
+            self.quantizers.iter().map(|run| (name_of(*run), vec![])).collect();
         for seed in 0..self.learn_seeds {
-            if let Some(run) = self.gptq {
+            if !self.quantizers.is_empty() {
                 let (learned, _) = self.learn(seed, w16_scheme, None, watch, format!("learning at W16 from hadamard:{seed}"))?;
-                let (judged, training) = self.with_gptq(run, &learned.rotations, watch, &format!("learned:{seed} + gptq"))?;
-                made.learned_gptq.push(judged);
-                w16_trainings.push(self.training_of(&learned).and(training));
+                let (rotations, unquantized) = (&learned.rotations, scheme.unquantized_weights());
+                made.learned_w16.push(self.evaluate(rotations, &unquantized, watch, &format!("learned:{seed}, W16"))?);
+                w16_trainings.push(self.training_of(&learned));
+                for (run, (name, scores)) in self.quantizers.iter().zip(&mut quantized) {
+                    let (judged, training) = self.with_gptq(*run, rotations, watch, &format!("learned:{seed} + {name}"))?;
+                    scores.push((judged, self.training_of(&learned).and(training)));
+                }
             }
             let start = made.random.get(seed as usize).map(|judged| judged.perplexity);
             made.runs.push(self.learned(seed, learn_scheme, (&scheme, None), start, watch)?);
@@ -418,10 +433,16 @@ impl Comparison<'_> {
                 row(&mut made, name, scheme, rotations, "rtn", scored);
             }
         }
-        if !made.learned_gptq.is_empty() {
-            let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(made.learned_gptq.len()));
-            let scored = (Judged::mean(&made.learned_gptq)?, Training::mean(&w16_trainings));
-            row(&mut made, "learned + gptq", scheme, rotations, "gptq", scored);
+        if !made.learned_w16.is_empty() {
+            let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(made.learned_w16.len()));
+            let scored = (Judged::mean(&made.learned_w16)?, Training::mean(&w16_trainings));
+            row(&mut made, "learned at W16", scheme.unquantized_weights(), rotations.clone(), "full", scored);
+            for (name, scores) in quantized {
+                let (all, trainings): (Vec<Judged>, Vec<Training>) = scores.into_iter().unzip();
+                let scored = (Judged::mean(&all)?, Training::mean(&trainings));
+                row(&mut made, &format!("learned + {name}"), scheme, rotations.clone(), &name, scored);
+                made.learned_quantized.push((name, all));
+            }
         }
         Ok(made)
     }

@@ -11,7 +11,7 @@ use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
 use spinquant::learn::{ClipChoice, LearnOptions};
-use spinquant::quant::{Correction, Online, Scheme};
+use spinquant::quant::{Correction, Gptq, Online, Scheme};
 use spinquant::{Error, Result};
 
 use crate::clip;
@@ -53,9 +53,13 @@ pub struct Args {
     /// Hadamards in the graph while learning, as for --online (default: those of --online).
     #[arg(long, value_name = "WHICH")]
     learn_online: Option<Online>,
-    /// Add rows with GPTQ weights, learned rotations for them learned at W16.
-    #[arg(long)]
+    /// Add rows with GPTQ weights, learned rotations for them learned at W16: --weights gptq.
+    #[arg(long, conflicts_with = "weights")]
     gptq: bool,
+    /// Add rows with weights by these quantisers: gptq,gptaq[:ALPHA],qep[:PART],qronos,foem[:BETA]. Learned rotations for them are learned at
+    /// W16, and scored before weights are quantised too.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    weights: Vec<Correction>,
     #[command(flatten)]
     gptq_args: GptqArgs,
     /// Add rows with clip ratios of activations, K and V searched on every random Hadamard, and with rotations learned from it with
@@ -137,14 +141,15 @@ pub fn run(args: &Args) -> Result<()> {
     let read = |file: &PathBuf| limited(args.model.windows(&config, file, args.seq_len)?, args.max_windows);
     let other = args.fidelity_text.as_ref().map(read).transpose()?;
     let test = Test { text: &text, other: other.as_ref(), exam: exam.as_ref() };
-    let quantizer = args.gptq_args.quantizer(Correction::None);
-    let sample = if args.gptq { Some(args.gptq_args.calibration(&calibration)?) } else { None };
-    let gptq = sample.as_ref().map(|sample| (&quantizer, sample));
+    let wanted = if args.gptq { &[Correction::None][..] } else { &args.weights };
+    let sample = if wanted.is_empty() { None } else { Some(args.gptq_args.calibration(&calibration)?) };
+    let quantizers: Vec<Gptq> = wanted.iter().map(|&correction| args.gptq_args.quantizer(correction)).collect();
+    let quantizers: Vec<_> = quantizers.iter().zip(sample.iter().cycle()).collect();
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
     let unrotated = {
         let plain = args.model.load_plain(&progress)?;
-        let mut unrotated = Unrotated::score(&plain, &scheme, test, gptq, &mut watch)?;
+        let mut unrotated = Unrotated::score(&plain, &scheme, test, &quantizers, &mut watch)?;
         if let Some(qat) = &qat {
             unrotated.train(&plain, &scheme, test, qat, &mut watch)?;
         }
@@ -162,7 +167,7 @@ pub fn run(args: &Args) -> Result<()> {
         optimizer: &|| args.recipe.optimizer(),
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
-        gptq,
+        quantizers: &quantizers,
         baselines: args.baselines.then_some(args.clip_windows),
         clip,
     };
@@ -232,21 +237,31 @@ pub fn json(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resul
         with(value, &run.judged)
     };
     let runs = |all: &[Run]| all.iter().map(run).collect::<Result<Vec<_>>>();
-    Ok(json!({
+    let mut value = json!({
         "rows": outcome.rows.iter().map(row).collect::<Result<Vec<_>>>()?, "starts_with": first,
-        "hadamard": by_seed(&outcome.random)?, "hadamard_gptq": by_seed(&outcome.random_gptq)?, "learned": runs(&outcome.runs)?,
-        "learned_gptq": by_seed(&outcome.learned_gptq)?,
+        "hadamard": by_seed(&outcome.random)?, "learned": runs(&outcome.runs)?,
         "hadamard_clip": outcome.random_clip.iter().enumerate().map(clipped).collect::<Result<Vec<_>>>()?,
         "learned_clip": runs(&outcome.runs_clip)?,
-    }))
+    });
+    for (rotations, quantized) in [("hadamard", &outcome.random_quantized), ("learned", &outcome.learned_quantized)] {
+        for (name, scores) in quantized {
+            value[format!("{rotations}_{name}")] = by_seed(scores)?.into();
+        }
+    }
+    if !outcome.learned_w16.is_empty() {
+        value["learned_w16"] = by_seed(&outcome.learned_w16)?.into();
+    }
+    Ok(value)
 }
 
 /// The table, that of the tasks where there are some, and a line for every run.
 pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Result<()> {
     let has_other = outcome.rows.iter().any(|r| r.judged.other.is_some());
+    let widest = |of: fn(&Row) -> usize, least: usize| outcome.rows.iter().map(of).fold(least, usize::max);
+    let (name, weights) = (widest(|r| r.name.len(), 24), widest(|r| r.weights.len(), 7));
     let other = if has_other { format!(" {:>16} {:>7}", "KL, other text", "top-1") } else { String::new() };
     out!(
-        "{:<24} {:<11} {:<32} {:<7} {:>10} {:>16} {:>7}{other}",
+        "{:<name$} {:<11} {:<32} {:<weights$} {:>10} {:>16} {:>7}{other}",
         "",
         "scheme",
         "rotations",
@@ -266,7 +281,13 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
     for r in &outcome.rows {
         let Judged { perplexity, fidelity, other, .. } = &r.judged;
         let (fidelity, other) = (faithful(fidelity), faithful(other));
-        out!("{:<24} {:<11} {:<32} {:<7} {perplexity:>10.3}{fidelity}{other}", r.name, r.scheme, r.rotations, r.weights);
+        out!(
+            "{:<name$} {:<11} {:<32} {:<weights$} {perplexity:>10.3}{fidelity}{other}",
+            r.name,
+            r.scheme,
+            r.rotations,
+            r.weights
+        );
     }
     out!("KL to full precision in nats a token ± standard error; top-1: tokens after which both find the same one likeliest");
     out!("the text starts with {first}");

@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> Result<()> {
     let comparison = Comparison {
         model: &model,
         // All gains are 1: it is its own plain network.
-        unrotated: Unrotated::score(&model, &scheme, Test::on(&text), None, &mut watch)?,
+        unrotated: Unrotated::score(&model, &scheme, Test::on(&text), &[], &mut watch)?,
         calibration: &calibration,
         test: Test::on(&text),
         scheme,
@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
         optimizer: &|| args.recipe.optimizer(),
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
-        gptq: None,
+        quantizers: &[],
         baselines: None,
         clip: None,
     };

@@ -48,7 +48,8 @@ fn compare_prints_the_table() {
     // GPTQ rows; rotations for a network without online Hadamards, learned with them in the graph.
     let args = format!("{args} --seeds 2 --learn-seeds 1 --gptq --calibration-windows 8 --online none").replace("--seeds 3 ", "");
     let alone = place.json(&format!("{args} --json"));
-    let with = place.json(&format!("{args} --learn-online r3,r4 --json"));
+    // Another quantiser beside it changes none of its rows.
+    let with = place.json(&format!("{args} --learn-online r3,r4 --json").replace("--gptq", "--weights gptq,qronos"));
     let row = |table: &serde_json::Value, name: &str| {
         let row = table["rows"].as_array().unwrap().iter().find(|r| r["name"] == name).unwrap().clone();
         (row["rotations"].as_str().unwrap().to_string(), number(&row, "perplexity"))
@@ -56,7 +57,16 @@ fn compare_prints_the_table() {
     assert_eq!(row(&alone, "learned").0, "learned at W4A4KV4, 1 seed");
     assert_eq!(row(&with, "learned").0, "learned at W4A4KV4 with r3,r4, 1 seed");
     assert_eq!(row(&with, "learned + gptq").0, "learned at W16A4KV4 with r3,r4, 1 seed");
-    for name in ["learned", "learned + gptq"] {
+    let w16 = |name| with["rows"].as_array().unwrap().iter().find(|r| r["name"] == name).unwrap()["scheme"].clone();
+    assert_eq!((w16("learned at W16"), w16("learned + qronos")), ("W16A4KV4".into(), "W4A4KV4".into()));
+    for (a, b) in [("gptq", "qronos"), ("hadamard + gptq mean", "hadamard + qronos mean"), ("learned + gptq", "learned + qronos")]
+    {
+        assert_ne!(row(&with, a).1, row(&with, b).1, "{b}");
+    }
+    let one = number(&with["learned_qronos"][0], "perplexity");
+    assert_eq!(one, row(&with, "learned + qronos").1);
+    assert_eq!(number(&with["learned_w16"][0], "perplexity"), row(&with, "learned at W16").1);
+    for name in ["learned", "learned at W16", "learned + gptq"] {
         assert_ne!(row(&alone, name).1, row(&with, name).1, "{name}");
     }
     for name in ["gptq", "hadamard + gptq mean", "rtn"] {
