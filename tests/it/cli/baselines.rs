@@ -28,6 +28,7 @@ fn rows_of_other_methods_say_what_they_took() {
             "hadamard + clip mean",
             "learned",
             "learned + clip",
+            "learned at W16",
             "learned + gptq"
         ]
     );
