@@ -1,6 +1,6 @@
 //! Output files: where a path leads, whether it can be written, and writing it whole or not at all.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufWriter, Error as IoError, ErrorKind, Result as IoResult, Write};
 use std::path::{Path, PathBuf};
 
@@ -83,9 +83,12 @@ fn temporary(target: &Path) -> IoResult<NamedTempFile> {
     builder.prefix(PREFIX).suffix(SUFFIX);
     loop {
         let file = builder.tempfile_in(folder_of(target))?;
-        // Where files cannot be locked nobody takes this one for abandoned. Otherwise it may have been taken before it was locked.
-        if file.as_file().try_lock().is_err() || file.path().exists() {
-            return Ok(file);
+        match file.as_file().try_lock() {
+            // Somebody took it for abandoned before it was locked, and is about to remove it, or has.
+            Err(TryLockError::WouldBlock) => {}
+            Ok(()) if !file.path().exists() => {}
+            // Where files cannot be locked nobody takes this one for abandoned.
+            Ok(()) | Err(TryLockError::Error(_)) => return Ok(file),
         }
     }
 }
@@ -156,8 +159,9 @@ fn try_folder(target: &Path) -> IoResult<()> {
             return Err(ErrorKind::PermissionDenied.into());
         }
     }
-    let name = other.into_temp_path();
-    one.persist(&name)?;
+    // Both stay locked until the name is gone: nobody else takes either for abandoned.
+    let (_locked, name) = other.into_parts();
+    let _renamed = one.persist(&name)?;
     name.close()
 }
 
@@ -237,6 +241,24 @@ mod tests {
         expected.push(alive.path().file_name().unwrap().to_str().unwrap().into());
         expected.sort();
         assert_eq!(names(folder.path()), expected);
+    }
+
+    /// Writers side by side take each other's fresh files for abandoned in the moment before they are locked.
+    #[test]
+    fn writers_in_one_folder_do_not_disturb_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for writer in 0..8 {
+                let path = folder.path().join(format!("{writer}"));
+                scope.spawn(move || {
+                    for i in 0..40 {
+                        check_writable(&path).unwrap();
+                        write_atomically(&path, |out| write!(out, "{i}")).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(names(folder.path()), ["0", "1", "2", "3", "4", "5", "6", "7"]);
     }
 
     #[cfg(unix)]

@@ -350,6 +350,23 @@ fn timed_backward(n: usize, rows: usize) -> Case {
             let want = reference(RopePairs { dim: 2, inverse: false }, &[a?, b?].concat(), &[p[at], -p[at + DIM / 2]], sizes);
             let second = usize::from(r % DIM >= DIM / 2);
             exact::close("rope_pairs: dx", &exact::row(&dx[0], r, n)?, &want[second * n..][..n], dx[0].dtype(), 1.0)?;
+            // The pair's scale and angle: Σ dy·y, and Σ dy·y' with y' = y turned by a right angle.
+            let [x, dy] = [&x[0], &x[2]].map(|t| [i, i + DIM / 2].map(|i| exact::row(t, head * DIM + i, n)));
+            let ([x0, x1], [dy0, dy1]) = (x, dy);
+            let y = reference(RopePairs { dim: 2, inverse: false }, &[x0?, x1?].concat(), &[p[at], p[at + DIM / 2]], sizes);
+            let (y0, y1) = y.split_at(n);
+            let terms: Vec<[f64; 4]> =
+                (0..n).zip(dy0?.into_iter().zip(dy1?)).map(|(j, (a, b))| [a * y0[j], b * y1[j], -a * y1[j], b * y0[j]]).collect();
+            let sum = |f: &dyn Fn(&[f64; 4]) -> f64| terms.iter().map(f).sum::<f64>();
+            let want = [sum(&|t| t[0] + t[1]), sum(&|t| t[2] + t[3]), sum(&|t| t.iter().map(|t| t.abs()).sum())];
+            let dp = dx[1].to_f64_vec()?;
+            // Of sums that may cancel: as far off as their terms allow.
+            exact::close_to_largest(
+                "rope_pairs: dp",
+                &[dp[at], dp[at + DIM / 2], want[2]],
+                &want,
+                1e-5 + dx[1].dtype().epsilon(),
+            )?;
         }
         Ok(())
     })
