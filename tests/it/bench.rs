@@ -13,7 +13,7 @@ fn small() -> impl Iterator<Item = Case> {
             "attention" | "attention-backward" => (33, 2),
             "cayley" | "cayley-audit" => (24, 2),
             "gptq-layer" | "gptq-model" => (32, 64),
-            "rope" | "rope-backward" => (256, 5),
+            "rope" | "rope-backward" | "swap-axes" => (256, 5),
             "rope-pairs" | "rope-pairs-backward" => (24, 128),
             _ => (96, 5),
         };

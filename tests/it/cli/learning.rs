@@ -151,7 +151,7 @@ fn learning_searches_clip_ratios_unless_told_not_to() {
             .replace("--batch 4 --held-out 8 ", ""),
     );
     assert!(number(&few["clip"], "after") <= number(&few["clip"], "before"), "{few}");
-    place.fails(&format!("{learn} --clip best"), &["expected error, loss or none", "\"best\""]);
+    place.fails(&format!("{learn} --clip best"), &["expected error, loss, learned or none", "\"best\""]);
     place.fails(&format!("{learn} --clip-windows 0"), &["at least 1", "got 0"]);
     place.fails(&format!("{learn} --clip error --activation-clip 0.9"), &["--clip", "--activation-clip"]);
 }
