@@ -40,7 +40,8 @@ fn awkward_corrections() {
     awkward_corrections_on(&gpu(), DType::F64); // with the weight there, but done on the CPU
 }
 
-/// Of the same values, in f64. A difference of 16-bit inputs is rounded to 16 bits.
+/// Of the same values, in f64. A difference of 16-bit inputs is rounded to 16 bits, by half a unit in the last place at most; over many rows
+/// these roundings cancel.
 #[test]
 #[ignore = "needs a GPU"]
 fn drifts() {
@@ -56,6 +57,7 @@ fn drifts() {
             assert_eq!((ours.device(), ours.dtype(), ours.shape()), (device.clone(), DType::F64, &[n, n][..]));
             let largest = values(&exact).iter().fold(0f64, |m, x| m.max(x.abs()));
             let error = distance(&values(&ours), &values(&exact)) / largest;
+            let bound = if rows == 1 && dtype.is_half() { 0.51 * dtype.epsilon() } else { bound };
             println!("{rows} x {n} {dtype}: error {error:.1e} of the largest value");
             assert!(error <= bound, "{rows} x {n} {dtype}: {error:e}");
         }
