@@ -32,8 +32,8 @@ use crate::{Error, Result};
 
 /// How GPTQ corrects for the difference between the quantised network's activations and those in full precision.
 ///
-/// Written as its name, with its constant behind a colon where it has one: `gptaq:0.25`. Experimental: no record here shows one ahead of GPTQ by two
-/// standard errors yet.
+/// Written as its name, with its constant behind a colon where it has one: `gptaq:0.25`. Experimental: on one model of 135M parameters GPTAQ and QEP
+/// beat GPTQ on every seed, and Qronos and FOEM lose (`benches/record/weight-quantisers-smollm2-h100.md`).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Correction {
     /// It does not: plain GPTQ.

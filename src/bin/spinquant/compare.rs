@@ -64,9 +64,9 @@ pub struct Args {
     gptq_args: GptqArgs,
     /// Add rows with clip ratios of activations, K and V searched on every random Hadamard, and with rotations learned from it with
     /// them: error (of every quantiser, by itself), loss (of the whole network), or learned (by error, and learned on with the rotations).
-    /// The paper clips nothing.
-    #[arg(long, value_name = "error|loss|learned|none", default_value = "none", conflicts_with = "activation_clip")]
-    clip: ClipChoice,
+    /// The paper clips nothing (default: none, or the recipe's).
+    #[arg(long, value_name = "error|loss|learned|none", conflicts_with = "activation_clip")]
+    clip: Option<ClipChoice>,
     /// Windows of --calibration to search them, and the exponent of SmoothQuant, on.
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
     clip_windows: usize,
@@ -118,8 +118,8 @@ pub fn run(args: &Args) -> Result<()> {
     let scheme = args.scheme.scheme();
     let learn_scheme = args.learn_scheme.map_or(scheme, |given| with_bits_of(&given, scheme));
     let mut options = args.recipe.options(scheme, 0);
-    options.clip = args.clip;
-    let goal = args.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
+    options.clip = args.clip.or(args.recipe.clip()).unwrap_or(ClipChoice::Keep);
+    let goal = options.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
     let clip = goal.map(|goal| (goal, args.clip_windows));
     options.check(args.recipe.optimizer()?.as_ref())?;
     args.gptq_args.check()?;

@@ -22,11 +22,16 @@ use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, note, rotations};
 use crate::eval::file_name;
 use crate::outputs;
+use crate::recipe::Named;
 use crate::stop;
 
 /// The recipe; the defaults are the published ones.
 #[derive(clap::Args, Clone)]
 pub struct Recipe {
+    /// Options that go together. published: the paper's. faithful: --objective kl --clip learned --clip-lr 0.03
+    /// --transforms r1,r2,up-down,values --scale-lr 0.03. Options that are given count more.
+    #[arg(long, value_name = "default|published|faithful", default_value = "default")]
+    recipe: Named,
     /// Optimiser steps.
     #[arg(long, default_value_t = 100)]
     steps: usize,
@@ -44,18 +49,19 @@ pub struct Recipe {
     schedule: Option<Schedule>,
     #[arg(long, value_name = "NAME", default_value = "cayley", value_parser = optimizer_name, help = optimizers())]
     optimizer: String,
-    #[arg(long, value_name = "NAME", default_value = "cross-entropy", value_parser = objective::by_name, help = objectives())]
-    objective: Arc<dyn Objective>,
+    #[arg(long, value_name = "NAME", value_parser = objective::by_name, help = objectives())]
+    objective: Option<Arc<dyn Objective>>,
     /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2 or r2-heads, up-down,
-    /// values, norms, rope-pairs, values-general (docs/cli.md).
-    #[arg(long, value_name = "LIST", default_value = "published")]
-    transforms: Transforms,
-    /// Learning rate of the first step for logarithms of scales, and angles; it falls as --lr does.
-    #[arg(long, value_name = "RATE", default_value_t = LearnOptions::default().scale_rate)]
-    scale_lr: f64,
-    /// Learning rate of the first step for logarithms of clip ratios that are learned (--clip learned); it falls as --lr does.
-    #[arg(long, value_name = "RATE", default_value_t = LearnOptions::default().clip_rate)]
-    clip_lr: f64,
+    /// values, norms, rope-pairs, values-general (docs/cli.md) (default: published, or the recipe's).
+    #[arg(long, value_name = "LIST")]
+    transforms: Option<Transforms>,
+    /// Learning rate of the first step for logarithms of scales, and angles; it falls as --lr does (default: 0.003, or the recipe's).
+    #[arg(long, value_name = "RATE")]
+    scale_lr: Option<f64>,
+    /// Learning rate of the first step for logarithms of clip ratios that are learned (--clip learned); it falls as --lr does (default:
+    /// 0.01, or the recipe's).
+    #[arg(long, value_name = "RATE")]
+    clip_lr: Option<f64>,
     /// What clip ratios that are learned do to the gradient of a value they clamp: blocked, or straight-through as others do.
     #[arg(long, value_name = "WHICH", default_value = "blocked")]
     clip_gradient: ClipGradient,
@@ -93,12 +99,16 @@ fn optimizers() -> String {
 
 fn objectives() -> String {
     let each: Vec<String> = objective::all().iter().map(|o| format!("{} ({})", o.name(), o.about())).collect();
-    format!("What to minimise: {}; or a mixture, as 0.5*cross-entropy+0.5*kl", each.join(", "))
+    format!(
+        "What to minimise: {}; or a mixture, as 0.5*cross-entropy+0.5*kl (default: cross-entropy, or the recipe's)",
+        each.join(", ")
+    )
 }
 
 impl Recipe {
     /// The recipe for a scheme; clip ratios are those of the scheme.
     pub fn options(&self, scheme: Scheme, seed: u64) -> LearnOptions {
+        let (scale_rate, clip_rate) = self.recipe.rates();
         LearnOptions {
             scheme,
             steps: self.steps,
@@ -112,13 +122,18 @@ impl Recipe {
             recompute: self.recompute.then_some(Recompute::All),
             memory: self.memory,
             clip: ClipChoice::Keep,
-            transforms: self.transforms,
-            scale_rate: self.scale_lr,
-            clip_rate: self.clip_lr,
+            transforms: self.transforms.unwrap_or_else(|| self.recipe.transforms()),
+            scale_rate: self.scale_lr.unwrap_or(scale_rate),
+            clip_rate: self.clip_lr.unwrap_or(clip_rate),
             straight: self.clip_gradient == ClipGradient::StraightThrough,
-            objective: self.objective.clone(),
+            objective: self.objective.clone().unwrap_or_else(|| self.recipe.objective()),
             ..LearnOptions::default()
         }
+    }
+
+    /// Where clip ratios come from, where the recipe says so.
+    pub fn clip(&self) -> Option<ClipChoice> {
+        self.recipe.clip()
     }
 
     /// A new optimiser.
@@ -129,7 +144,8 @@ impl Recipe {
     /// Prints the plan; allocates nothing.
     fn dry_run(&self, args: &Args) -> Result<()> {
         let scheme = args.scheme.scheme();
-        let options = self.options(scheme, args.seed);
+        let mut options = self.options(scheme, args.seed);
+        options.clip = args.clip.or(self.clip()).unwrap_or(options.clip);
         options.check(self.optimizer()?.as_ref())?;
         let config = args.model.checked(&scheme, Some(args.seq_len))?;
         let dtype = args.model.given_dtype().unwrap_or(DType::BF16);
@@ -141,7 +157,7 @@ impl Recipe {
         let Some(planned) = options.plan(&config, args.seq_len, dtype, card.free, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
-        let (needs, objective) = (self.objective.needs(), self.objective.name());
+        let (needs, objective) = (options.objective.needs(), options.objective.name());
         if args.json {
             let items: serde_json::Map<String, Value> =
                 planned.items.iter().map(|(what, bytes)| (what.to_string(), (*bytes).into())).collect();
@@ -250,7 +266,7 @@ impl Args {
         match (self.clip, self.scheme.given_clip(Some(start))) {
             (Some(choice), _) => (ClipRatios::NONE, choice),
             (None, Some(given)) => (given, ClipChoice::Keep),
-            (None, None) => (ClipRatios::NONE, ClipChoice::Auto),
+            (None, None) => (ClipRatios::NONE, self.recipe.clip().unwrap_or_default()),
         }
     }
 }
@@ -296,7 +312,7 @@ pub fn run(args: &Args) -> Result<()> {
     if keeps_clips || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
         RotationFile::check_holds_clips(&args.out)?;
     }
-    let transforms = start.rotations.transforms().with(&args.recipe.transforms).of(&config.scale_sizes())?;
+    let transforms = start.rotations.transforms().with(&options.transforms).of(&config.scale_sizes())?;
     options.transforms = transforms;
     options.check(optimizer.as_ref())?;
     RotationFile::check_holds(&args.out, &transforms)?;
@@ -332,7 +348,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("steps", args.recipe.steps)
         .with_note("seed", args.seed)
         .with_note("optimizer", &args.recipe.optimizer)
-        .with_note("objective", args.recipe.objective.name())
+        .with_note("objective", options.objective.name())
         .with_note("transforms", transforms)
         .with_note("clips", if learned.rotations.clips.is_empty() { "ratios" } else { "learned" })
         .with_note("learning_rate", learned.settings.learning_rate)

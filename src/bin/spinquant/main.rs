@@ -21,6 +21,7 @@ mod outputs;
 mod profile;
 mod quantize;
 mod race;
+mod recipe;
 mod rotations;
 mod serve;
 mod stop;

@@ -135,3 +135,29 @@ fn clip_constants_are_learned_written_read_and_scored() {
     from("--clip error");
     assert!(Rotations::load(&place.path("S.safetensors")).unwrap().clips.is_empty());
 }
+
+/// A recipe stands for its options, and options stand in place of a recipe's.
+#[test]
+fn recipes_are_options_that_go_together() {
+    let place = Place::new();
+    let learn = |args: &str, out: &str| {
+        let learn = LEARN.replace("R.safetensors", out);
+        place.json(&format!("{learn} --steps 2 --lr 0.5 --json {args}"));
+        Rotations::load_with(&place.path(out)).unwrap()
+    };
+    let bits = |r: &Rotations| r.tensors().into_iter().map(|(name, t)| (name, t.to_f64_vec().unwrap())).collect::<Vec<_>>();
+    let same = [
+        ("--recipe published", "--transforms published --objective cross-entropy --clip none"),
+        ("--recipe faithful", "--objective kl --clip learned --clip-lr 0.03 --transforms r1,r2,up-down,values --scale-lr 0.03"),
+        ("--recipe faithful --clip error --objective cross-entropy", "--transforms r1,r2,up-down,values --scale-lr 0.03"),
+    ];
+    for (recipe, options) in same {
+        let ((ours, notes), (want, others)) = (learn(recipe, "A.safetensors"), learn(options, "B.safetensors"));
+        assert_eq!(bits(&ours), bits(&want), "{recipe}");
+        assert_eq!(notes, others, "{recipe}");
+    }
+    // Clip ratios that are learned take memory, and plans say so.
+    let planned = |args: &str| number(&place.json(&format!("{LEARN} --dry-run --json {args}")), "peak_bytes");
+    assert!(planned("--clip learned") > planned("--clip error"));
+    place.fails(&format!("{LEARN} --recipe best"), &["--recipe", "published", "faithful"]);
+}
