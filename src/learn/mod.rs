@@ -248,7 +248,7 @@ pub fn learn_watched(
         let (update, part) = (enter_pass("update"), enter("optimiser"));
         let fallen = learning_rate / settings.learning_rate;
         let rates = Rates { rotations: learning_rate, scales: options.scale_rate * fallen, clips: options.clip_rate * fallen };
-        let rotations = optimizer.step(&now.rotations, &grads, rates).map_err(failed)?;
+        let rotations = optimizer.step(&now.rotations, grads, rates).map_err(failed)?;
         let orthogonality_error = audit(&rotations, optimizer.rotations()).map_err(failed)?;
         drop((part, update));
         now.rotations = rotations;

@@ -56,8 +56,13 @@ impl Euclidean {
         Self { prefix, adam: Adam::default() }
     }
 
-    /// Moves parameters, a few numbers a channel, on the CPU. Each comes with its name and gradient.
-    fn step(&mut self, of: &[(String, &Tensor, Option<&Tensor>)], rate: f64) -> Result<Vec<Tensor>> {
+    /// Moves parameters, a few numbers a channel, on the CPU, where `bound` sees them too. Each comes with its name and gradient.
+    fn step(
+        &mut self,
+        of: &[(String, &Tensor, Option<&Tensor>)],
+        rate: f64,
+        bound: impl Fn(Tensor) -> Result<Tensor>,
+    ) -> Result<std::vec::IntoIter<Tensor>> {
         let host = |t: &Tensor| -> Result<Tensor> {
             let wide = if t.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
             t.to_device(&Device::Cpu)?.to_dtype(wide)
@@ -68,7 +73,8 @@ impl Euclidean {
         if !params.is_empty() {
             self.adam.step(&mut params, of.iter().map(gradient).collect::<Result<_>>()?, rate)?;
         }
-        params.into_iter().zip(of).map(|(moved, (_, t, _))| moved.to_device(&t.device())).collect()
+        let moved = params.into_iter().zip(of).map(|(moved, (_, t, _))| bound(moved)?.to_device(&t.device()));
+        Ok(moved.collect::<Result<Vec<_>>>()?.into_iter())
     }
 
     /// Adds its state to another's.
@@ -113,7 +119,7 @@ impl<'a> Product<'a> {
     ///
     /// # Errors
     /// Those of any optimiser, gradients that are missing; nothing has moved then.
-    pub fn step(&mut self, x: &Rotations, grads: &Gradients, rates: Rates) -> Result<Rotations> {
+    pub fn step(&mut self, x: &Rotations, grads: Gradients, rates: Rates) -> Result<Rotations> {
         // The optimiser of rotations comes last: the others can be put back.
         let before = (self.scales.clone(), self.clips.clone());
         let moved = self.stepped(x, grads, rates);
@@ -123,18 +129,16 @@ impl<'a> Product<'a> {
         moved
     }
 
-    fn stepped(&mut self, x: &Rotations, grads: &Gradients, rates: Rates) -> Result<Rotations> {
+    fn stepped(&mut self, x: &Rotations, grads: Gradients, rates: Rates) -> Result<Rotations> {
         let scales: Vec<_> = x.scales.iter().map(|(kind, t)| (format!("scales {kind}"), t, grads.scales.get(kind))).collect();
-        let mut moved = self.scales.step(&scales, rates.scales)?.into_iter();
-        let mut next = |_: &Tensor| moved.next().ok_or_else(|| Error::argument("optimiser", "a group that lost a parameter"));
-        let scales = x.scales.map(|_, t| next(t))?;
+        let mut moved = self.scales.step(&scales, rates.scales, Ok)?;
+        let scales = x.scales.map(|_, _| Ok(moved.next().expect("one for each")))?;
         let clips: Vec<_> =
             x.clips.iter().map(|(site, t)| (format!("clips {}", site.name()), t, grads.clips.get(site))).collect();
-        let mut moved = self.clips.step(&clips, rates.clips)?.into_iter();
-        let mut next = |_: &Tensor| moved.next().ok_or_else(|| Error::argument("optimiser", "a group that lost a parameter"));
-        let clips = x.clips.map(|_, t| ClipEnds::bounded(next(t)?))?;
+        let mut moved = self.clips.step(&clips, rates.clips, ClipEnds::bounded)?;
+        let clips = x.clips.map(|_, _| Ok(moved.next().expect("one for each")))?;
         let mut params = x.as_params()?;
-        self.rotations.step(&mut params, grads.rotations.clone(), rates.rotations)?;
+        self.rotations.step(&mut params, grads.rotations, rates.rotations)?;
         Ok(x.with_params(&params)?.with_scales(scales).with_clips(clips))
     }
 
@@ -184,7 +188,7 @@ mod tests {
 
     fn run(x: &mut Rotations, product: &mut Product<'_>, steps: std::ops::Range<u64>) {
         for i in steps {
-            *x = product.step(x, &gradients(x, 10 * i), RATES).unwrap();
+            *x = product.step(x, gradients(x, 10 * i), RATES).unwrap();
         }
     }
 
@@ -224,7 +228,7 @@ mod tests {
         for i in 0..30 {
             let mut grads = gradients(&x, i);
             grads.clips = x.clips.map(|_, t| Tensor::from_vec(vec![1f64; t.len()], t.shape())).unwrap();
-            x = product.step(&x, &grads, Rates { clips: 1.0, ..RATES }).unwrap();
+            x = product.step(&x, grads, Rates { clips: 1.0, ..RATES }).unwrap();
         }
         x.clips.check(2, 2).unwrap();
     }
@@ -240,10 +244,10 @@ mod tests {
             Gradients { clips: ClipEnds::default(), ..whole.clone() },
         ];
         for grads in refused {
-            assert!(product.step(&x, &grads, RATES).is_err());
+            assert!(product.step(&x, grads, RATES).is_err());
             assert_eq!((product.scales.adam.steps(), product.clips.adam.steps()), (0, 0));
         }
-        product.step(&x, &whole, RATES).unwrap();
+        product.step(&x, whole, RATES).unwrap();
         assert_eq!((product.scales.adam.steps(), product.clips.adam.steps()), (1, 1));
     }
 }

@@ -71,9 +71,8 @@ impl ClipEnds {
     /// A failing copy.
     pub fn bounded(logarithms: Tensor) -> Result<Tensor> {
         let [low, high] = LOGARITHMS;
-        let (dtype, device, shape) = (logarithms.dtype(), logarithms.device(), logarithms.shape().to_vec());
         let bounded: Vec<f64> = logarithms.to_f64_vec()?.into_iter().map(|a| a.clamp(low, high)).collect();
-        Tensor::from_vec(bounded, shape)?.to_dtype(dtype)?.to_device(&device)
+        Tensor::from_vec(bounded, logarithms.shape())?.to_dtype(logarithms.dtype())?.to_device(&logarithms.device())
     }
 
     /// Checks that they fit a model with so many layers and key and value heads, are finite, and neither far above 1 nor near 0.
