@@ -56,6 +56,11 @@ pub struct Work {
 }
 
 impl Work {
+    /// The published recipe: cross entropy, R1 and R2 alone.
+    pub fn new(scheme: Scheme, batch: usize, seq: usize, dtype: DType) -> Self {
+        Self { needs: Needs::Network, batch, seq, scheme, dtype, transforms: Transforms::PUBLISHED, clips: false }
+    }
+
     /// Checks that every number of bytes that a plan may add up fits a machine word.
     fn check(&self, config: &LlamaConfig, micro_batch: usize) -> Result<()> {
         if self.batch == 0 || self.seq == 0 || micro_batch == 0 {
@@ -428,15 +433,7 @@ mod tests {
     use crate::llama::synthetic::shape;
 
     fn work(scheme: Scheme) -> Work {
-        Work {
-            needs: Needs::Network,
-            batch: 8,
-            seq: 2048,
-            scheme,
-            dtype: DType::BF16,
-            transforms: Transforms::PUBLISHED,
-            clips: false,
-        }
+        Work::new(scheme, 8, 2048, DType::BF16)
     }
 
     #[test]

@@ -16,7 +16,6 @@ use crate::memory::{self, Needs, Work};
 use crate::objective::{Kl, Objective, Predictions};
 use crate::optim::Schedule;
 use crate::quant::Scheme;
-use crate::rotation::Transforms;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// How weights are trained.
@@ -148,8 +147,7 @@ pub fn llm_qat(plain: &Llama, scheme: &Scheme, options: &QatOptions, watch: &mut
 /// # Errors
 /// Sizes whose bytes a machine word cannot count.
 pub fn qat_bytes(config: &LlamaConfig, scheme: &Scheme, seq: usize, dtype: DType) -> Result<usize> {
-    let (needs, transforms) = (Needs::Logits, Transforms::default());
-    let work = Work { needs, batch: 1, seq, scheme: *scheme, dtype, transforms, clips: false };
+    let work = Work { needs: Needs::Logits, ..Work::new(*scheme, 1, seq, dtype) };
     let step = memory::predict(config, &work, Plan::KEEP_ALL, 1, &Card::h100())?.bytes();
     let trained: usize = Linear::ALL.map(|l| l.shape(config).into_iter().product::<usize>()).iter().sum();
     Ok(step + config.layers * trained * (2 * dtype.size() + wide(dtype).size()))

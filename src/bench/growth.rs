@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 
 use crate::learn::{ClipChoice, LearnOptions, learn};
 use crate::llama::{Plan, Recompute, synthetic};
-use crate::memory::{Needs, Planned, Work, predict};
+use crate::memory::{Planned, Work, predict};
 use crate::optim::{CayleySgd, Mode};
 use crate::quant::Scheme;
-use crate::rotation::{Rotations, Transforms};
+use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result};
 
 /// Every layer runs again, so that nothing but its input is kept: the plan that all sizes share.
@@ -163,15 +163,7 @@ pub fn measure_one(size: &Size, scheme: Scheme, device: &Device) -> Result<Measu
         return Err(Error::device("growth", "expected a GPU, got the CPU"));
     };
     let config = synthetic::shape(&format!("{}:{}", size.shape, size.layers))?;
-    let work = Work {
-        needs: Needs::Network,
-        batch: size.batch,
-        seq: size.seq,
-        scheme,
-        dtype: DType::BF16,
-        transforms: Transforms::PUBLISHED,
-        clips: false,
-    };
+    let work = Work::new(scheme, size.batch, size.seq, DType::BF16);
     let predicted = predict(&config, &work, PLAN, size.batch, &gpu.card()?)?;
     let model = synthetic::model(&config, 0, DType::BF16, device)?;
     let windows = synthetic::text(&config, STEPS * size.batch, size.seq, 0)?;

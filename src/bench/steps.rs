@@ -6,10 +6,10 @@ use super::time::time;
 use crate::data::Windows;
 use crate::device::Card;
 use crate::device::cuda::Phase;
-use crate::learn::{ClipChoice, LearnOptions, Settings, StepReport, learn};
+use crate::learn::{LearnOptions, Settings, StepReport, learn};
 use crate::linalg::matmul::product;
 use crate::llama::Llama;
-use crate::memory::{Planned, Work, predict};
+use crate::memory::{Planned, predict};
 use crate::optim::Optimizer;
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -89,11 +89,7 @@ pub fn profile(
     let options =
         &LearnOptions { micro_batch: Some(settings.micro_batch), recompute: Some(settings.recompute), ..options.clone() };
     let card = device.card()?.unwrap_or_else(Card::h100);
-    let scheme = options.scheme;
-    let transforms = options.transforms.of(&config.scale_sizes())?;
-    let (needs, batch, seq, dtype) = (options.objective.needs(), options.batch, windows.seq_len(), model.dtype());
-    let clips = options.clip == ClipChoice::Learned;
-    let work = Work { needs, batch, seq, scheme, dtype, transforms, clips };
+    let work = options.work(config, windows.seq_len(), model.dtype())?;
     let predicted = predict(config, &work, settings.recompute.plan(), settings.micro_batch, &card)?;
     let start = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0)?;
     let (mut seconds, mut losses, mut phases) = (vec![], vec![], Ok(vec![]));

@@ -242,10 +242,17 @@ impl LearnOptions {
         if self.recompute.is_some() || self.micro_batch.is_some() {
             return Ok(None);
         }
+        memory::plan(config, &self.work(config, seq, dtype)?, self.memory.bytes(free), card).map(Some)
+    }
+
+    /// What a step of a model is for a plan.
+    ///
+    /// # Errors
+    /// Those of [`Transforms::of`].
+    pub fn work(&self, config: &LlamaConfig, seq: usize, dtype: DType) -> Result<Work> {
         let transforms = self.transforms.of(&config.scale_sizes())?;
         let clips = self.clip == ClipChoice::Learned && self.scheme.quantizes_activations();
-        let work = Work { needs: self.objective.needs(), batch: self.batch, seq, scheme: self.scheme, dtype, transforms, clips };
-        memory::plan(config, &work, self.memory.bytes(free), card).map(Some)
+        Ok(Work { needs: self.objective.needs(), transforms, clips, ..Work::new(self.scheme, self.batch, seq, dtype) })
     }
 
     /// What the options come to, clip ratios aside: those are searched by [`learn`](super::learn()).

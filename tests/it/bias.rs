@@ -6,10 +6,10 @@ use std::sync::Arc;
 use spinquant::device::Card;
 use spinquant::export::{Format, Output, load_native, write_hf, write_rtn};
 use spinquant::llama::{Checkpoint, Linear, Llama, LlamaConfig, Plan, Recompute, RotationVars, Source, Weights, synthetic};
-use spinquant::memory::{Needs, Work, predict};
+use spinquant::memory::{Work, predict};
 use spinquant::ops::randn;
 use spinquant::quant::{Online, Scheme};
-use spinquant::rotation::{Rotations, Transforms};
+use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor, io};
 
 use crate::common::{distance, tiny};
@@ -194,15 +194,7 @@ fn files_hold_rotated_biases() {
 
 #[test]
 fn a_plan_counts_them() {
-    let work = Work {
-        needs: Needs::Network,
-        batch: 1,
-        seq: 9,
-        scheme: Scheme::new(4, 4, 4),
-        dtype: DType::F64,
-        transforms: Transforms::PUBLISHED,
-        clips: false,
-    };
+    let work = Work::new(Scheme::new(4, 4, 4), 1, 9, DType::F64);
     for config in [tiny::config(4, 2, false), config()] {
         let planned = predict(&config, &work, Plan::KEEP_ALL, 1, &Card::h100()).unwrap();
         let (_, weights) = planned.items.into_iter().find(|(name, _)| *name == "weights").unwrap();

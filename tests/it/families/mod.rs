@@ -15,10 +15,9 @@ use spinquant::llama::{
     Checkpoint, Compressed, Decoder, Family, Linear, Llama, LlamaConfig, Merged, Packed, Plan, Recompute, RopeScaling, Rotated,
     RotationVars, Source, Weights,
 };
-use spinquant::memory::{Needs, Work, predict};
+use spinquant::memory::{Work, predict};
 use spinquant::ops::fake_quant::quantize;
 use spinquant::quant::{Gptq, Online, Rtn, Scheme};
-use spinquant::rotation::Transforms;
 use spinquant::{DType, Device, Tensor, check, outliers};
 
 use crate::common::families::{TOLERANCE, cache_and_packing, fixtures, full_precision, gradients, rotated, rotations};
@@ -239,15 +238,7 @@ fn random_models_are_read_as_they_were_made() {
         // Models in memory and quantised copies of them keep what tells them apart.
         let model = Llama::load(dir.path(), DType::F64, &Device::Cpu).unwrap();
         assert_eq!(model.config.family, family);
-        let work = Work {
-            needs: Needs::Network,
-            batch: 1,
-            seq: 9,
-            scheme: Scheme::new(4, 4, 4),
-            dtype: DType::F64,
-            transforms: Transforms::PUBLISHED,
-            clips: false,
-        };
+        let work = Work::new(Scheme::new(4, 4, 4), 1, 9, DType::F64);
         let planned = predict(&config, &work, Plan::KEEP_ALL, 1, &Card::h100()).unwrap();
         assert_eq!(planned.items.into_iter().find(|(name, _)| *name == "weights").unwrap().1, model.bytes(), "{family:?}");
         assert_eq!(
