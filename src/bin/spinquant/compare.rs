@@ -118,7 +118,7 @@ pub fn run(args: &Args) -> Result<()> {
     let scheme = args.scheme.scheme();
     let learn_scheme = args.learn_scheme.map_or(scheme, |given| with_bits_of(&given, scheme));
     let mut options = args.recipe.options(scheme, 0);
-    options.clip = args.clip.or(args.recipe.clip()).unwrap_or(ClipChoice::Keep);
+    options.clip = args.clip.unwrap_or(options.clip);
     let goal = options.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
     let clip = goal.map(|goal| (goal, args.clip_windows));
     options.check(args.recipe.optimizer()?.as_ref())?;

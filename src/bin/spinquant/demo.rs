@@ -45,7 +45,8 @@ pub fn run(args: &Args) -> Result<()> {
     let text = demo::windows(demo::TEST, demo::CONTEXT)?;
     let scheme = args.scheme.scheme();
     let options = args.recipe.options(scheme, 0);
-    options.check(args.recipe.optimizer()?.as_ref())?;
+    let optimizer = args.recipe.optimizer()?;
+    options.check(optimizer.as_ref())?;
     options.check_text(&calibration)?;
     config.check_scheme(&scheme)?;
     let mut watch = progress.watch();
@@ -63,7 +64,7 @@ pub fn run(args: &Args) -> Result<()> {
         learn_seeds: args.learn_seeds,
         quantizers: &[],
         baselines: None,
-        clip: None,
+        clip: options.clip.goal(&scheme, optimizer.as_ref()).map(|goal| (goal, options.clip_windows)),
     };
     let outcome = comparison.run(&mut watch)?;
     drop(watch);

@@ -106,7 +106,7 @@ fn objectives() -> String {
 }
 
 impl Recipe {
-    /// The recipe for a scheme; clip ratios are those of the scheme.
+    /// The recipe for a scheme; clip ratios are those of the scheme, unless a recipe is named that says otherwise.
     pub fn options(&self, scheme: Scheme, seed: u64) -> LearnOptions {
         let (scale_rate, clip_rate) = self.recipe.rates();
         LearnOptions {
@@ -121,7 +121,7 @@ impl Recipe {
             held_out_every: self.held_out_every,
             recompute: self.recompute.then_some(Recompute::All),
             memory: self.memory,
-            clip: ClipChoice::Keep,
+            clip: self.recipe.clip().unwrap_or(ClipChoice::Keep),
             transforms: self.transforms.unwrap_or_else(|| self.recipe.transforms()),
             scale_rate: self.scale_lr.unwrap_or(scale_rate),
             clip_rate: self.clip_lr.unwrap_or(clip_rate),
@@ -129,11 +129,6 @@ impl Recipe {
             objective: self.objective.clone().unwrap_or_else(|| self.recipe.objective()),
             ..LearnOptions::default()
         }
-    }
-
-    /// Where clip ratios come from, where the recipe says so.
-    pub fn clip(&self) -> Option<ClipChoice> {
-        self.recipe.clip()
     }
 
     /// A new optimiser.
@@ -145,7 +140,7 @@ impl Recipe {
     fn dry_run(&self, args: &Args) -> Result<()> {
         let scheme = args.scheme.scheme();
         let mut options = self.options(scheme, args.seed);
-        options.clip = args.clip.or(self.clip()).unwrap_or(options.clip);
+        options.clip = args.clip.unwrap_or(options.clip);
         options.check(self.optimizer()?.as_ref())?;
         let config = args.model.checked(&scheme, Some(args.seq_len))?;
         let dtype = args.model.given_dtype().unwrap_or(DType::BF16);
@@ -266,7 +261,7 @@ impl Args {
         match (self.clip, self.scheme.given_clip(Some(start))) {
             (Some(choice), _) => (ClipRatios::NONE, choice),
             (None, Some(given)) => (given, ClipChoice::Keep),
-            (None, None) => (ClipRatios::NONE, self.recipe.clip().unwrap_or_default()),
+            (None, None) => (ClipRatios::NONE, self.recipe.recipe.clip().unwrap_or_default()),
         }
     }
 }
@@ -298,6 +293,7 @@ pub fn run(args: &Args) -> Result<()> {
     let choice = args.start.clone().unwrap_or(Start::Hadamard(args.seed));
     let mut options = args.recipe.options(args.scheme.scheme(), args.seed);
     options.clip_windows = args.clip_windows;
+    options.clip = args.clip.unwrap_or(options.clip);
     options.check(optimizer.as_ref())?;
     let config = args.model.checked(&options.scheme, Some(args.seq_len))?;
     let start = rotations(&choice, &config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;

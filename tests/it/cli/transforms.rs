@@ -159,5 +159,11 @@ fn recipes_are_options_that_go_together() {
     // Clip ratios that are learned take memory, and plans say so.
     let planned = |args: &str| number(&place.json(&format!("{LEARN} --dry-run --json {args}")), "peak_bytes");
     assert!(planned("--clip learned") > planned("--clip error"));
+    // What is given counts more, also where the recipe's own would be refused.
+    place.json(&format!("{LEARN} --steps 2 --json --recipe faithful --transforms published --clip none --objective whip"));
+    let compare = "compare --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --learn-seeds 1 --steps 2";
+    let table = place.json(&format!("{compare} --batch 4 --held-out 8 --recipe faithful --json"));
+    let rows = table["rows"].as_array().unwrap();
+    assert!(rows.iter().any(|row| row["name"] == "learned + learned clip"), "{table}");
     place.fails(&format!("{LEARN} --recipe best"), &["--recipe", "published", "faithful"]);
 }

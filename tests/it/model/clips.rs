@@ -78,11 +78,7 @@ proptest! {
         let want = gradients(Recompute::None);
         let moved = want[..Site::ALL.len()].iter().any(|t| norm(t) > 0.0);
         prop_assert_eq!(moved, scheme.quantizes_activations());
-        for plan in [Plan::INPUTS, Plan::LEAN, Plan { recompute: 1, keep_weights: true, sequences: 1 }] {
-            for (got, want) in gradients(Recompute::Planned(plan)).iter().zip(&want) {
-                prop_assert!(distance(&values(got), &values(want)) < 1e-12 * (1.0 + norm(want)), "{plan:?}");
-            }
-        }
+        same_for_every_plan(&want, gradients)?;
     }
 }
 

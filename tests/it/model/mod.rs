@@ -132,6 +132,16 @@ fn loss(m: &Llama, r: &Rotations, tokens: &[u32], seq: usize, scheme: &Scheme, r
     (value, vars.gradients(&mut tape.backward(loss).unwrap()).unwrap())
 }
 
+/// Gradients of layers that are computed again, in parts or whole, are those of layers that keep everything.
+fn same_for_every_plan(want: &[Tensor], gradients: impl Fn(Recompute) -> Vec<Tensor>) -> Result<(), TestCaseError> {
+    for plan in [Plan::INPUTS, Plan::LEAN, Plan { recompute: 1, keep_weights: true, sequences: 1 }] {
+        for (got, want) in gradients(Recompute::Planned(plan)).iter().zip(want) {
+            prop_assert!(distance(&values(got), &values(want)) < 1e-12 * (1.0 + norm(want)), "{plan:?}");
+        }
+    }
+    Ok(())
+}
+
 fn schemes() -> impl Strategy<Value = Scheme> {
     let bits = prop::sample::select(vec![(4, 4, 4), (4, 8, 8), (3, 16, 16), (16, 4, 4), (16, 16, 3), (8, 6, 16)]);
     (bits, any::<bool>(), any::<bool>(), prop::sample::select(ONLINE.to_vec())).prop_map(|((w, a, kv), weights, acts, online)| {
