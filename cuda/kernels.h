@@ -294,7 +294,8 @@ int sq_log_scale(void *y, const void *x, const float *a, int64_t rows, int64_t c
 /* The same in double. */
 int sq_log_scale_f64(double *y, const double *x, const double *a, int64_t rows, int64_t cols, int by_rows, double sign,
                      sq_stream stream);
-/* da = sign exp(sign a) sum of x dy, over the columns (by_rows) or the rows; in a fixed order. */
+/* da = sign exp(sign a) sum of x dy, over the columns (by_rows) or the rows; in a fixed order. Where a is NULL x is what sq_log_scale
+ * wrote, and da = sign sum of x dy. */
 int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
                       float sign, sq_dtype dtype, sq_stream stream);
 

@@ -1,5 +1,6 @@
 // Rows or columns times exponentials of their logarithms a, and the gradient of a:
 //   y[i, j] = x[i, j] exp(sign a[e]),   da[e] = sign exp(sign a[e]) sum of x dy,   e = i (by rows) or j (by columns).
+// In the sums a may be null: x is y then, which has the factor in it.
 #include "common.cuh"
 
 namespace {
@@ -41,6 +42,8 @@ int log_scale(T *y, const T *x, const float *a, int64_t rows, int64_t cols, bool
   return launched();
 }
 
+__device__ __forceinline__ float factor_of(const float *a, int64_t e, float sign) { return a ? sign * expf(sign * a[e]) : sign; }
+
 // A block has 32 columns. Warp w sums rows w, w + 32, ...; the first warp adds up the sums in order.
 template <typename T>
 __global__ void __launch_bounds__(1024)
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(1024)
   if (threadIdx.y > 0 || j >= cols) return;
   sum = 0.0f;
   for (int warp = 0; warp < 32; ++warp) sum += parts[warp][threadIdx.x];
-  da[j] = sign * expf(sign * a[j]) * sum;
+  da[j] = factor_of(a, j, sign) * sum;
 }
 
 // A row per block.
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(256)
     float sum = 0.0f;
     for (int64_t j = threadIdx.x; j < cols; j += blockDim.x) sum += to_float(x[i * cols + j]) * to_float(dy[i * cols + j]);
     sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) da[i] = sign * expf(sign * a[i]) * sum;
+    if (threadIdx.x == 0) da[i] = factor_of(a, i, sign) * sum;
   }
 }
 

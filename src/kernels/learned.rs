@@ -50,7 +50,7 @@ pub fn log_scale_sums<T: Float>(
     cols: usize,
 ) -> Result<()> {
     let (da, dy, x, a) = (write(stream, da), read(stream, dy), read(stream, x), read(stream, a));
-    scale::launch_sums(Queue::of(stream), op, da.view, (dy.view, x.view), a.view, cols)
+    scale::launch_sums(Queue::of(stream), op, da.view, (dy.view, x.view), Some(a.view), cols)
 }
 
 /// Every row of `cols` values quantised and dequantised, the ends of its range clipped by `exp(a)` of its kind; a is `[kinds, 2]`, and

@@ -138,12 +138,17 @@ impl Block {
         self.quantized(Site::MlpInput, self.norm(x, 1, around)?, around, run)
     }
 
-    /// The input of down `[tokens, F]`, after R4.
+    /// The input of down `[tokens, F]`, after R4; the output of up divided by scales where its rows are not.
     ///
     /// # Errors
     /// Values of another shape than the layer's.
     pub fn gated<'t>(&self, h: Var<'t>, [gate, up]: [LinearVars<'t>; 2], around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
-        let m = gate.of(h.clone())?.swiglu(up.of(h)?)?;
+        let (gate, up) = (gate.of(h.clone())?, up.of(h)?);
+        let up = match &around.up {
+            Some(a) => up.log_scale(a.clone(), Along::Columns, true)?,
+            None => up,
+        };
+        let m = gate.swiglu(up)?;
         let r4 = run.sites.online.r4.map(m.value().cols())?;
         self.rotated(Site::DownInput, r4, m, around, run) // R4
     }

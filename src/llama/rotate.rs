@@ -16,7 +16,8 @@ pub struct RotatedWeights<'t> {
     /// `Q(Bᵀ W A)` and `Bᵀ b`, with A the rotation of the basis that the linear reads and B of the one it writes ([`Linear::row`]):
     /// `Q(W_q R1)`, `Q(R2ᵀ W_v R1)` head by head, `Q(R1ᵀ W_down R4)`.
     pub linears: Linears<LinearVars<'t>>,
-    /// R1 where gate and up were left unrotated: their input is taken out of R1's basis instead, `x̂ (W R1)ᵀ = (x̂ R1ᵀ) Wᵀ`.
+    /// R1 where gate and up were left unrotated: their input is taken out of R1's basis instead, `x̂ (W R1)ᵀ = (x̂ R1ᵀ) Wᵀ`. Its columns
+    /// are multiplied by the scales of the norm, where there are some.
     pub leave: Option<Var<'t>>,
     /// What the layer's activations meet besides the weights.
     pub around: Around<'t>,
@@ -27,6 +28,8 @@ pub struct RotatedWeights<'t> {
 pub struct Around<'t> {
     /// Logarithms `[C]` of the scales that the outputs of the two norms are divided by, where there are some.
     pub norms: [Option<Var<'t>>; 2],
+    /// Logarithms `[F]` of the scales that the output of up is divided by, where its rows are not.
+    pub up: Option<Var<'t>>,
     /// Logarithms `[kinds, 2]` of the clip ratios of both ends of what is quantised, in the order of [`Site::ALL`]; where there are none, those of the
     /// layer ([`Block::with_clips`]), else those of the scheme.
     pub clips: LayerClips<'t>,
@@ -71,7 +74,7 @@ impl<'t> RotatedWeights<'t> {
     }
 
     /// Everything in a fixed order: seven weights, seven biases, seven gains of norms behind linears, R1 where it leaves, the scales of the
-    /// layer's norms, its clip constants.
+    /// layer's norms and of the output of up, its clip constants.
     pub(crate) fn into_slots(self) -> Vec<Option<Var<'t>>> {
         let (mut weights, mut biases, mut gains) = (vec![], vec![], vec![]);
         for l in self.linears.0 {
@@ -85,6 +88,7 @@ impl<'t> RotatedWeights<'t> {
             .chain(gains)
             .chain([self.leave])
             .chain(self.around.norms)
+            .chain([self.around.up])
             .chain(self.around.clips)
             .collect()
     }
@@ -94,7 +98,7 @@ impl<'t> RotatedWeights<'t> {
     /// # Errors
     /// [`Error::Argument`] for another number of slots, or a weight that is missing.
     pub(crate) fn from_slots(slots: Vec<Option<Var<'t>>>, straight: bool) -> Result<Self> {
-        let (got, wanted) = (slots.len(), 3 * Linear::ALL.len() + 3 + Site::ALL.len());
+        let (got, wanted) = (slots.len(), 3 * Linear::ALL.len() + 4 + Site::ALL.len());
         if got != wanted {
             return Err(Error::argument("weights", format!("expected {wanted} slots of a layer's weights, got {got}")));
         }
@@ -105,8 +109,8 @@ impl<'t> RotatedWeights<'t> {
         let affine = |((weight, bias), norm): ((Option<_>, _), _)| Ok(Affine { weight: weight.ok_or_else(missing)?, bias, norm });
         let linears = Linears::from_vec(weights.into_iter().zip(biases).zip(gains).map(affine).collect::<Result<_>>()?)?;
         let mut next = || slots.next().flatten();
-        let (leave, norms, clips) = (next(), [next(), next()], std::array::from_fn(|_| next()));
-        Ok(Self { linears, leave, around: Around { norms, clips, straight } })
+        let (leave, norms, up, clips) = (next(), [next(), next()], next(), std::array::from_fn(|_| next()));
+        Ok(Self { linears, leave, around: Around { norms, up, clips, straight } })
     }
 }
 
@@ -228,7 +232,8 @@ impl Block {
         self.transform(&LayerTransforms::published(r1.clone(), r2.clone()), s, tokens)
     }
 
-    /// [`Block::rotate`] with scales too. With scales of its norm or of up, gate and up are never left unrotated.
+    /// [`Block::rotate`] with scales too. Where up is left unrotated, its output is divided by its scales and not its rows: the gradient of
+    /// the scales is then a sum over tokens, and no gradient of up's weight is formed.
     ///
     /// # Errors
     /// Those of [`Block::rotate`]; scales of another size.
@@ -240,11 +245,9 @@ impl Block {
         let _part = enter("weights");
         let tape = r1.tape();
         let inner = self.weights[Linear::Down].weight.cols();
-        let rotations = Rotation { by, r4: s.online.r4.map(inner)? };
+        let rotations = Rotation::new(by, s.online.r4.map(inner)?)?;
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
-        let scaled = scales.up_down.is_some() || scales.norms[1].is_some();
-        let leave =
-            !scaled && !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
+        let leave = !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
 
         // What has a rotation on its output comes first: the gradients of R1 and R2 add up in the reverse of this order.
         let mut order = Linear::ALL;
@@ -252,18 +255,21 @@ impl Block {
         let mut done = Linears([const { None }; 7]);
         for linear in order {
             let Affine { weight, bias, norm } = &self.weights[linear];
-            let w = tape.constant(weight.clone());
-            let w = match leave && linear.row().site == Site::MlpInput {
-                true => w,
-                false => rotations.weight(linear, w)?.to_dtype(weight.dtype())?.fake_quant(&s.weight)?,
+            let (w, b) = (tape.constant(weight.clone()), bias.as_ref().map(|b| tape.constant(b.clone())));
+            let (w, b) = match leave && linear.row().site == Site::MlpInput {
+                true => (w, b),
+                false => {
+                    let b = b.map(|b| rotations.bias(linear, b)).transpose()?;
+                    (rotations.weight(linear, w)?.to_dtype(weight.dtype())?.fake_quant(&s.weight)?, b)
+                }
             };
-            let b = bias.as_ref().map(|b| rotations.bias(linear, tape.constant(b.clone()))).transpose()?;
             let norm = norm.as_ref().map(|g| tape.constant(g.clone()));
             done[linear] = Some(Affine { weight: w, bias: b, norm });
         }
         let linears = Linears(done.0.map(|l| l.expect("made above")));
-        let around = Around { norms: scales.norms.clone(), ..Around::default() };
-        Ok(RotatedWeights { linears, leave: leave.then(|| r1.clone()), around })
+        let up = scales.up_down.clone().filter(|_| leave);
+        let around = Around { norms: scales.norms.clone(), up, ..Around::default() };
+        Ok(RotatedWeights { linears, leave: leave.then(|| rotations.entering(1)), around })
     }
 }
 

@@ -8,8 +8,28 @@ use crate::{DType, Error, Result, Tensor, Var};
 
 /// The rotations and scales of one layer.
 pub(super) struct Rotation<'a, 't> {
-    pub by: &'a LayerTransforms<'t>,
-    pub r4: Option<Hadamard>,
+    by: &'a LayerTransforms<'t>,
+    r4: Option<Hadamard>,
+    /// R1 for what reads the first and the second norm: its columns times the scales that the norm's output is divided by.
+    entering: [Var<'t>; 2],
+}
+
+impl<'a, 't> Rotation<'a, 't> {
+    /// `W R1 diag(eᵃ)` is `W (R1 diag(eᵃ))`: the scales of a norm are multiplied into R1 once, not into every weight that reads the norm,
+    /// and their gradient comes from that of R1.
+    pub fn new(by: &'a LayerTransforms<'t>, r4: Option<Hadamard>) -> Result<Self> {
+        let enter = |a: &Option<Var<'t>>| match a {
+            Some(a) => by.r1.clone().log_scale(a.clone(), Along::Columns, false),
+            None => Ok(by.r1.clone()),
+        };
+        let [first, second] = &by.scales.norms;
+        Ok(Self { by, r4, entering: [enter(first)?, enter(second)?] })
+    }
+
+    /// R1 for what reads a norm, 0 or 1: `[C, C]`, its columns times the scales of the norm.
+    pub fn entering(&self, norm: usize) -> Var<'t> {
+        self.entering[norm].clone()
+    }
 }
 
 impl<'t> Rotation<'_, 't> {
@@ -22,7 +42,7 @@ impl<'t> Rotation<'_, 't> {
         let twice = twice || scaled;
         let between = if twice { wide(dtype) } else { dtype };
         let w = match row.reads {
-            Basis::Stream => w.matmul_as(self.by.r1.clone(), between)?,
+            Basis::Stream => w.matmul_as(self.entering(row.norm.expect("what reads the stream reads a norm")), between)?,
             _ => self.by.r1.clone().transpose_matmul_as(w, between)?,
         };
         let w = self.scaled(linear, w)?;
@@ -116,12 +136,12 @@ impl<'t> Rotation<'_, 't> {
         }
     }
 
-    /// The scales that multiply a linear's input.
+    /// The scales that multiply a linear's input, but for those of norms ([`entering`](Self::entering)).
     fn of_columns(&self, linear: Linear) -> Option<&Var<'t>> {
         match linear {
             Linear::Down => self.by.scales.up_down.as_ref(),
             Linear::O => self.by.scales.values.as_ref(),
-            _ => linear.row().norm.and_then(|which| self.by.scales.norms[which].as_ref()),
+            _ => None,
         }
     }
 

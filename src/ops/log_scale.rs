@@ -1,5 +1,6 @@
 //! Rows or columns times exponentials of learned logarithms: `y[i, j] = x[i, j] exp(±a[j])` by columns, `x[i, j] exp(±a[i])` by rows. A
 //! scale that is an exponential is never 0 and needs no bounds. Backward: `dx = dy exp(±a)`, `da = ± Σ y dy` over what shares an entry.
+//! So it is y that is kept, and not x: what comes next often keeps it too.
 
 use rayon::prelude::*;
 
@@ -19,7 +20,7 @@ pub enum Along {
     Columns,
 }
 
-/// The operation: x `[.., cols]` as a matrix, and a, one entry a row or a column. Keeps both.
+/// The operation: x `[.., cols]` as a matrix, and a, one entry a row or a column. Keeps a, and y where the gradient of a is wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct LogScale {
     /// What is scaled by one entry.
@@ -54,28 +55,28 @@ impl LogScale {
         });
     }
 
-    /// `± exp(±a) Σ x dy`, summed in double and in a fixed order.
-    fn sums<T: cpu::Real>(self, x: &[T], dy: &[T], cols: usize, factors: &[T]) -> Vec<T> {
+    /// `± Σ y dy`, summed in double and in a fixed order.
+    fn sums<T: cpu::Real>(self, y: &[T], dy: &[T], cols: usize) -> Vec<T> {
         let (cols, sign) = (cols.max(1), self.sign());
-        let rows = x.par_chunks(cols).zip(dy.par_chunks(cols));
-        let products: Vec<f64> = match self.along {
-            Along::Rows => rows.map(|(x, dy)| x.iter().zip(dy).map(|(x, dy)| x.to_f64() * dy.to_f64()).sum()).collect(),
+        let rows = y.par_chunks(cols).zip(dy.par_chunks(cols));
+        let sums: Vec<f64> = match self.along {
+            Along::Rows => rows.map(|(y, dy)| y.iter().zip(dy).map(|(y, dy)| y.to_f64() * dy.to_f64()).sum()).collect(),
             Along::Columns => {
                 let block = cols * cpu::rows_per_task(cols);
-                let part = |(x, dy): (&[T], &[T])| {
+                let part = |(y, dy): (&[T], &[T])| {
                     let mut sum = vec![0f64; cols];
-                    for (x, dy) in x.chunks(cols).zip(dy.chunks(cols)) {
-                        sum.iter_mut().zip(x.iter().zip(dy)).for_each(|(s, (x, dy))| *s += x.to_f64() * dy.to_f64());
+                    for (y, dy) in y.chunks(cols).zip(dy.chunks(cols)) {
+                        sum.iter_mut().zip(y.iter().zip(dy)).for_each(|(s, (y, dy))| *s += y.to_f64() * dy.to_f64());
                     }
                     sum
                 };
-                let parts: Vec<Vec<f64>> = x.par_chunks(block).zip(dy.par_chunks(block)).map(part).collect();
+                let parts: Vec<Vec<f64>> = y.par_chunks(block).zip(dy.par_chunks(block)).map(part).collect();
                 let mut sum = vec![0f64; cols];
                 parts.iter().for_each(|p| sum.iter_mut().zip(p).for_each(|(s, p)| *s += p));
                 sum
             }
         };
-        products.into_iter().zip(factors).map(|(p, f)| T::from_f64(sign * p * f.to_f64())).collect()
+        sums.into_iter().map(|s| T::from_f64(sign * s)).collect()
     }
 
     fn forward<T: cpu::Real>(self, x: Tensor, a: &Tensor) -> Result<Tensor> {
@@ -85,16 +86,13 @@ impl LogScale {
         Tensor::from_vec(y, shape)
     }
 
-    fn gradients<T: cpu::Real>(self, x: &Tensor, a: &Tensor, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let (shape, cols, factors) = (dy.shape().to_vec(), dy.cols(), self.factors::<T>(a)?);
-        let da = match want[1] {
-            true => Some(Tensor::from_vec(self.sums(x.as_slice::<T>()?, dy.as_slice()?, cols, &factors), a.shape())?),
-            false => None,
-        };
+    fn gradients<T: cpu::Real>(self, y: Option<&Tensor>, a: &Tensor, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let (shape, cols) = (dy.shape().to_vec(), dy.cols());
+        let da = y.map(|y| Tensor::from_vec(self.sums::<T>(y.as_slice()?, dy.as_slice()?, cols), a.shape())).transpose()?;
         let dx = match want[0] {
             true => {
                 let mut dx = dy.into_owned::<T>()?;
-                self.times(&mut dx, cols, &factors);
+                self.times(&mut dx, cols, &self.factors(a)?);
                 Some(Tensor::from_vec(dx, shape)?)
             }
             false => None,
@@ -121,31 +119,33 @@ impl Op for LogScale {
     }
     fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, a] = inputs.take()?;
-        keep(save, &x, &a);
-        if x.dtype() == DType::F64 { self.forward::<f64>(x, &a) } else { self.forward::<f32>(x, &a) }
+        let y = if x.dtype() == DType::F64 { self.forward::<f64>(x, &a)? } else { self.forward::<f32>(x, &a)? };
+        keep(save, a, &y);
+        Ok(y)
     }
     fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, a] = inputs.take()?;
-        keep(save, &x, &a);
         let (mut x, a) = (x.aligned()?, a.aligned()?);
         let y = x.or_new(device)?;
         launch(device.queue(), *self, y.view()?, x.view()?, a.view()?, x.cols())?;
+        keep(save, a, &y);
         Ok(y)
     }
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let (x, a) = kept(saved, want)?;
-        if dy.dtype() == DType::F64 { self.gradients::<f64>(&x, &a, dy, want) } else { self.gradients::<f32>(&x, &a, dy, want) }
+        let (a, y) = kept(saved, want)?;
+        let y = y.as_ref();
+        if dy.dtype() == DType::F64 { self.gradients::<f64>(y, &a, dy, want) } else { self.gradients::<f32>(y, &a, dy, want) }
     }
     fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let (x, a) = kept(saved, want)?;
-        let (x, a, mut dy) = (x.aligned()?, a.aligned()?, dy.aligned()?);
-        let da = match want[1] {
-            true => {
-                let da = Tensor::on(device, a.shape(), DType::F32)?;
-                launch_sums(device.queue(), *self, da.view()?, (dy.view()?, x.view()?), a.view()?, dy.cols())?;
+        let (a, y) = kept(saved, want)?;
+        let (a, mut dy) = (a.aligned()?, dy.aligned()?);
+        let da = match y {
+            Some(y) => {
+                let (da, y) = (Tensor::on(device, a.shape(), DType::F32)?, y.aligned()?);
+                launch_sums(device.queue(), *self, da.view()?, (dy.view()?, y.view()?), None, dy.cols())?;
                 Some(da)
             }
-            false => None,
+            None => None,
         };
         let dx = match want[0] {
             true => {
@@ -159,24 +159,24 @@ impl Op for LogScale {
     }
 }
 
-/// The logarithms, and x where their gradient is wanted.
-fn keep(save: &mut Saved, x: &Tensor, a: &Tensor) {
+/// The logarithms, and y where their gradient is wanted.
+fn keep(save: &mut Saved, a: Tensor, y: &Tensor) {
     if save.wants_any() {
-        save.push(a.clone());
+        save.push(a);
     }
     if save.wants(1) {
-        save.push(x.clone());
+        save.push(y.clone());
     }
 }
 
-/// Back from [`keep`]: x (the logarithms again where it was not kept) and a.
-fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Tensor)> {
+/// Back from [`keep`].
+fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Option<Tensor>)> {
     if want[1] {
-        let [a, x] = saved.take()?;
-        return Ok((x, a));
+        let [a, y] = saved.take()?;
+        return Ok((a, Some(y)));
     }
     let [a] = saved.take()?;
-    Ok((a.clone(), a))
+    Ok((a, None))
 }
 
 /// `y = x exp(±a)` for rows of `cols` values, a in `f32`, or `f64` where x is; y may be x.
@@ -197,13 +197,13 @@ pub(crate) fn launch(queue: Queue<'_>, op: LogScale, y: View<'_>, x: View<'_>, a
     c.launch(work, |s| unsafe { ffi!(sq_log_scale(y, x, a, rows, cols, by_rows, sign, dtype, s)) })
 }
 
-/// `da = ± exp(±a) Σ x dy` for rows of `cols` values, a and da in `f32`.
+/// `da = ± exp(±a) Σ x dy` for rows of `cols` values, a and da in `f32`; without a, x is what came out, and `da = ± Σ x dy`.
 pub(crate) fn launch_sums(
     queue: Queue<'_>,
     op: LogScale,
     da: View<'_>,
     (dy, x): (View<'_>, View<'_>),
-    a: View<'_>,
+    a: Option<View<'_>>,
     cols: usize,
 ) -> Result<()> {
     let c = Check::new("log_scale backward", queue);
@@ -211,10 +211,10 @@ pub(crate) fn launch_sums(
     let rows = c.rows(n, cols)?;
     let entries = if op.along == Along::Rows { rows } else { cols };
     let (dy, x) = (c.operand("dy", dy, kind, n)?, c.operand("x", x, kind, n)?);
-    let (a, da) = (c.operand("a", a, Kind::F32, entries)?, c.operand("da", da, Kind::F32, entries)?);
+    let (a, da) = (c.optional("a", a, Kind::F32, entries)?, c.operand("da", da, Kind::F32, entries)?);
     let (rows, cols, dtype) = (c.long(rows)?, c.long(cols)?, c.code(kind)?);
     let (by_rows, sign) = (i32::from(op.along == Along::Rows), op.sign() as f32);
-    // SAFETY: x and dy have rows · cols values of one kind; a and da have one f32 a row or a column.
+    // SAFETY: x and dy have rows · cols values of one kind; a (or none) and da have one f32 a row or a column.
     c.launch(work, |s| unsafe { ffi!(sq_log_scale_sums(da, dy, x, a, rows, cols, by_rows, sign, dtype, s)) })
 }
 

@@ -88,10 +88,49 @@ proptest! {
 }
 
 proptest! {
+    #![proptest_config(cases(24))]
+
+    /// Where weights are not quantised, gate and up may stay as they are with scales too: the same values and gradients.
+    #[test]
+    fn scaling_activations_is_scaling_weights(config in configs(), seed: u64, online in prop::sample::select(ONLINE.to_vec()), transforms in transforms()) {
+        let m = model(&config, seed);
+        let (seq, scheme) = (7, Scheme::new(16, 4, 4).online(online));
+        let (r, x) = (random(&m, &transforms, seed ^ 1), ops::randn([2 * seq, config.hidden_size], seed ^ 2));
+        let run = m.run(&scheme, seq).unwrap();
+        let layer = |tokens: Option<usize>| {
+            let tape = Tape::new();
+            let vars = RotationVars::variables(&tape, &r).unwrap();
+            let x = tape.variable(x.clone());
+            let (r1, r2, scales) = (vars.r1.clone(), vars.r2[0].clone(), vars.scales[0].clone());
+            let by = LayerTransforms { r1, r2, r2b: vars.r2b.first().cloned(), scales: scales.clone() };
+            let w = m.blocks[0].transform(&by, &run.sites, tokens).unwrap();
+            assert_eq!(w.leave.is_some(), tokens.is_some());
+            assert_eq!(w.around.up.is_some(), tokens.is_some() && scales.up_down.is_some());
+            if tokens.is_some() {
+                assert!([Linear::Gate, Linear::Up].into_iter().all(|l| !w.linears[l].weight.requires_grad()));
+            }
+            let y = m.blocks[0].forward(x.clone(), w, &run).unwrap();
+            let value = y.value().clone();
+            let u = ops::randn(y.shape(), seed ^ 3);
+            let mut g = tape.backward_from(y, u).unwrap();
+            let LayerScales { up_down, values, norms: [first, second], rope_pairs, values_general } = scales;
+            let learned = [Some(x), Some(by.r1), Some(by.r2), by.r2b, up_down, values, first, second, rope_pairs, values_general];
+            let grads = learned.iter().flatten().map(|v| g.take(v).unwrap()).collect::<Vec<_>>();
+            (value, grads)
+        };
+        let ((value, ours), (wanted, want)) = (layer(Some(1)), layer(None));
+        prop_assert!(relative(&value, &wanted) <= 1e-9, "{:e}", relative(&value, &wanted));
+        for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
+            prop_assert!(relative(ours, want) <= 1e-8, "{i}: {:e}", relative(ours, want));
+        }
+    }
+}
+
+proptest! {
     #![proptest_config(cases(12))]
 
     #[test]
-    fn gradients_of_a_scaled_layer(config in configs(), seed: u64, scheme in schemes(), transforms in transforms()) {
+    fn gradients_of_a_scaled_layer(config in configs(), seed: u64, scheme in schemes(), transforms in transforms(), leave: bool) {
         let m = model(&config, seed);
         let (r, x) = (random(&m, &transforms, seed ^ 1), ops::randn([10, config.hidden_size], seed ^ 2));
         let run = m.run(&scheme, 5).unwrap();
@@ -116,7 +155,7 @@ proptest! {
                     Scale::ValuesGeneral => scales.values_general = Some(next()),
                 }
             }
-            let weights = m.blocks[0].transform(&LayerTransforms { r1, r2, r2b, scales }, &run.sites, Some(1))?;
+            let weights = m.blocks[0].transform(&LayerTransforms { r1, r2, r2b, scales }, &run.sites, leave.then_some(1))?;
             m.blocks[0].forward(x, weights, &run)
         }).unwrap();
     }
