@@ -4,6 +4,8 @@
 //! `q = clamp(round(x/s), -(maxq+1), maxq)`, `y = s q`. Asymmetric: `maxq = 2^bits - 1`, `s = (hi - lo) / maxq`,
 //! `z = round(-lo/s)`, `q = clamp(round(x/s) + z, 0, maxq)`, `y = s (q - z)`.
 
+mod search;
+
 use crate::device::cpu::{self, LANES, Real};
 use crate::tensor::count;
 use crate::{DType, Error, Result, Tensor};
@@ -439,17 +441,7 @@ pub(crate) fn fast_grid(spec: &QuantSpec, x: &[f32]) -> Grid<f32> {
     let (lo, hi) = fast_extent(x);
     let grid = match spec.clip {
         Clip::Ratio(p) => Grid::new(spec, lo, hi, p as f32),
-        Clip::Search => {
-            let mut best = (f32::INFINITY, Grid::new(spec, lo, hi, 1.0));
-            for i in 0..SEARCH_STEPS {
-                let grid = Grid::new(spec, lo, hi, candidate(i) as f32);
-                let e = search_error(&grid, x, best.0);
-                if e < best.0 {
-                    best = (e, grid);
-                }
-            }
-            best.1
-        }
+        Clip::Search => search::search(spec, x, lo, hi),
     };
     grid.rounded(spec)
 }
@@ -468,44 +460,4 @@ fn fast_extent(x: &[f32]) -> (f32, f32) {
     }
     let (a, b) = (extent(&lo), extent(&hi));
     tail.iter().fold((a.0, b.1), |(lo, hi), &v| (if v < lo { v } else { lo }, if v > hi { v } else { hi }))
-}
-
-/// Σ|x − x̂|^2.4, or anything at least `bound` once the partial sum has passed it.
-#[inline(always)]
-fn search_error(grid: &Grid<f32>, x: &[f32], bound: f32) -> f32 {
-    let mut total = 0f32;
-    for block in x.chunks(8 * LANES) {
-        let (chunks, tail) = block.as_chunks::<LANES>();
-        let mut sum = [0f32; LANES];
-        for c in chunks {
-            for i in 0..LANES {
-                sum[i] += power(c[i] - grid.nearest(c[i]));
-            }
-        }
-        total += sum.iter().sum::<f32>() + tail.iter().map(|&v| power(v - grid.nearest(v))).sum::<f32>();
-        if total >= bound {
-            break;
-        }
-    }
-    total
-}
-
-/// |e|^2.4 as e² · 2^(0.4 log₂|e|), relative error below 1e-6, in code that vectorises.
-#[inline(always)]
-fn power(e: f32) -> f32 {
-    let bits = e.to_bits() & 0x7fff_ffff;
-    // |e| = 2^exponent · m with m in [√½, √2); log₂ m = 2/ln 2 · artanh((m − 1)/(m + 1)).
-    let shifted = bits.wrapping_add(0x3f80_0000 - 0x3f35_04f3);
-    let exponent = (shifted >> 23) as i32 - 127;
-    let m = f32::from_bits((shifted & 0x007f_ffff) + 0x3f35_04f3);
-    let t = (m - 1.0) / (m + 1.0);
-    let t2 = t * t;
-    let log = t * (2.885_39 + t2 * (0.961_796_7 + t2 * (0.577_078 + t2 * 0.412_198_6)));
-    let y = ((SEARCH_NORM - 2.0) as f32) * (exponent as f32 + log);
-    // 2^y = 2^whole · e^(f ln 2), f in [−½, ½].
-    let whole = y.round_ties_even();
-    let f = (y - whole) * std::f32::consts::LN_2;
-    let exp = 1.0 + f * (1.0 + f * (0.5 + f * (1.0 / 6.0 + f * (1.0 / 24.0 + f * (1.0 / 120.0 + f * (1.0 / 720.0))))));
-    let scale = f32::from_bits(((whole as i32 + 127) << 23) as u32);
-    e * e * (exp * scale)
 }
