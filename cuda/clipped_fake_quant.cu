@@ -54,6 +54,18 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
   }
 }
 
+template <typename T, int kThreads>
+__global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
+    grids_kernel(float *scale, float *zero, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds, Quantiser q) {
+  __shared__ Range scratch[32];
+  const Team<kThreads> team;
+  if (team.row >= rows) return;  // whole warps, or the whole block
+  const Clipped c = clip_row<T, kThreads>(q, x + team.row * cols, a, cols, team.row % kinds, team.thread, scratch);
+  if (team.thread != 0) return;
+  scale[team.row] = c.step.scale;
+  zero[team.row] = c.step.zero;
+}
+
 // dy/ds of every value times dy, summed; dx on the way.
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
@@ -110,6 +122,17 @@ int forward(T *y, const T *x, const float *a, int64_t rows, int64_t cols, int64_
 }
 
 template <typename T>
+int grids(float *scale, float *zero, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds, const Quantiser &q,
+          cudaStream_t stream) {
+  const unsigned blocks = blocks_for(rows, cols);
+  if (cols <= kWarpCols)
+    grids_kernel<T, 32><<<blocks, 32 * kWarpRows, 0, stream>>>(scale, zero, x, a, rows, cols, kinds, q);
+  else
+    grids_kernel<T, 512><<<blocks, 512, 0, stream>>>(scale, zero, x, a, rows, cols, kinds, q);
+  return launched();
+}
+
+template <typename T>
 int backward(T *dx, float *sums, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
              const Quantiser &q, bool blocked, cudaStream_t stream) {
   const unsigned blocks = blocks_for(rows, cols);
@@ -142,6 +165,17 @@ int sq_clipped_fake_quant(void *y, const void *x, const float *a, int64_t rows, 
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     return forward(static_cast<T *>(y), static_cast<const T *>(x), a, rows, cols, kinds, q, cuda_stream(stream));
+  });
+}
+
+int sq_clipped_grids(float *scale, float *zero, const void *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
+                     sq_quant quant, sq_dtype dtype, sq_stream stream) {
+  Quantiser q;
+  if (!as_groups(&q, &rows, &cols, kinds, quant)) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    return grids(scale, zero, static_cast<const T *>(x), a, rows, cols, kinds, q, cuda_stream(stream));
   });
 }
 

@@ -280,6 +280,9 @@ int sq_axpby_bf16(void *y, float alpha, const float *a, float beta, const float 
  * k = i mod kinds; quant.clip does not count. y may be x. */
 int sq_clipped_fake_quant(void *y, const void *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
                           sq_quant quant, sq_dtype dtype, sq_stream stream);
+/* The grids of the same: scale and zero point of every row (or group). */
+int sq_clipped_grids(float *scale, float *zero, const void *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
+                     sq_quant quant, sq_dtype dtype, sq_stream stream);
 /* dx = dy, or 0 where x was clamped and blocked is not 0; sums[2 i], sums[2 i + 1] = the gradients of both logarithms by row (or group)
  * i alone. dx may be dy. */
 int sq_clipped_fake_quant_backward(void *dx, float *sums, const void *dy, const void *x, const float *a, int64_t rows,

@@ -238,7 +238,7 @@ impl<T: GridFloat> Grid<T> {
     /// `[0, max|x|]`, clipped by the upper one).
     pub(crate) fn clipped(spec: &QuantSpec, group: &[T], ratios: [T; 2]) -> (T, T, Self) {
         let (lo, hi) = extent(group);
-        let grid = Self::between(spec, lo, hi, ratios);
+        let grid = Self::between(spec, lo, hi, ratios).rounded(spec);
         let (lo, hi) = spec.range(lo, hi);
         (ratios[0] * lo, ratios[1] * hi, grid)
     }

@@ -53,12 +53,15 @@ pub struct Work {
     pub transforms: Transforms,
     /// Clip ratios of activations, K and V are learned.
     pub clips: bool,
+    /// Those of weights are.
+    pub weight_clips: bool,
 }
 
 impl Work {
     /// The published recipe: cross entropy, R1 and R2 alone.
     pub fn new(scheme: Scheme, batch: usize, seq: usize, dtype: DType) -> Self {
-        Self { needs: Needs::Network, batch, seq, scheme, dtype, transforms: Transforms::PUBLISHED, clips: false }
+        let transforms = Transforms::PUBLISHED;
+        Self { needs: Needs::Network, batch, seq, scheme, dtype, transforms, clips: false, weight_clips: false }
     }
 
     /// Checks that every number of bytes that a plan may add up fits a machine word.
@@ -144,6 +147,8 @@ struct Sizes {
     clipped: usize,
     /// Values of R2 and R2b where there is more than one R2 a layer.
     r2: usize,
+    /// Rows of a layer's weights, or groups of all rows, whose clip ratios are learned.
+    weight_rows: usize,
 }
 
 impl Sizes {
@@ -177,6 +182,11 @@ impl Sizes {
             Site::DownInput => f,
         };
         let clipped = if work.clips { work.scheme.active_sites().into_iter().map(width).sum() } else { 0 };
+        let rows = |l: Linear| {
+            let [out, inputs] = l.shape(config);
+            out * (inputs / work.scheme.weight_group.unwrap_or(inputs).max(1))
+        };
+        let weight_rows = if quantized && work.weight_clips { Linear::ALL.map(rows).iter().sum() } else { 0 };
         Self {
             c,
             f,
@@ -195,6 +205,7 @@ impl Sizes {
             multiplied,
             clipped,
             r2,
+            weight_rows,
         }
     }
 
@@ -210,11 +221,14 @@ impl Sizes {
         tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed + self.clipped)
     }
 
-    /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 and of scales need.
+    /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 and of scales need, and the
+    /// unquantised weights that those of their clip ratios do.
     fn rotated(&self) -> usize {
         // Unquantised gate and up stay as they are.
         let rotated = self.layer - if self.quantized { 0 } else { 2 * self.c * self.f };
-        (rotated + self.biases) * self.e + 4 * self.c * (self.q + self.kv) + self.scaled
+        // In front of their quantisers too, where these are learned.
+        let twice = if self.weight_rows > 0 { self.layer } else { 0 };
+        (rotated + twice + self.biases) * self.e + 4 * self.c * (self.q + self.kv) + self.scaled
     }
 
     /// Bytes of a layer's forward pass of the full-precision model, for so many tokens: the stream and its norm, gate, up and their
@@ -230,7 +244,9 @@ impl Sizes {
 
     /// What rotations, their gradients and the optimiser take.
     fn rotations(&self) -> Item {
-        ("rotations, their gradients and the optimiser", (9 * 4 + 16) * (self.c * self.c + self.r2))
+        // Clip ratios of weights, a layer's twice, and their gradients, stacked too; Adam's moments are on the host.
+        let clips = 2 * 4 * 4 * self.layers * self.weight_rows;
+        ("rotations, their gradients and the optimiser", (9 * 4 + 16) * (self.c * self.c + self.r2) + clips)
     }
 
     /// Every item of a step of a local objective that captures rows of `micro` sequences at once.
@@ -332,8 +348,14 @@ impl Sizes {
         let moved = moved + if self.scaled_up { layers * passes(0.0, 6.0) + recomputed * passes(0.0, 2.0) } else { 0.0 };
         // Quantised by a pass of their own, and read again on the way back.
         let moved = moved + (5.0 * layers + 2.0 * recomputed) * tokens * (self.e * self.clipped) as f64;
-        // 80 candidates a value.
-        let search = if self.quantized { rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth) } else { 0.0 };
+        // 80 candidates a value, or by ratios that are learned one, and the unquantised weights read again on the way back.
+        let weights =
+            weights + if self.weight_rows > 0 { rounds * (2.0 * layers + again) * 3.0 * layer * self.e as f64 } else { 0.0 };
+        let search = if self.quantized && self.weight_rows == 0 {
+            rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth)
+        } else {
+            0.0
+        };
         let more = match work.needs {
             Needs::Logits => {
                 let vocab = self.vocab as f64;
@@ -568,6 +590,16 @@ mod tests {
             predict(&config, &Work { clips, ..work(Scheme::new(4, 4, 4)) }, step, 1, &card).unwrap()
         };
         assert!(at(true).bytes() > at(false).bytes() && at(true).seconds > at(false).seconds);
+        // Clip ratios of weights keep the weights in front of their quantisers, and end the search; of unquantised weights there are none.
+        let at = |bits, weight_clips| {
+            let step = Plan { recompute: config.layers, keep_weights: true, sequences: 1 };
+            predict(&config, &Work { weight_clips, ..work(Scheme::new(bits, 4, 4)) }, step, 1, &card).unwrap()
+        };
+        let layers: usize =
+            Linear::ALL.map(|l| l.shape(&config)).map(|[out, inputs]| 2 * config.layers * out * inputs).iter().sum();
+        let more = at(4, true).bytes() - at(4, false).bytes();
+        assert!(more > layers && more < layers + layers / 100 && at(4, true).seconds < at(4, false).seconds, "{more} {layers}");
+        assert_eq!(at(16, true), at(16, false));
         let planned = |transforms| {
             let work = Work { transforms, ..work(Scheme::new(4, 4, 4)) };
             plan(&config, &work, 70 << 30, &card).unwrap()

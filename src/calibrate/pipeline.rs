@@ -14,7 +14,7 @@ use super::stream::{Streams, exactly};
 use crate::data::{self, Windows};
 use crate::device::cpu;
 use crate::llama::{Affine, Block, LayerWeights, Linears, Llama, Merged, Rotated};
-use crate::quant::{QuantizedLinear, Scheme, WeightQuantizer};
+use crate::quant::{QuantizedLinear, Scheme, WeightQuantizer, quantize_by};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result};
 
@@ -180,10 +180,13 @@ pub fn quantize_layers(
             let block = exact.clone().expect("of a layer that is not loaded");
             let linears = match &mut streams {
                 _ if !spec.is_active() => block.weights.each(|_, l| Ok(l.with_weight(QuantizedLinear::exact(&l.weight))))?,
-                Some(streams) => streams.quantize(&block, quantizer, &spec)?,
+                Some(streams) => streams.quantize(&block, quantizer, &spec, rotated.weight_clips(index)?.as_ref())?,
                 None => {
                     let all = block.weights.0.each_ref().map(|l| &l.weight);
-                    let mut done = exactly(all.len(), quantizer.quantize(&all, &spec, None)?)?.into_iter();
+                    let clips = rotated.weight_clips(index)?;
+                    let clips = clips.as_ref().map(|clips| clips.0.each_ref());
+                    let done = quantize_by(quantizer, &all, &spec, None, clips.as_ref().map(|clips| &clips[..]))?;
+                    let mut done = exactly(all.len(), done)?.into_iter();
                     block.weights.each(|_, l| Ok(l.with_weight(done.next().expect("one for each"))))?
                 }
             };

@@ -2,7 +2,7 @@
 
 use super::Calibration;
 use crate::llama::{Affine, Around, Block, LayerWeights, Linear, LinearVars, Linears, Rotated, Run, plus};
-use crate::quant::{Drift, Hessian, Moments, QuantSpec, QuantizedLinear, Scheme, Site, WeightQuantizer};
+use crate::quant::{Drift, Hessian, Moments, QuantSpec, QuantizedLinear, Scheme, Site, WeightQuantizer, quantize_by};
 use crate::{Error, Result, Tape, Tensor, Var};
 
 /// The text in the network that is being quantised, and in full precision where a quantiser wants drifts.
@@ -24,12 +24,13 @@ impl Streams {
         self.exact.is_some()
     }
 
-    /// Quantises the weights of a layer, those of one input at a time; afterwards [`Streams::pass`] has the layer's output left to make.
+    /// Quantises the weights of a layer, by clip ratios that were learned where there are some, those of one input at a time; afterwards [`Streams::pass`] has the layer's output left to make.
     pub fn quantize(
         &mut self,
         block: &Block,
         quantizer: &dyn WeightQuantizer,
         spec: &QuantSpec,
+        clips: Option<&Linears<Tensor>>,
     ) -> Result<Linears<Affine<QuantizedLinear>>> {
         let mut w = block.weights.clone();
         let mut done = Linears([const { None }; 7]);
@@ -38,7 +39,9 @@ impl Streams {
             let weights: Vec<Tensor> = members.iter().map(|&l| w[l].weight.clone()).collect();
             let Some(first) = weights.first() else { continue };
             let moments = self.moments(site, block, &w, first.cols(), quantizer.wants_drift(site))?;
-            let quantized = quantizer.quantize(&weights.iter().collect::<Vec<_>>(), spec, Some(&moments))?;
+            let clips: Option<Vec<&Tensor>> = clips.map(|clips| members.iter().map(|&l| &clips[l]).collect());
+            let weights_here: Vec<&Tensor> = weights.iter().collect();
+            let quantized = quantize_by(quantizer, &weights_here, spec, Some(&moments), clips.as_deref())?;
             for (linear, quantized) in members.into_iter().zip(exactly(weights.len(), quantized)?) {
                 w[linear].weight = quantized.weight.clone();
                 done[linear] = Some(w[linear].with_weight(quantized));

@@ -43,7 +43,7 @@ use std::time::Instant;
 use crate::baselines::{QatOptions, Training, adapted, llm_qat, smooth_quant};
 use crate::calibrate::{Calibration, ClipFound, ClipGoal, LayerReport, quantize_weights};
 use crate::data::Windows;
-use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, learn_watched, search_clips_watched};
+use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, WeightClip, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
 use crate::memory::Needs;
 use crate::optim::Optimizer;
@@ -305,7 +305,8 @@ impl Comparison<'_> {
         watch: &mut dyn Watch,
         what: String,
     ) -> Result<(Learned, Vec<(usize, f64)>)> {
-        let options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, ..self.options.clone() };
+        let weight_clip = if scheme.weight_bits < 16 { self.options.weight_clip } else { WeightClip::Search };
+        let options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, weight_clip, ..self.options.clone() };
         let mut named = Named::new(watch, what, 0.0);
         let mut start = self.hadamard(seed)?;
         if let (Some(found), ClipChoice::Learned) = (clip, self.options.clip) {

@@ -131,6 +131,15 @@ impl WeightQuantizer for WithStoredScales<'_> {
     fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
         self.quantizer.quantize(weights, &spec.stored(self.dtype), moments)
     }
+    fn quantize_clipped(
+        &self,
+        weights: &[&Tensor],
+        spec: &QuantSpec,
+        moments: Option<&Moments>,
+        clips: &[&Tensor],
+    ) -> Result<Vec<QuantizedLinear>> {
+        self.quantizer.quantize_clipped(weights, &spec.stored(self.dtype), moments, clips)
+    }
 }
 
 /// The weights of a layer, linears joined where the family's files have them joined.

@@ -151,7 +151,8 @@ pub fn describe(
     rotations: Option<&Rotations>,
 ) -> Result<Map<String, Value>> {
     if let Some(r) = rotations {
-        for (name, t) in r.tensors() {
+        // Clip ratios of weights are in their scales.
+        for (name, t) in r.clone().with_weight_clips(None).tensors() {
             raws.push(Raw::new(name, t)?);
         }
     }

@@ -3,7 +3,7 @@
 mod options;
 mod watch;
 
-pub use options::{ClipChoice, LearnOptions, Settings};
+pub use options::{ClipChoice, LearnOptions, Settings, WeightClip};
 pub(crate) use watch::Named;
 use watch::Steps;
 pub use watch::{Point, Watch};
@@ -17,15 +17,15 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::calibrate::{ClipFound, ClipGoal, search_clips};
+use crate::calibrate::{ClipFound, ClipGoal, search_clips, search_weight_clips};
 use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::eval::fidelity::Fidelity;
-use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars};
+use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars, check_weight_clips};
 use crate::objective::Batch;
 use crate::optim::{Gradients, Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
 use crate::quant::{ClipRatios, Online, R4, Scheme};
-use crate::rotation::{ClipEnds, RotationFile, Rotations};
+use crate::rotation::{ClipEnds, RotationFile, Rotations, WeightClips};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// What happened in one step, as told to the callback.
@@ -174,7 +174,10 @@ pub fn learn_watched(
     let rotations = rotations.with_transforms(&options.transforms, &config.scale_sizes(), Some(options.seed))?;
     // Those of the start are learned too, and planned for.
     let clip = if rotations.clips.is_empty() { options.clip } else { ClipChoice::Learned };
-    let options = &LearnOptions { transforms: rotations.transforms(), clip, ..options.clone() };
+    let clips = rotations.weight_clips_for(&options.scheme)?.cloned();
+    let weight_clip = if clips.is_some() { WeightClip::Learned } else { options.weight_clip };
+    let rotations = rotations.with_weight_clips(clips);
+    let options = &LearnOptions { transforms: rotations.transforms(), clip, weight_clip, ..options.clone() };
     options.check(optimizer)?;
     rotations.to_device(&model.device())?.check_for(&config.scale_sizes(), 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
@@ -195,6 +198,15 @@ pub fn learn_watched(
         }
         _ => rotations,
     };
+    let rotations = match options.weight_clip {
+        WeightClip::Learned if rotations.weight_clips.is_none() => {
+            watch.begin("searching clip ratios of weights", config.layers);
+            let found = search_weight_clips(model, &rotations, &scheme, |done, _| watch.at(done))?;
+            rotations.with_weight_clips(Some(found))
+        }
+        _ => rotations,
+    };
+    check_weight_clips(&rotations, config, &scheme)?;
     let settings = Settings { scheme, ..options.settle(model, windows, optimizer)? };
     let (train, held_out) = split_held_out(windows, settings.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
@@ -214,7 +226,10 @@ pub fn learn_watched(
         _ => None,
     };
     let mut now = match saved {
-        Some((path, state)) => resume(state, fingerprint()?, path, &mut optimizer)?,
+        Some((path, state)) => {
+            let grid = rotations.weight_clips.as_ref().map(WeightClips::grid);
+            resume(state, fingerprint()?, path, grid, &mut optimizer)?
+        }
         None => Progress {
             rotations: rotations.to_device(&model.device())?.to_dtype(dtype)?,
             step: 0,
@@ -247,7 +262,12 @@ pub fn learn_watched(
         let learning_rate = settings.schedule.at(now.step, steps, settings.learning_rate);
         let (update, part) = (enter_pass("update"), enter("optimiser"));
         let fallen = learning_rate / settings.learning_rate;
-        let rates = Rates { rotations: learning_rate, scales: options.scale_rate * fallen, clips: options.clip_rate * fallen };
+        let rates = Rates {
+            rotations: learning_rate,
+            scales: options.scale_rate * fallen,
+            clips: options.clip_rate * fallen,
+            weight_clips: options.weight_clip_rate() * fallen,
+        };
         let rotations = optimizer.step(&now.rotations, grads, rates).map_err(failed)?;
         let orthogonality_error = audit(&rotations, optimizer.rotations()).map_err(failed)?;
         drop((part, update));
@@ -328,6 +348,7 @@ fn gradients(
             rotations: vars.gradients(&mut grads)?,
             scales: vars.scale_gradients(&mut grads)?,
             clips: vars.clip_gradients(&mut grads)?,
+            weight_clips: vars.weight_clip_gradients(&mut grads)?,
         };
         let value = value.item()?;
         if !value.is_finite() {
@@ -465,6 +486,15 @@ fn fingerprint(
         all["clip_rate"] = o.clip_rate.into();
         all["straight"] = o.straight.into();
     }
+    if let Some(of) = &start.weight_clips {
+        let mut clips = serde_json::Map::new();
+        for (linear, t) in of.iter() {
+            clips.insert(linear.to_string(), data::checksum(values(t)?).into());
+        }
+        all["weight_clips"] = clips.into();
+        all["weight_clip_rate"] = o.weight_clip_rate().into();
+        all["straight"] = o.straight.into();
+    }
     if !start.scales.is_empty() {
         let mut scales = serde_json::Map::new();
         for (kind, t) in start.scales.iter() {
@@ -504,7 +534,13 @@ fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &Product<'_
     state.save(path)
 }
 
-fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut Product<'_>) -> Result<Progress> {
+fn resume(
+    mut state: State,
+    fingerprint: &Value,
+    path: &Path,
+    weight_grid: Option<&str>,
+    optimizer: &mut Product<'_>,
+) -> Result<Progress> {
     let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
     if let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object())
         && let Some(name) = ours.keys().chain(saved.keys()).find(|name| saved.get(*name) != ours.get(*name))
@@ -519,6 +555,7 @@ fn resume(mut state: State, fingerprint: &Value, path: &Path, optimizer: &mut Pr
     let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
     let mut rotations = Rotations::new(take("R1")?, take("R2")?);
     rotations.set_extras(|name| Ok(take(name).ok()))?; // of the kinds that the fingerprint names
+    rotations.weight_clips = WeightClips::take(weight_grid, |name| Ok(take(name).ok()))?;
     // A loss that was never scored is null in the file.
     let number = |name: &str| state.scalars.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
     let progress = Progress {

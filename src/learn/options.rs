@@ -55,6 +55,11 @@ pub struct LearnOptions {
     /// Adam's learning rate for logarithms of clip ratios that are learned ([`ClipChoice::Learned`]), of the first step; it falls as that of
     /// the rotations does.
     pub clip_rate: f64,
+    /// Where the clip ratios of weights come from.
+    pub weight_clip: WeightClip,
+    /// Adam's learning rate for logarithms of the clip ratios of weights that are learned ([`WeightClip::Learned`]), of the first step; it
+    /// falls as that of the rotations does. `None`: [`LearnOptions::clip_rate`].
+    pub weight_clip_rate: Option<f64>,
     /// Gradients pass straight through where a value was clamped by clip ratios that are learned, as they do by others.
     pub straight: bool,
     /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
@@ -87,6 +92,8 @@ impl Default for LearnOptions {
             transforms: Transforms::PUBLISHED,
             scale_rate: 3e-3,
             clip_rate: 1e-2,
+            weight_clip: WeightClip::Search,
+            weight_clip_rate: None,
             straight: false,
             objective: Arc::new(CrossEntropy),
             checkpoint: None,
@@ -160,6 +167,44 @@ impl fmt::Display for ClipChoice {
     }
 }
 
+/// Where the clip ratios of weights come from while rotations are learned.
+///
+/// ```
+/// use spinquant::learn::WeightClip;
+/// assert_eq!("learned".parse::<WeightClip>()?, WeightClip::Learned);
+/// assert_eq!(WeightClip::default().to_string(), "search");
+/// # Ok::<(), spinquant::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightClip {
+    /// Found anew in every step by the scheme's rule ([`Scheme::weight_clip`]).
+    #[default]
+    Search,
+    /// Found by it on the start, then learned with the rotations: one for every row of every weight, or every group of a row
+    /// ([`WeightClips`](crate::rotation::WeightClips)). They change the network's function.
+    Learned,
+}
+
+impl FromStr for WeightClip {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "search" => Ok(Self::Search),
+            "learned" => Ok(Self::Learned),
+            _ => Err(Error::argument("weight clip", format!("expected search or learned, got {s:?}"))),
+        }
+    }
+}
+
+impl fmt::Display for WeightClip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Search => "search",
+            Self::Learned => "learned",
+        })
+    }
+}
+
 /// What [`LearnOptions`] come to for one model, text and optimiser.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -219,8 +264,34 @@ impl LearnOptions {
                 format!("{} does not depend on clip ratios: search them (error, loss) or give none", self.objective.name());
             return Err(Error::argument("clip", message));
         }
+        self.check_weight_clip()?;
         if self.clip_windows == 0 && self.clip.goal(&self.scheme, optimizer).is_some() {
             return Err(Error::argument("clip search", "expected at least one window to search on, got 0"));
+        }
+        Ok(())
+    }
+
+    /// The learning rate of clip ratios of weights, of the first step.
+    pub fn weight_clip_rate(&self) -> f64 {
+        self.weight_clip_rate.unwrap_or(self.clip_rate)
+    }
+
+    fn check_weight_clip(&self) -> Result<()> {
+        let rate = self.weight_clip_rate();
+        if !(rate > 0.0 && rate.is_finite()) {
+            let message = format!("expected a finite number above 0, got {rate}");
+            return Err(Error::argument("learning rate of clip ratios of weights", message));
+        }
+        if self.weight_clip == WeightClip::Search {
+            return Ok(());
+        }
+        if self.objective.needs() == Needs::Rows {
+            let message = format!("{} does not depend on those of weights: search them", self.objective.name());
+            return Err(Error::argument("weight clip", message));
+        }
+        if self.scheme.weight_bits >= 16 {
+            let message = format!("expected weights of 2 to 8 bits to learn clip ratios of, got {}", self.scheme);
+            return Err(Error::argument("weight clip", message));
         }
         Ok(())
     }
@@ -252,7 +323,14 @@ impl LearnOptions {
     pub fn work(&self, config: &LlamaConfig, seq: usize, dtype: DType) -> Result<Work> {
         let transforms = self.transforms.of(&config.scale_sizes())?;
         let clips = self.clip == ClipChoice::Learned && self.scheme.quantizes_activations();
-        Ok(Work { needs: self.objective.needs(), transforms, clips, ..Work::new(self.scheme, self.batch, seq, dtype) })
+        let weight_clips = self.weight_clip == WeightClip::Learned;
+        Ok(Work {
+            needs: self.objective.needs(),
+            transforms,
+            clips,
+            weight_clips,
+            ..Work::new(self.scheme, self.batch, seq, dtype)
+        })
     }
 
     /// What the options come to, clip ratios aside: those are searched by [`learn`](super::learn()).

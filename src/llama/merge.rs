@@ -1,6 +1,6 @@
 //! Rotations merged into weights: in float64, a layer at a time, rounded once.
 
-use crate::llama::{Block, LayerScales, LayerTransforms, LayerWeights, Llama, LlamaConfig, Source};
+use crate::llama::{Block, LayerScales, LayerTransforms, LayerWeights, Linears, Llama, LlamaConfig, Source, weight_clips};
 use crate::quant::{Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
@@ -55,6 +55,7 @@ impl<'a> Rotated<'a> {
             Some(r) => {
                 let wide = r.to_device(&device)?.to_dtype(DType::F64)?;
                 wide.check_for(&config.scale_sizes(), TOLERANCE)?;
+                weight_clips::check(&wide, config, scheme)?;
                 Some(wide)
             }
             None => None,
@@ -164,14 +165,34 @@ impl<'a> Rotated<'a> {
         }
     }
 
-    /// Layer `i` with its weights rotated, and quantised to nearest as the scheme says.
+    /// Logarithms `[kinds, 2]` of the clip ratios that were learned for the weights of layer `i`, where there are some and weights are
+    /// quantised: in the type that weights are quantised in, beside them.
+    ///
+    /// # Errors
+    /// No such layer; a failing copy.
+    pub fn weight_clips(&self, i: usize) -> Result<Option<Linears<Tensor>>> {
+        let clips = self.wide.as_ref().and_then(|r| r.weight_clips.as_ref()).filter(|_| self.scheme.weight_bits < 16);
+        let dtype = if self.dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let place = |_, t: &Tensor| t.to_dtype(dtype)?.to_device(&self.device);
+        clips.map(|clips| weight_clips::layer_of(clips, i)?.each(place)).transpose()
+    }
+
+    /// Layer `i` with its weights rotated, and quantised to nearest as the scheme says, or as ratios that were learned do.
     ///
     /// # Errors
     /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn nearest(&self, i: usize) -> Result<Block> {
         let spec = self.scheme.sites(self.config.head_dim).weight;
         let block = self.block(i)?;
-        let nearest = |_, w: &Tensor| Ok(Tape::new().constant(w.clone()).fake_quant(&spec)?.into_value());
+        let clips = self.weight_clips(i)?;
+        let nearest = |linear, w: &Tensor| {
+            let (tape, w) = (Tape::new(), w.clone());
+            let quantized = match &clips {
+                Some(a) => tape.constant(w).clipped_fake_quant(&spec, tape.constant(a[linear].clone()), false)?,
+                None => tape.constant(w).fake_quant(&spec)?,
+            };
+            Ok(quantized.into_value())
+        };
         Ok(block.with_weights(block.weights.map_weights(nearest)?))
     }
 

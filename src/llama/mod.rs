@@ -18,6 +18,7 @@ mod rotate;
 pub mod synthetic;
 mod turn;
 mod walk;
+mod weight_clips;
 
 pub(crate) use block::plus;
 pub use block::{Attend, Block, Observer, Patch, Run};
@@ -35,3 +36,5 @@ pub use model::{Llama, Merged, Recompute, RotationVars};
 pub use packed::Packed;
 pub use rotate::{Around, LayerClips, LayerScales, LayerTransforms, LinearVars, RotatedWeights};
 pub use walk::Walk;
+pub use weight_clips::WeightClipVars;
+pub(crate) use weight_clips::{check as check_weight_clips, kinds as weight_clip_kinds};

@@ -11,12 +11,12 @@ use crate::linalg::matmul;
 use crate::llama::block::{Block, Run};
 use crate::llama::rotate::{LayerClips, LayerLearned, LayerScales, LayerTransforms, clips_of};
 use crate::llama::walk::observed;
-use crate::llama::{LlamaConfig, Packed, Plan, Rotated, RotatedWeights, Source, Weights};
+use crate::llama::{LlamaConfig, Packed, Plan, Rotated, RotatedWeights, Source, WeightClipVars, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
 use crate::quant::{Scheme, Site};
-use crate::rotation::{ClipEnds, Rotations, Scale, Scales};
+use crate::rotation::{ClipEnds, Rotations, Scale, Scales, WeightClips};
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
 /// Which layers keep their intermediate values for the backward pass, and which compute them again.
@@ -68,6 +68,8 @@ pub struct RotationVars<'t> {
     pub scales: Vec<LayerScales<'t>>,
     /// The clip constants of every layer.
     pub clips: Vec<LayerClips<'t>>,
+    /// The clip ratios of weights.
+    pub weight_clips: Option<WeightClipVars<'t>>,
     /// The gradient passes straight through where a value was clamped by clip constants ([`Around`](crate::llama::Around)); no by default.
     pub straight: bool,
 }
@@ -92,13 +94,15 @@ impl<'t> RotationVars<'t> {
         let (r2, r2b) = (layers(&rotations.r2)?, rotations.r2b.as_ref().map(layers).transpose()?.unwrap_or_default());
         let scales = (0..rotations.layers()).map(|i| LayerScales::of(&rotations.scales, i, &enter)).collect::<Result<_>>()?;
         let clips = (0..rotations.layers()).map(|i| clips_of(&rotations.clips, i, &enter)).collect::<Result<_>>()?;
-        Ok(Self { r1: enter(rotations.r1.clone()), r2, r2b, scales, clips, straight: false })
+        let weights = |clips| WeightClipVars::of(clips, rotations.layers(), &enter);
+        let weight_clips = rotations.weight_clips.as_ref().map(weights).transpose()?;
+        Ok(Self { r1: enter(rotations.r1.clone()), r2, r2b, scales, clips, weight_clips, straight: false })
     }
     /// R1 and R2 on a tape, without scales and clip constants.
     pub fn without_scales(r1: Var<'t>, r2: Vec<Var<'t>>) -> Self {
         let scales = vec![LayerScales::default(); r2.len()];
         let clips = vec![LayerClips::default(); r2.len()];
-        Self { r1, r2, r2b: vec![], scales, clips, straight: false }
+        Self { r1, r2, r2b: vec![], scales, clips, weight_clips: None, straight: false }
     }
     /// Their values.
     ///
@@ -108,7 +112,9 @@ impl<'t> RotationVars<'t> {
         let stack = |v: &[Var<'t>]| Tensor::stack(&v.iter().map(|r| r.value().clone()).collect::<Vec<_>>());
         let r2b = if self.r2b.is_empty() { None } else { Some(stack(&self.r2b)?) };
         let (scales, clips) = (self.stacked(|v| Ok(v.value().clone()))?, self.stacked_clips(|v| Ok(v.value().clone()))?);
-        Ok(Rotations { r2b, ..Rotations::new(self.r1.value().clone(), stack(&self.r2)?).with_scales(scales).with_clips(clips) })
+        let weight_clips = self.weight_clips.as_ref().map(|w| w.stacked(|v| Ok(v.value().clone()))).transpose()?;
+        let rotations = Rotations::new(self.r1.value().clone(), stack(&self.r2)?);
+        Ok(Rotations { r2b, weight_clips, ..rotations.with_scales(scales).with_clips(clips) })
     }
     /// The gradients of the logarithms of scales.
     ///
@@ -123,6 +129,13 @@ impl<'t> RotationVars<'t> {
     /// Those of [`Gradients::take`](crate::tape::Gradients::take).
     pub fn clip_gradients(&self, grads: &mut crate::tape::Gradients) -> Result<ClipEnds> {
         self.stacked_clips(|v| grads.take(v))
+    }
+    /// The gradients of the clip ratios of weights, where there are some.
+    ///
+    /// # Errors
+    /// Those of [`Gradients::take`](crate::tape::Gradients::take).
+    pub fn weight_clip_gradients(&self, grads: &mut crate::tape::Gradients) -> Result<Option<WeightClips>> {
+        self.weight_clips.as_ref().map(|w| w.stacked(|v| grads.take(v))).transpose()
     }
     /// What `f` makes of every clip constant, layers stacked.
     fn stacked_clips(&self, mut f: impl FnMut(&Var<'t>) -> Result<Tensor>) -> Result<ClipEnds> {
@@ -314,7 +327,8 @@ impl Llama {
             let (r1, r2) = (r1.clone().fork()?, rotations.r2[l].clone().fork()?);
             let r2b = rotations.r2b.get(l).map(|r| r.clone().fork()).transpose()?;
             let transforms = LayerTransforms { r1, r2, r2b, scales: scales.clone() };
-            let by = LayerLearned { transforms, clips: clips.clone(), straight: rotations.straight };
+            let weight_clips = rotations.weight_clips.as_ref().and_then(|w| w.layers.get(l)).cloned();
+            let by = LayerLearned { transforms, clips: clips.clone(), weight_clips, straight: rotations.straight };
             x = plan.run(block, x, by, &run)?;
         }
         let _part = enter("head");

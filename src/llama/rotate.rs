@@ -132,6 +132,8 @@ pub struct LayerTransforms<'t> {
 pub(crate) struct LayerLearned<'t> {
     pub transforms: LayerTransforms<'t>,
     pub clips: LayerClips<'t>,
+    /// Logarithms `[kinds, 2]` of the clip ratios of weights ([`WeightClips`](crate::rotation::WeightClips)).
+    pub weight_clips: Option<Linears<Var<'t>>>,
     /// As in [`Around`].
     pub straight: bool,
 }
@@ -194,9 +196,13 @@ impl<'t> LayerTransforms<'t> {
 }
 
 impl<'t> LayerLearned<'t> {
-    /// Everything in a fixed order: the transforms, the clip constants.
+    /// Everything in a fixed order: the transforms, the clip constants, those of the seven weights.
     pub fn into_slots(self) -> Vec<Option<Var<'t>>> {
-        self.transforms.into_slots().into_iter().chain(self.clips).collect()
+        let weights = match self.weight_clips {
+            Some(Linears(all)) => all.map(Some),
+            None => [const { None }; Linear::ALL.len()],
+        };
+        self.transforms.into_slots().into_iter().chain(self.clips).chain(weights).collect()
     }
 
     /// Back from [`LayerLearned::into_slots`].
@@ -204,17 +210,25 @@ impl<'t> LayerLearned<'t> {
     /// # Errors
     /// [`Error::Tape`] for another number of slots, or a rotation that is missing.
     pub fn from_slots(mut slots: Vec<Option<Var<'t>>>, straight: bool) -> Result<Self> {
-        let clips = slots.split_off(slots.len().saturating_sub(Site::ALL.len()));
+        let mut last = |count: usize| slots.split_off(slots.len().saturating_sub(count));
+        let weights: Option<Vec<_>> = last(Linear::ALL.len()).into_iter().collect();
+        let clips = last(Site::ALL.len());
         let clips = LayerClips::try_from(clips).map_err(|_| Error::Tape("layer: expected slots of clip constants".into()))?;
-        Ok(Self { transforms: LayerTransforms::from_slots(slots)?, clips, straight })
+        let weight_clips = weights.map(Linears::from_vec).transpose()?;
+        Ok(Self { transforms: LayerTransforms::from_slots(slots)?, clips, weight_clips, straight })
     }
 
-    /// The weights that a layer runs with ([`Block::transform`]), its clip constants beside them.
+    /// The weights that a layer runs with ([`Block::transform`]), on grids that learned ratios clip where there are some; its clip constants
+    /// beside them.
     ///
     /// # Errors
     /// Those of [`Block::transform`].
     pub fn weights(&self, block: &Block, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
-        let mut w = block.transform(&self.transforms, s, Some(tokens))?;
+        let quantized = |linear, w: Var<'t>| match &self.weight_clips {
+            Some(a) => w.clipped_fake_quant(&s.weight, a[linear].clone(), !self.straight),
+            None => w.fake_quant(&s.weight),
+        };
+        let mut w = block.transform_by(&self.transforms, s, Some(tokens), quantized)?;
         (w.around.clips, w.around.straight) = (self.clips.clone(), self.straight);
         Ok(w)
     }
@@ -238,6 +252,17 @@ impl Block {
     /// # Errors
     /// Those of [`Block::rotate`]; scales of another size.
     pub fn transform<'t>(&self, by: &LayerTransforms<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
+        self.transform_by(by, s, tokens, |_, w| w.fake_quant(&s.weight))
+    }
+
+    /// [`Block::transform`] with weights quantised by `quantized`.
+    fn transform_by<'t>(
+        &self,
+        by: &LayerTransforms<'t>,
+        s: &Sites,
+        tokens: Option<usize>,
+        quantized: impl Fn(Linear, Var<'t>) -> Result<Var<'t>>,
+    ) -> Result<RotatedWeights<'t>> {
         let LayerTransforms { r1, scales, .. } = by;
         if self.gains().is_some() {
             return Err(Error::argument("rotation", "the gains of this layer's norms are not folded into its weights"));
@@ -260,7 +285,7 @@ impl Block {
                 true => (w, b),
                 false => {
                     let b = b.map(|b| rotations.bias(linear, b)).transpose()?;
-                    (rotations.weight(linear, w)?.to_dtype(weight.dtype())?.fake_quant(&s.weight)?, b)
+                    (quantized(linear, rotations.weight(linear, w)?.to_dtype(weight.dtype())?)?, b)
                 }
             };
             let norm = norm.as_ref().map(|g| tape.constant(g.clone()));

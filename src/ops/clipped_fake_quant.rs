@@ -14,7 +14,12 @@
 //! `da₁ = Σ G dy/ds · exp(a₁) hi / Q`, `da₀ = −Σ G dy/ds · exp(a₀) lo / Q`; symmetric: `da₁ = Σ G dy/ds · s`. The ends of the range themselves
 //! get no gradient through the scale.
 
+mod codes;
+
 use rayon::prelude::*;
+
+pub(crate) use codes::gpu_grids;
+pub use codes::quantize_clipped;
 
 use crate::device::cpu;
 use crate::device::cuda::{CudaDevice, Queue};
@@ -107,7 +112,7 @@ impl ClippedFakeQuant {
 }
 
 /// exp(a) of every kind.
-fn ratios<T: GridFloat>(a: &Tensor) -> Result<Vec<[T; 2]>> {
+pub(crate) fn ratios<T: GridFloat>(a: &Tensor) -> Result<Vec<[T; 2]>> {
     let a = a.to_f64_vec()?;
     Ok(a.as_chunks::<2>().0.iter().map(|pair| pair.map(|a| T::of(a.exp()))).collect())
 }
@@ -171,6 +176,8 @@ impl Op for ClippedFakeQuant {
         let (shape, cols) = (a.shape().to_vec(), x.cols());
         launch_backward(device.queue(), self, (dx.view()?, dy.view()?, x.view()?), a.view()?, sums.view()?, cols)?;
         let da = match want[1] {
+            // Every row is a kind of its own: there is nothing to sum.
+            true if shape[0] == rows => Some(sums.reshape(shape)?),
             true => {
                 let da = Tensor::on(device, &shape, DType::F32)?;
                 bias::launch_sums(device.queue(), da.view()?, sums.view()?)?;
@@ -280,8 +287,12 @@ pub fn cases() -> Vec<Case> {
         case("a kind a head", [12, 16], 3, spec(4, false), true),
         case("groups, a kind a group", [5, 24], 3, spec(4, false).grouped(8), false),
         case("groups, one kind, 8 bits", [5, 24], 1, spec(8, false).grouped(8), true),
+        case("weights, a kind a row", [12, 40], 12, QuantSpec::weight(4, true), true),
+        case("weights in groups, a kind a group", [6, 24], 18, QuantSpec::weight(4, false).grouped(8), true),
+        case("weights, long rows", [5, 1200], 5, QuantSpec::weight(3, true), false),
         case("odd", [7, 37], 7, spec(3, false), false),
         case("256x1376", [256, 1376], 1, spec(4, false), true).large(),
+        case("512x768 weights", [512, 768], 512, QuantSpec::weight(4, true), true).large(),
         case("1024x64 in heads", [1024, 64], 8, spec(4, false), false).large(),
     ];
     all.extend(Case::table(timed, SIZES));

@@ -101,6 +101,23 @@ pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     }
 }
 
+/// The scale of every group that [`Var::fake_quant`] would use, `[rows, cols/group]`.
+///
+/// # Errors
+/// Those of [`quantize`].
+pub(crate) fn scales(x: &Tensor, spec: &QuantSpec) -> Result<Tensor> {
+    fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec) -> Result<Tensor> {
+        let scales: Vec<T> = x.as_slice::<T>()?.par_chunks(group).map(|g| T::grid(spec, g).scale).collect();
+        Tensor::from_vec(scales, [x.rows(), x.cols().div_ceil(group)])
+    }
+    let group = spec.group_size(x.cols())?;
+    match (x.device(), x.dtype()) {
+        (Device::Cuda(device), _) => gpu_grids(&device, &x.clone().aligned()?, spec).map(|[scale, _]| scale),
+        (_, DType::F64) => go::<f64>(x, group, spec),
+        _ => go::<f32>(&x.to_dtype(DType::F32)?, group, spec),
+    }
+}
+
 /// Codes and grids, brought to the CPU.
 fn gpu_codes(device: &CudaDevice, x: &Tensor, spec: &QuantSpec, group: usize) -> Result<Quantized> {
     let x = x.clone().aligned()?;
@@ -136,7 +153,7 @@ pub(crate) fn gpu_grids(device: &CudaDevice, x: &Tensor, spec: &QuantSpec) -> Re
 }
 
 /// The codes of x on the CPU, on grids of given scales and zero points (`f32`, one a group).
-fn with_grids(x: &Tensor, spec: &QuantSpec, group: usize, [scale, zero]: [Tensor; 2]) -> Result<Quantized> {
+pub(crate) fn with_grids(x: &Tensor, spec: &QuantSpec, group: usize, [scale, zero]: [Tensor; 2]) -> Result<Quantized> {
     let (min, max) = (spec.min_code() as f32, spec.max_code() as f32);
     let wide = x.to_dtype(DType::F32)?;
     let grids = scale.as_slice::<f32>()?.par_iter().zip(zero.as_slice::<f32>()?);

@@ -1,8 +1,8 @@
-//! A step over a product of manifolds: rotations by an optimiser of orthogonal matrices; logarithms of scales and of clip ratios by an
-//! [`Adam`] each. Every group has a rate of its own.
+//! A step over a product of manifolds: rotations by an optimiser of orthogonal matrices; logarithms of scales, of clip ratios and of
+//! those of weights by an [`Adam`] each. Every group has a rate of its own.
 
 use crate::optim::{Adam, Optimizer, State};
-use crate::rotation::{ClipEnds, Rotations, Scales};
+use crate::rotation::{ClipEnds, Rotations, Scales, WeightClips};
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// The gradients of everything that is learned.
@@ -14,6 +14,8 @@ pub struct Gradients {
     pub scales: Scales,
     /// Of the logarithms of clip ratios.
     pub clips: ClipEnds,
+    /// Of the logarithms of the clip ratios of weights.
+    pub weight_clips: Option<WeightClips>,
 }
 
 impl Gradients {
@@ -24,7 +26,12 @@ impl Gradients {
     pub fn plus(self, other: Self) -> Result<Self> {
         let sum = |a: Tensor, b: Tensor| Tensor::axpby(1.0, a, 1.0, b);
         let either = |a: &Tensor, b: Option<&Tensor>| b.map_or(Ok(a.clone()), |b| sum(a.clone(), b.clone()));
+        let weight_clips = match (self.weight_clips, other.weight_clips) {
+            (Some(a), Some(b)) => Some(a.with_each(&b, |a, b| sum(a.clone(), b.clone()))?),
+            (a, b) => a.or(b),
+        };
         Ok(Self {
+            weight_clips,
             rotations: self.rotations.into_iter().zip(other.rotations).map(|(a, b)| sum(a, b)).collect::<Result<_>>()?,
             scales: self.scales.map(|kind, a| either(a, other.scales.get(kind)))?,
             clips: self.clips.map(|site, a| either(a, other.clips.get(site)))?,
@@ -41,6 +48,8 @@ pub struct Rates {
     pub scales: f64,
     /// Of the logarithms of clip ratios.
     pub clips: f64,
+    /// Of the logarithms of the clip ratios of weights.
+    pub weight_clips: f64,
 }
 
 /// Parameters in Euclidean space, and the optimiser that moves them.
@@ -102,12 +111,14 @@ pub struct Product<'a> {
     rotations: &'a mut dyn Optimizer,
     scales: Euclidean,
     clips: Euclidean,
+    weight_clips: Euclidean,
 }
 
 impl<'a> Product<'a> {
     /// Rotations by this optimiser, scales and clip ratios by Adam with its published constants.
     pub fn new(rotations: &'a mut dyn Optimizer) -> Self {
-        Self { rotations, scales: Euclidean::new("scales."), clips: Euclidean::new("clips.") }
+        let [scales, clips, weight_clips] = ["scales.", "clips.", "weight_clips."].map(Euclidean::new);
+        Self { rotations, scales, clips, weight_clips }
     }
 
     /// The optimiser of the rotations.
@@ -121,10 +132,10 @@ impl<'a> Product<'a> {
     /// Those of any optimiser, gradients that are missing; nothing has moved then.
     pub fn step(&mut self, x: &Rotations, grads: Gradients, rates: Rates) -> Result<Rotations> {
         // The optimiser of rotations comes last: the others can be put back.
-        let before = (self.scales.clone(), self.clips.clone());
+        let before = (self.scales.clone(), self.clips.clone(), self.weight_clips.clone());
         let moved = self.stepped(x, grads, rates);
         if moved.is_err() {
-            (self.scales, self.clips) = before;
+            (self.scales, self.clips, self.weight_clips) = before;
         }
         moved
     }
@@ -137,9 +148,18 @@ impl<'a> Product<'a> {
             x.clips.iter().map(|(site, t)| (format!("clips {}", site.name()), t, grads.clips.get(site))).collect();
         let mut moved = self.clips.step(&clips, rates.clips, ClipEnds::bounded)?;
         let clips = x.clips.map(|_, _| Ok(moved.next().expect("one for each")))?;
+        let moved = x.weight_clips.as_ref().map(|clips| {
+            let of = |(i, (name, t))| {
+                (format!("clip ratios of weights, {name}"), t, grads.weight_clips.as_ref().and_then(|g| g.get(i)))
+            };
+            let all: Vec<_> = clips.iter().enumerate().map(of).collect();
+            let mut moved = self.weight_clips.step(&all, rates.weight_clips, ClipEnds::bounded)?;
+            clips.map(|_| Ok(moved.next().expect("one for each")))
+        });
+        let weight_clips = moved.transpose()?;
         let mut params = x.as_params()?;
         self.rotations.step(&mut params, grads.rotations, rates.rotations)?;
-        Ok(x.with_params(&params)?.with_scales(scales).with_clips(clips))
+        Ok(x.with_params(&params)?.with_scales(scales).with_clips(clips).with_weight_clips(weight_clips))
     }
 
     /// The states of all.
@@ -147,6 +167,7 @@ impl<'a> Product<'a> {
         let mut state = self.rotations.state();
         self.scales.add_to(&mut state);
         self.clips.add_to(&mut state);
+        self.weight_clips.add_to(&mut state);
         state
     }
 
@@ -157,6 +178,7 @@ impl<'a> Product<'a> {
     pub fn load_state(&mut self, mut state: State) -> Result<()> {
         self.scales.take_from(&mut state)?;
         self.clips.take_from(&mut state)?;
+        self.weight_clips.take_from(&mut state)?;
         self.rotations.load_state(state)
     }
 }
@@ -169,13 +191,16 @@ mod tests {
     use crate::rotation::{Scale, Sizes};
     use crate::{io, ops};
 
-    const RATES: Rates = Rates { rotations: 0.5, scales: 0.01, clips: 0.02 };
+    const RATES: Rates = Rates { rotations: 0.5, scales: 0.01, clips: 0.02, weight_clips: 0.03 };
 
     fn start() -> Rotations {
         let sizes = Sizes { layers: 2, hidden: 8, intermediate: 12, kv_heads: 1, head_dim: 4, pairs: 2, head_norms: false };
         let scales = Scales::ones(&[Scale::UpDown, Scale::Norms, Scale::RopePairs], &sizes).unwrap();
         let clips = ClipEnds::of_ratios(&[Site::Key, Site::DownInput], &[ClipRatios::uniform(0.9).unwrap(); 2], 2).unwrap();
-        Rotations::random_hadamard(8, 4, 2, 0).unwrap().with_scales(scales).with_clips(clips)
+        let ratios = |rows: usize| Tensor::from_vec(vec![-0.1; 2 * 2 * rows], [2, rows, 2]).unwrap();
+        let weights = WeightClips::new("W4 symmetric", [8, 4, 4, 8, 12, 12, 8].map(ratios));
+        let start = Rotations::random_hadamard(8, 4, 2, 0).unwrap();
+        start.with_scales(scales).with_clips(clips).with_weight_clips(Some(weights))
     }
 
     fn gradients(x: &Rotations, seed: u64) -> Gradients {
@@ -183,6 +208,7 @@ mod tests {
             rotations: vec![ops::randn([1, 8, 8], seed), ops::randn([2, 4, 4], seed + 1)],
             scales: x.scales.map(|_, t| Ok(ops::randn(t.shape(), seed + 2))).unwrap(),
             clips: x.clips.map(|_, t| Ok(ops::randn(t.shape(), seed + 3))).unwrap(),
+            weight_clips: x.weight_clips.as_ref().map(|w| w.map(|t| Ok(ops::randn(t.shape(), seed + 4))).unwrap()),
         }
     }
 
@@ -219,6 +245,9 @@ mod tests {
         assert!(scales > 0.005 && scales <= 0.05 + 1e-9, "{scales}");
         let clips = furthest(whole.clips.get(Site::Key).unwrap(), start().clips.get(Site::Key).unwrap());
         assert!(clips > 0.01 && clips <= 0.1 + 1e-9, "{clips}");
+        let of = |x: &Rotations| x.weight_clips.as_ref().unwrap().get(6).unwrap().clone();
+        let weights = furthest(&of(&whole), &of(&start()));
+        assert!(weights > 0.02 && weights <= 0.15 + 1e-9, "{weights}");
     }
 
     #[test]
@@ -227,10 +256,13 @@ mod tests {
         let mut product = Product::new(a.as_mut());
         for i in 0..30 {
             let mut grads = gradients(&x, i);
-            grads.clips = x.clips.map(|_, t| Tensor::from_vec(vec![1f64; t.len()], t.shape())).unwrap();
-            x = product.step(&x, grads, Rates { clips: 1.0, ..RATES }).unwrap();
+            let down = |t: &Tensor| Tensor::from_vec(vec![1f64; t.len()], t.shape());
+            grads.clips = x.clips.map(|_, t| down(t)).unwrap();
+            grads.weight_clips = x.weight_clips.as_ref().map(|w| w.map(down).unwrap());
+            x = product.step(&x, grads, Rates { clips: 1.0, weight_clips: 1.0, ..RATES }).unwrap();
         }
         x.clips.check(2, 2).unwrap();
+        x.weight_clips.unwrap().check(2).unwrap();
     }
 
     #[test]
@@ -242,12 +274,14 @@ mod tests {
             Gradients { rotations: whole.rotations[..1].to_vec(), ..whole.clone() },
             Gradients { scales: Scales::default(), ..whole.clone() },
             Gradients { clips: ClipEnds::default(), ..whole.clone() },
+            Gradients { weight_clips: None, ..whole.clone() },
         ];
         for grads in refused {
             assert!(product.step(&x, grads, RATES).is_err());
-            assert_eq!((product.scales.adam.steps(), product.clips.adam.steps()), (0, 0));
+            let steps = [&product.scales, &product.clips, &product.weight_clips].map(|group| group.adam.steps());
+            assert_eq!(steps, [0; 3]);
         }
         product.step(&x, whole, RATES).unwrap();
-        assert_eq!((product.scales.adam.steps(), product.clips.adam.steps()), (1, 1));
+        assert_eq!([&product.scales, &product.clips, &product.weight_clips].map(|group| group.adam.steps()), [1; 3]);
     }
 }

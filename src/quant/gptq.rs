@@ -21,8 +21,8 @@ use crate::device::cuda::CudaDevice;
 use crate::grid::Quantized;
 use crate::linalg::factor;
 use crate::quant::correction::Terms;
-use crate::quant::sweep::Rows;
-use crate::quant::weight::moments_for;
+use crate::quant::sweep::{GridRule, Rows};
+use crate::quant::weight::{clips_for, moments_for};
 use crate::quant::{Correction, Grid, GridFloat, Moments, QuantSpec, QuantizedLinear, Site, WeightQuantizer};
 use crate::quant::{correction_gpu, gptq_gpu as gpu};
 use crate::{DType, Device, Error, Result, Tensor};
@@ -113,21 +113,49 @@ impl WeightQuantizer for Gptq {
         self.correction != Correction::None
     }
     fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
+        self.swept(weights, spec, moments, None)
+    }
+    fn quantize_clipped(
+        &self,
+        weights: &[&Tensor],
+        spec: &QuantSpec,
+        moments: Option<&Moments>,
+        clips: &[&Tensor],
+    ) -> Result<Vec<QuantizedLinear>> {
+        self.swept(weights, spec, moments, Some(clips))
+    }
+}
+
+impl Gptq {
+    /// Sweeps weights that read one input, on grids that their clip ratios say where there are some.
+    fn swept(
+        &self,
+        weights: &[&Tensor],
+        spec: &QuantSpec,
+        moments: Option<&Moments>,
+        clips: Option<&[&Tensor]>,
+    ) -> Result<Vec<QuantizedLinear>> {
         let moments = moments_for("GPTQ", weights, moments)?;
+        for (w, a) in weights.iter().zip(clips.unwrap_or_default()) {
+            clips_for("GPTQ", w, spec, a)?;
+        }
         // On the GPU where the weights are; in f64 it has no kernels.
         let device = weights.first().map_or(Device::Cpu, |w| w.device());
         let narrow = weights.iter().all(|w| w.device() == device && w.dtype() != DType::F64);
         let place = |t: &Tensor| t.to_device(if narrow { &device } else { &Device::Cpu });
         let hessian = place(&moments.hessian)?;
         let factor = self.factor(&Moments { hessian, drift: moments.drift.as_ref().map(place).transpose()? })?;
-        let sweep = |w: &&Tensor| match &factor.u {
-            Upper::Host(u, terms) if w.dtype() == DType::F64 => self.sweep::<f64>(w, spec, &factor, u, terms),
-            Upper::Host(u, terms) => self.sweep::<f32>(w, spec, &factor, u, terms),
+        let sweep = |(i, w): (usize, &&Tensor)| match &factor.u {
+            Upper::Host(u, terms) if w.dtype() == DType::F64 => {
+                self.sweep(w, &GridRule::<f64>::new(spec, clips.map(|clips| clips[i]))?, &factor, u, terms)
+            }
+            Upper::Host(u, terms) => self.sweep(w, &GridRule::<f32>::new(spec, clips.map(|clips| clips[i]))?, &factor, u, terms),
             Upper::Gpu(d, u, order, terms) => {
                 let on_the_way = self.grids_on_the_way(spec);
                 let ends = self.block_ends(factor.n, spec.group_size(factor.n)?, on_the_way);
                 let (dead, pull) = (&factor.dead[..], self.correction.pull());
-                let s = gpu::Sweep { u, order, dead, ends: &ends, grids_on_the_way: on_the_way, terms, pull };
+                let clips = clips.map(|clips| clips[i]);
+                let s = gpu::Sweep { u, order, dead, ends: &ends, grids_on_the_way: on_the_way, terms, pull, clips };
                 let swept = gpu::sweep(d, w, spec, &s)?;
                 Ok(QuantizedLinear {
                     damping: Some(factor.damping),
@@ -136,11 +164,9 @@ impl WeightQuantizer for Gptq {
                 })
             }
         };
-        weights.iter().map(sweep).collect()
+        weights.iter().enumerate().map(sweep).collect()
     }
-}
 
-impl Gptq {
     /// Checks the settings.
     ///
     /// # Errors
@@ -222,14 +248,14 @@ impl Gptq {
     fn sweep<T: GridFloat>(
         &self,
         weight: &Tensor,
-        spec: &QuantSpec,
+        rule: &GridRule<'_, T>,
         factor: &Factor,
         u: &[f64],
         terms: &Terms<Vec<f64>>,
     ) -> Result<QuantizedLinear> {
         let Factor { n, order, dead, damping, .. } = factor;
         let n = *n;
-        let group = spec.group_size(n)?;
+        let group = rule.spec.group_size(n)?;
         let groups = n.div_ceil(group);
         let mut w = weight.to_device(&Device::Cpu)?.to_dtype(T::DTYPE)?.into_vec::<T>()?;
         if w.iter().any(|x| !x.to_f64().is_finite()) {
@@ -242,11 +268,11 @@ impl Gptq {
         }
         w.chunks_mut(n.max(1)).for_each(|row| dead.iter().for_each(|&i| row[i] = T::ZERO));
 
-        let on_the_way = self.grids_on_the_way(spec);
+        let on_the_way = self.grids_on_the_way(rule.spec);
         let mut grids = if on_the_way {
             vec![Grid { scale: T::ONE, zero: T::ZERO, min: T::ZERO, max: T::ZERO }; rows * groups]
         } else {
-            w.par_chunks(group).map(|g| T::grid(spec, g)).collect()
+            w.par_chunks(group).enumerate().map(|(i, g)| rule.grid(i, g)).collect()
         };
         if self.act_order {
             w = w.par_chunks(n.max(1)).flat_map_iter(|row| order.iter().map(|&i| row[i])).collect();
@@ -267,7 +293,7 @@ impl Gptq {
                     n,
                     group,
                     order,
-                    on_the_way: on_the_way.then_some(spec),
+                    on_the_way: on_the_way.then_some((rule, i * ROWS * groups)),
                     u: &u,
                     forward: forward.as_deref(),
                     pull: original.as_ref().map(|(beta, original)| (*beta, &original[i * chunk..][..w.len()])),

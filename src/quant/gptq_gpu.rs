@@ -8,6 +8,7 @@ use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::grid::{QuantSpec, Quantized};
 use crate::linalg::{factor as cpu_factor, matmul};
+use crate::ops::clipped_fake_quant::gpu_grids as clipped_grids;
 use crate::ops::fake_quant::{gpu_grids, launch_spec};
 use crate::quant::correction::Terms;
 use crate::quant::{QuantizedLinear, correction_gpu};
@@ -196,6 +197,8 @@ pub(super) struct Sweep<'a> {
     pub terms: &'a Terms<Tensor>,
     /// β of FOEM.
     pub pull: Option<f64>,
+    /// Logarithms `[groups of all rows, 2]` of learned clip ratios.
+    pub clips: Option<&'a Tensor>,
 }
 
 /// Sweeps one weight.
@@ -226,7 +229,10 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
     let mut w = None;
     if !s.grids_on_the_way {
         let own = gather(None)?;
-        [scale, zero] = gpu_grids(d, &own, spec)?;
+        [scale, zero] = match s.clips {
+            None => gpu_grids(d, &own, spec)?,
+            Some(a) => clipped_grids(d, &own, spec, a)?,
+        };
         w = s.order.0.is_none().then_some(own);
     }
     let w = w.map_or_else(|| gather(s.order.view()), Ok)?;
@@ -251,7 +257,14 @@ pub(super) fn sweep(d: &CudaDevice, weight: &Tensor, spec: &QuantSpec, s: &Sweep
             if count > 0 {
                 let tile = new([rows, count * group])?;
                 d.copy_columns((tile.view()?, count * group, 0), (w.view()?, n, first), count * group)?;
-                let part = gpu_grids(d, &tile, spec)?;
+                let part = match s.clips {
+                    None => gpu_grids(d, &tile, spec)?,
+                    Some(a) => {
+                        let (a, these) = (a.to_device(&Device::Cuda(d.clone()))?.aligned()?, new([rows, 2 * count])?);
+                        d.copy_columns((these.view()?, 2 * count, 0), (a.view()?, 2 * groups, 2 * (first / group)), 2 * count)?;
+                        clipped_grids(d, &tile, spec, &these.reshape([rows * count, 2])?)?
+                    }
+                };
                 for (whole, part) in [&scale, &zero].into_iter().zip(&part) {
                     d.copy_columns((whole.view()?, groups, first / group), (part.view()?, count, 0), count)?;
                 }

@@ -22,4 +22,5 @@ pub use hessian::Hessian;
 pub use online::{Online, R4};
 pub use rtn::Rtn;
 pub use scheme::{Scheme, Site, Sites};
+pub(crate) use weight::quantize_by;
 pub use weight::{QuantizedLinear, WeightQuantizer};

@@ -120,6 +120,13 @@ impl Scheme {
         format!("{} {grid}", self.bits_name().trim_start_matches(|c: char| c == 'W' || c.is_ascii_digit()))
     }
 
+    /// What clip ratios of weights depend on, such as `W4 symmetric` or `W4 asymmetric, groups of 128`.
+    pub fn weight_grid_name(&self) -> String {
+        let grid = if self.symmetric_weights { "symmetric" } else { "asymmetric" };
+        let group = self.weight_group.map_or_else(String::new, |group| format!(", groups of {group}"));
+        format!("W{} {grid}{group}", self.weight_bits)
+    }
+
     /// The bits alone, such as `W4A4KV4`.
     pub fn bits_name(&self) -> String {
         Self { symmetric_activations: false, ..*self }.to_string()

@@ -1,15 +1,39 @@
 //! The sweep of [`Gptq`](super::Gptq) on the CPU, a few rows at a time.
 
 use crate::device::cpu::{self, Strides};
+use crate::ops::clipped_fake_quant::ratios;
 use crate::quant::{Grid, GridFloat, QuantSpec};
+use crate::{Result, Tensor};
+
+/// How the grids of a weight's groups are found: by the specification's rule, or on ranges that learned ratios clip.
+pub(super) struct GridRule<'a, T> {
+    pub spec: &'a QuantSpec,
+    /// One pair a group, rows behind one another.
+    ratios: Option<Vec<[T; 2]>>,
+}
+
+impl<'a, T: GridFloat> GridRule<'a, T> {
+    /// From logarithms `[groups, 2]`, where there are some.
+    pub fn new(spec: &'a QuantSpec, clips: Option<&Tensor>) -> Result<Self> {
+        Ok(Self { spec, ratios: clips.map(ratios).transpose()? })
+    }
+
+    /// The grid of group number `i`.
+    pub fn grid(&self, i: usize, group: &[T]) -> Grid<T> {
+        match &self.ratios {
+            None => T::grid(self.spec, group),
+            Some(ratios) => Grid::clipped(self.spec, group, ratios[i]).2,
+        }
+    }
+}
 
 /// A few rows of W on their way through the sweep.
 pub(super) struct Rows<'a, T> {
     pub n: usize,
     pub group: usize,
     pub order: &'a [usize],
-    /// The specification, where grids are found on the way.
-    pub on_the_way: Option<&'a QuantSpec>,
+    /// Where grids are found on the way: how, and the number of the first group of these rows.
+    pub on_the_way: Option<(&'a GridRule<'a, T>, usize)>,
     pub u: &'a [T],
     /// P, of GPTAQ.
     pub forward: Option<&'a [T]>,
@@ -35,9 +59,10 @@ impl<T: GridFloat> Rows<'_, T> {
         // What goes through P: weights before rounding.
         let mut latent = vec![T::ZERO; if self.forward.is_some() { errors.len() } else { 0 }];
         for (r, part) in errors.chunks_mut(width).enumerate() {
-            if let Some(spec) = self.on_the_way {
+            if let Some((rule, before)) = self.on_the_way {
                 for first in (start.next_multiple_of(group)..end).step_by(group) {
-                    self.grids[r * groups + first / group] = T::grid(spec, &self.w[r * n + first..][..group]);
+                    let at = r * groups + first / group;
+                    self.grids[at] = rule.grid(before + at, &self.w[r * n + first..][..group]);
                 }
             }
             let (grids, codes) = (&self.grids[r * groups..][..groups], &mut self.codes[r * n..][..n]);

@@ -59,6 +59,45 @@ pub trait WeightQuantizer {
     /// # Errors
     /// Weights or moments of shapes that do not fit; a quantiser that needs moments and got none; a Hessian that cannot be factored.
     fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>>;
+
+    /// The same on ranges that learned ratios clip in place of the specification's rule: `clips` has the logarithms `[kinds, 2]` of every
+    /// weight, a pair for every row or group ([`WeightClips`](crate::rotation::WeightClips)), in the type that the weight is quantised in.
+    ///
+    /// # Errors
+    /// Those of [`WeightQuantizer::quantize`]; ratios of other shapes; a quantiser that does not take any, as without an implementation.
+    fn quantize_clipped(
+        &self,
+        _weights: &[&Tensor],
+        _spec: &QuantSpec,
+        _moments: Option<&Moments>,
+        _clips: &[&Tensor],
+    ) -> Result<Vec<QuantizedLinear>> {
+        let message = "takes no clip ratios of weights, and the rotations have some that were learned";
+        Err(Error::argument(self.name(), message))
+    }
+}
+
+/// Quantises by ratios that were learned where there are some.
+pub(crate) fn quantize_by(
+    quantizer: &dyn WeightQuantizer,
+    weights: &[&Tensor],
+    spec: &QuantSpec,
+    moments: Option<&Moments>,
+    clips: Option<&[&Tensor]>,
+) -> Result<Vec<QuantizedLinear>> {
+    match clips {
+        None => quantizer.quantize(weights, spec, moments),
+        Some(clips) => quantizer.quantize_clipped(weights, spec, moments, clips),
+    }
+}
+
+/// Checks that a weight's clip ratios are a pair for every row or group.
+pub(crate) fn clips_for(name: &str, w: &Tensor, spec: &QuantSpec, clips: &Tensor) -> Result<()> {
+    let expected = [w.len() / spec.group_size(w.cols())?.max(1), 2];
+    if clips.shape() == expected {
+        return Ok(());
+    }
+    Err(Error::shape(format!("{name}: clip ratios of the weight"), format!("{expected:?}"), clips.shape()))
 }
 
 /// Checks moments against the weights that they are for.

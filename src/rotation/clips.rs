@@ -85,12 +85,18 @@ impl ClipEnds {
             if t.shape() != expected {
                 return Err(Error::shape(name, format!("{expected:?} for this model"), t.shape()));
             }
-            let [low, high] = LOGARITHMS;
-            if let Some(odd) = t.to_f64_vec()?.into_iter().find(|a| !(low - 1e-6..=high + 1e-6).contains(a)) {
-                return Err(Error::numeric(name, format!("expected logarithms of ratios from {low} to {high}, got {odd}")));
-            }
+            Self::check_range(&name, t)?;
         }
         Ok(())
+    }
+
+    /// Checks that logarithms are finite, and those of ratios neither far above 1 nor near 0.
+    pub(super) fn check_range(name: &str, t: &Tensor) -> Result<()> {
+        let [low, high] = LOGARITHMS;
+        match t.to_f64_vec()?.into_iter().find(|a| !(low - 1e-6..=high + 1e-6).contains(a)) {
+            Some(odd) => Err(Error::numeric(name, format!("expected logarithms of ratios from {low} to {high}, got {odd}"))),
+            None => Ok(()),
+        }
     }
 }
 

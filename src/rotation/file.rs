@@ -172,6 +172,9 @@ impl RotationFile {
             if self.clips.is_some() || !self.rotations.clips.is_empty() {
                 Self::check_holds_clips(path)?;
             }
+            if self.rotations.weight_clips.is_some() {
+                Self::check_holds_weight_clips(path)?;
+            }
             Self::check_holds(path, &self.rotations.transforms())?;
             return self.rotations.save_torch(path);
         }
@@ -189,6 +192,19 @@ impl RotationFile {
     pub fn check_holds_clips(path: &Path) -> Result<()> {
         if Self::is_torch_name(path) {
             let message = "an R.bin cannot hold clip ratios: give it a name in .safetensors, or search none (--clip none)";
+            return Err(Error::format(path, message));
+        }
+        Ok(())
+    }
+
+    /// The same for clip ratios of weights: before they are learned.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where [`RotationFile::write`] writes an `R.bin`.
+    pub fn check_holds_weight_clips(path: &Path) -> Result<()> {
+        if Self::is_torch_name(path) {
+            let message = "an R.bin cannot hold clip ratios of weights: give it a name in .safetensors, or learn none \
+                           (--weight-clip search)";
             return Err(Error::format(path, message));
         }
         Ok(())

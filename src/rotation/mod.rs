@@ -9,6 +9,7 @@ mod scales;
 mod start;
 mod torch;
 mod transforms;
+mod weight_clips;
 
 pub use clips::ClipEnds;
 pub(crate) use clips::clip_name;
@@ -17,13 +18,14 @@ pub use report::{MatrixReport, TOLERANCE};
 pub use scales::{Scale, Scales, Sizes};
 pub use start::{Kind, Start};
 pub use transforms::Transforms;
+pub use weight_clips::WeightClips;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::linalg;
 use crate::manifold;
-use crate::quant::Site;
+use crate::quant::{Scheme, Site};
 use crate::tensor::room;
 use crate::{DType, Error, Result, Tensor, io};
 
@@ -42,6 +44,8 @@ pub struct Rotations {
     pub scales: Scales,
     /// Clip constants learned with them; none as published.
     pub clips: ClipEnds,
+    /// Clip ratios of weights, every row's own, learned with them; none as published.
+    pub weight_clips: Option<WeightClips>,
 }
 
 const FORMAT: &str = "spinquant-rotations";
@@ -50,6 +54,8 @@ const VERSION: &str = "1";
 const SCALED_VERSION: &str = "2";
 /// Of files with clip constants.
 const CLIPPED_VERSION: &str = "3";
+/// Of files with clip ratios of weights.
+const WEIGHT_CLIPPED_VERSION: &str = "4";
 const CONVENTION: &str = "row vectors: x R1, v R2[l]; Hadamard maps view a row as [K, n/K], Sylvester along the last axis, H_K from the left, over sqrt(n)";
 
 /// The name of the second factor of values in files.
@@ -62,7 +68,7 @@ pub(crate) fn scale_name(kind: Scale) -> String {
 
 impl Rotations {
     /// The notes that every file has of its own.
-    pub(crate) const OWN_NOTES: [&str; 3] = ["format", "format_version", "convention"];
+    pub(crate) const OWN_NOTES: [&str; 4] = ["format", "format_version", "convention", "weight_clips_for"];
 
     /// No rotation: identities, in `f64`.
     ///
@@ -125,7 +131,7 @@ impl Rotations {
 
     /// R1 `[C, C]` and R2 `[L, D, D]` or `[L, K, D, D]` made elsewhere, without scales and clip constants.
     pub fn new(r1: Tensor, r2: Tensor) -> Self {
-        Self { r1, r2, r2b: None, scales: Scales::default(), clips: ClipEnds::default() }
+        Self { r1, r2, r2b: None, scales: Scales::default(), clips: ClipEnds::default(), weight_clips: None }
     }
 
     /// What there is.
@@ -144,15 +150,31 @@ impl Rotations {
         Self { clips, ..self }
     }
 
+    /// The same with other clip ratios of weights, or none.
+    pub fn with_weight_clips(self, weight_clips: Option<WeightClips>) -> Self {
+        Self { weight_clips, ..self }
+    }
+
+    /// The clip ratios of weights of a network of this scheme; none where its weights are not quantised.
+    ///
+    /// # Errors
+    /// Those of [`WeightClips::check_grid`].
+    pub fn weight_clips_for(&self, scheme: &Scheme) -> Result<Option<&WeightClips>> {
+        let Some(clips) = self.weight_clips.as_ref().filter(|_| scheme.weight_bits < 16) else { return Ok(None) };
+        clips.check_grid(scheme).map(|()| Some(clips))
+    }
+
     /// Everything by its name in files, in a fixed order.
     pub fn tensors(&self) -> Vec<(String, &Tensor)> {
         let rotations = [("R1", Some(&self.r1)), ("R2", Some(&self.r2)), (R2B, self.r2b.as_ref())];
         let rotations = rotations.into_iter().filter_map(|(name, t)| Some((name.to_string(), t?)));
         let scales = self.scales.iter().map(|(kind, t)| (scale_name(kind), t));
-        rotations.chain(scales).chain(self.clips.iter().map(|(site, t)| (clip_name(site), t))).collect()
+        let clips = self.clips.iter().map(|(site, t)| (clip_name(site), t));
+        rotations.chain(scales).chain(clips).chain(self.weight_clips.iter().flat_map(WeightClips::tensors)).collect()
     }
 
-    /// Sets what [`Rotations::tensors`] gives besides R1 and R2, from what `take` has under its names.
+    /// Sets what [`Rotations::tensors`] gives besides R1 and R2, from what `take` has under its names; clip ratios of weights aside, which
+    /// [`WeightClips::take`] reads.
     ///
     /// # Errors
     /// Those of `take`.
@@ -173,8 +195,9 @@ impl Rotations {
     /// The first of `f`.
     pub fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let (r1, r2, r2b) = (f(&self.r1)?, f(&self.r2)?, self.r2b.as_ref().map(&mut f).transpose()?);
-        let scales = self.scales.map(|_, t| f(t))?;
-        Ok(Self { r1, r2, r2b, scales, clips: self.clips.map(|_, t| f(t))? })
+        let (scales, clips) = (self.scales.map(|_, t| f(t))?, self.clips.map(|_, t| f(t))?);
+        let weight_clips = self.weight_clips.as_ref().map(|clips| clips.map(&mut f)).transpose()?;
+        Ok(Self { r1, r2, r2b, scales, clips, weight_clips })
     }
 
     /// That R1 is a square matrix and R2 a list of them: fields are public.
@@ -286,7 +309,7 @@ impl Rotations {
     /// [`Rotations::check`] with the sizes of a model, and of everything else that there is.
     ///
     /// # Errors
-    /// Those of [`Rotations::check`], [`Scales::check`] and [`ClipEnds::check`]; R2 for another number of heads; R2b without its scales, or these without it.
+    /// Those of [`Rotations::check`], [`Scales::check`], [`ClipEnds::check`] and [`WeightClips::check`]; R2 for another number of heads; R2b without its scales, or these without it.
     pub fn check_for(&self, sizes: &Sizes, tolerance: f64) -> Result<()> {
         if let Some(heads) = self.heads().filter(|&heads| heads != sizes.kv_heads) {
             let expected = format!("one for each of {} key and value heads of this model", sizes.kv_heads);
@@ -303,7 +326,8 @@ impl Rotations {
             return Err(Error::argument("R2b", message));
         }
         self.scales.check(sizes)?;
-        self.clips.check(sizes.layers, sizes.kv_heads)
+        self.clips.check(sizes.layers, sizes.kv_heads)?;
+        self.weight_clips.as_ref().map_or(Ok(()), |clips| clips.check(sizes.layers))
     }
 
     /// Writes a safetensors file, whole or not at all.
@@ -327,7 +351,9 @@ impl Rotations {
             (true, false) => SCALED_VERSION,
             (false, _) => CLIPPED_VERSION,
         };
-        let own = Self::OWN_NOTES.iter().zip([FORMAT, version, CONVENTION]);
+        let version = if self.weight_clips.is_some() { WEIGHT_CLIPPED_VERSION } else { version };
+        let own = [FORMAT, version, CONVENTION].into_iter().chain(self.weight_clips.as_ref().map(WeightClips::grid));
+        let own = Self::OWN_NOTES.iter().zip(own);
         metadata.extend(own.map(|(k, v)| (k.to_string(), v.to_string())));
         io::save_tensors(path, &tensors, &metadata)
     }
@@ -346,7 +372,7 @@ impl Rotations {
     /// As [`Rotations::load`].
     pub fn load_with(path: &Path) -> Result<(Self, BTreeMap<String, String>)> {
         let (mut tensors, metadata) = io::load_tensors(path)?;
-        let known = [VERSION, SCALED_VERSION, CLIPPED_VERSION];
+        let known = [VERSION, SCALED_VERSION, CLIPPED_VERSION, WEIGHT_CLIPPED_VERSION];
         if let Some(version) = metadata.get("format_version").filter(|v| !known.contains(&v.as_str())) {
             let expected = format!("expected rotations of format version {}", known.join(", "));
             return Err(Error::format(path, format!("{expected}, got {version:?}")));
@@ -377,7 +403,7 @@ impl Rotations {
         let dtype = r1.dtype();
         let r2 = take("R2", Some(dtype))?;
         let mut all = Self::new(r1, r2);
-        all.set_extras(|name| {
+        let mut take = |name: &str| {
             let Some(t) = tensors.remove(name) else { return Ok(None) };
             if name == R2B {
                 return matrices(name, t, Some(dtype)).map(Some);
@@ -386,7 +412,10 @@ impl Rotations {
                 return Err(Error::format(path, format!("{name}: expected finite f32 or f64 values")));
             }
             Ok(Some(t))
-        })?;
+        };
+        all.set_extras(&mut take)?;
+        let grid = metadata.get(Self::OWN_NOTES[3]).map(String::as_str);
+        all.weight_clips = WeightClips::take(grid, take).map_err(|e| Error::format(path, e))?;
         Ok((all, metadata))
     }
 }

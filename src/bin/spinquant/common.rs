@@ -135,9 +135,12 @@ impl SchemeArgs {
     }
 
     /// The rotations of a file for a network of this scheme: with their clip constants, unless ratios were given or those are for
-    /// other bits.
+    /// other bits, and with the clip ratios of their weights, unless weights are not to be clipped.
     pub fn learned(&self, file: &RotationFile, scheme: &Scheme) -> Rotations {
-        let rotations = file.rotations_for(scheme);
+        let mut rotations = file.rotations_for(scheme);
+        if self.no_clip_search {
+            rotations.weight_clips = None;
+        }
         if self.activation_clip.is_some() { rotations.with_clips(ClipEnds::default()) } else { rotations }
     }
 

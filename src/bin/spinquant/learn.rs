@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
-use spinquant::learn::{ClipChoice, LearnOptions, StepReport, Watch, learn_watched};
+use spinquant::learn::{ClipChoice, LearnOptions, StepReport, Watch, WeightClip, learn_watched};
 use spinquant::llama::Recompute;
 use spinquant::memory::{Budget, Needs, Planned};
 use spinquant::objective::{self, Objective};
@@ -62,6 +62,15 @@ pub struct Recipe {
     /// 0.01, or the recipe's).
     #[arg(long, value_name = "RATE")]
     clip_lr: Option<f64>,
+    /// Clip ratios of weights: search (found anew in every step) or learned (found on the start, then learned with the rotations, one for
+    /// every row or group of every weight, for the grid of --scheme alone).
+    /// Default: search, or learned where a --start file has some.
+    #[arg(long, value_name = "search|learned")]
+    weight_clip: Option<WeightClip>,
+    /// Learning rate of the first step for logarithms of clip ratios of weights that are learned (--weight-clip learned); it falls as --lr
+    /// does (default: that of --clip-lr).
+    #[arg(long, value_name = "RATE")]
+    weight_clip_lr: Option<f64>,
     /// What clip ratios that are learned do to the gradient of a value they clamp: blocked, or straight-through as others do.
     #[arg(long, value_name = "WHICH", default_value = "blocked")]
     clip_gradient: ClipGradient,
@@ -125,6 +134,8 @@ impl Recipe {
             transforms: self.transforms.unwrap_or_else(|| self.recipe.transforms()),
             scale_rate: self.scale_lr.unwrap_or(scale_rate),
             clip_rate: self.clip_lr.unwrap_or(clip_rate),
+            weight_clip: self.weight_clip.unwrap_or_default(),
+            weight_clip_rate: self.weight_clip_lr,
             straight: self.clip_gradient == ClipGradient::StraightThrough,
             objective: self.objective.clone().unwrap_or_else(|| self.recipe.objective()),
             ..LearnOptions::default()
@@ -304,6 +315,16 @@ pub fn run(args: &Args) -> Result<()> {
     if args.clip.is_some_and(|choice| choice != ClipChoice::Learned) {
         from.clips = ClipEnds::default();
     }
+    if args.recipe.weight_clip == Some(WeightClip::Search) {
+        from.weight_clips = None;
+    }
+    let keeps_weight_clips = from.weight_clips_for(&options.scheme)?.is_some();
+    if from.weight_clips.is_some() && !keeps_weight_clips {
+        note(&format!("the clip ratios of weights of {choice} are not used: {} quantises no weights", options.scheme));
+    }
+    if keeps_weight_clips || options.weight_clip == WeightClip::Learned {
+        RotationFile::check_holds_weight_clips(&args.out)?;
+    }
     let keeps_clips = options.scheme.activation_clip != ClipRatios::NONE || !from.clips.is_empty();
     if keeps_clips || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
         RotationFile::check_holds_clips(&args.out)?;
@@ -349,6 +370,7 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("clips", if learned.rotations.clips.is_empty() { "ratios" } else { "learned" })
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
+    let file = if learned.rotations.weight_clips.is_some() { file.with_note("weight_clips", "learned") } else { file };
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;
     let unrecorded = Online { r4: R4::Whole.unrecorded(config.intermediate_size)?, ..Online::BOTH };
     if RotationFile::is_torch_name(&args.out) && scheme.online != unrecorded {

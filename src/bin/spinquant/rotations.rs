@@ -59,6 +59,12 @@ pub fn run(args: &Args) -> Result<()> {
                     mean(1)
                 );
             }
+            for (linear, logarithms) in rotations.weight_clips.iter().flat_map(|clips| clips.iter()) {
+                let (all, shape) = (logarithms.to_f64_vec()?, logarithms.shape());
+                let mean =
+                    |end: usize| all.iter().skip(end).step_by(2).map(|a| a.exp()).sum::<f64>() / (all.len() / 2).max(1) as f64;
+                out!("weight clips {linear:<9} {shape:?}  lower end {:.3}, upper {:.3} on average", mean(0), mean(1));
+            }
             match report.iter().find(|m| !m.columns_error.max(m.rows_error).le(&TOLERANCE)) {
                 Some(m) => Err(Error::format(file, format!("{} is not orthogonal: at most {TOLERANCE:.0e} is accepted", m.name))),
                 None => Ok(()),
@@ -78,6 +84,13 @@ pub fn run(args: &Args) -> Result<()> {
             }
             if RotationFile::is_torch_name(to) && !std::mem::take(&mut file.rotations.clips).is_empty() {
                 note(&format!("{} cannot hold the clip constants that were learned with {}", to.display(), from.display()));
+            }
+            if RotationFile::is_torch_name(to) && file.rotations.weight_clips.take().is_some() {
+                note(&format!(
+                    "{} cannot hold the clip ratios of weights that were learned with {}",
+                    to.display(),
+                    from.display()
+                ));
             }
             file.write(to)
         }

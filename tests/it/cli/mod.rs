@@ -28,6 +28,7 @@ mod reading;
 mod scores;
 mod serve;
 mod transforms;
+mod weight_clips;
 mod zeroshot;
 
 type Tensors = BTreeMap<String, Tensor>;

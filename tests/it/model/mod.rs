@@ -3,11 +3,15 @@
 mod clips;
 mod learning;
 mod scales;
+mod weight_clips;
 
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use spinquant::llama::{Family, LayerWeights, Linear, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, Weights};
+use spinquant::llama::{
+    Family, LayerWeights, Linear, Linears, Llama, LlamaConfig, Plan, Recompute, RopeScaling, RotationVars, WeightClipVars,
+    Weights,
+};
 use spinquant::manifold::{Manifold, Orthogonal};
 use spinquant::quant::{Online, R4, Scheme};
 use spinquant::rotation::Rotations;

@@ -1,0 +1,68 @@
+//! Clip ratios of weights learned with the rotations, from the command line.
+
+use super::*;
+
+#[test]
+fn clip_ratios_of_weights_are_learned_written_read_and_scored() {
+    let place = Place::new();
+    let learn = format!("{LEARN} --steps 4 --lr 0.5 --json --clip none");
+    place.json(&format!("{learn} --weight-clip learned --weight-clip-lr 0.05"));
+    let (rotations, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
+    assert_eq!((notes["weight_clips"].as_str(), notes["format_version"].as_str()), ("learned", "4"));
+    let text = String::from_utf8(place.run("rotations check R.safetensors").stdout).unwrap();
+    assert!(text.contains("weight clips down") && text.contains("[2, 24, 2]"), "{text}");
+
+    // They count for their grid, unless weights are not to be clipped; another grid is an error, weights of 16 bits have none.
+    let perplexity = |args: &str| number(&place.json(&format!("{EVAL} --json {args}")), "perplexity");
+    rotations.clone().with_weight_clips(None).save(&place.path("plain.safetensors")).unwrap();
+    let apart = |args: &str| {
+        let of = |file: &str| perplexity(&format!("--rotations {file} {args}"));
+        (of("R.safetensors") / of("plain.safetensors") - 1.0).abs() > 1e-7
+    };
+    assert!(apart("") && !apart("--no-clip-search") && !apart("--scheme W16A4KV4"));
+    place.fails(&format!("{EVAL} --rotations R.safetensors --weight-group 8"), &["W4 symmetric, and", "groups of 8"]);
+    place.fails(&format!("{EVAL} --rotations R.safetensors --scheme W3A4KV4"), &["W3 symmetric"]);
+
+    // Every way of writing weights has them, and a packed folder scores as they do.
+    let learned = perplexity("--rotations R.safetensors");
+    assert!(place.run("quantize --model model --device cpu --rotations R.safetensors --out packed").status.success());
+    let packed = number(&place.json(&format!("{} --json", EVAL.replace("--model model", "--model packed"))), "perplexity");
+    assert!((packed / learned - 1.0).abs() < 1e-5, "{packed} {learned}");
+    let tensor = |out: &str, file: &str| {
+        let run = format!("quantize --model model --device cpu --rotations {file} --out {out} --format compressed-tensors");
+        assert!(place.run(&format!("{run} --online none")).status.success());
+        let bytes = std::fs::read(place.path(out).join("model.safetensors")).unwrap();
+        let read = SafeTensors::deserialize(&bytes).unwrap();
+        read.tensor("model.layers.0.self_attn.q_proj.weight_scale").unwrap().data().to_vec()
+    };
+    assert_ne!(tensor("ours", "R.safetensors"), tensor("theirs", "plain.safetensors"));
+    assert!(apart("--weights gptq --calibration text.txt --calibration-windows 4"));
+
+    // What was learned is a start; searched ones stand in its place.
+    let from = |args: &str| {
+        place.json(&format!("{} --start R.safetensors {args}", learn.replace("--out R.safetensors", "--out S.safetensors")));
+        Rotations::load(&place.path("S.safetensors")).unwrap().weight_clips
+    };
+    let (more, before) = (from("").unwrap(), rotations.weight_clips.unwrap());
+    assert_ne!(more.get(0).unwrap().to_f64_vec().unwrap(), before.get(0).unwrap().to_f64_vec().unwrap());
+    assert!(from("--weight-clip search").is_none() && from("--scheme W16A4KV4").is_none());
+    assert!(place.run("rotations convert R.safetensors R.bin").status.success());
+}
+
+/// Before anything is loaded: the folder of the model holds no weights.
+#[test]
+fn what_cannot_have_them_is_refused_first() {
+    let place = Place::new();
+    std::fs::remove_file(place.path("model/model.safetensors")).unwrap();
+    let fails = |args: &str, parts: &[&str]| place.fails(&format!("{LEARN} --steps 1 --weight-clip learned {args}"), parts);
+    fails("--scheme W16A4KV4", &["weights of 2 to 8 bits", "W16A4KV4"]);
+    fails("--objective whip", &["whip does not depend on those of weights"]);
+    fails("--weight-clip-lr 0", &["learning rate of clip ratios of weights", "above 0"]);
+    let torch = LEARN.replace("R.safetensors", "R.bin");
+    place.fails(&format!("{torch} --clip none --weight-clip learned"), &["R.bin", "clip ratios of weights"]);
+    place.fails(&format!("{LEARN} --weight-clip error"), &["expected search or learned"]);
+    // A plan knows what they take, and that no search is left.
+    let planned = |args: &str| place.json(&format!("{LEARN} --dry-run --json {args}"));
+    let (with, without) = (planned("--weight-clip learned"), planned(""));
+    assert!(number(&with, "peak_bytes") > number(&without, "peak_bytes"), "{with} {without}");
+}
