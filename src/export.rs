@@ -30,6 +30,7 @@
 //! | `model.layers.N.input_layernorm.weight`, `….post_attention_layernorm.weight` | dtype, `[C]` | only with `scales.norms`: the gains |
 //! | `scales.NAME` | as R1 | only where learned with the rotations: logarithms, already merged ([`Scale`]) |
 //! | `clips.SITE` | as R1, `[L, kinds, 2]` | only where learned with the rotations (then `format_version` is 2): logarithms a₀, a₁ of the clip ratios of the lower and the upper end of what is quantised there, one pair or one a key and value head ([`ClipEnds`](crate::rotation::ClipEnds)); they stand in place of the site's `scheme.activation_clip` |
+//! | `model.layers.N.clips.SITE` | F32 (F64 where dtype is), `[kinds, 2]` | only where learned after the layer's weights were quantised (then `format_version` is 2): the same of one layer; they stand in place of `clips.SITE` |
 //! | `R1`, `R2`, `R2b` | F32 or F64, `[C, C]`, `[L, D, D]` or `[L, K, D, D]`, as R2 | only where rotated: already merged, for reference |
 //! | `R3.core`, `R4.core` | I8, `[K, K]` | the ±1 matrix `H_K` of an online Hadamard, where K > 1 |
 //!
@@ -64,7 +65,7 @@ use crate::compressed_tensors::Quantization;
 use crate::grid::Quantized;
 use crate::llama::{Affine, EMBEDDING, FINAL_NORM, HEAD, LayerWeights, Linears, LlamaConfig, NORMS, norm_gains};
 use crate::ops::fake_quant::quantize;
-use crate::quant::{ClipRatios, Online, QuantSpec, Scheme};
+use crate::quant::{ClipRatios, Online, QuantSpec, Scheme, Site};
 use crate::rotation::{Rotations, Scale};
 use crate::{DType, Device, Error, Result, Tensor, io};
 use parts::{Part, Raw};
@@ -222,6 +223,9 @@ impl Stored {
     }
 }
 
+/// Clip constants of one layer, in the order of [`Site::ALL`]: logarithms `[kinds, 2]`.
+pub type SiteClips = [Option<Tensor>; Site::ALL.len()];
+
 /// A layer's linears, rotated.
 pub type StoredLayer = Linears<Affine<Stored>>;
 
@@ -373,11 +377,27 @@ impl<'a> Writer<'a> {
         if self.output.format == Format::CompressedTensors { spec.stored(self.dtype) } else { spec }
     }
 
+    /// The clip constants of its own that a layer was written with.
+    ///
+    /// # Errors
+    /// The layer is missing or damaged.
+    pub fn read_clips(&self, layer: usize) -> Result<SiteClips> {
+        native::read_clips(&Part::open(&self.part(layer))?, &self.config, self.dtype, layer)
+    }
+
     /// Writes a layer.
     ///
     /// # Errors
     /// Shapes of another model; a bias or norm too many or too few; codes outside the scheme's grid; whatever the file system says.
     pub fn layer(&self, layer: usize, weights: &StoredLayer) -> Result<()> {
+        self.clipped_layer(layer, weights, &SiteClips::default())
+    }
+
+    /// Writes a layer with clip constants of its own, which stand in place of those of the rotations.
+    ///
+    /// # Errors
+    /// Those of [`Writer::layer`]; clip constants of another shape, or in a format that has none.
+    pub fn clipped_layer(&self, layer: usize, weights: &StoredLayer, clips: &SiteClips) -> Result<()> {
         if layer >= self.config.layers {
             return Err(Error::argument("layer", format!("expected less than {}, got {layer}", self.config.layers)));
         }
@@ -416,6 +436,13 @@ impl<'a> Writer<'a> {
             for (norm, gain) in NORMS.into_iter().zip(&gains) {
                 raws.push(Raw::new(format!("model.layers.{layer}.{norm}.weight"), gain)?);
             }
+        }
+        if clips.iter().any(Option::is_some) {
+            if self.output.format != Format::Native {
+                let message = format!("expected none in {}, which has no clip constants", self.output.format.name());
+                return Err(Error::argument(format!("clip constants of layer {layer}"), message));
+            }
+            native::pack_clips(&mut raws, &self.config, clips, self.dtype, layer)?;
         }
         parts::write(&self.part(layer), &raws, &BTreeMap::new())
     }
@@ -479,6 +506,9 @@ impl<'a> Writer<'a> {
         parts::write(&rest, &raws, &BTreeMap::new())?;
         let files = std::iter::once(rest.clone()).chain((0..config.layers).map(|l| self.part(l)));
         let files = files.map(|path| Part::open(&path)).collect::<Result<Vec<_>>>()?;
+        if files.iter().enumerate().any(|(i, part)| i > 0 && native::has_clips(part, i - 1)) {
+            record.insert("format_version".into(), native::CLIPPED_VERSION.into());
+        }
         parts::join(&files, &done, limit, &metadata)?;
         drop(files);
         write_text(&done.join(RECORD), &format!("{:#}\n", Value::from(record)))?;

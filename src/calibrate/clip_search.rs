@@ -113,7 +113,7 @@ fn told(progress: Report<'_>, done: usize, total: usize) -> Result<()> {
 }
 
 /// Σ x², in `f64` on the CPU.
-fn square(x: &Tensor) -> Result<f64> {
+pub(super) fn square(x: &Tensor) -> Result<f64> {
     if x.device().is_cpu() {
         return Ok(x.to_f64_vec()?.into_iter().map(|x| x * x).sum());
     }

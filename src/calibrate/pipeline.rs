@@ -5,18 +5,20 @@
 //! make of the text. Inputs are the rotated ones: o's values in R2's basis, down's input after R4.
 //!
 //! A quantiser that wants to know how far these inputs are from those in full precision ([`WeightQuantizer::wants_drift`]) makes the text run
-//! through a second time, beside the first: through the same rotated and merged layers with nothing quantised.
+//! through a second time, beside the first: through the same rotated and merged layers with nothing quantised. So does a layer that learns what
+//! is free in it after its weights are quantised ([`Reconstruct`]).
 
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use super::Reconstruct;
 use super::stream::{Streams, exactly};
 use crate::data::{self, Windows};
 use crate::device::cpu;
 use crate::llama::{Affine, Block, LayerWeights, Linears, Llama, Merged, Rotated};
-use crate::quant::{QuantizedLinear, Scheme, WeightQuantizer, quantize_by};
+use crate::quant::{QuantizedLinear, Scheme, Site, WeightQuantizer, quantize_by};
 use crate::rotation::Rotations;
-use crate::{DType, Device, Error, Result};
+use crate::{DType, Device, Error, Result, Tensor};
 
 /// Tokens that go through a layer at once.
 const TOKENS_AT_ONCE: usize = 4096;
@@ -31,8 +33,10 @@ pub struct Calibration<'a> {
     /// Quantise activations, K and V as the scheme says while calibrating. As published, they are not. Quantisers that correct for the
     /// difference to full precision do it in any case ([`WeightQuantizer::reads_quantized`]).
     pub quantize_activations: bool,
-    /// Sequences that go through a layer at once; changes only rounding.
+    /// Sequences that go through a layer at once. Changes only rounding, and what a step of [`Calibration::reconstruct`] reads.
     pub at_once: usize,
+    /// What is learned of every layer once its weights are quantised. Activations, K and V are then quantised while calibrating.
+    pub reconstruct: Option<Reconstruct>,
 }
 
 impl<'a> Calibration<'a> {
@@ -46,7 +50,7 @@ impl<'a> Calibration<'a> {
             return Err(Error::argument("calibration", format!("{message}; the text has no more")));
         }
         let at_once = (TOKENS_AT_ONCE / text.seq_len()).max(1);
-        Ok(Self { text, windows: (0..count).collect(), quantize_activations: false, at_once })
+        Ok(Self { text, windows: (0..count).collect(), quantize_activations: false, at_once, reconstruct: None })
     }
 
     /// `count` different windows of a text, drawn by `seed`.
@@ -62,6 +66,11 @@ impl<'a> Calibration<'a> {
     pub fn quantize_activations(self, on: bool) -> Self {
         Self { quantize_activations: on, ..self }
     }
+
+    /// The same with something to learn of every layer, or nothing.
+    pub fn reconstruct(self, reconstruct: Option<Reconstruct>) -> Self {
+        Self { reconstruct, ..self }
+    }
 }
 
 /// A layer's seven linears, quantised: what there is to keep of it.
@@ -71,12 +80,20 @@ pub struct QuantizedLayer {
     pub index: usize,
     /// Biases and norms are as they were.
     pub linears: Linears<Affine<QuantizedLinear>>,
+    /// Clip constants that were learned after the weights were quantised, as in [`Block::with_clips`]; they stand in place of the layer's.
+    pub clips: [Option<Tensor>; Site::ALL.len()],
 }
 
 impl QuantizedLayer {
     /// The weights to run with.
     pub fn weights(&self) -> LayerWeights {
         Linears(self.linears.0.each_ref().map(|l| l.with_weight(l.weight.weight.clone())))
+    }
+
+    /// The layer to run, made of the rotated one.
+    pub fn block(&self, rotated: &Block) -> Block {
+        let block = rotated.with_weights(self.weights());
+        if self.clips.iter().any(Option::is_some) { block.with_clips(self.clips.clone()) } else { block }
     }
 }
 
@@ -120,6 +137,9 @@ pub struct LayerReport {
     /// The largest damping that a linear of this layer was given, where one was: more than asked for if a Hessian was not positive
     /// definite.
     pub damping: Option<f64>,
+    /// Where the layer learned something after its weights were quantised ([`Calibration::reconstruct`]): the relative error
+    /// `‖y − y₀‖² / ‖y₀‖²` of its output before and after.
+    pub reconstruction: Option<(f64, f64)>,
     /// Wall-clock time of this layer.
     pub seconds: f64,
 }
@@ -148,6 +168,8 @@ pub fn quantize_weights(
 /// Quantises a rotated model layer by layer. `keep` is given every layer in order; one that lets go of them needs the memory of
 /// one layer, and of the hidden states of all calibration tokens T: T·(C + max(H·D, F)) values at most. A quantiser that wants drifts needs
 /// these twice, the layer's weights twice, and for an input of n values, besides its Hessian and factor, four more n×n matrices in `f64`.
+/// A layer that learns ([`Calibration::reconstruct`]) needs the hidden states in front of and behind it in both networks, and what a step of
+/// the layer on [`Calibration::at_once`] sequences keeps.
 /// `progress` hears of every layer and may stop the run, after the layer was saved.
 ///
 /// # Errors
@@ -163,8 +185,11 @@ pub fn quantize_layers(
     let layers = rotated.config().layers;
     let spec = rotated.scheme().sites(rotated.config().head_dim).weight;
     let saved = (0..layers).take_while(|&i| store.has(i)).count();
+    let reconstruct = calibration.and_then(|c| c.reconstruct.as_ref());
+    reconstruct.map_or(Ok(()), |by| by.check(rotated.scheme()))?;
+    let sweeps = quantizer.needs_hessian() && spec.is_active();
     let mut streams = match calibration {
-        _ if !quantizer.needs_hessian() || !spec.is_active() || saved == layers => None,
+        _ if !sweeps && reconstruct.is_none() || saved == layers => None,
         Some(c) => Some(Streams::new(rotated, quantizer, c)?),
         None => return Err(Error::argument("calibration", format!("{} needs calibration text, got none", quantizer.name()))),
     };
@@ -172,16 +197,17 @@ pub fn quantize_layers(
         let start = Instant::now();
         let loaded = index < saved;
         let exact = if loaded && !streams.as_ref().is_some_and(Streams::are_two) { None } else { Some(rotated.block(index)?) };
-        let (layer, block) = if loaded {
+        let inputs = streams.as_ref().filter(|_| !loaded && reconstruct.is_some()).map(Streams::inputs);
+        let (mut layer, mut block) = if loaded {
             let layer = store.load(index, rotated.dtype(), rotated.device())?;
-            let block = rotated.block_of(index, layer.weights())?;
+            let block = layer.block(&rotated.block_of(index, layer.weights())?);
             (layer, block)
         } else {
             let block = exact.clone().expect("of a layer that is not loaded");
             let linears = match &mut streams {
                 _ if !spec.is_active() => block.weights.each(|_, l| Ok(l.with_weight(QuantizedLinear::exact(&l.weight))))?,
-                Some(streams) => streams.quantize(&block, quantizer, &spec, rotated.weight_clips(index)?.as_ref())?,
-                None => {
+                Some(streams) if sweeps => streams.quantize(&block, quantizer, &spec, rotated.weight_clips(index)?.as_ref())?,
+                _ => {
                     let all = block.weights.0.each_ref().map(|l| &l.weight);
                     let clips = rotated.weight_clips(index)?;
                     let clips = clips.as_ref().map(|clips| clips.0.each_ref());
@@ -190,13 +216,22 @@ pub fn quantize_layers(
                     block.weights.each(|_, l| Ok(l.with_weight(done.next().expect("one for each"))))?
                 }
             };
-            let layer = QuantizedLayer { index, linears };
-            let block = block.with_weights(layer.weights());
+            let layer = QuantizedLayer { index, linears, clips: Default::default() };
+            let block = layer.block(&block);
             (layer, block)
         };
-        let last = index + 1 == layers;
-        if let Some(streams) = streams.as_mut().filter(|_| !last) {
-            streams.pass(&block, exact.as_ref(), loaded)?;
+        let (last, whole) = (index + 1 == layers, loaded || !sweeps);
+        let mut reconstruction = None;
+        match (streams.as_mut(), inputs, reconstruct, &exact) {
+            (Some(streams), Some(inputs), Some(by), Some(exact)) => {
+                let how = (by, quantizer.stores_scales_as());
+                let errors;
+                (layer, errors) = streams.reconstruct(rotated, (&block, layer), (exact, whole), inputs, how)?;
+                block = layer.block(&block);
+                reconstruction = Some(errors);
+            }
+            (Some(streams), ..) if !last => streams.pass(&block, exact.as_ref(), whole)?,
+            _ => {}
         }
         drop(exact);
         if !loaded {
@@ -204,7 +239,7 @@ pub fn quantize_layers(
         }
         let damping = layer.linears.iter().filter_map(|(_, l)| l.weight.damping).reduce(f64::max);
         let seconds = start.elapsed().as_secs_f64();
-        if progress(&LayerReport { done: index + 1, layers, loaded, damping, seconds }).is_break() && !last {
+        if progress(&LayerReport { done: index + 1, layers, loaded, damping, reconstruction, seconds }).is_break() && !last {
             return Err(Error::Interrupted { step: index + 1 });
         }
         keep(block);

@@ -1,11 +1,12 @@
 //! The calibration text on its way through a network, layer by layer.
 
-use super::Calibration;
+use super::reconstruct::{Student, squares};
+use super::{Calibration, QuantizedLayer, Reconstruct};
 use crate::llama::{Affine, Around, Block, LayerWeights, Linear, LinearVars, Linears, Rotated, Run, plus};
 use crate::quant::{Drift, Hessian, Moments, QuantSpec, QuantizedLinear, Scheme, Site, WeightQuantizer, quantize_by};
-use crate::{Error, Result, Tape, Tensor, Var};
+use crate::{DType, Error, Result, Tape, Tensor, Var};
 
-/// The text in the network that is being quantised, and in full precision where a quantiser wants drifts.
+/// The text in the network that is being quantised, and in full precision where a quantiser wants drifts or layers are reconstructed.
 pub(super) struct Streams {
     quantized: Stream,
     exact: Option<Stream>,
@@ -14,9 +15,11 @@ pub(super) struct Streams {
 impl Streams {
     /// In front of the first layer.
     pub fn new(rotated: &Rotated<'_>, quantizer: &dyn WeightQuantizer, c: &Calibration<'_>) -> Result<Self> {
-        let two = Site::ALL.into_iter().any(|site| quantizer.wants_drift(site));
+        let learns = c.reconstruct.is_some();
+        let two = learns || Site::ALL.into_iter().any(|site| quantizer.wants_drift(site));
         let exact = if two { Some(Stream::new(rotated, c, false)?) } else { None };
-        Ok(Self { quantized: Stream::new(rotated, c, c.quantize_activations || quantizer.reads_quantized())?, exact })
+        let on = c.quantize_activations || quantizer.reads_quantized() || learns;
+        Ok(Self { quantized: Stream::new(rotated, c, on)?, exact })
     }
 
     /// True where the full-precision stream is there.
@@ -70,6 +73,53 @@ impl Streams {
         Ok(Moments { hessian: hessian.finish(sequences)?, drift: drift.map(|d| d.finish(sequences)).transpose()? })
     }
 
+    /// The hidden states of the quantised network in front of the current layer.
+    pub fn inputs(&self) -> Vec<Tensor> {
+        self.quantized.x.clone()
+    }
+
+    /// Learns what is free in a layer that is quantised, on `inputs`, the hidden states in front of it, and moves on behind it; as
+    /// [`Streams::pass`] does, all of it or what [`Streams::quantize`] has left to do. Returns the layer, and the relative error of its
+    /// output before and after. What is no better than the start is not kept.
+    pub fn reconstruct(
+        &mut self,
+        rotated: &Rotated<'_>,
+        (block, layer): (&Block, QuantizedLayer),
+        (exact, whole): (&Block, bool),
+        inputs: Vec<Tensor>,
+        (by, stored): (&Reconstruct, Option<DType>),
+    ) -> Result<(QuantizedLayer, (f64, f64))> {
+        let none = || Error::argument("reconstruct", "expected a stream of the text in full precision");
+        let stream = self.exact.as_mut().ok_or_else(none)?;
+        stream.pass(exact, whole)?;
+        let targets = &stream.x;
+        self.quantized.rewind(inputs);
+        let started = self.quantized.behind(block)?;
+        let [error, size] = squares(&started.x, targets)?;
+        let values: usize = targets.iter().map(Tensor::len).sum();
+        let relative = |error: f64| if size > 0.0 { error / size } else { error };
+        if error == 0.0 {
+            self.quantized = started;
+            return Ok((layer, (0.0, 0.0)));
+        }
+        drop(started);
+        let learned = {
+            let student = Student::new(by, (block, &layer), &self.quantized.run, &self.quantized.x, targets)?;
+            let start = student.start(rotated.config(), rotated.scheme())?;
+            let free = student.learn(by, start, error / values as f64)?;
+            student.finish(&free, layer.clone(), stored)?
+        };
+        let ended = self.quantized.behind(&learned.block(block))?;
+        let [last, _] = squares(&ended.x, targets)?;
+        if last < error {
+            self.quantized = ended;
+            return Ok((learned, (relative(error), relative(last))));
+        }
+        drop(ended);
+        self.quantized.pass(block, true)?;
+        Ok((layer, (relative(error), relative(error))))
+    }
+
     /// Moves on behind a layer: all of it where it was `loaded`, else what [`Streams::quantize`] has left to do. `exact` is the layer as it
     /// was, for the full-precision stream.
     pub fn pass(&mut self, block: &Block, exact: Option<&Block>, loaded: bool) -> Result<()> {
@@ -82,6 +132,7 @@ impl Streams {
 }
 
 /// Some sequences at a time.
+#[derive(Clone)]
 struct Stream {
     run: Run,
     sequences: usize,
@@ -111,6 +162,19 @@ impl Stream {
         let x = c.windows.chunks(c.at_once).map(embed).collect::<Result<_>>()?;
         let run = Run::new(rotated.config(), &scheme, seq, rotated.dtype(), rotated.device())?;
         Ok(Self { run, sequences: c.windows.len(), x, inner: vec![] })
+    }
+
+    /// Goes back to the hidden states in front of a layer.
+    fn rewind(&mut self, x: Vec<Tensor>) {
+        self.x = x;
+        self.inner.clear();
+    }
+
+    /// The stream behind a layer, in front of which this one stays.
+    fn behind(&self, block: &Block) -> Result<Self> {
+        let mut stream = self.clone();
+        stream.pass(block, true)?;
+        Ok(stream)
     }
 
     /// Moves on behind a layer: all of it, or what is left behind the input of down_proj.

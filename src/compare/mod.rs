@@ -34,14 +34,15 @@
 //! ```
 
 mod judged;
+mod layers;
 
 pub use judged::{Judged, Row, Test, judge};
+pub use layers::LayerWatch;
 
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 use crate::baselines::{QatOptions, Training, adapted, llm_qat, smooth_quant};
-use crate::calibrate::{Calibration, ClipFound, ClipGoal, LayerReport, quantize_weights};
+use crate::calibrate::{Calibration, ClipFound, ClipGoal, quantize_weights};
 use crate::data::Windows;
 use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, WeightClip, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
@@ -51,7 +52,7 @@ use crate::quant::{Gptq, Online, Scheme};
 use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result};
 
-/// GPTQ, and the text that it is calibrated on.
+/// GPTQ, the text that it is calibrated on, and what is learned of every layer then.
 pub type GptqRun<'a> = (&'a Gptq, &'a Calibration<'a>);
 
 /// Scores of a network without rotations.
@@ -200,7 +201,7 @@ pub struct Outcome {
     pub clip: Option<ClipGoal>,
 }
 
-/// Rotates a model and quantises its weights by GPTQ or a successor, told to a watch: layers, and where a Hessian asked for more damping.
+/// Rotates a model and quantises its weights by GPTQ or a successor, told to a watch ([`LayerWatch`]).
 ///
 /// # Errors
 /// Those of [`quantize_weights`].
@@ -211,9 +212,8 @@ pub fn quantized(
     (gptq, calibration): GptqRun<'_>,
     watch: &mut dyn Watch,
 ) -> Result<Merged> {
-    watch.begin(&format!("{}, layers", gptq.correction), model.config.layers);
-    let told = |report: &LayerReport| gptq_layer(gptq, report, watch);
-    quantize_weights(model, rotations, scheme, gptq, Some(calibration), &mut (), told)
+    let mut layers = LayerWatch::new(watch, &name_of((gptq, calibration)), model.config.layers, Some(gptq.damping));
+    quantize_weights(model, rotations, scheme, gptq, Some(calibration), &mut (), |report| layers.told(report))
 }
 
 /// The same, and what it took.
@@ -230,17 +230,11 @@ fn timed_gptq(
 }
 
 /// What a quantiser is called in the table.
-fn name_of((gptq, _): GptqRun<'_>) -> String {
-    gptq.correction.to_string()
-}
-
-/// Tells a watch of a layer that GPTQ quantised.
-pub fn gptq_layer(gptq: &Gptq, report: &LayerReport, watch: &mut dyn Watch) -> ControlFlow<()> {
-    if let Some(damping) = report.damping.filter(|d| *d > gptq.damping) {
-        let layer = report.done - 1;
-        watch.note(&format!("layer {layer}: a Hessian is not positive definite; damping raised to {damping}"));
+fn name_of((gptq, calibration): GptqRun<'_>) -> String {
+    match calibration.reconstruct {
+        None => gptq.correction.to_string(),
+        Some(by) => format!("{}+{}", gptq.correction, by.to_string().replace(',', "+")),
     }
-    watch.at(report.done)
 }
 
 impl Comparison<'_> {

@@ -128,6 +128,9 @@ impl WeightQuantizer for WithStoredScales<'_> {
     fn reads_quantized(&self) -> bool {
         self.quantizer.reads_quantized()
     }
+    fn stores_scales_as(&self) -> Option<DType> {
+        Some(self.dtype)
+    }
     fn quantize(&self, weights: &[&Tensor], spec: &QuantSpec, moments: Option<&Moments>) -> Result<Vec<QuantizedLinear>> {
         self.quantizer.quantize(weights, &spec.stored(self.dtype), moments)
     }

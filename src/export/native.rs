@@ -6,12 +6,12 @@ use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::parts::{Part, Raw};
-use super::{RECORD, Stored, StoredLayer};
+use super::{RECORD, SiteClips, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
 use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS, layer_clips};
 use crate::quant::{QuantSpec, R4, Scheme, Site};
-use crate::rotation::{Rotations, Scale, TOLERANCE};
+use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
 
 pub const FORMAT: &str = "spinquant-native";
@@ -120,6 +120,49 @@ pub fn read_layer(part: &Part, config: &LlamaConfig, spec: &QuantSpec, dtype: DT
         let [bias, norm] = beside(part, config, dtype, layer, linear)?;
         Ok(Affine { weight: unpack(part, &name, shape, spec, dtype)?, bias, norm })
     })
+}
+
+fn clips_name(layer: usize, site: Site) -> String {
+    format!("model.layers.{layer}.clips.{}", site.name())
+}
+
+fn clips_shape(config: &LlamaConfig, site: Site) -> [usize; 2] {
+    [ClipEnds::kinds(site, config.kv_heads), 2]
+}
+
+/// True of a part with clip constants of this layer.
+pub fn has_clips(part: &Part, layer: usize) -> bool {
+    Site::ALL.into_iter().any(|site| part.has(&clips_name(layer, site)))
+}
+
+/// The tensors that hold a layer's own clip constants.
+pub fn pack_clips(raws: &mut Vec<Raw>, config: &LlamaConfig, clips: &SiteClips, dtype: DType, layer: usize) -> Result<()> {
+    for (site, t) in Site::ALL.into_iter().zip(clips) {
+        let Some(t) = t else { continue };
+        let (name, shape) = (clips_name(layer, site), clips_shape(config, site));
+        if t.shape() != shape {
+            return Err(Error::shape(name, format!("{shape:?}"), t.shape()));
+        }
+        raws.push(Raw::new(name, &t.to_dtype(grid_type(dtype))?)?);
+    }
+    Ok(())
+}
+
+/// A layer's own clip constants, as far as it has some.
+pub fn read_clips(part: &Part, config: &LlamaConfig, dtype: DType, layer: usize) -> Result<SiteClips> {
+    let mut clips = SiteClips::default();
+    for (site, slot) in Site::ALL.into_iter().zip(&mut clips) {
+        let name = clips_name(layer, site);
+        if !part.has(&name) {
+            continue;
+        }
+        let t = part.tensor(&name, grid_type(dtype), &clips_shape(config, site))?;
+        let mut one = ClipEnds::default();
+        one.set(site, Some(t.clone().reshape([1, t.rows(), 2])?));
+        one.check(1, config.kv_heads).map_err(|e| Error::format(part.path(), format!("{name}: {e}")))?;
+        *slot = Some(t);
+    }
+    Ok(clips)
 }
 
 /// The bias and the norm of a linear, as far as the configuration has them.
@@ -311,6 +354,11 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
             Some(r) if !r.clips.is_empty() => block.with_clips(layer_clips(&r.clips, l, dtype, device)?),
             _ => block,
         };
+        let mut own = read_clips(&part, &config, dtype, l)?;
+        for t in own.iter_mut().flatten() {
+            *t = t.to_device(device)?;
+        }
+        let block = if own.iter().any(Option::is_some) { block.with_clips(own) } else { block };
         if rotations.as_ref().is_none_or(|r| r.scales.get(Scale::Norms).is_none()) {
             return Ok(block);
         }

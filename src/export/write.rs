@@ -14,7 +14,8 @@ use crate::{DType, Device, Error, Result};
 /// Quantises a rotated model layer by layer and writes it. A run that was interrupted continues, and ends in the same bytes.
 ///
 /// # Errors
-/// Those of [`Writer`] and [`quantize_layers`]; a model whose RMSNorm gains are not folded into its weights.
+/// Those of [`Writer`] and [`quantize_layers`]; a model whose RMSNorm gains are not folded into its weights; clip constants to be learned
+/// for a format that has none.
 pub fn write_quantized(
     rotated: &Rotated<'_>,
     quantizer: &dyn WeightQuantizer,
@@ -24,6 +25,14 @@ pub fn write_quantized(
 ) -> Result<()> {
     if !rotated.is_folded() {
         return Err(Error::argument("export", "expected a model whose RMSNorm gains are folded (Llama::load)"));
+    }
+    let reconstruct = calibration.and_then(|c| c.reconstruct.as_ref());
+    if let Some(by) = reconstruct {
+        by.check(rotated.scheme())?;
+        if by.clips && output.format != Format::Native {
+            let message = format!("clips: {} has no clip constants of activations; expected scales alone", output.format.name());
+            return Err(Error::argument("reconstruct", message));
+        }
     }
     let (dtype, rotations) = (rotated.dtype(), rotated.rotations());
     let writer = Writer::create(output, rotated.config(), rotated.scheme(), dtype, rotations, &rotated.sha256()?)?;
@@ -51,7 +60,11 @@ impl LayerStore for Layers<'_, '_> {
             let [bias, norm] = [bias, norm].map(|t| t.map(|t| t.to_device(device)).transpose());
             linears.push(Affine { weight, bias: bias?, norm: norm? });
         }
-        Ok(QuantizedLayer { index, linears: Linears::from_vec(linears)? })
+        let mut clips = self.0.read_clips(index)?;
+        for t in clips.iter_mut().flatten() {
+            *t = t.to_device(device)?;
+        }
+        Ok(QuantizedLayer { index, linears: Linears::from_vec(linears)?, clips })
     }
 
     fn save(&mut self, layer: &QuantizedLayer) -> Result<()> {
@@ -60,7 +73,7 @@ impl LayerStore for Layers<'_, '_> {
             Some(codes) if !hf => Stored::Codes(codes.clone()),
             _ => Stored::Values(l.weight.clone()),
         };
-        self.0.layer(layer.index, &layer.linears.each(|_, l| Ok(l.with_weight(stored(&l.weight))))?)
+        self.0.clipped_layer(layer.index, &layer.linears.each(|_, l| Ok(l.with_weight(stored(&l.weight))))?, &layer.clips)
     }
 }
 

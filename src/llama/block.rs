@@ -179,6 +179,11 @@ impl Block {
         Self { clips, ..self }
     }
 
+    /// Its own clip constants at a site, `[kinds, 2]`.
+    pub fn clip_constants(&self, site: Site) -> Option<&Tensor> {
+        self.clips[site as usize].as_ref()
+    }
+
     /// The same layer with its weights on another device.
     ///
     /// # Errors

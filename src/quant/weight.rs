@@ -53,6 +53,11 @@ pub trait WeightQuantizer {
         false
     }
 
+    /// The type that files keep its scales in, where they are rounded to one ([`QuantSpec::stored`]).
+    fn stores_scales_as(&self) -> Option<DType> {
+        None
+    }
+
     /// Quantises linears `[out, in]` that read one input, of which `moments` are the second moments. `spec` is active. The results are in
     /// the order of `weights`.
     ///

@@ -10,5 +10,6 @@ mod hadamard_sizes;
 mod kernels;
 mod networks;
 mod parity;
+mod reconstruct;
 mod scale;
 mod synthetic;

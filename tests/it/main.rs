@@ -28,6 +28,7 @@ mod odd_models;
 mod parity;
 mod properties;
 mod readme;
+mod reconstruct;
 mod required;
 mod robustness;
 mod scale;

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use spinquant::baselines::{QatOptions, Training};
-use spinquant::calibrate::ClipFound;
+use spinquant::calibrate::{Calibration, ClipFound};
 use spinquant::compare::{Clipped, Comparison, Judged, Outcome, Row, Run, Test, Unrotated};
-use spinquant::data::FirstToken;
+use spinquant::data::{FirstToken, Windows};
 use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
@@ -113,9 +113,24 @@ impl QatArgs {
     }
 }
 
+impl Args {
+    /// What weights are calibrated on: text alone, and the same with what is learned of every layer where that is asked for.
+    fn samples<'a>(&self, text: &'a Windows, wanted: &[Correction]) -> Result<Vec<Calibration<'a>>> {
+        let reconstruct = self.gptq_args.reconstruct();
+        if wanted.is_empty() {
+            let missing = || Err(Error::argument("--reconstruct", "needs --weights LIST or --gptq"));
+            return if reconstruct.is_some() { missing() } else { Ok(vec![]) };
+        }
+        let sample = self.gptq_args.calibration(text)?;
+        let plain = sample.clone().reconstruct(None);
+        Ok(if reconstruct.is_some() { vec![plain, sample] } else { vec![plain] })
+    }
+}
+
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     let scheme = args.scheme.scheme();
+    args.gptq_args.reconstruct().map_or(Ok(()), |by| by.check(&scheme))?;
     let learn_scheme = args.learn_scheme.map_or(scheme, |given| with_bits_of(&given, scheme));
     let mut options = args.recipe.options(scheme, 0);
     options.clip = args.clip.unwrap_or(options.clip);
@@ -142,9 +157,10 @@ pub fn run(args: &Args) -> Result<()> {
     let other = args.fidelity_text.as_ref().map(read).transpose()?;
     let test = Test { text: &text, other: other.as_ref(), exam: exam.as_ref() };
     let wanted = if args.gptq { &[Correction::None][..] } else { &args.weights };
-    let sample = if wanted.is_empty() { None } else { Some(args.gptq_args.calibration(&calibration)?) };
+    let samples = args.samples(&calibration, wanted)?;
     let quantizers: Vec<Gptq> = wanted.iter().map(|&correction| args.gptq_args.quantizer(correction)).collect();
-    let quantizers: Vec<_> = quantizers.iter().zip(sample.iter().cycle()).collect();
+    // Each as it is, then with what is learned behind it.
+    let quantizers: Vec<_> = quantizers.iter().flat_map(|gptq| samples.iter().map(move |sample| (gptq, sample))).collect();
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
     let unrotated = {

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use spinquant::compare::quantized;
+use spinquant::calibrate::{LayerReport, quantize_weights};
+use spinquant::compare::{LayerWatch, quantized};
 use spinquant::data::Windows;
 use spinquant::export::{Record, is_native, load_native};
 use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged};
-use spinquant::quant::{Correction, Online, Scheme};
+use spinquant::quant::{Online, Rtn, Scheme};
 use spinquant::rotation::{Rotations, Start};
 use spinquant::{Error, Result};
 
@@ -26,7 +27,7 @@ pub struct NetworkArgs {
     /// (experimental) [default: rtn].
     #[arg(long, value_name = Method::NAMES)]
     weights: Option<Method>,
-    /// Calibration text, for all but rtn.
+    /// Calibration text, for all but rtn, and for --reconstruct.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     #[command(flatten)]
@@ -54,7 +55,7 @@ enum From {
     /// A folder of compressed-tensors.
     Compressed(Box<Compressed>),
     /// A model's own files.
-    Model { plain: bool, rotations: Option<Box<Rotations>>, calibration: Option<(Correction, Windows)> },
+    Model { plain: bool, rotations: Option<Box<Rotations>>, calibration: Option<(Method, Windows)> },
 }
 
 impl NetworkArgs {
@@ -72,22 +73,19 @@ impl NetworkArgs {
         }
         let start = self.rotations.clone().unwrap_or(Start::None);
         let weights = self.weights.unwrap_or(Method::Rtn);
-        let reads = scores_windows || weights.reads_text();
+        let reads = scores_windows || self.gptq.reads_text(weights);
         let config = self.model.checked(&self.scheme.scheme(), reads.then_some(seq_len))?;
         let file = rotations(&start, &config)?;
         let scheme = self.scheme.scheme_with(file.as_ref(), &config)?;
-        let text = self.gptq.text(weights, &self.model, &config, self.calibration.as_ref(), seq_len)?;
-        let calibration = match weights {
-            Method::Gptq(correction) => text.map(|text| (correction, text)),
-            Method::Rtn => None,
-        };
+        let text = self.gptq.text(weights, &self.model, (&config, &scheme), self.calibration.as_ref(), seq_len)?;
+        let calibration = text.map(|text| (weights, text));
         let (plain, rotations) = (matches!(start, Start::None), file.map(|file| Box::new(self.scheme.learned(&file, &scheme))));
         Ok(Network {
             args: self,
             config,
             scheme,
             rotations: start.to_string(),
-            weights: weights.to_string(),
+            weights: self.gptq.described(weights),
             from: From::Model { plain, rotations, calibration },
         })
     }
@@ -122,6 +120,9 @@ impl NetworkArgs {
     fn agrees(&self, scheme: &Scheme, rotations: &str, weights: &str) -> Result<()> {
         let dir = &self.model.model;
         self.scheme.check_written(scheme, dir)?;
+        if let Some(by) = self.gptq.reconstruct() {
+            return Err(contradicts("--reconstruct", dir, "weights that are quantised", &by.to_string()));
+        }
         let given = [
             ("--rotations", self.rotations.as_ref().map(Start::to_string), rotations),
             ("--weights", self.weights.map(|method| method.to_string()), weights),
@@ -202,9 +203,15 @@ impl Network<'_> {
         let gptq = &self.args.gptq;
         match calibration {
             None => model.merge(rotations.as_deref(), &self.scheme),
-            Some((correction, text)) => {
+            Some((Method::Gptq(correction), text)) => {
                 let run = (&gptq.quantizer(*correction), &gptq.calibration(text)?);
                 quantized(model, rotations.as_deref(), &self.scheme, run, &mut progress.watch())
+            }
+            Some((Method::Rtn, text)) => {
+                let (mut watch, rotations) = (progress.watch(), rotations.as_deref());
+                let mut layers = LayerWatch::new(&mut watch, &self.weights, self.config.layers, None);
+                let told = |report: &LayerReport| layers.told(report);
+                quantize_weights(model, rotations, &self.scheme, &Rtn, Some(&gptq.calibration(text)?), &mut (), told)
             }
         }
     }

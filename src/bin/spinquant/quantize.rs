@@ -2,13 +2,11 @@
 
 use std::path::PathBuf;
 
-use spinquant::calibrate::LayerReport;
-use spinquant::compare::gptq_layer;
+use spinquant::compare::LayerWatch;
 use spinquant::data::Windows;
 use spinquant::export::{self, Format, Output, Provenance, Target, write_quantized};
-use spinquant::learn::Watch;
 use spinquant::llama::{LlamaConfig, Rotated};
-use spinquant::quant::{ClipRatios, Rtn, Scheme};
+use spinquant::quant::{ClipRatios, Rtn, Scheme, WeightQuantizer};
 use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
 use spinquant::{Error, Result};
 
@@ -30,7 +28,7 @@ pub struct Args {
     /// (experimental).
     #[arg(long, value_name = Method::NAMES, default_value_t = Method::Rtn)]
     weights: Method,
-    /// Calibration text, for all but rtn.
+    /// Calibration text, for all but rtn, and for --reconstruct.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// Tokens of a calibration window.
@@ -65,7 +63,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     if args.target.is_some() && args.format != Format::CompressedTensors {
         return Err(Error::argument("--target", "is for --format compressed-tensors"));
     }
-    let config = args.model.checked(&args.scheme.scheme(), args.weights.reads_text().then_some(args.seq_len))?;
+    let config = args.model.checked(&args.scheme.scheme(), args.gptq.reads_text(args.weights).then_some(args.seq_len))?;
     let rotations = rotations(&args.rotations, &config)?;
     let scheme = args.scheme.scheme_with(rotations.as_ref(), &config)?;
     let scheme = match args.format {
@@ -73,7 +71,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
         _ => scheme,
     };
     let rotations = rotations.map(|file| args.learned(&file, &scheme));
-    let text = args.gptq.text(args.weights, &args.model, &config, args.calibration.as_ref(), args.seq_len)?;
+    let text = args.gptq.text(args.weights, &args.model, (&config, &scheme), args.calibration.as_ref(), args.seq_len)?;
     if let Some(device) = hf_device {
         let source = open_model(&args.model.model)?;
         write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, text.as_ref(), progress)?;
@@ -87,7 +85,12 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
             "a Hugging Face folder holds weights only, so this is {written}: a runtime computes activations and the KV cache as it likes, not as {scheme} says"
         ));
     }
-    out!("{written}, rotations {}, weights {}: written to {}", args.rotations, args.weights, args.out.display());
+    out!(
+        "{written}, rotations {}, weights {}: written to {}",
+        args.rotations,
+        args.gptq.described(args.weights),
+        args.out.display()
+    );
     Ok(())
 }
 
@@ -147,29 +150,26 @@ fn write(args: &Args, rotated: &Rotated<'_>, text: Option<&Windows>, progress: &
         ..Provenance::default()
     };
     stop::kept("the layers done are kept: the same command goes on from there");
-    let correction = match args.weights {
-        Method::Gptq(correction) => Some(correction),
+    let gptq = match args.weights {
+        Method::Gptq(correction) => Some(args.gptq.quantizer(correction)),
         Method::Rtn => None,
     };
-    match correction.zip(text) {
-        None => {
-            let mut task = progress.start("writing, layers", layers);
-            write_quantized(rotated, &Rtn, None, output, |report| {
-                task.at(report.done, "");
-                stop::asked()
-            })
-        }
-        Some((correction, text)) => {
-            let (calibration, gptq) = (args.gptq.calibration(text)?, args.gptq.quantizer(correction));
-            output.provenance.notes.extend(args.gptq.notes(&gptq));
-            output.provenance.notes.insert("seq_len".into(), args.seq_len.into());
-            output.provenance.notes.insert("bos".into(), args.model.bos().to_string().into());
-            let file = args.calibration.as_ref().expect("just read");
-            output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, text)?);
-            let mut watch = progress.watch();
-            watch.begin(&format!("{correction}, layers"), layers);
-            let told = |report: &LayerReport| gptq_layer(&gptq, report, &mut watch);
-            write_quantized(rotated, &gptq, Some(&calibration), output, told)
-        }
-    }
+    let Some(text) = text else {
+        let mut task = progress.start("writing, layers", layers);
+        return write_quantized(rotated, &Rtn, None, output, |report| {
+            task.at(report.done, "");
+            stop::asked()
+        });
+    };
+    let calibration = args.gptq.calibration(text)?;
+    output.provenance.notes.extend(args.gptq.notes(gptq.as_ref()));
+    output.provenance.notes.insert("seq_len".into(), args.seq_len.into());
+    output.provenance.notes.insert("bos".into(), args.model.bos().to_string().into());
+    let file = args.calibration.as_ref().expect("just read");
+    output.provenance.calibration_sha256 = Some(args.model.text_sha256(file, text)?);
+    let mut watch = progress.watch();
+    let damping = gptq.as_ref().map(|gptq| gptq.damping);
+    let mut watched = LayerWatch::new(&mut watch, &args.gptq.described(args.weights), layers, damping);
+    let quantizer: &dyn WeightQuantizer = gptq.as_ref().map_or(&Rtn, |gptq| gptq);
+    write_quantized(rotated, quantizer, Some(&calibration), output, |report| watched.told(report))
 }

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde_json::Value;
-use spinquant::calibrate::Calibration;
+use spinquant::calibrate::{Calibration, Reconstruct};
 use spinquant::data::Windows;
 use spinquant::llama::LlamaConfig;
-use spinquant::quant::{Correction, Gptq, WeightQuantizer};
+use spinquant::quant::{Correction, Gptq, Scheme, WeightQuantizer};
 use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, at_least_one};
@@ -64,6 +64,17 @@ pub struct GptqArgs {
     /// Quantise activations while calibrating (published: no, for GPTQ; gptaq, qep, qronos and foem do in any case).
     #[arg(long)]
     calibrate_quantized: bool,
+    /// After a layer's weights are quantised, learn what is free in it so that its output comes back to that in full precision: the clip
+    /// constants of activations, K and V, the scales of the weights (codes stay), or both. Needs --calibration, for rtn too, and calibrates
+    /// with quantised activations (experimental).
+    #[arg(long, value_name = "clips|scales|clips,scales")]
+    reconstruct: Option<Reconstruct>,
+    /// Steps a layer of --reconstruct.
+    #[arg(long, value_name = "N", default_value_t = Reconstruct::default().steps, value_parser = at_least_one, requires = "reconstruct")]
+    reconstruct_steps: usize,
+    /// Its learning rate for clip constants in the first step; scales are learned at a fifth of it.
+    #[arg(long, value_name = "RATE", default_value_t = Reconstruct::default().rate, requires = "reconstruct")]
+    reconstruct_lr: f64,
 }
 
 impl GptqArgs {
@@ -74,17 +85,42 @@ impl GptqArgs {
 
     /// What it is calibrated on.
     pub fn calibration<'a>(&self, text: &'a Windows) -> Result<Calibration<'a>> {
-        Ok(Calibration::first(text, self.calibration_windows)?.quantize_activations(self.calibrate_quantized))
+        let calibration = Calibration::first(text, self.calibration_windows)?;
+        Ok(calibration.quantize_activations(self.calibrate_quantized).reconstruct(self.reconstruct()))
     }
 
-    /// The settings of a quantiser, for the record: a run that continues must have the same.
-    pub fn notes(&self, quantizer: &Gptq) -> BTreeMap<String, Value> {
-        BTreeMap::from([
+    /// What is learned of every layer once its weights are quantised.
+    pub fn reconstruct(&self) -> Option<Reconstruct> {
+        let (steps, rate) = (self.reconstruct_steps, self.reconstruct_lr);
+        self.reconstruct.map(|what| Reconstruct { steps, rate, ..what })
+    }
+
+    /// A method and what comes behind it, in words.
+    pub fn described(&self, method: Method) -> String {
+        self.reconstruct.map_or_else(|| method.to_string(), |by| format!("{method} + {by}"))
+    }
+
+    /// True where a method, or what comes behind it, reads calibration text.
+    pub fn reads_text(&self, method: Method) -> bool {
+        method.reads_text() || self.reconstruct.is_some()
+    }
+
+    /// The settings of a quantiser, where it has some, and of what comes behind it, for the record: a run that continues must have the same.
+    pub fn notes(&self, quantizer: Option<&Gptq>) -> BTreeMap<String, Value> {
+        let reads_quantized = quantizer.is_some_and(Gptq::reads_quantized) || self.reconstruct.is_some();
+        let mut notes: BTreeMap<String, Value> = BTreeMap::from([
             ("calibration_windows".into(), self.calibration_windows.into()),
-            ("damping".into(), self.damping.into()),
-            ("act_order".into(), self.act_order.into()),
-            ("calibrate_quantized".into(), (self.calibrate_quantized || quantizer.reads_quantized()).into()),
-        ])
+            ("calibrate_quantized".into(), (self.calibrate_quantized || reads_quantized).into()),
+        ]);
+        if quantizer.is_some() {
+            notes.extend([("damping".into(), self.damping.into()), ("act_order".into(), self.act_order.into())]);
+        }
+        if let Some(by) = self.reconstruct() {
+            notes.insert("reconstruct".into(), by.to_string().into());
+            notes.insert("reconstruct_steps".into(), by.steps.into());
+            notes.insert("reconstruct_lr".into(), by.rate.into());
+        }
+        notes
     }
 
     /// Checks the numbers.
@@ -97,15 +133,17 @@ impl GptqArgs {
         &self,
         method: Method,
         model: &ModelArgs,
-        config: &LlamaConfig,
+        (config, scheme): (&LlamaConfig, &Scheme),
         file: Option<&PathBuf>,
         seq_len: usize,
     ) -> Result<Option<Windows>> {
-        if !method.reads_text() {
+        if !self.reads_text(method) {
             return Ok(None);
         }
         self.check()?;
-        let file = file.ok_or_else(|| Error::argument(format!("--weights {method}"), "needs --calibration FILE"))?;
+        self.reconstruct().map_or(Ok(()), |by| by.check(scheme))?;
+        let what = || if method.reads_text() { format!("--weights {method}") } else { "--reconstruct".into() };
+        let file = file.ok_or_else(|| Error::argument(what(), "needs --calibration FILE"))?;
         let text = model.windows(config, file, seq_len)?;
         self.calibration(&text)?;
         Ok(Some(text))

@@ -25,6 +25,7 @@ mod learning;
 mod online;
 mod outputs;
 mod reading;
+mod reconstruct;
 mod scores;
 mod serve;
 mod transforms;
