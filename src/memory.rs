@@ -139,11 +139,13 @@ struct Sizes {
     scaled_norms: bool,
     /// The output of up is scaled, as up stays unrotated.
     scaled_up: bool,
-    /// Bytes of what is kept in `f32` of a layer's weights for the gradients of its scales alone.
+    /// Bytes of what is kept of a layer's weights and of R1 for the gradients of its scales alone.
     scaled: usize,
     /// Bytes in `f32` of what a layer's scales multiply of weights and of R1.
     multiplied: usize,
     /// Values of a token and layer in front of quantisers whose clip ratios are learned.
+    clipping: usize,
+    /// Those of them that nothing else keeps.
     clipped: usize,
     /// Values of R2 and R2b where there is more than one R2 a layer.
     r2: usize,
@@ -166,11 +168,13 @@ impl Sizes {
         let (heads, general) = (work.transforms.heads(), is(Scale::ValuesGeneral));
         // Unquantised up stays as it is; the scales of a norm multiply R1, once for each norm.
         let rows = if quantized { 2 * f } else { f };
-        let both = of(up_down, rows) + of(scaled_norms, 2 * c) + of(is(Scale::RopePairs), q + kv);
-        let multiplied = both + of(values, q + kv) + of(general, q + kv);
+        let turned = of(is(Scale::RopePairs), q + kv);
+        let multiplied = of(up_down, rows) + of(scaled_norms, 2 * c) + turned + of(values, q + kv) + of(general, q + kv);
         // What scales of values multiply is what R2 and R2b multiply next, and kept for them, but for heads of o that change places.
         let swapped = if heads { usize::from(values) + usize::from(general) } else { 0 };
-        let scaled = both + of(general, q + kv) + 4 * c * q * swapped;
+        // What those of up and down multiply is kept in the weights' type. R1 times those of a norm is kept where it stands for gate and up.
+        let kept = if up_down { e * c * rows } else { 0 } + of(scaled_norms && !quantized, c);
+        let scaled = kept + turned + of(general, q + kv) + 4 * c * q * swapped;
         // Those of every head; one R2 a layer is little beside R1.
         let (d, each) = (config.head_dim, if heads { config.kv_heads } else { 1 });
         let r2 = d * d * layers * each;
@@ -181,7 +185,14 @@ impl Sizes {
             Site::AttentionOutput => q,
             Site::DownInput => f,
         };
-        let clipped = if work.clips { work.scheme.active_sites().into_iter().map(width).sum() } else { 0 };
+        let sites = if work.clips { work.scheme.active_sites() } else { vec![] };
+        // Attention keeps its own output, and scales of norms keep what they made.
+        let twice = |site| match site {
+            Site::AttentionInput | Site::MlpInput => scaled_norms,
+            site => site == Site::AttentionOutput,
+        };
+        let clipped = sites.iter().copied().filter(|&site| !twice(site)).map(width).sum();
+        let clipping = sites.into_iter().map(width).sum();
         let rows = |l: Linear| {
             let [out, inputs] = l.shape(config);
             out * (inputs / work.scheme.weight_group.unwrap_or(inputs).max(1))
@@ -203,6 +214,7 @@ impl Sizes {
             scaled_up: up_down && !quantized,
             scaled,
             multiplied,
+            clipping,
             clipped,
             r2,
             weight_rows,
@@ -347,7 +359,7 @@ impl Sizes {
         let moved = moved + if self.scaled_norms { layers * passes(10.0, 0.0) } else { 0.0 };
         let moved = moved + if self.scaled_up { layers * passes(0.0, 6.0) + recomputed * passes(0.0, 2.0) } else { 0.0 };
         // Quantised by a pass of their own, and read again on the way back.
-        let moved = moved + (5.0 * layers + 2.0 * recomputed) * tokens * (self.e * self.clipped) as f64;
+        let moved = moved + (5.0 * layers + 2.0 * recomputed) * tokens * (self.e * self.clipping) as f64;
         // 80 candidates a value, or by ratios that are learned one, and the unquantised weights read again on the way back.
         let weights =
             weights + if self.weight_rows > 0 { rounds * (2.0 * layers + again) * 3.0 * layer * self.e as f64 } else { 0.0 };

@@ -3,7 +3,7 @@
 use crate::hadamard::Hadamard;
 use crate::llama::rotate::LayerTransforms;
 use crate::llama::{Basis, Linear};
-use crate::ops::log_scale::Along;
+use crate::ops::log_scale::{Along, Keeps};
 use crate::{DType, Error, Result, Tensor, Var};
 
 /// The rotations and scales of one layer.
@@ -19,7 +19,8 @@ impl<'a, 't> Rotation<'a, 't> {
     /// and their gradient comes from that of R1.
     pub fn new(by: &'a LayerTransforms<'t>, r4: Option<Hadamard>) -> Result<Self> {
         let enter = |a: &Option<Var<'t>>| match a {
-            Some(a) => by.r1.clone().log_scale(a.clone(), Along::Columns, false),
+            // Every layer keeps the same R1.
+            Some(a) => by.r1.clone().log_scale_keeping(a.clone(), Along::Columns, false, Keeps::Input),
             None => Ok(by.r1.clone()),
         };
         let [first, second] = &by.scales.norms;
@@ -45,7 +46,9 @@ impl<'t> Rotation<'_, 't> {
             Basis::Stream => w.matmul_as(self.entering(row.norm.expect("what reads the stream reads a norm")), between)?,
             _ => self.by.r1.clone().transpose_matmul_as(w, between)?,
         };
-        let w = self.scaled(linear, w)?;
+        // R2 keeps what it multiplies; the others keep nothing else of this width.
+        let keeps = if matches!(linear, Linear::Up | Linear::Down) { Keeps::Rounded(dtype) } else { Keeps::Output };
+        let w = self.scaled(linear, w, keeps)?;
         match (row.reads, row.writes, &self.r4) {
             (_, Basis::Values, _) => self.values_out(w),
             (Basis::Values, ..) => self.values_in(w),
@@ -75,27 +78,27 @@ impl<'t> Rotation<'_, 't> {
     fn values_in(&self, w: Var<'t>) -> Result<Var<'t>> {
         let w = columns_by(w, &self.by.r2)?;
         let w = match &self.by.scales.values_general {
-            Some(a) => self.scaled_columns(w, a)?,
+            Some(a) => self.scaled_columns(w, a, Keeps::Output)?,
             None => w,
         };
         self.by.r2b.iter().try_fold(w, columns_by)
     }
 
     /// Rows divided or turned and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
-    fn scaled(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+    fn scaled(&self, linear: Linear, w: Var<'t>, keeps: Keeps) -> Result<Var<'t>> {
         let w = match self.of_rows(linear) {
-            Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
+            Some(a) => w.log_scale_keeping(a.clone(), Along::Rows, true, keeps)?,
             None => w,
         };
         let w = self.turned(linear, w)?;
         match self.of_columns(linear) {
-            Some(a) => self.scaled_columns(w, a),
+            Some(a) => self.scaled_columns(w, a, keeps),
             None => Ok(w),
         }
     }
 
     /// Columns multiplied by scales, of which the query heads of a key and value head have the same.
-    fn scaled_columns(&self, w: Var<'t>, a: &Var<'t>) -> Result<Var<'t>> {
+    fn scaled_columns(&self, w: Var<'t>, a: &Var<'t>, keeps: Keeps) -> Result<Var<'t>> {
         let (entries, columns, d) = (a.value().len(), w.value().cols(), self.d());
         let a = match columns / entries {
             0 | 1 => a.clone(),
@@ -111,7 +114,7 @@ impl<'t> Rotation<'_, 't> {
                 a.clone().reshape([heads, d])?.embedding(ids.into())?.reshape([columns])?
             }
         };
-        w.log_scale(a, Along::Columns, false)
+        w.log_scale_keeping(a, Along::Columns, false, keeps)
     }
 
     /// Pairs of rows turned: those of q are divided by the scales, those of k multiplied.

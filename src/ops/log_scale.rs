@@ -1,6 +1,6 @@
 //! Rows or columns times exponentials of learned logarithms: `y[i, j] = x[i, j] exp(±a[j])` by columns, `x[i, j] exp(±a[i])` by rows. A
 //! scale that is an exponential is never 0 and needs no bounds. Backward: `dx = dy exp(±a)`, `da = ± Σ y dy` over what shares an entry.
-//! So it is y that is kept, and not x: what comes next often keeps it too.
+//! So it is y that is kept, unless told otherwise ([`Keeps`]): what comes next often keeps it too.
 
 use rayon::prelude::*;
 
@@ -20,7 +20,7 @@ pub enum Along {
     Columns,
 }
 
-/// The operation: x `[.., cols]` as a matrix, and a, one entry a row or a column. Keeps a, and y where the gradient of a is wanted.
+/// The operation: x `[.., cols]` as a matrix, and a, one entry a row or a column.
 #[derive(Clone, Copy, Debug)]
 pub struct LogScale {
     /// What is scaled by one entry.
@@ -85,29 +85,32 @@ impl LogScale {
         self.times(&mut y, cols, &self.factors(a)?);
         Tensor::from_vec(y, shape)
     }
-
-    fn gradients<T: cpu::Real>(self, y: Option<&Tensor>, a: &Tensor, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let (shape, cols) = (dy.shape().to_vec(), dy.cols());
-        let da = y.map(|y| Tensor::from_vec(self.sums::<T>(y.as_slice()?, dy.as_slice()?, cols), a.shape())).transpose()?;
-        let dx = match want[0] {
-            true => {
-                let mut dx = dy.into_owned::<T>()?;
-                self.times(&mut dx, cols, &self.factors(a)?);
-                Some(Tensor::from_vec(dx, shape)?)
-            }
-            false => None,
-        };
-        Ok(vec![dx, da])
-    }
 }
 
-impl Op for LogScale {
+/// What is kept for the gradient of the logarithms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    /// x, which costs nothing where others keep it too.
+    Input,
+    /// y, likewise.
+    Output,
+    /// y rounded to this type, where nobody else keeps it.
+    Rounded(DType),
+}
+
+/// The operation on a tape: keeps a, and x or y where the gradient of a is wanted.
+struct Recorded {
+    op: LogScale,
+    keeps: Keeps,
+}
+
+impl Op for Recorded {
     fn name(&self) -> &'static str {
         "log_scale"
     }
     fn check(&self, inputs: &[Tensor]) -> Result<()> {
         let [x, a] = operands(inputs)?;
-        let entries = self.entries(x);
+        let entries = self.op.entries(x);
         if a.shape() != [entries] {
             return Err(Error::shape("log_scale: logarithms", format!("[{entries}]"), a.shape()));
         }
@@ -119,30 +122,38 @@ impl Op for LogScale {
     }
     fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, a] = inputs.take()?;
-        let y = if x.dtype() == DType::F64 { self.forward::<f64>(x, &a)? } else { self.forward::<f32>(x, &a)? };
-        keep(save, a, &y);
+        let input = self.input(&x);
+        let y = if x.dtype() == DType::F64 { self.op.forward::<f64>(x, &a)? } else { self.op.forward::<f32>(x, &a)? };
+        self.keep(save, a, input, &y)?;
         Ok(y)
     }
     fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, a] = inputs.take()?;
         let (mut x, a) = (x.aligned()?, a.aligned()?);
+        let input = self.input(&x);
         let y = x.or_new(device)?;
-        launch(device.queue(), *self, y.view()?, x.view()?, a.view()?, x.cols())?;
-        keep(save, a, &y);
+        launch(device.queue(), self.op, y.view()?, x.view()?, a.view()?, x.cols())?;
+        self.keep(save, a, input, &y)?;
         Ok(y)
     }
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let (a, y) = kept(saved, want)?;
-        let y = y.as_ref();
-        if dy.dtype() == DType::F64 { self.gradients::<f64>(y, &a, dy, want) } else { self.gradients::<f32>(y, &a, dy, want) }
+        let (a, kept) = kept(saved, want)?;
+        let kept = kept.map(|t| t.to_dtype(dy.dtype())).transpose()?;
+        let kept = kept.as_ref();
+        if dy.dtype() == DType::F64 {
+            self.gradients::<f64>(kept, &a, dy, want)
+        } else {
+            self.gradients::<f32>(kept, &a, dy, want)
+        }
     }
     fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let (a, y) = kept(saved, want)?;
+        let (a, kept) = kept(saved, want)?;
         let (a, mut dy) = (a.aligned()?, dy.aligned()?);
-        let da = match y {
-            Some(y) => {
-                let (da, y) = (Tensor::on(device, a.shape(), DType::F32)?, y.aligned()?);
-                launch_sums(device.queue(), *self, da.view()?, (dy.view()?, y.view()?), None, dy.cols())?;
+        let da = match kept {
+            Some(kept) => {
+                let (da, kept) = (Tensor::on(device, a.shape(), DType::F32)?, kept.to_dtype(dy.dtype())?.aligned()?);
+                let factors = if self.keeps == Keeps::Input { Some(a.view()?) } else { None };
+                launch_sums(device.queue(), self.op, da.view()?, (dy.view()?, kept.view()?), factors, dy.cols())?;
                 Some(da)
             }
             None => None,
@@ -150,7 +161,7 @@ impl Op for LogScale {
         let dx = match want[0] {
             true => {
                 let dx = dy.or_new(device)?;
-                launch(device.queue(), *self, dx.view()?, dy.view()?, a.view()?, dy.cols())?;
+                launch(device.queue(), self.op, dx.view()?, dy.view()?, a.view()?, dy.cols())?;
                 Some(dx)
             }
             false => None,
@@ -159,17 +170,52 @@ impl Op for LogScale {
     }
 }
 
-/// The logarithms, and y where their gradient is wanted.
-fn keep(save: &mut Saved, a: Tensor, y: &Tensor) {
-    if save.wants_any() {
-        save.push(a);
+impl Recorded {
+    /// x, where it is to be kept.
+    fn input(&self, x: &Tensor) -> Option<Tensor> {
+        (self.keeps == Keeps::Input).then(|| x.clone())
     }
-    if save.wants(1) {
-        save.push(y.clone());
+
+    /// Keeps the logarithms, and x or y where their gradient is wanted.
+    fn keep(&self, save: &mut Saved, a: Tensor, input: Option<Tensor>, y: &Tensor) -> Result<()> {
+        if save.wants_any() {
+            save.push(a);
+        }
+        if save.wants(1) {
+            save.push(match (input, self.keeps) {
+                (Some(x), _) => x,
+                (None, Keeps::Rounded(dtype)) => y.to_dtype(dtype)?,
+                (None, _) => y.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    fn gradients<T: cpu::Real>(&self, kept: Option<&Tensor>, a: &Tensor, dy: Tensor, want: &[bool]) -> Result<Grads> {
+        let (op, shape, cols) = (self.op, dy.shape().to_vec(), dy.cols());
+        let da = match kept {
+            Some(kept) => {
+                let mut sums = op.sums::<T>(kept.as_slice()?, dy.as_slice()?, cols);
+                if self.keeps == Keeps::Input {
+                    sums.iter_mut().zip(op.factors::<T>(a)?).for_each(|(sum, factor)| *sum = *sum * factor);
+                }
+                Some(Tensor::from_vec(sums, a.shape())?)
+            }
+            None => None,
+        };
+        let dx = match want[0] {
+            true => {
+                let mut dx = dy.into_owned::<T>()?;
+                op.times(&mut dx, cols, &op.factors(a)?);
+                Some(Tensor::from_vec(dx, shape)?)
+            }
+            false => None,
+        };
+        Ok(vec![dx, da])
     }
 }
 
-/// Back from [`keep`].
+/// Back from [`Recorded::keep`].
 fn kept(saved: Saved, want: &[bool]) -> Result<(Tensor, Option<Tensor>)> {
     if want[1] {
         let [a, y] = saved.take()?;
@@ -225,7 +271,12 @@ impl Var<'_> {
     /// # Errors
     /// Those of [`Tape::record`](crate::Tape::record); another number of logarithms, or another type.
     pub fn log_scale(self, a: Self, along: Along, inverse: bool) -> Result<Self> {
-        self.tape().record(LogScale { along, inverse }, vec![self, a])
+        self.log_scale_keeping(a, along, inverse, Keeps::Output)
+    }
+
+    /// The same, and what is kept for the gradient of a.
+    pub(crate) fn log_scale_keeping(self, a: Self, along: Along, inverse: bool, keeps: Keeps) -> Result<Self> {
+        self.tape().record(Recorded { op: LogScale { along, inverse }, keeps }, vec![self, a])
     }
 }
 
@@ -237,12 +288,23 @@ pub fn reference(op: LogScale, x: &[f64], a: &[f64], cols: usize) -> Vec<f64> {
 
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
+    fn wide(x: &Var<'_>) -> DType {
+        if x.value().dtype().is_half() { DType::F32 } else { x.value().dtype() }
+    }
     let case = |name: &str, along: Along, inverse: bool, rows: usize, cols: usize| {
         let entries = if along == Along::Rows { rows } else { cols };
         Case::new("log_scale", name, normals(&[(&[rows, cols], 51), (&[entries], 52)]), move |v| {
             let [x, a]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
-            let wide = if x.value().dtype().is_half() { DType::F32 } else { x.value().dtype() };
+            let wide = wide(&x);
             x.log_scale(a.to_dtype(wide)?, along, inverse)
+        })
+    };
+    let keeping = |name: &str, along: Along, keeps: Keeps| {
+        let entries = if along == Along::Rows { 5 } else { 24 };
+        Case::new("log_scale", name, normals(&[(&[5, 24], 53), (&[entries], 54)]), move |v| {
+            let [x, a]: [Var; 2] = v.try_into().map_err(|_| Error::Tape("two operands".into()))?;
+            let wide = wide(&x);
+            x.log_scale_keeping(a.to_dtype(wide)?, along, true, keeps)
         })
     };
     let mut all = vec![
@@ -251,6 +313,8 @@ pub fn cases() -> Vec<Case> {
         case("columns, inverse, odd", Along::Columns, true, 7, 13),
         case("rows", Along::Rows, false, 5, 24),
         case("rows, inverse, odd", Along::Rows, true, 33, 7),
+        keeping("columns, x kept", Along::Columns, Keeps::Input),
+        keeping("rows, x kept", Along::Rows, Keeps::Input),
         case("columns, 513x1376", Along::Columns, true, 513, 1376).large(),
         case("rows, 513x1376", Along::Rows, false, 513, 1376).large(),
     ];
@@ -293,6 +357,27 @@ mod tests {
             let back = y.log_scale(tape.constant(a), along, true).unwrap();
             let close = |(x, y): (f64, f64)| (x - y).abs() < 1e-14;
             assert!(back.value().to_f64_vec().unwrap().into_iter().zip(x.to_f64_vec().unwrap()).all(close));
+        }
+    }
+
+    /// The gradient of the logarithms from y in bf16 is that from y, but for the rounding of y.
+    #[test]
+    fn what_is_kept_may_be_rounded() {
+        let (x, dy) = (randn([64, 48], 1).to_dtype(DType::F32).unwrap(), randn([64, 48], 3).to_dtype(DType::F32).unwrap());
+        for (along, entries) in [(Along::Rows, 64), (Along::Columns, 48)] {
+            let gradient = |keeps: Keeps| {
+                let tape = Tape::new();
+                let a = tape.variable(randn([entries], 2).to_dtype(DType::F32).unwrap());
+                let y = tape.constant(x.clone()).log_scale_keeping(a.clone(), along, true, keeps).unwrap();
+                tape.backward_from(y, dy.clone()).unwrap().take(&a).unwrap().to_f64_vec().unwrap()
+            };
+            let (exact, rounded, input) =
+                (gradient(Keeps::Output), gradient(Keeps::Rounded(DType::BF16)), gradient(Keeps::Input));
+            let distance = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+            let size = distance(&exact, &vec![0.0; entries]);
+            assert!(distance(&exact, &input) < 1e-6 * size);
+            let off = distance(&exact, &rounded) / size;
+            assert!(1e-5 < off && off < DType::BF16.epsilon(), "{off:e}");
         }
     }
 
