@@ -13,6 +13,13 @@
 // below, where |e|^2.4 = 2^(2.4 log2 |e|) is good to a few 1e-7 by the hardware's logarithm and exponential; in a sum
 // these errors largely cancel. Candidates whose partial sum already reaches the best total are given up: sums of
 // non-negative terms only grow, so the choice is the same as without.
+//
+// Long rows of few bits are not tried on all candidates either. A histogram of the row, with the mean of every bin, says
+// what the error of a candidate is not below, for the price of a few hundred values: |e|^2.4 is convex where all of a bin
+// goes to one code, so its mean is at least its value at the bin's mean; a bin across the middle between two codes lies
+// above the tangents at that middle, and their lower envelope over the bin is the chord between its ends. Candidates are
+// tried in the order of these bounds until the next one is above the least error found: what is left can neither win nor
+// tie, so the choice is again the same.
 #include "common.cuh"
 #include "quantise.cuh"
 
@@ -148,6 +155,7 @@ __global__ void __launch_bounds__(1024)
 
 constexpr int kCandidates = 80;
 constexpr int kBatch = 8;  // candidates tried on a value while it is in a register
+constexpr int kFewer = 4;  // the same where few are left to try
 constexpr int kParts = 4;  // looks at the partial sums of a batch
 
 // |u|^2.4; 0 where u is 0.
@@ -167,8 +175,20 @@ __device__ __forceinline__ float power_of_two_below(float x) {
 }
 
 // A batch of candidates, and the sums of their errors so far.
+template <int kBatch>
 struct Candidates {
   float scale[kBatch], inverse[kBatch], lowest[kBatch], highest[kBatch], sum[kBatch];
+  bool quick = true;
+
+  __device__ __forceinline__ void set(int c, const Quantiser &q, const Range &range, float unit, int index) {
+    const Step step = find_step(q, range, candidate(index));
+    scale[c] = step.scale * unit;
+    inverse[c] = 1.0f / scale[c];
+    lowest[c] = q.lowest - step.zero;
+    highest[c] = q.highest - step.zero;
+    sum[c] = 0.0f;
+    quick = quick && fabsf(step.zero) < 0x1p18f;
+  }
 
   // kQuick: within rounding of a tie either neighbour has the same error, so a product with the reciprocal will do,
   // unless a far-off zero point makes the quotients large.
@@ -184,7 +204,7 @@ struct Candidates {
 };
 
 // Sums each of v over the row's threads; every thread receives all the sums.
-template <int kThreads>
+template <int kThreads, int kBatch>
 __device__ __forceinline__ void sum_batch(float (&v)[kBatch], float *scratch) {
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) v[i] = warp_sum(v[i]);
@@ -204,6 +224,77 @@ __device__ __forceinline__ void sum_batch(float (&v)[kBatch], float *scratch) {
     }
   }
 }
+
+// The errors of a batch in `total`; false where it was given up, as all of them are above `least`.
+template <int kThreads, int kBatch, typename Value>
+__device__ __forceinline__ bool measure(Candidates<kBatch> &tried, float (&total)[kBatch], const Value &value, int thread,
+                                        int64_t cols, float least, float *scratch) {
+  const int64_t part = ceil_div(ceil_div(cols, int64_t(kParts)), int64_t(kThreads)) * kThreads;
+  for (int64_t from = 0; from < cols; from += part) {
+    const int64_t to = from + part < cols ? from + part : cols;
+    if (tried.quick) {
+      for (int64_t i = from + thread; i < to; i += kThreads) tried.template add<true>(value(i));
+    } else {
+      for (int64_t i = from + thread; i < to; i += kThreads) tried.template add<false>(value(i));
+    }
+    bool hopeless = true;
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) total[c] = tried.sum[c];
+    sum_batch<kThreads, kBatch>(total, scratch);
+#pragma unroll
+    for (int c = 0; c < kBatch; ++c) hopeless = hopeless && total[c] > least;
+    if (hopeless) return false;
+  }
+  return true;
+}
+
+// ---- Bounds from a histogram. ----
+
+constexpr int kBins = 256, kLaneBins = kBins / 32;
+constexpr int64_t kLongRow = 1024;  // shorter rows are tried on all candidates
+
+// Bins of equal width over the range of a row.
+struct Histogram {
+  unsigned count[kBins];
+  unsigned offset[kBins];  // how far behind the start of its bin each value is, in 2^-16 bins, summed
+};
+
+// The bins of a lane: how many values each has, and their mean.
+struct LaneBins {
+  float count[kLaneBins], mean[kLaneBins];
+  float lo, width;  // where the first begins, and the width of each
+
+  __device__ __forceinline__ LaneBins(const Histogram &h, float from, float width, int lane)
+      : lo(from + float(lane * kLaneBins) * width), width(width) {
+#pragma unroll
+    for (int k = 0; k < kLaneBins; ++k) {
+      const unsigned n = h.count[lane * kLaneBins + k];
+      count[k] = float(n);
+      const float inside = n ? float(h.offset[lane * kLaneBins + k]) / (65536.0f * float(n)) : 0.0f;
+      mean[k] = from + (float(lane * kLaneBins + k) + inside) * width;
+    }
+  }
+
+  // What the lane's values add at least to the error of codes lowest..highest, in powers of the step `scale`.
+  __device__ __forceinline__ float bound(float scale, float lowest, float highest) const {
+    constexpr float kHighest = 0.18946f, kSlope = 0.90943f;  // 0.5^2.4, rounded down, and 2.4 * 0.5^1.4, rounded up
+    const float inverse = 1.0f / scale;
+    const auto code = [&](float t) { return fminf(fmaxf(rintf(t), lowest), highest); };
+    float sum = 0.0f, start = lo * inverse, first = code(start);
+#pragma unroll
+    for (int k = 0; k < kLaneBins; ++k) {
+      const float end = (lo + float(k + 1) * width) * inverse, last = code(end), t = mean[k] * inverse;
+      const float middle = first + 0.5f;
+      const float a = kHighest - kSlope * (middle - start), b = kHighest - kSlope * (end - middle);
+      const float chord = fmaxf(a + (b - a) * __fdividef(t - start, end - start), 0.0f);
+      const float across = last == first + 1.0f ? chord : 0.0f;
+      sum += count[k] * (first == last ? power_2_4(t - first) : across);
+      start = end;
+      first = last;
+    }
+    return sum;
+  }
+};
 
 // kThreads == 32: several rows to a block, one to a warp; else one row to a block of kThreads.
 template <typename T, int kThreads>
@@ -238,43 +329,74 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
 
   float least = INFINITY;
   int chosen = 0;
-  const int64_t part = ceil_div(ceil_div(cols, int64_t(kParts)), int64_t(kThreads)) * kThreads;
-  for (int first = 0; first < kCandidates; first += kBatch) {
-    Candidates tried;
-    bool quick = true;
-#pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      const Step step = find_step(q, range, candidate(first + c));
-      tried.scale[c] = step.scale * unit;
-      tried.inverse[c] = 1.0f / tried.scale[c];
-      tried.lowest[c] = q.lowest - step.zero;
-      tried.highest[c] = q.highest - step.zero;
-      tried.sum[c] = 0.0f;
-      quick = quick && fabsf(step.zero) < 0x1p18f;
+  // Of equal errors that of the first candidate counts, in whatever order they are tried.
+  const auto consider = [&](float total, int index) {
+    if (total < least || (total == least && index < chosen)) {
+      least = total;
+      chosen = index;
     }
-    bool hopeless = false;
-    float total[kBatch];
-    for (int64_t from = 0; from < cols && !hopeless; from += part) {
-      const int64_t to = from + part < cols ? from + part : cols;
-      if (quick) {
-        for (int64_t i = from + thread; i < to; i += kThreads) tried.add<true>(value(i));
-      } else {
-        for (int64_t i = from + thread; i < to; i += kThreads) tried.add<false>(value(i));
+  };
+  bool bounded = false;
+  if constexpr (kThreads > 32) {
+    const float lo = range.lo * unit, hi = range.hi * unit;
+    // Few bits, so that bins are narrow beside steps; a zero point near the codes, so that quotients are precise.
+    bounded = staged && cols >= kLongRow && q.highest - q.lowest <= 15.0f && fabsf(whole.zero) <= 64.0f && hi > lo &&
+              whole.scale > 0x1p-60f && whole.scale < 0x1p60f;
+    if (bounded) {
+      __shared__ Histogram bins;
+      __shared__ float bound[kCandidates];
+      __shared__ int order[kCandidates];
+      const float width = (hi - lo) / float(kBins), per_width = float(kBins) / (hi - lo);
+      for (int b = thread; b < kBins; b += kThreads) bins.count[b] = bins.offset[b] = 0;
+      __syncthreads();
+      for (int64_t i = thread; i < cols; i += kThreads) {
+        const float at = (held[i] - lo) * per_width;
+        const int b = min(max(int(at), 0), kBins - 1);  // what is no number counts in some bin; its candidates' errors are none
+        atomicAdd(&bins.count[b], 1u);
+        atomicAdd(&bins.offset[b], unsigned(fminf(fmaxf(at - float(b), 0.0f), 1.0f) * 65535.0f));
       }
-      hopeless = true;
+      __syncthreads();
+      {
+        const int warp = thread / 32, lane = thread % 32;
+        const LaneBins mine(bins, lo, width, lane);
+        for (int i = warp; i < kCandidates; i += kThreads / 32) {
+          const Step step = find_step(q, range, candidate(i));
+          const float scale = step.scale * unit;
+          const float sum = warp_sum(mine.bound(scale, q.lowest - step.zero, q.highest - step.zero));
+          // Places are good to 10^-4 steps, by which no |u|^2.4 with |u| <= 1/2 changes by more; larger ones change by 3 * 10^-4 of
+          // themselves at most, and so do sums by their rounding.
+          const float less = (sum * (1.0f - 1e-3f) - 1e-4f * float(cols)) * power_2_4(scale);
+          if (lane == 0) bound[i] = less == less ? less : -INFINITY;
+        }
+      }
+      __syncthreads();
+      if (thread < kCandidates) {
+        int rank = 0;
+        const float own = bound[thread];
+        for (int i = 0; i < kCandidates; ++i) rank += bound[i] < own || (bound[i] == own && i < thread);
+        order[rank] = thread;
+      }
+      __syncthreads();
+      for (int first = 0; first < kCandidates && !(bound[order[first]] > least); first += kFewer) {
+        Candidates<kFewer> tried;
 #pragma unroll
-      for (int c = 0; c < kBatch; ++c) total[c] = tried.sum[c];
-      sum_batch<kThreads>(total, sum_scratch);
+        for (int c = 0; c < kFewer; ++c) tried.set(c, q, range, unit, order[first + c]);
+        float total[kFewer];
+        if (!measure<kThreads, kFewer>(tried, total, value, thread, cols, least, sum_scratch)) continue;
 #pragma unroll
-      for (int c = 0; c < kBatch; ++c) hopeless = hopeless && total[c] >= least;
+        for (int c = 0; c < kFewer; ++c) consider(total[c], order[first + c]);
+      }
     }
-    if (hopeless) continue;
+  }
+  if (!bounded) {
+    for (int first = 0; first < kCandidates; first += kBatch) {
+      Candidates<kBatch> tried;
 #pragma unroll
-    for (int c = 0; c < kBatch; ++c) {
-      if (total[c] < least) {
-        least = total[c];
-        chosen = first + c;
-      }
+      for (int c = 0; c < kBatch; ++c) tried.set(c, q, range, unit, first + c);
+      float total[kBatch];
+      if (!measure<kThreads, kBatch>(tried, total, value, thread, cols, least, sum_scratch)) continue;
+#pragma unroll
+      for (int c = 0; c < kBatch; ++c) consider(total[c], first + c);
     }
   }
 
@@ -343,7 +465,7 @@ int launch_search(T *y, const Outputs &out, int32_t *best, const T *x, int64_t r
   const int64_t blocks = ceil_div(rows, int64_t(teams));
   if (blocks > kMaxGridX) return cudaErrorInvalidValue;
   size_t bytes = size_t(cols) * sizeof(float) * teams;
-  const bool staged = bytes <= size_t(current_gpu().shared_bytes) - 4096;
+  const bool staged = bytes <= size_t(current_gpu().shared_bytes) - 5120;
   if (!staged) bytes = 0;
   const auto kernel = search_kernel<T, kThreads>;
   if (const int status = allow_shared(kernel, bytes)) return status;

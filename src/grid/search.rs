@@ -67,6 +67,8 @@ const TOP: f32 = 0.5;
 const LESS: f32 = 1.0 - 1e-5;
 /// How much larger a bound must be than the smallest one for its sum to be given up: more than bounds are below errors.
 const BEATEN: f32 = 1.002;
+/// Values are outermost beyond this part of the range: candidates that clip more have lost.
+const OUTER: f32 = 0.45;
 /// The candidate that is bounded first.
 const START: usize = 25;
 
@@ -83,8 +85,8 @@ fn below_power(v: f32) -> f32 {
 struct Bounds<'a> {
     grids: &'a [Grid<f32>; SEARCH_STEPS],
     x: &'a [f32],
-    /// The outermost values, the farthest first, and how far out each is: 1 at the end of the range.
-    outer: Vec<(f32, f32)>,
+    /// The outermost values, the farthest first, filled up with zeros; and how far out the first of each part is: 1 at the end of the range.
+    outer: Vec<(f32, [f32; LANES])>,
     /// The largest magnitude.
     most: f32,
     /// What a sum of n terms may lose by rounding, as a fraction.
@@ -106,8 +108,11 @@ impl<'a> Bounds<'a> {
             return None;
         }
         let far = |v: f32| if v < 0.0 { v / lo } else { v / hi };
-        let mut outer: Vec<(f32, f32)> = x.iter().map(|&v| (v, far(v))).filter(|v| v.1 > 0.45).collect();
-        outer.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
+        let (below, above) = (OUTER * lo, OUTER * hi);
+        let mut outer: Vec<(f32, f32)> = x.iter().filter(|&&v| v > above || v < below).map(|&v| (far(v), v)).collect();
+        outer.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+        let part = |part: &[(f32, f32)]| (part[0].0, std::array::from_fn(|k| part.get(k).map_or(0.0, |v| v.1)));
+        let outer = outer.chunks(LANES).map(part).collect();
         Some(Self { grids, x, outer, most, lost })
     }
 
@@ -149,13 +154,13 @@ impl<'a> Bounds<'a> {
         let grid = &self.grids[i];
         let (inverse, least, most, ratio) = (1.0 / grid.scale, grid.min - grid.zero, grid.max - grid.zero, candidate(i) as f32);
         let (mut clipped, mut more, top) = (0f32, 0f32, below_power(TOP));
-        for part in self.outer.chunks(LANES) {
-            if part[0].1 < ratio || clipped > stop {
+        for (far, part) in &self.outer {
+            if *far < ratio || clipped > stop {
                 break;
             }
             let (mut powers, mut counted) = ([0f32; LANES], [0f32; LANES]);
-            for (k, &(v, _)) in part.iter().enumerate() {
-                let t = v * inverse;
+            for k in 0..LANES {
+                let t = part[k] * inverse;
                 let u = (t - nearest(t, least, most)).abs();
                 powers[k] = if u > TOP { power(u) * LESS } else { 0.0 };
                 counted[k] = if u > TOP { u * u * top } else { 0.0 };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::bf16;
+use spinquant::grid::{SEARCH_NORM, reference_grid};
 use spinquant::hadamard::Hadamard;
 use spinquant::kernels::{self, HadamardMap, Sizes};
 use spinquant::ops::clipped_fake_quant::ClippedFakeQuant;
@@ -181,6 +182,43 @@ fn attention_is_the_operation(s: &Arc<CudaStream>, sizes: Sizes) {
 }
 
 /// Learned scales and clip ratios, their gradients, and the likeliest of two networks.
+/// Long rows are tried on few candidates: what is taken has the least error of all, but for the rounding of sums.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_search_of_long_rows_takes_the_best_candidate() {
+    let s = &stream();
+    for (n, bits, symmetric) in [
+        (1024, 4, true),
+        (1500, 3, false),
+        (4096, 4, true),
+        (4096, 2, false),
+        (4096, 8, true),
+        (11008, 4, true),
+        (11008, 4, false),
+    ] {
+        let spec = QuantSpec::weight(bits, symmetric);
+        let mut x = values(n as u64 + u64::from(bits), 6 * n);
+        x[n] = 30.0; // an outlier, few different values, one sign, nothing, and a small row
+        x[2 * n..3 * n].iter_mut().for_each(|v| *v = (*v * 2.0).round());
+        x[3 * n..4 * n].iter_mut().for_each(|v| *v = v.abs());
+        x[4 * n..5 * n].fill(0.0);
+        x[5 * n..].iter_mut().for_each(|v| *v *= 1e-4);
+        let (gx, mut y) = (s.clone_htod(&x).unwrap(), s.alloc_zeros::<f32>(6 * n).unwrap());
+        let mut best = s.alloc_zeros::<i32>(6).unwrap();
+        kernels::fake_quant_search(s, &mut y, &mut best, &gx, n, &spec).unwrap();
+        for (row, &best) in x.chunks(n).zip(&s.clone_dtoh(&best).unwrap()) {
+            let row = wide(row);
+            let error = |i: usize| {
+                let grid = reference_grid(&spec.clipped(Clip::Ratio(1.0 - i as f64 / 100.0)), &row);
+                row.iter().map(|&v| (v - grid.nearest(v)).abs().powf(SEARCH_NORM)).sum::<f64>()
+            };
+            let least = (0..80).map(error).fold(f64::INFINITY, f64::min);
+            let taken = error(best as usize);
+            assert!(taken <= least * (1.0 + 1e-5), "{n} values in {bits} bits: {best} with {taken:e}, the least is {least:e}");
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn learned_kernels_are_the_operations() {
