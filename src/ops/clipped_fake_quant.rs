@@ -221,6 +221,10 @@ impl ClippedFakeQuant {
 /// Quantises rows of `cols` values of x, the ends of a row's range clipped by the ratios of its kind; y may be x.
 pub(crate) fn launch(queue: Queue<'_>, op: &ClippedFakeQuant, y: View<'_>, x: View<'_>, a: View<'_>, cols: usize) -> Result<()> {
     let c = Check::new("clipped_fake_quant", queue);
+    if let Some(dtype) = op.spec.stored {
+        let message = format!("expected scales as computed, got scales stored as {dtype}");
+        return Err(Error::argument("clipped_fake_quant", message));
+    }
     let (n, kind, work) = (x.len(), x.kind(), Work::moving("quantise", 2 * x.bytes()));
     let (rows, kinds) = (c.rows(n, cols)?, a.len() / 2);
     let (y, x, a) = (c.operand("y", y, kind, n)?, c.operand("x", x, kind, n)?, c.operand("a", a, Kind::F32, 2 * kinds)?);

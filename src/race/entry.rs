@@ -39,7 +39,12 @@ pub struct Entry {
     pub clip: Option<ClipGoal>,
     /// Those of every layer and site are learned on with the rotations ([`ClipChoice::Learned`](crate::learn::ClipChoice)).
     pub learned_clips: bool,
+    /// Clip ratios of weights are learned with the rotations, from those that the search finds ([`WeightClip::Learned`](crate::learn::WeightClip)).
+    pub learned_weights: bool,
 }
+
+/// What the name of an entry ends with whose clip ratios of weights are learned.
+const WEIGHTS: &str = "+weights";
 
 impl Entry {
     /// An optimiser on an objective, at its default learning rate and without clip ratios.
@@ -53,7 +58,15 @@ impl Entry {
         let optimizer = make()?;
         let options = LearnOptions { objective: objective.clone(), ..LearnOptions::default() };
         let (name, rates) = (optimizer.name().to_string(), vec![options.rate(optimizer.as_ref())]);
-        Ok(Self { name, optimizer: Some(Arc::new(make)), objective, rates, clip: None, learned_clips: false })
+        Ok(Self {
+            name,
+            optimizer: Some(Arc::new(make)),
+            objective,
+            rates,
+            clip: None,
+            learned_clips: false,
+            learned_weights: false,
+        })
     }
 
     /// Random Hadamards.
@@ -65,6 +78,7 @@ impl Entry {
             rates: vec![],
             clip: None,
             learned_clips: false,
+            learned_weights: false,
         }
     }
 
@@ -76,10 +90,12 @@ impl Entry {
 
 impl FromStr for Entry {
     type Err = Error;
-    /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss|+learned]`, or `hadamard[+error|+loss]`.
+    /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss|+learned][+weights]`, or `hadamard[+error|+loss]`.
     fn from_str(s: &str) -> Result<Self> {
         // A mixture of objectives has pluses of its own.
         let goal = |clip: &str| clip.parse::<ClipGoal>();
+        let (whole, learned_weights) = (s, s.ends_with(WEIGHTS));
+        let s = s.strip_suffix(WEIGHTS).unwrap_or(s);
         let (rest, clip, learned_clips) = match s.rsplit_once('+') {
             Some((rest, "learned")) => (rest, Some(ClipGoal::Error), true),
             Some((rest, clip)) if goal(clip).is_ok() || !rest.contains('/') => (rest, Some(goal(clip)?), false),
@@ -91,11 +107,11 @@ impl FromStr for Entry {
         };
         let (optimizer, objective) = rest.split_once('/').unwrap_or((rest, "cross-entropy"));
         if optimizer == HADAMARD {
-            return match rest == HADAMARD && rates.is_none() && !learned_clips {
+            return match rest == HADAMARD && rates.is_none() && !learned_clips && !learned_weights {
                 true => Ok(Self { clip, ..Self::hadamard() }),
                 false => Err(Error::argument(
                     "entry",
-                    format!("{HADAMARD} does not learn: no objective, rate or learned clip ratios, got {s:?}"),
+                    format!("{HADAMARD} does not learn: no objective, rate or learned clip ratios, got {whole:?}"),
                 )),
             };
         }
@@ -103,12 +119,12 @@ impl FromStr for Entry {
         let mut entry = Self::new(move || optim::by_name(&name), objective::by_name(objective)?)?;
         let number = |t: &str| match t.parse::<f64>() {
             Ok(rate) if rate > 0.0 && rate.is_finite() => Ok(rate),
-            _ => Err(Error::argument("entry", format!("expected a positive learning rate, got {t:?} in {s:?}"))),
+            _ => Err(Error::argument("entry", format!("expected a positive learning rate, got {t:?} in {whole:?}"))),
         };
         if let Some(rates) = rates {
             entry.rates = rates.split('|').map(number).collect::<Result<_>>()?;
         }
-        Ok(Self { clip, learned_clips, ..entry })
+        Ok(Self { clip, learned_clips, learned_weights, ..entry })
     }
 }
 
@@ -123,6 +139,9 @@ impl fmt::Display for Entry {
             name += "+learned";
         } else if let Some(goal) = self.clip {
             name += &format!("+{goal}");
+        }
+        if self.learned_weights {
+            name += WEIGHTS;
         }
         f.pad(&name)
     }
@@ -154,6 +173,10 @@ mod tests {
         assert_eq!((e.clip, e.to_string().as_str()), (Some(ClipGoal::Loss), "cayley/kl+loss"));
         let e: Entry = "cayley+learned".parse().unwrap();
         assert!(e.learned_clips && e.to_string() == "cayley/cross-entropy+learned");
+        for text in ["cayley/kl+weights", "cayley/0.5*cross-entropy+0.5*kl+learned+weights", "cayley/kl+error+weights"] {
+            let e: Entry = text.parse().unwrap();
+            assert!(e.learned_weights && e.learned_clips == text.contains("learned") && e.to_string() == text, "{e}");
+        }
         let e: Entry = "adam-polar/kl".parse().unwrap();
         assert_eq!((&e.rates[..], e.to_string().as_str()), (&[0.02][..], "adam-polar/kl"));
         for text in ["cayley/0.5*cross-entropy+0.5*kl", "cayley/0.5*cross-entropy+0.5*kl+loss"] {
@@ -170,6 +193,7 @@ mod tests {
             ("cayley+much", "expected error or loss"),
             ("hadamard@1", "does not learn"),
             ("hadamard+learned", "does not learn"),
+            ("hadamard+weights", "does not learn"),
             ("hadamard/kl", "does not learn"),
         ] {
             let message = text.parse::<Entry>().unwrap_err().to_string();

@@ -47,7 +47,7 @@ pub use outcome::{Baseline, Outcome, Run};
 
 use crate::compare::{Judged, Test, judge};
 use crate::data::Windows;
-use crate::learn::{ClipChoice, LearnOptions, Named, Point, Watch, learn_watched, search_clips_watched};
+use crate::learn::{ClipChoice, LearnOptions, Named, Point, Watch, WeightClip, learn_watched, search_clips_watched};
 use crate::llama::Llama;
 use crate::quant::{ClipRatios, Online, Scheme};
 use crate::rotation::{ClipEnds, Rotations};
@@ -121,7 +121,9 @@ pub struct Course {
 impl Course {
     fn options(&self, entry: &Entry, rate: f64) -> LearnOptions {
         let micro_batch = self.learn.micro_batch.or(Some(self.learn.batch));
+        let weight_clip = if entry.learned_weights { WeightClip::Learned } else { WeightClip::Search };
         LearnOptions {
+            weight_clip,
             learning_rate: Some(rate),
             objective: entry.objective.clone(),
             clip: ClipChoice::Keep,
@@ -145,7 +147,9 @@ impl Course {
         for entry in &self.entries {
             if let Some(make) = &entry.optimizer {
                 let optimizer = make()?;
-                entry.rates.iter().try_for_each(|&rate| self.options(entry, rate).check(optimizer.as_ref()))?;
+                for (&rate, scheme) in entry.rates.iter().flat_map(|rate| self.schemes.iter().map(move |scheme| (rate, scheme))) {
+                    LearnOptions { scheme: *scheme, ..self.options(entry, rate) }.check(optimizer.as_ref())?;
+                }
             }
         }
         Ok(())

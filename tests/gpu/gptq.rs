@@ -6,9 +6,9 @@ use spinquant::linalg::matmul::product;
 use spinquant::llama::Llama;
 use spinquant::ops::fake_quant::quantize;
 use spinquant::ops::randn;
-use spinquant::quant::{Clip, Correction, Gptq, GroupScales, Moments, QuantSpec, QuantizedLinear, Scheme};
+use spinquant::quant::{Clip, Correction, Gptq, GroupScales, Moments, QuantSpec, QuantizedLinear, Rtn, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Device, Tensor};
+use spinquant::{DType, Device, Tape, Tensor};
 
 use crate::common::distance;
 use crate::common::gptq::*;
@@ -193,6 +193,61 @@ fn sweeps() {
         }
     }
     println!("losses agree within {worst:.1e}");
+}
+
+/// Clip ratios that were learned, a pair for every row or group: grids are the CPU's, for rounding to nearest and for the sweep, and codes
+/// differ where a rounding moved a value across a tie.
+#[test]
+#[ignore = "needs a GPU"]
+fn learned_ratios() {
+    let device = gpu();
+    let (rows, n) = (70, 300);
+    let h = hessian(&inputs(900, n, 12), 3);
+    let place = |t: &Tensor| t.to_device(&device).unwrap();
+    let (moments, there): (Moments, Moments) = (h.clone().into(), place(&h).into());
+    for (i, group) in [None, Some(20), Some(75)].into_iter().cycle().take(12).enumerate() {
+        let (symmetric, act_order, stored) = (i / 3 % 2 == 0, i % 2 == 0, i >= 6);
+        let kinds = rows * n / group.unwrap_or(n);
+        let a = randn([kinds, 2], 300).to_f64_vec().unwrap().into_iter().map(|a| -0.15 - 0.05 * a.clamp(-2.0, 2.0)).collect();
+        let a = Tensor::from_vec::<f64>(a, [kinds, 2]).unwrap().to_dtype(DType::F32).unwrap();
+        for dtype in [DType::F32, DType::BF16] {
+            let spec = QuantSpec { group, ..QuantSpec::weight(4, symmetric) };
+            let spec = if stored { spec.stored(dtype) } else { spec };
+            let w = randn([rows, n], 100 + i as u64).to_dtype(dtype).unwrap();
+            let (w_there, a_there) = (place(&w), place(&a));
+            let apart = |a: &QuantizedLinear, b: &QuantizedLinear| {
+                let (a, b) = (a.codes.as_ref().unwrap(), b.codes.as_ref().unwrap());
+                let (x, y) = (a.scale.to_f64_vec().unwrap(), b.scale.to_f64_vec().unwrap());
+                let scale = x.iter().zip(&y).map(|(a, b)| (a / b - 1.0).abs()).fold(0f64, f64::max);
+                (scale, a.codes.chunks(n).zip(b.codes.chunks(n)).filter(|(a, b)| a != b).count())
+            };
+            let rtn = |w: &Tensor, a: &Tensor| Rtn.quantize_clipped(&[w], &spec, None, &[a]).unwrap().remove(0);
+            let (cpu, gpu) = (rtn(&w, &a), rtn(&w_there, &a_there));
+            let step = if stored { dtype.epsilon() } else { 1e-6 };
+            let (scale, moved) = apart(&gpu, &cpu);
+            assert!(scale <= step && moved <= rows / 10, "{spec:?} {dtype}: scales {scale:e} apart, {moved} rows differ");
+            // A network that is merged there has the same weights.
+            let tape = Tape::new();
+            let on_tape = tape.constant(w_there.clone()).clipped_fake_quant(&spec, tape.constant(a_there.clone()), true);
+            if stored {
+                assert!(on_tape.is_err());
+            } else {
+                let [x, y] = [&gpu.weight, on_tape.unwrap().value()].map(|t| values(&t.to_device(&Device::Cpu).unwrap()));
+                let far = x.iter().zip(&y).filter(|(x, y)| (*x - *y).abs() > 2.0 * dtype.epsilon() * x.abs().max(1e-3)).count();
+                assert!(far <= x.len() / 1000, "{spec:?} {dtype}: {far} weights differ");
+            }
+
+            let gptq = Gptq { act_order, ..Gptq::default() };
+            let cpu = gptq.quantize_clipped(&[&w], &spec, Some(&moments), &[&a]).unwrap().remove(0);
+            let gpu = gptq.quantize_clipped(&[&w_there], &spec, Some(&there), &[&a_there]).unwrap().remove(0);
+            assert_on_grid(&gpu, &spec);
+            let (moved, ratio) = (apart(&gpu, &cpu).1, gpu.loss.unwrap() / cpu.loss.unwrap());
+            assert!(moved * 5 <= rows && (ratio - 1.0).abs() < 0.01, "{spec:?} {dtype}: {moved} of {rows} rows, losses {ratio}");
+            let others = place(&a.clone().scale(2.0).unwrap());
+            let other = gptq.quantize_clipped(&[&w_there], &spec, Some(&there), &[&others]).unwrap().remove(0);
+            assert!(apart(&other, &gpu).0 > 1e-3);
+        }
+    }
 }
 
 /// Scales that a file keeps in 16 bits are numbers of that type, zero points are codes; GPTQ is as good as on the CPU.

@@ -268,6 +268,19 @@ fn learned_kernels_are_the_operations() {
     close(s, &da, &want.take(&va).unwrap().to_f64_vec().unwrap(), 1e-3);
     assert!(kernels::clipped_fake_quant(s, &mut y, &gx.slice(..cols), &ga, &op, cols).is_err());
 
+    // Weights: every row is a kind of its own, and what it adds is its gradient.
+    let a: Vec<f32> = values(15, 2 * rows).into_iter().map(|a| -0.1 - 0.2 * a.abs()).collect();
+    let ga = s.clone_htod(&a).unwrap();
+    let op = ClippedFakeQuant { spec: QuantSpec::weight(4, true), blocked: true };
+    let (vx, va) = (on_tape(&x, &matrix), on_tape(&a, &[rows, 2]));
+    let out = vx.clone().clipped_fake_quant(&op.spec, va.clone(), op.blocked).unwrap();
+    kernels::clipped_fake_quant(s, &mut y, &gx, &ga, &op, cols).unwrap();
+    close(s, &y, &out.value().to_f64_vec().unwrap(), 1e-5);
+    kernels::clipped_fake_quant_backward(s, &mut y, &mut sums, (&gdy, &gx), &ga, &op, cols).unwrap();
+    let mut want = tape.backward_from(out, Tensor::from_vec(dy.clone(), matrix).unwrap()).unwrap();
+    close(s, &y, &want.take(&vx).unwrap().to_f64_vec().unwrap(), 1e-5);
+    close(s, &sums, &want.take(&va).unwrap().to_f64_vec().unwrap(), 1e-3);
+
     // The largest of row r is where x has it in even rows, and elsewhere in odd ones.
     let mut other = x.clone();
     other.chunks_mut(cols).enumerate().filter(|(r, _)| r % 2 == 1).for_each(|(_, row)| row.iter_mut().for_each(|x| *x = -*x));

@@ -1,13 +1,16 @@
 //! GPU kernels against the f64 reference and an equally imprecise CPU baseline, on every operation's cases.
 
+use std::ops::ControlFlow;
+
+use spinquant::calibrate::search_weight_clips;
 use spinquant::linalg;
 use spinquant::llama::synthetic::shape;
-use spinquant::llama::{Llama, LlamaConfig, Weights};
+use spinquant::llama::{Llama, LlamaConfig, Recompute, RotationVars, Weights};
 use spinquant::manifold::Orthogonal;
 use spinquant::ops::kl_divergence::token_divergences;
 use spinquant::quant::Scheme;
-use spinquant::rotation::{Rotations, Scale, Scales};
-use spinquant::{DType, Device, Tensor, check, ops};
+use spinquant::rotation::{Rotations, Scale, Scales, WeightClips};
+use spinquant::{DType, Device, Tape, Tensor, check, ops};
 
 use crate::common::need::gpu;
 use crate::common::parity;
@@ -64,6 +67,55 @@ fn scales_merged() {
     for (a, b) in got.blocks[0].weights.tensors().zip(want.blocks[0].weights.tensors()) {
         let (a, b) = (a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
         assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 2e-7 * (b.abs() + 1e-3)));
+    }
+}
+
+/// A network whose weights have learned clip ratios: loss, gradients and what is merged, on a GPU and on the CPU in f32. Every layer that is
+/// computed again gives the same bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn learned_clip_ratios_of_weights() {
+    let config = LlamaConfig { layers: 2, ..shape("tiny").unwrap() };
+    let wide = Llama::new(config.clone(), Weights::random(&config, 1).unwrap()).unwrap();
+    let cast = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+    let layers = wide.blocks.iter().map(|b| b.weights.map(|t| Ok(cast(t))).unwrap()).collect();
+    let model = Llama::new(config.clone(), Weights { embedding: cast(&wide.embedding), head: cast(&wide.head), layers }).unwrap();
+    let there = model.clone().to_device(&gpu()).unwrap();
+    let scheme = Scheme::new(4, 16, 16);
+    let start = Rotations::random_hadamard(config.hidden_size, config.head_dim, 2, 2).unwrap();
+    let search = |m: &Llama| search_weight_clips(m, &start, &scheme, |_, _| ControlFlow::Continue(())).unwrap();
+    let (found, found_there) = (search(&model), search(&there));
+    let all = |clips: &WeightClips| clips.iter().flat_map(|(_, t)| t.to_f64_vec().unwrap()).collect::<Vec<f64>>();
+    let differ = all(&found).iter().zip(&all(&found_there)).filter(|(a, b)| a != b).count();
+    assert!(differ <= all(&found).len() / 20, "{differ} ratios differ");
+    let r = start.with_weight_clips(Some(found)).to_dtype(DType::F32).unwrap();
+    let tokens: Vec<u32> = (0..64).map(|i| (i * 7 % config.vocab_size) as u32).collect();
+    let step = |m: &Llama, recompute| {
+        let (tape, r) = (Tape::new(), r.to_device(&m.device()).unwrap());
+        let vars = RotationVars::variables(&tape, &r).unwrap();
+        let loss = m.loss(&vars, &tokens, 32, &scheme, recompute).unwrap();
+        let value = loss.value().item().unwrap();
+        let mut grads = tape.backward(loss).unwrap();
+        let clips = all(&vars.weight_clip_gradients(&mut grads).unwrap().unwrap());
+        let rotations = vars.gradients(&mut grads).unwrap();
+        (value, clips, rotations.iter().flat_map(|t| t.to_f64_vec().unwrap()).collect::<Vec<_>>())
+    };
+    let (cpu, gpu) = (step(&model, Recompute::None), step(&there, Recompute::None));
+    assert!((cpu.0 / gpu.0 - 1.0).abs() < 1e-3, "{} {}", cpu.0, gpu.0);
+    let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    for (name, a, b) in [("ratios", &cpu.1, &gpu.1), ("rotations", &cpu.2, &gpu.2)] {
+        let apart: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+        println!("{name}: {:.1e} apart", norm(&apart) / norm(a));
+        // A weight at a tie may take another code.
+        assert!(norm(&apart) < 0.02 * norm(a), "{name}: {:e}", norm(&apart) / norm(a));
+    }
+    assert_eq!(step(&there, Recompute::All), gpu);
+    let merged = |m: &Llama| m.merge(Some(&r), &scheme).unwrap();
+    let (a, b) = (merged(&model), merged(&there));
+    for (a, b) in a.blocks.iter().zip(&b.blocks).flat_map(|(a, b)| a.weights.tensors().zip(b.weights.tensors())) {
+        let (a, b) = (a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
+        let apart: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+        assert!(norm(&apart) < 0.01 * norm(&a), "{:e}", norm(&apart) / norm(&a));
     }
 }
 

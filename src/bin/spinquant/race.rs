@@ -36,8 +36,8 @@ pub struct Args {
     /// Text to score (with --model).
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
-    /// What races, separated by commas: OPTIMIZER[/OBJECTIVE][@RATE[|RATE...]][+error|+loss|+learned], or hadamard[+error|+loss]
-    /// for random rotations. Of several rates, the first seed finds the best by held-out loss. Default: every optimiser on
+    /// What races, separated by commas: OPTIMIZER[/OBJECTIVE][@RATE[|RATE...]][+error|+loss|+learned][+weights], or hadamard[+error|+loss]
+    /// for random rotations; +weights learns the clip ratios of weights. Of several rates, the first seed finds the best by held-out loss. Default: every optimiser on
     /// cross-entropy, cayley on every objective, and clip ratios.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     entries: Vec<Entry>,
