@@ -34,6 +34,16 @@ pub enum Needs {
     /// No backward pass through the network: the rows that R1 and R2 turn, `tokens·(2·C + K·D + H·D)` values a layer, captured from the
     /// full-precision model, and their gradients, both in `f32`.
     Rows,
+    /// As [`Needs::Network`] without logits, and behind every layer two hidden states `[tokens, C]` more: the full-precision model's, which
+    /// runs first, and the difference.
+    States,
+}
+
+impl Needs {
+    /// True where a loss may be a function of the network's predictions.
+    pub fn of_predictions(self) -> bool {
+        matches!(self, Self::Network | Self::Logits)
+    }
 }
 
 /// A step's sizes.
@@ -313,6 +323,10 @@ impl Sizes {
                 let teacher = (whole + self.forward(tokens)).saturating_sub(inputs + values + rotated);
                 (("logits of both models", both), layer.max(forward).max(teacher).saturating_sub(both))
             }
+            Needs::States => {
+                let teacher = self.forward(tokens).saturating_sub(inputs + values + rotated);
+                (("hidden states of both models", (2 * self.layers + 3) * tokens * c * e), layer.max(teacher))
+            }
             _ => (("logits", rows_at_once(self.vocab).min(tokens) * self.vocab * e + 3 * tokens * c * e), layer),
         };
         vec![
@@ -375,6 +389,11 @@ impl Sizes {
                 let products = layers * (linear + 1.4 * attention) + 2.0 * tokens * c * vocab;
                 let moved = layers * passes(20.0, 5.0) + 6.0 * tokens * vocab * self.e as f64;
                 products / card.products + moved / card.bandwidth
+            }
+            Needs::States => {
+                // The same pass, and of each layer a product by R1 with its two gradients; states written, subtracted, squared, and back.
+                let products = layers * (linear + 1.4 * attention + 4.0 * tokens * c * c);
+                products / card.products + layers * (passes(30.0, 5.0)) / card.bandwidth
             }
             _ => 0.0,
         };
@@ -485,7 +504,7 @@ mod tests {
         let sizes = [1, 2, 3, 2048, 1 << 20, 1 << 32, (1 << 53) - 111, usize::MAX - 1, usize::MAX];
         for name in ["tiny", "llama-2-7b"] {
             let config = shape(name).unwrap();
-            for needs in [Needs::Network, Needs::Logits, Needs::Rows] {
+            for needs in [Needs::Network, Needs::Logits, Needs::Rows, Needs::States] {
                 for (batch, seq) in sizes.iter().flat_map(|&b| sizes.iter().map(move |&s| (b, s))) {
                     let work = Work { needs, batch, seq, ..work(Scheme::new(4, 4, 4)) };
                     for budget in [1, 24 << 30, usize::MAX] {
@@ -534,7 +553,7 @@ mod tests {
             for (recompute, micro) in [(0, 1), (config.layers, 1), (config.layers, 8)] {
                 let step = Plan { recompute, keep_weights: true, sequences: 1 };
                 let at = |needs| predict(&config, &Work { needs, ..work(scheme) }, step, micro, &card).unwrap();
-                let [network, logits, rows] = [Needs::Network, Needs::Logits, Needs::Rows].map(at);
+                let [network, logits, rows, states] = [Needs::Network, Needs::Logits, Needs::Rows, Needs::States].map(at);
                 let tokens = micro * 2048;
                 // Both models' logits in 16 bits. A layer at work is not there beside them, and a few logits are there anyway.
                 let both = 2 * 2 * tokens * config.vocab_size;
@@ -550,6 +569,11 @@ mod tests {
                 assert_eq!(item(&rows, "captured rows and their gradients"), config.layers * tokens * turned * 8);
                 assert_eq!(item(&rows, "weights"), item(&network, "weights"));
                 assert_eq!(item(&rows, "values of the other layers") + item(&rows, "rotated weights"), 0);
+                // Two hidden states of every layer in 16 bits.
+                let both = 2 * 2 * config.layers * tokens * config.hidden_size;
+                assert!(item(&states, "hidden states of both models") >= both, "{states:?}");
+                assert!(states.bytes() >= layer + both, "{name}: {network:?} {states:?}");
+                assert!(network.seconds < states.seconds && states.seconds < 2.0 * network.seconds, "{name}: {states:?}");
                 assert!(network.seconds < logits.seconds && logits.seconds < 2.0 * network.seconds, "{name}: {logits:?}");
                 assert!(rows.seconds > 0.05 * network.seconds && rows.seconds < 2.0 * network.seconds, "{name}: {rows:?}");
             }
@@ -560,7 +584,7 @@ mod tests {
     fn every_objective_is_planned_within_the_budget() {
         let (config, card) = (shape("llama-2-7b").unwrap(), Card::h100());
         let at = |needs, gib: usize| plan(&config, &Work { needs, ..work(Scheme::new(4, 4, 4)) }, gib << 30, &card);
-        for needs in [Needs::Network, Needs::Logits, Needs::Rows] {
+        for needs in [Needs::Network, Needs::Logits, Needs::Rows, Needs::States] {
             let mut last = f64::INFINITY;
             for gib in [24, 32, 48, 76] {
                 let p = at(needs, gib).unwrap();

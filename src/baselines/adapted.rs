@@ -26,7 +26,7 @@ pub fn adapted(model: &Llama, text: &Windows, options: &LearnOptions, watch: &mu
     let full = Scheme::FULL_PRECISION.online(Online::NONE);
     let (config, seq, objective) = (&model.config, text.seq_len(), &options.objective);
     let (layers, c) = (config.layers, config.hidden_size);
-    if objective.needs() == Needs::Rows {
+    if !objective.needs().of_predictions() {
         let message =
             format!("{} does not depend on the network's predictions, which are all that gains change", objective.name());
         return Err(Error::argument("adapted", message));

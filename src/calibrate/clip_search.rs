@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex};
 
 use crate::data::Windows;
 use crate::eval::perplexity;
-use crate::linalg::matmul;
 use crate::llama::{Llama, Merged, Rotated, Walk};
+use crate::ops::mean_square::square;
 use crate::quant::{Clip, ClipRatios, Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations};
-use crate::{DType, Error, Result, Tape, Tensor};
+use crate::{Error, Result, Tape, Tensor};
 
 /// What a clip ratio should make small.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,16 +110,6 @@ type Report<'a> = &'a mut dyn FnMut(usize, usize) -> ControlFlow<()>;
 
 fn told(progress: Report<'_>, done: usize, total: usize) -> Result<()> {
     if progress(done, total.max(done)).is_break() { Err(Error::Interrupted { step: done }) } else { Ok(()) }
-}
-
-/// Σ x², in `f64` on the CPU.
-pub(super) fn square(x: &Tensor) -> Result<f64> {
-    if x.device().is_cpu() {
-        return Ok(x.to_f64_vec()?.into_iter().map(|x| x * x).sum());
-    }
-    // Row by row, so that no sum in f32 is long.
-    let x = x.to_dtype(DType::F32)?.reshape([x.rows(), 1, x.cols()])?;
-    Ok(matmul::product(&x, false, &x, true, false, DType::F32)?.to_f64_vec()?.into_iter().sum())
 }
 
 fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {

@@ -13,11 +13,11 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::QuantizedLayer;
-use super::clip_search::square;
 use crate::data::Sampler;
 use crate::grid::{QuantSpec, Quantized};
 use crate::llama::{Block, Linear, LlamaConfig, RotatedWeights, Run};
 use crate::ops::log_scale::Along;
+use crate::ops::mean_square::square;
 use crate::optim::{Adam, Optimizer, Schedule};
 use crate::quant::{QuantizedLinear, Scheme, Site};
 use crate::rotation::ClipEnds;

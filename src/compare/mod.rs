@@ -46,7 +46,6 @@ use crate::calibrate::{Calibration, ClipFound, ClipGoal, quantize_weights};
 use crate::data::Windows;
 use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, WeightClip, learn_watched, search_clips_watched};
 use crate::llama::{Llama, Merged};
-use crate::memory::Needs;
 use crate::optim::Optimizer;
 use crate::quant::{Gptq, Online, Scheme};
 use crate::rotation::{ClipEnds, Rotations};
@@ -272,7 +271,7 @@ impl Comparison<'_> {
 
     /// The full-precision model with its own gains trained; tells the watch where the objective does not depend on them.
     fn adapted(&self, watch: &mut dyn Watch) -> Result<Option<Row>> {
-        if self.options.objective.needs() == Needs::Rows {
+        if !self.options.objective.needs().of_predictions() {
             watch.note(&format!("no row of adapted gains: {} does not depend on them", self.options.objective.name()));
             return Ok(None);
         }

@@ -314,6 +314,21 @@ impl Llama {
         run: Arc<Run>,
         recompute: Recompute,
     ) -> Result<Var<'t>> {
+        self.hidden_with(rotations, tokens, run, recompute, |_, _| Ok(()))
+    }
+
+    /// The same, and `see` is shown the hidden state `[tokens, C]` behind every layer, in R1's basis.
+    ///
+    /// # Errors
+    /// Those of [`Llama::hidden`]; the first of `see`.
+    pub fn hidden_with<'t>(
+        &self,
+        rotations: &RotationVars<'t>,
+        tokens: &[u32],
+        run: Arc<Run>,
+        recompute: Recompute,
+        mut see: impl FnMut(usize, &Var<'t>) -> Result<()>,
+    ) -> Result<Var<'t>> {
         check_tokens(&self.config, tokens, run.seq, rotations.r2.len())?;
         let tape = rotations.r1.tape();
         let r1 = &rotations.r1;
@@ -330,6 +345,7 @@ impl Llama {
             let weight_clips = rotations.weight_clips.as_ref().and_then(|w| w.layers.get(l)).cloned();
             let by = LayerLearned { transforms, clips: clips.clone(), weight_clips, straight: rotations.straight };
             x = plan.run(block, x, by, &run)?;
+            see(l, &x)?;
         }
         let _part = enter("head");
         x.rms_norm(self.config.rms_norm_eps)?.linear(r1.clone())
@@ -468,12 +484,18 @@ impl Merged {
         Ok(Self { config, scheme, embedding: rotated.embedding()?, head: rotated.head()?, blocks })
     }
 
-    /// SHA-256 of every value of every weight, and of their types and shapes: what the network is, but for how it quantises activations.
+    /// SHA-256 of every value of every weight, of their types and shapes, and of the clip constants that layers have of their own: what the
+    /// network is, but for the scheme that it quantises activations by.
     ///
     /// # Errors
     /// Weights that cannot be copied from their device.
     pub fn sha256(&self) -> Result<String> {
-        let layers = self.blocks.iter().flat_map(|b| b.weights.tensors().chain(b.gains().into_iter().flatten()));
+        let beside = |b: &Block| -> Vec<Tensor> {
+            let clips = Site::ALL.into_iter().filter_map(|site| b.clip_constants(site));
+            b.gains().into_iter().flatten().chain(clips).cloned().collect()
+        };
+        let beside: Vec<Vec<Tensor>> = self.blocks.iter().map(beside).collect();
+        let layers = self.blocks.iter().zip(&beside).flat_map(|(b, beside)| b.weights.tensors().chain(beside));
         sha256(&[&self.embedding, &self.head].into_iter().chain(layers).collect::<Vec<_>>())
     }
 

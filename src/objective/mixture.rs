@@ -34,7 +34,7 @@ impl Mixture {
         if let Some((weight, _)) = terms.iter().find(|(weight, _)| !(*weight > 0.0 && weight.is_finite())) {
             return refused(format!("expected finite weights above 0, got {weight}"));
         }
-        if let Some((_, o)) = terms.iter().find(|(_, o)| o.needs() == Needs::Rows) {
+        if let Some((_, o)) = terms.iter().find(|(_, o)| !o.needs().of_predictions()) {
             return refused(format!("{} does not depend on the network's predictions alone: it cannot be mixed", o.name()));
         }
         let names: Vec<String> = terms.iter().map(|(_, o)| o.name()).collect();

@@ -1,8 +1,8 @@
 //! What learning minimises: a scalar function of R1 and every R2, built on a tape from a batch of tokens.
 //!
 //! [`all`] lists those of this crate: [`CrossEntropy`], the paper's; divergences from the full-precision model, which cost one more
-//! forward pass; and [`Local`] measures of rotated activations, which need a forward pass in full precision and none back. The first two
-//! kinds can be mixed ([`Mixture`]), for they are functions of the network's [`Predictions`].
+//! forward pass; the [`Reconstruction`] of its hidden states; and [`Local`] measures of rotated activations, which need a forward pass in full
+//! precision and none back. The first two kinds can be mixed ([`Mixture`]), for they are functions of the network's [`Predictions`].
 //!
 //! To add one, inside the crate or outside: implement [`Objective`] and give it to
 //! [`LearnOptions::objective`](crate::learn::LearnOptions::objective).
@@ -28,6 +28,7 @@ mod kl_top;
 mod local;
 mod mixture;
 mod predictions;
+mod reconstruction;
 
 pub use crate::ops::kl_top::Rest;
 pub use kl_top::KlTop;
@@ -35,6 +36,7 @@ pub use local::Local;
 pub use mixture::Mixture;
 pub use predictions::Predictions;
 use predictions::of_network;
+pub use reconstruction::Reconstruction;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -175,6 +177,7 @@ pub fn all() -> Vec<Arc<dyn Objective>> {
         Arc::new(KlTop::default()),
         Arc::new(KlTop { rest: Rest::Partial, ..KlTop::default() }),
         Arc::new(KlTop { rest: Rest::Gathered, ..KlTop::default() }),
+        Arc::new(Reconstruction),
         Arc::new(Local(Measure::Whip)),
         Arc::new(Local(Measure::Kurtosis)),
     ]

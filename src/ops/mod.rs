@@ -22,6 +22,7 @@ pub mod kl_top;
 pub mod linear_cross_entropy;
 pub mod log_scale;
 pub mod matmul;
+pub mod mean_square;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_pairs;
@@ -56,6 +57,7 @@ pub fn cases() -> Vec<Case> {
         linear_cross_entropy::cases(),
         log_scale::cases(),
         matmul::cases(),
+        mean_square::cases(),
         rms_norm::cases(),
         rope::cases(),
         rope_pairs::cases(),

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use spinquant::data::Windows;
 use spinquant::learn::{ClipChoice, LearnOptions, Learned, learn};
-use spinquant::llama::{Llama, LlamaConfig, Recompute, RotationVars, Weights};
-use spinquant::objective::{self, Batch, CrossEntropy, Kl, Local, Objective};
+use spinquant::llama::{Block, Llama, LlamaConfig, Merged, Recompute, RotatedWeights, RotationVars, Weights};
+use spinquant::objective::{self, Batch, CrossEntropy, Kl, Local, Objective, Reconstruction};
 use spinquant::ops::spread::Measure;
 use spinquant::optim::{RiemannianAdam, RiemannianSgd};
 use spinquant::quant::{Online, Scheme, Site};
@@ -120,6 +120,46 @@ proptest! {
             prop_assert!((ours - sum / 4.0).abs() < 1e-6 * ours, "{measure:?}: {ours}, {}", sum / 4.0);
         }
     }
+}
+
+/// Hidden states behind every layer of a network, in R1's basis.
+fn states(network: &Merged, m: &Llama, ids: &[u32]) -> Vec<Vec<f64>> {
+    let (run, tape) = (m.run(&network.scheme, SEQ).unwrap(), Tape::new());
+    let mut x = tape.constant(network.embedding.clone()).embedding(ids.into()).unwrap();
+    let mut behind = |block: &Block| {
+        x = block.forward(x.clone(), RotatedWeights::constants(&tape, &block.weights), &run).unwrap();
+        x.value().to_f64_vec().unwrap()
+    };
+    network.blocks.iter().map(&mut behind).collect()
+}
+
+/// The definition, from merged networks in one basis; nothing where nothing is quantised; and no mixing.
+#[test]
+fn reconstruction_is_of_hidden_states() {
+    let (m, ids, scheme) = (model(2, 3, 8), tokens(2 * SEQ, 9), Scheme::new(4, 4, 4));
+    let r = rotations(&m, 10);
+    let exact = states(&m.merge_exact(Some(&r), &Scheme::FULL_PRECISION).unwrap(), &m, &ids);
+    let quantized = states(&m.merge(Some(&r), &scheme).unwrap(), &m, &ids);
+    let square = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>();
+    let error =
+        |(x, y): (&Vec<f64>, &Vec<f64>)| square(&mut y.iter().zip(x).map(|(y, x)| y - x)) / square(&mut x.iter().copied());
+    let want = exact.iter().zip(&quantized).map(error).sum::<f64>() / 3.0;
+    let got = value(&Reconstruction, &batch(&m, &ids, &scheme), &r);
+    assert!(want > 1e-4 && (got / want - 1.0).abs() < 1e-9, "{got} against {want}");
+    let none = value(&Reconstruction, &batch(&m, &ids, &Scheme::FULL_PRECISION), &r);
+    assert!(none < 1e-20, "{none:e}");
+    let message = objective::by_name("reconstruction+kl").unwrap_err().to_string();
+    assert!(message.contains("reconstruction does not depend on the network's predictions alone"), "{message}");
+    let narrow = |t: &Tensor| t.to_dtype(DType::F16);
+    let weights = Weights {
+        embedding: narrow(&m.embedding).unwrap(),
+        head: narrow(&m.head).unwrap(),
+        layers: m.blocks.iter().map(|b| b.weights.map(narrow).unwrap()).collect(),
+    };
+    let half = Llama::new(m.config.clone(), weights).unwrap();
+    let vars = Tape::new();
+    let vars = RotationVars::constants(&vars, &r.to_dtype(DType::F16).unwrap()).unwrap();
+    assert!(Reconstruction.loss(&vars, &batch(&half, &ids, &scheme)).err().unwrap().to_string().contains("got f16"));
 }
 
 /// A model with outliers in its residual stream, in `f32`, and text of its own vocabulary.

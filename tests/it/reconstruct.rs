@@ -8,7 +8,7 @@ use spinquant::export::{Format, Output, load_native, write_quantized};
 use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged, Rotated, Source, synthetic};
 use spinquant::quant::{Correction, Gptq, Online, Rtn, Scheme, Site, WeightQuantizer};
 use spinquant::rotation::Rotations;
-use spinquant::{DType, Device, Error, Result};
+use spinquant::{DType, Device, Error, Result, Tensor};
 
 use crate::common::gptq::{Memory, assert_on_grid, assert_same, biased_model, go_on, model, text, values};
 use crate::common::{same_weights, tiny};
@@ -227,4 +227,19 @@ fn nothing_to_learn_is_said_before_the_work() {
         let error = quantize_weights(&model, None, &scheme, &Rtn, Some(&calibration), &mut (), |_| panic!("no layer"));
         assert!(error.unwrap_err().to_string().contains(said));
     }
+}
+
+/// Scores of one network are never continued with another that differs in its clip constants alone.
+#[test]
+fn a_network_is_known_by_its_clip_constants() {
+    let merged = model(DType::F32).merge(None, &Scheme::new(4, 4, 4)).unwrap();
+    let with = |a: f32| {
+        let mut clips: [Option<Tensor>; 6] = Default::default();
+        clips[Site::MlpInput as usize] = Some(Tensor::from_vec(vec![a, 0.0], [1, 2]).unwrap());
+        let mut other = merged.clone();
+        other.blocks[1] = other.blocks[1].clone().with_clips(clips);
+        other.sha256().unwrap()
+    };
+    assert_eq!(with(-0.1), with(-0.1));
+    assert!(with(-0.1) != with(-0.2) && with(0.0) != merged.sha256().unwrap());
 }
