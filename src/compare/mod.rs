@@ -130,7 +130,7 @@ pub struct Comparison<'a> {
     pub scheme: Scheme,
     /// Quantisation and online Hadamards while learning.
     pub learn_scheme: Scheme,
-    /// How rotations are learned. Scheme, seed and clip ratios are the table's; [`ClipChoice::Learned`] says that those of the rows with
+    /// How rotations are learned. Scheme, seed and clip ratios are the table's, and at W16 those of weights are not learned; [`ClipChoice::Learned`] says that those of the rows with
     /// clip ratios are learned on.
     pub options: &'a LearnOptions,
     /// Makes an optimiser for every run.
@@ -420,7 +420,9 @@ impl Comparison<'_> {
             let runs = if clip { &made.runs_clip } else { &made.runs };
             let all: Vec<Judged> = runs.iter().map(|run| run.judged.clone()).collect();
             if !all.is_empty() {
-                let rotations = format!("learned at {learn_scheme}{with}, {}", seeds(all.len()));
+                let weights = self.options.weight_clip == WeightClip::Learned;
+                let too = if weights { ", clip ratios of weights too" } else { "" };
+                let rotations = format!("learned at {learn_scheme}{with}{too}, {}", seeds(all.len()));
                 let learning: Vec<Training> = runs.iter().map(|run| self.training_of(&run.learned)).collect();
                 let searching = if clip { Training::mean(&searches) } else { none };
                 let scored = (Judged::mean(&all)?, searching.and(Training::mean(&learning)));

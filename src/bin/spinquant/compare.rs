@@ -10,7 +10,7 @@ use spinquant::data::{FirstToken, Windows};
 use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
-use spinquant::learn::{ClipChoice, LearnOptions};
+use spinquant::learn::{ClipChoice, LearnOptions, WeightClip};
 use spinquant::quant::{Correction, Gptq, Online, Scheme};
 use spinquant::{Error, Result};
 
@@ -137,6 +137,11 @@ pub fn run(args: &Args) -> Result<()> {
     let goal = options.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
     let clip = goal.map(|goal| (goal, args.clip_windows));
     options.check(args.recipe.optimizer()?.as_ref())?;
+    let grids = [&learn_scheme, &scheme].map(Scheme::weight_grid_name);
+    if options.weight_clip == WeightClip::Learned && grids[0] != grids[1] {
+        let message = format!("expected weights to be learned at as they are scored at, {}, got {}", grids[1], grids[0]);
+        return Err(Error::argument("--weight-clip learned", message));
+    }
     args.gptq_args.check()?;
     let qat = args.qat.options(&options, args.seq_len);
     let mut qat = if args.baselines { Some(qat?) } else { None };

@@ -66,3 +66,18 @@ fn what_cannot_have_them_is_refused_first() {
     let (with, without) = (planned("--weight-clip learned"), planned(""));
     assert!(number(&with, "peak_bytes") > number(&without, "peak_bytes"), "{with} {without}");
 }
+
+#[test]
+fn tables_have_them() {
+    let place = Place::new();
+    let compare = "compare --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --learn-seeds 1 --steps 2";
+    let compare = format!("{compare} --batch 4 --held-out 8 --json --weight-clip learned");
+    let table = place.json(&format!("{compare} --gptq --calibration-windows 4"));
+    let row = |name: &str| table["rows"].as_array().unwrap().iter().find(|row| row["name"] == name).unwrap()["rotations"].clone();
+    assert_eq!(row("learned"), "learned at W4A4KV4, clip ratios of weights too, 1 seed");
+    assert_eq!(row("learned + gptq"), "learned at W16A4KV4, 1 seed");
+    place.fails(&format!("{compare} --learn-scheme W16A4KV4"), &["W4 symmetric, got W16 symmetric"]);
+    let race =
+        "race --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --entries cayley+weights --out race";
+    place.fails(&format!("{race} --schemes W4A4KV4,W16A4KV4"), &["weights of 2 to 8 bits", "W16A4KV4"]);
+}
