@@ -77,7 +77,6 @@ fn tables_have_them() {
     assert_eq!(row("learned"), "learned at W4A4KV4, clip ratios of weights too, 1 seed");
     assert_eq!(row("learned + gptq"), "learned at W16A4KV4, 1 seed");
     place.fails(&format!("{compare} --learn-scheme W16A4KV4"), &["W4 symmetric, got W16 symmetric"]);
-    let race =
-        "race --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --entries cayley+weights --out race";
+    let race = "race --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --entries cayley+weights --out race";
     place.fails(&format!("{race} --schemes W4A4KV4,W16A4KV4"), &["weights of 2 to 8 bits", "W16A4KV4"]);
 }
