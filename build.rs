@@ -1,5 +1,5 @@
 //! Without the feature `cuda`: nothing. With it: `cuda/*.cu` become one static library of launchers, and `cuda/kernels.h` becomes
-//! the Rust declarations of the same launchers.
+//! the Rust declarations of the same launchers. With `capi`, `cuda/spinquant.h` becomes what the C interface is checked against.
 //!
 //! CUDA_HOME (or CUDA_PATH, or nvcc on PATH) names the toolkit; SPINQUANT_CUDA_ARCHS the architectures, e.g. `80,90a` (default `90a`).
 //! The last plain number also gets PTX, so that later cards can compile it. DOCS_RS skips nvcc: documentation needs no toolkit.
@@ -29,20 +29,23 @@ mod cuda {
             println!("cargo::rerun-if-env-changed={name}");
         }
         println!("cargo::rerun-if-changed=cuda");
-        bindings();
+        bindings("kernels", "sq_.*");
+        if env::var_os("CARGO_FEATURE_CAPI").is_some() {
+            bindings("spinquant", "spinquant_.*");
+        }
         if env::var_os("DOCS_RS").is_none() {
             kernels(&toolkit::find(|name| env::var_os(name), Path::new("/usr/local/cuda")).unwrap_or_else(|e| fail(&e)));
         }
     }
 
-    /// kernels.h → Rust.
-    fn bindings() {
-        let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo")).join("kernels.rs");
+    /// A header of cuda/ → Rust.
+    fn bindings(header: &str, names: &str) {
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo")).join(format!("{header}.rs"));
         let generated = std::panic::catch_unwind(|| {
             bindgen::Builder::default()
-                .header("cuda/kernels.h")
-                .allowlist_function("sq_.*")
-                .allowlist_type("sq_.*")
+                .header(format!("cuda/{header}.h"))
+                .allowlist_function(names)
+                .allowlist_type(names)
                 .default_enum_style(bindgen::EnumVariation::Consts)
                 .prepend_enum_name(false)
                 .derive_default(false)
@@ -50,7 +53,7 @@ mod cuda {
         });
         match generated {
             Ok(Ok(b)) => b.write_to_file(out).expect("OUT_DIR is writable"),
-            Ok(Err(e)) => fail(&format!("bindgen could not read cuda/kernels.h: {e}")),
+            Ok(Err(e)) => fail(&format!("bindgen could not read cuda/{header}.h: {e}")),
             Err(_) => fail(
                 "libclang was not found, which `--features cuda` needs to read cuda/kernels.h. Install it (Debian: libclang-dev; \
                  or `pip install libclang`) and set LIBCLANG_PATH to the folder of libclang.so if it is not found by itself",

@@ -69,6 +69,7 @@
 //! | weight quantisers, grids | [`quant::WeightQuantizer`], [`grid`] |
 //! | linear algebra in batches, Hadamard matrices | [`linalg`], [`hadamard`](mod@hadamard) |
 //! | kernels without the tape, on memory of cudarc | `kernels`, with the feature `cuda` |
+//! | the same from C, Python and others | `cuda/spinquant.h`, with the feature `capi` |
 //!
 //! **Check it**: what this crate's own tests and benches use, for whatever you add.
 //!
@@ -106,6 +107,8 @@ pub mod inspect;
 pub mod io;
 #[cfg(feature = "cuda")]
 pub mod kernels;
+#[cfg(feature = "capi")]
+mod capi;
 pub mod laws;
 pub mod learn;
 pub mod linalg;

@@ -12,7 +12,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("ground", &["chat", "data", "device", "dtype", "error", "hub", "io", "profile", "random", "tensor"]),
     ("maths", &["grid", "hadamard", "linalg", "manifold"]),
     ("tape", &["tape"]),
-    ("operations", &["kernels", "ops"]),
+    ("operations", &["capi", "kernels", "ops"]),
     ("what a layer is told", &["compressed_tensors", "quant", "rotation"]),
     ("model", &["llama"]),
     ("around a model", &["check", "laws", "memory", "objective", "optim", "outliers", "plot"]),

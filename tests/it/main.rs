@@ -6,6 +6,8 @@ mod bench;
 mod bias;
 #[cfg(feature = "cli")]
 mod cli;
+#[cfg(feature = "capi")]
+mod capi;
 mod clip;
 #[path = "../common/mod.rs"]
 mod common;

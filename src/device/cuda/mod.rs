@@ -234,7 +234,7 @@ impl CudaDevice {
 
     /// This device's stream, watched by its profile.
     pub(crate) fn queue(&self) -> Queue<'_> {
-        Queue { stream: &self.0.stream, device: Some(self) }
+        Queue { stream: Stream::Ours(&self.0.stream), device: Some(self) }
     }
 
     /// Nobody else calls into NVIDIA's libraries while this is held.
@@ -375,26 +375,53 @@ pub(crate) type Columns<'a> = (View<'a>, usize, usize);
 /// Where a launcher runs: a stream, and the profile that watches it, where one does.
 #[derive(Clone, Copy)]
 pub(crate) struct Queue<'a> {
-    stream: &'a CudaStream,
+    stream: Stream<'a>,
     device: Option<&'a CudaDevice>,
+}
+
+#[derive(Clone, Copy)]
+enum Stream<'a> {
+    Ours(&'a CudaStream),
+    /// Of the context that is current.
+    #[cfg_attr(not(feature = "capi"), allow(dead_code))]
+    Raw(ffi::sq_stream),
 }
 
 impl<'a> Queue<'a> {
     /// A stream of the caller's, which no profile watches.
     pub(crate) fn of(stream: &'a CudaStream) -> Self {
-        Self { stream, device: None }
+        Self { stream: Stream::Ours(stream), device: None }
+    }
+
+    /// The context of a [`Queue::raw`] and of what it works on.
+    #[cfg(feature = "capi")]
+    pub(crate) const CURRENT: usize = 0;
+
+    /// A `cudaStream_t` of the context that is current.
+    #[cfg(feature = "capi")]
+    pub(crate) fn raw(stream: ffi::sq_stream) -> Self {
+        Self { stream: Stream::Raw(stream), device: None }
     }
 
     /// What tells the memory of one GPU from another's.
     pub(crate) fn context(&self) -> usize {
-        context_of(self.stream)
+        match self.stream {
+            Stream::Ours(stream) => context_of(stream),
+            Stream::Raw(_) => 0,
+        }
     }
 
     /// Calls a launcher of `kernels.h` with the stream, its context bound.
     pub(crate) fn launch(&self, what: &'static str, work: Work, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
         let launch = || {
-            self.stream.context().bind_to_thread().map_err(driver_error("binding the context"))?;
-            match f(self.stream.cu_stream().cast()) {
+            let stream = match self.stream {
+                Stream::Ours(stream) => {
+                    stream.context().bind_to_thread().map_err(driver_error("binding the context"))?;
+                    stream.cu_stream().cast()
+                }
+                Stream::Raw(stream) => stream,
+            };
+            match f(stream) {
                 0 => Ok(()),
                 1 => Err(Error::Cuda(format!("{what}: the kernel does not support these sizes"))),
                 code => Err(Error::Cuda(format!("{what}: launch failed with cudaError {code}"))),
