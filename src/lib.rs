@@ -99,6 +99,8 @@ pub mod eval;
 pub mod export;
 #[doc = include_str!("../docs/extending.md")]
 pub mod extending {}
+#[cfg(feature = "capi")]
+mod capi;
 pub mod generate;
 pub mod grid;
 pub mod hadamard;
@@ -107,8 +109,6 @@ pub mod inspect;
 pub mod io;
 #[cfg(feature = "cuda")]
 pub mod kernels;
-#[cfg(feature = "capi")]
-mod capi;
 pub mod laws;
 pub mod learn;
 pub mod linalg;

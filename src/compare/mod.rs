@@ -139,8 +139,8 @@ pub struct Comparison<'a> {
     pub seeds: u64,
     /// Of those, how many to learn from.
     pub learn_seeds: u64,
-    /// Adds rows with weights by each of these, learned rotations for them learned at W16, and one with these rotations before weights are
-    /// quantised. The same as [`Unrotated::score`] was given.
+    /// Adds rows with weights by each of these, learned rotations for them learned at W16 (with clip ratios where [`Comparison::clip`] asks for
+    /// some), and one with these rotations before weights are quantised. The same as [`Unrotated::score`] was given.
     pub quantizers: &'a [GptqRun<'a>],
     /// Adds the rows of SmoothQuant, searched on so many windows of the calibration text, and of the full-precision model with its own gains
     /// trained as rotations are ([`baselines`](crate::baselines)).
@@ -254,11 +254,11 @@ impl Comparison<'_> {
     fn with_gptq(
         &self,
         run: GptqRun<'_>,
-        rotations: &Rotations,
+        (rotations, scheme): (&Rotations, &Scheme),
         watch: &mut dyn Watch,
         what: &str,
     ) -> Result<(Judged, Training)> {
-        let (network, training) = timed_gptq(self.model, Some(rotations), &self.scheme, run, watch)?;
+        let (network, training) = timed_gptq(self.model, Some(rotations), scheme, run, watch)?;
         Ok((judge(&network, Some(&self.full()?), self.test, watch, what)?, training))
     }
 
@@ -357,7 +357,7 @@ impl Comparison<'_> {
             let (name, mut all, mut trainings) = (name_of(*run), vec![], vec![]);
             for seed in 0..self.seeds {
                 let (judged, training) =
-                    self.with_gptq(*run, &self.hadamard(seed)?, watch, &format!("hadamard:{seed} + {name}"))?;
+                    self.with_gptq(*run, (&self.hadamard(seed)?, &scheme), watch, &format!("hadamard:{seed} + {name}"))?;
                 all.push(judged);
                 trainings.push(training);
             }
@@ -397,13 +397,19 @@ impl Comparison<'_> {
             self.quantizers.iter().map(|run| (name_of(*run), vec![])).collect();
         for seed in 0..self.learn_seeds {
             if !self.quantizers.is_empty() {
-                let (learned, _) = self.learn(seed, w16_scheme, None, watch, format!("learning at W16 from hadamard:{seed}"))?;
-                let (rotations, unquantized) = (&learned.rotations, scheme.unquantized_weights());
+                // With clip ratios where there are rows with them.
+                let (scored, found) = clipped.get(seed as usize).map_or((scheme, None), |(scored, found)| (*scored, Some(found)));
+                let w16_scheme = Scheme { activation_clip: scored.activation_clip, ..w16_scheme };
+                let (learned, _) = self.learn(seed, w16_scheme, found, watch, format!("learning at W16 from hadamard:{seed}"))?;
+                let (rotations, unquantized) = (&learned.rotations, scored.unquantized_weights());
                 made.learned_w16.push(self.evaluate(rotations, &unquantized, watch, &format!("learned:{seed}, W16"))?);
-                w16_trainings.push(self.training_of(&learned));
+                let searching = if found.is_some() { Training::mean(&searches) } else { none };
+                let learning = searching.and(self.training_of(&learned));
+                w16_trainings.push(learning);
                 for (run, (name, scores)) in self.quantizers.iter().zip(&mut quantized) {
-                    let (judged, training) = self.with_gptq(*run, rotations, watch, &format!("learned:{seed} + {name}"))?;
-                    scores.push((judged, self.training_of(&learned).and(training)));
+                    let (judged, training) =
+                        self.with_gptq(*run, (rotations, &scored), watch, &format!("learned:{seed} + {name}"))?;
+                    scores.push((judged, learning.and(training)));
                 }
             }
             let start = made.random.get(seed as usize).map(|judged| judged.perplexity);
@@ -414,6 +420,7 @@ impl Comparison<'_> {
                 made.runs_clip.push(self.learned(seed, learn_scheme, (scored, Some(found)), start, watch)?);
             }
         }
+        let clipped_runs = !clipped.is_empty();
         let with = if w16_scheme.online == scheme.online { String::new() } else { format!(" with {}", w16_scheme.online) };
         let clipped = if self.options.clip == ClipChoice::Learned { "learned + learned clip" } else { "learned + clip" };
         for (name, clip) in [("learned", false), (clipped, true)] {
@@ -432,11 +439,12 @@ impl Comparison<'_> {
         if !made.learned_w16.is_empty() {
             let rotations = format!("learned at {w16_scheme}{with}, {}", seeds(made.learned_w16.len()));
             let scored = (Judged::mean(&made.learned_w16)?, Training::mean(&w16_trainings));
-            row(&mut made, "learned at W16", scheme.unquantized_weights(), rotations.clone(), "full", scored);
+            let clipped = if clipped_runs { clipped } else { "learned" };
+            row(&mut made, &format!("{clipped} at W16"), scheme.unquantized_weights(), rotations.clone(), "full", scored);
             for (name, scores) in quantized {
                 let (all, trainings): (Vec<Judged>, Vec<Training>) = scores.into_iter().unzip();
                 let scored = (Judged::mean(&all)?, Training::mean(&trainings));
-                row(&mut made, &format!("learned + {name}"), scheme, rotations.clone(), &name, scored);
+                row(&mut made, &format!("{clipped} + {name}"), scheme, rotations.clone(), &name, scored);
                 made.learned_quantized.push((name, all));
             }
         }

@@ -1,9 +1,11 @@
 //! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser and any objective.
 
 mod options;
+mod recipe;
 mod watch;
 
 pub use options::{ClipChoice, LearnOptions, Settings, WeightClip};
+pub use recipe::Recipe;
 pub(crate) use watch::Named;
 use watch::Steps;
 pub use watch::{Point, Watch};

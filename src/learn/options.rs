@@ -17,7 +17,8 @@ use crate::quant::{ClipRatios, Scheme};
 use crate::rotation::Transforms;
 use crate::{DType, Error, Result};
 
-/// The recipe. The defaults are those of `spinquant learn`: the published ones, and clip ratios searched by error.
+/// How to learn. The defaults are the paper's, and clip ratios searched by error; [`Recipe`](super::Recipe) has others, that of `spinquant
+/// learn` among them.
 #[derive(Clone, Debug)]
 pub struct LearnOptions {
     /// What the network is quantised to while learning: weights too for RTN, not for GPTQ.

@@ -121,6 +121,8 @@ pub struct Case {
     pub size: Size,
     /// Rounds its result to a grid, so that parity is a matter of codes and not of small differences.
     pub rounds: bool,
+    /// The size of the terms that the value is a sum of, where they cancel: the value is rounded as they are in `f32`, and not as it is.
+    pub terms: f64,
     /// How to time it: of cases of [`Size::Timed`].
     pub timing: Option<Timing>,
     draw: Draw,
@@ -135,7 +137,16 @@ impl Case {
         build: impl for<'t> Fn(Vec<Var<'t>>) -> Result<Var<'t>> + Send + Sync + 'static,
     ) -> Self {
         let draw: Draw = Arc::new(move |dtype, device| operands().iter().map(|x| x.to_dtype(dtype)?.to_device(device)).collect());
-        Self { op, name: name.into(), run: Run::Graph(Arc::new(build)), size: Size::Small, rounds: false, timing: None, draw }
+        Self {
+            op,
+            name: name.into(),
+            run: Run::Graph(Arc::new(build)),
+            size: Size::Small,
+            rounds: false,
+            terms: 0.0,
+            timing: None,
+            draw,
+        }
     }
 
     /// A case of the benches with rows of n, on normal values of `shapes`. `checks` compares some rows of the results with the
@@ -169,7 +180,7 @@ impl Case {
             shapes.iter().enumerate().map(one).collect()
         });
         let name = format!("{rows} rows of {n}");
-        Self { op, name, run, size: Size::Timed, rounds: false, timing: Some(timing), draw }
+        Self { op, name, run, size: Size::Timed, rounds: false, terms: 0.0, timing: Some(timing), draw }
     }
 
     /// The case at every size of a table.
@@ -189,6 +200,10 @@ impl Case {
     /// Marks the result as rounded to a grid.
     pub fn rounds(self) -> Self {
         Self { rounds: true, ..self }
+    }
+    /// Says how large the terms of the value are.
+    pub fn of_terms(self, terms: f64) -> Self {
+        Self { terms, ..self }
     }
     /// Times another part than the forward pass.
     pub fn pass(self, pass: Pass) -> Self {

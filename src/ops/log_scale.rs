@@ -1,6 +1,6 @@
 //! Rows or columns times exponentials of learned logarithms: `y[i, j] = x[i, j] exp(±a[j])` by columns, `x[i, j] exp(±a[i])` by rows. A
 //! scale that is an exponential is never 0 and needs no bounds. Backward: `dx = dy exp(±a)`, `da = ± Σ y dy` over what shares an entry.
-//! So it is y that is kept, unless told otherwise ([`Keeps`]): what comes next often keeps it too.
+//! So it is y that is kept, unless told otherwise (`Keeps`): what comes next often keeps it too.
 
 use rayon::prelude::*;
 

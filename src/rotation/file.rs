@@ -218,7 +218,7 @@ impl RotationFile {
         if let Some(more) = transforms.more().filter(|_| Self::is_torch_name(path)) {
             let message = format!(
                 "an R.bin holds R1 and R2 only, one a layer, and no {more}: give it a name in .safetensors, or learn no more \
-                 (--transforms published)"
+                 (--recipe published)"
             );
             return Err(Error::format(path, message));
         }

@@ -28,15 +28,15 @@ pub struct Transforms {
     scales: [bool; Scale::ALL.len()],
     /// An R2 for each key and value head.
     heads: bool,
-    /// All that a model can have, whatever they are.
-    all: bool,
+    /// Those that a model cannot have are left out, where they are an error otherwise.
+    where_possible: bool,
 }
 
 impl Transforms {
     /// R1 and R2.
-    pub const PUBLISHED: Self = Self { scales: [false; Scale::ALL.len()], heads: false, all: false };
+    pub const PUBLISHED: Self = Self { scales: [false; Scale::ALL.len()], heads: false, where_possible: false };
     /// All that a model can have.
-    pub const ALL: Self = Self { scales: [true; Scale::ALL.len()], heads: true, all: true };
+    pub const ALL: Self = Self { scales: [true; Scale::ALL.len()], heads: true, where_possible: true };
 
     /// R1, R2 and these scales.
     pub fn new(scales: &[Scale]) -> Self {
@@ -48,6 +48,11 @@ impl Transforms {
     /// The same with an R2 for each key and value head, or with one a layer.
     pub fn with_heads(self, heads: bool) -> Self {
         Self { heads, ..self }
+    }
+
+    /// The same, those left out that a model cannot have.
+    pub fn where_possible(self) -> Self {
+        Self { where_possible: true, ..self }
     }
 
     /// Whether each key and value head has an R2 of its own.
@@ -74,28 +79,28 @@ impl Transforms {
     /// These and others.
     pub fn with(&self, others: &Self) -> Self {
         let scales = Scale::ALL.map(|kind| self.has(kind) || others.has(kind));
-        Self { scales, heads: self.heads || others.heads, all: self.all || others.all }
+        Self { scales, heads: self.heads || others.heads, where_possible: self.where_possible || others.where_possible }
     }
 
     /// What is among these and among others.
     pub fn both(&self, others: &Self) -> Self {
         let scales = Scale::ALL.map(|kind| self.has(kind) && others.has(kind));
-        Self { scales, heads: self.heads && others.heads, all: self.all && others.all }
+        Self { scales, heads: self.heads && others.heads, where_possible: self.where_possible && others.where_possible }
     }
 
-    /// What they come to for a model: of [`Transforms::ALL`] those that it can have. Where there is one key and value head, one R2 a
+    /// What they come to for a model: those that it can have, of [`Transforms::ALL`] and others [where possible](Self::where_possible). Where there is one key and value head, one R2 a
     /// layer is one a head.
     ///
     /// # Errors
     /// Names one that was asked for by name and that the model cannot have, and why.
     pub fn of(&self, sizes: &Sizes) -> Result<Self> {
-        if !self.all
+        if !self.where_possible
             && let Some((kind, why)) = self.scales().find_map(|kind| Some((kind, kind.refused(sizes)?)))
         {
             return Err(Error::argument("transforms", format!("expected no {kind}: {why}")));
         }
         let scales = Scale::ALL.map(|kind| self.has(kind) && kind.refused(sizes).is_none());
-        Ok(Self { scales, heads: self.heads && sizes.kv_heads > 1, all: false })
+        Ok(Self { scales, heads: self.heads && sizes.kv_heads > 1, where_possible: false })
     }
 }
 
@@ -117,13 +122,13 @@ impl FromStr for Transforms {
         if !list.contains(&"r1") || !(list.contains(&"r2") || heads) {
             return Err(Error::argument("transforms", format!("expected r1 and r2 among them, got {s:?}")));
         }
-        Ok(Self { scales: Scale::ALL.map(|kind| list.contains(&kind.name())), heads, all: false })
+        Ok(Self { scales: Scale::ALL.map(|kind| list.contains(&kind.name())), heads, where_possible: false })
     }
 }
 
 impl fmt::Display for Transforms {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.all {
+        if *self == Self::ALL {
             return f.pad("all");
         }
         let names: Vec<&str> =

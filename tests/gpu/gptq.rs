@@ -41,13 +41,13 @@ fn awkward_corrections() {
 }
 
 /// Of the same values, in f64. A difference of 16-bit inputs is rounded to 16 bits, by half a unit in the last place at most; over many rows
-/// these roundings cancel.
+/// these roundings cancel: the mean of r is a few times 1/√r of one.
 #[test]
 #[ignore = "needs a GPU"]
 fn drifts() {
     let device = gpu();
     for (rows, n) in [(9000, 150), (1, 1), (100, 33), (4097, 64)] {
-        for (dtype, bound) in [(DType::F32, 4e-6), (DType::BF16, 4e-4), (DType::F16, 5e-5)] {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
             let x = inputs(rows, n, 8);
             let [x, there] = [x.clone(), disturbed(&x, 9)].map(|t| t.to_dtype(dtype).unwrap());
             let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
@@ -57,7 +57,8 @@ fn drifts() {
             assert_eq!((ours.device(), ours.dtype(), ours.shape()), (device.clone(), DType::F64, &[n, n][..]));
             let largest = values(&exact).iter().fold(0f64, |m, x| m.max(x.abs()));
             let error = distance(&values(&ours), &values(&exact)) / largest;
-            let bound = if rows == 1 && dtype.is_half() { 0.51 * dtype.epsilon() } else { bound };
+            let mean = (4.0 / (rows as f64).sqrt()).min(1.0);
+            let bound = if dtype.is_half() { 0.51 * dtype.epsilon() * mean } else { 4e-6 };
             println!("{rows} x {n} {dtype}: error {error:.1e} of the largest value");
             assert!(error <= bound, "{rows} x {n} {dtype}: {error:e}");
         }
@@ -223,7 +224,8 @@ fn learned_ratios() {
             };
             let rtn = |w: &Tensor, a: &Tensor| Rtn.quantize_clipped(&[w], &spec, None, &[a]).unwrap().remove(0);
             let (cpu, gpu) = (rtn(&w, &a), rtn(&w_there, &a_there));
-            let step = if stored { dtype.epsilon() } else { 1e-6 };
+            // Both compute scales in f32; those that are stored in 16 bits may fall on two sides of a rounding.
+            let step = if stored && dtype.is_half() { dtype.epsilon() } else { 1e-6 };
             let (scale, moved) = apart(&gpu, &cpu);
             assert!(scale <= step && moved <= rows / 10, "{spec:?} {dtype}: scales {scale:e} apart, {moved} rows differ");
             // A network that is merged there has the same weights.

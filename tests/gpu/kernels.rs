@@ -250,12 +250,9 @@ fn learned_kernels_are_the_operations() {
     let a: Vec<f32> = values(14, 4).into_iter().map(|a| -0.1 - 0.2 * a.abs()).collect();
     let ga = s.clone_htod(&a).unwrap();
     let op = ClippedFakeQuant { spec: QuantSpec::activation(4, false), blocked: true };
+    let narrow = |v: &[f32], shape: &[usize]| Tensor::from_vec(v.to_vec(), shape).unwrap();
     let tape = Tape::new();
-    let on_tape = |v: &[f32], shape: &[usize]| {
-        let v = Tensor::from_vec(v.to_vec(), shape).unwrap();
-        tape.variable(v)
-    };
-    let (vx, va) = (on_tape(&x, &matrix), on_tape(&a, &[2, 2]));
+    let (vx, va) = (tape.variable(narrow(&x, &matrix)), tape.variable(narrow(&a, &[2, 2])));
     let out = vx.clone().clipped_fake_quant(&op.spec, va.clone(), op.blocked).unwrap();
     kernels::clipped_fake_quant(s, &mut y, &gx, &ga, &op, cols).unwrap();
     close(s, &y, &out.value().to_f64_vec().unwrap(), 1e-5);
@@ -272,7 +269,8 @@ fn learned_kernels_are_the_operations() {
     let a: Vec<f32> = values(15, 2 * rows).into_iter().map(|a| -0.1 - 0.2 * a.abs()).collect();
     let ga = s.clone_htod(&a).unwrap();
     let op = ClippedFakeQuant { spec: QuantSpec::weight(4, true), blocked: true };
-    let (vx, va) = (on_tape(&x, &matrix), on_tape(&a, &[rows, 2]));
+    let tape = Tape::new();
+    let (vx, va) = (tape.variable(narrow(&x, &matrix)), tape.variable(narrow(&a, &[rows, 2])));
     let out = vx.clone().clipped_fake_quant(&op.spec, va.clone(), op.blocked).unwrap();
     kernels::clipped_fake_quant(s, &mut y, &gx, &ga, &op, cols).unwrap();
     close(s, &y, &out.value().to_f64_vec().unwrap(), 1e-5);

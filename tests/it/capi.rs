@@ -114,7 +114,9 @@ fn arguments_that_cannot_be_are_refused_with_words() {
 fn the_header_is_c_and_cpp() {
     for language in ["c", "c++"] {
         let header = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/spinquant.h");
-        let compiler = Command::new("c++").args(["-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-x", language, header]).output();
+        let compiler = Command::new("c++")
+            .args(["-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-x", language, header])
+            .output();
         let out = compiler.expect("a C++ compiler, which the feature cuda needs to build");
         assert!(out.status.success(), "{language}: {}", String::from_utf8_lossy(&out.stderr));
     }

@@ -4,10 +4,10 @@ mod architecture;
 mod baselines;
 mod bench;
 mod bias;
-#[cfg(feature = "cli")]
-mod cli;
 #[cfg(feature = "capi")]
 mod capi;
+#[cfg(feature = "cli")]
+mod cli;
 mod clip;
 #[path = "../common/mod.rs"]
 mod common;

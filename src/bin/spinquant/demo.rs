@@ -44,8 +44,10 @@ pub fn run(args: &Args) -> Result<()> {
     let calibration = demo::windows(demo::CALIBRATION, demo::CONTEXT)?;
     let text = demo::windows(demo::TEST, demo::CONTEXT)?;
     let scheme = args.scheme.scheme();
-    let options = args.recipe.options(scheme, 0);
-    let optimizer = args.recipe.optimizer()?;
+    // Its table is the paper's.
+    let recipe = args.recipe.clone().or_published();
+    let options = recipe.options(scheme, 0);
+    let optimizer = recipe.optimizer()?;
     options.check(optimizer.as_ref())?;
     options.check_text(&calibration)?;
     config.check_scheme(&scheme)?;
@@ -59,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
         scheme,
         learn_scheme: scheme,
         options: &options,
-        optimizer: &|| args.recipe.optimizer(),
+        optimizer: &|| recipe.optimizer(),
         seeds: args.seeds,
         learn_seeds: args.learn_seeds,
         quantizers: &[],

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
-use spinquant::learn::{ClipChoice, LearnOptions, StepReport, Watch, WeightClip, learn_watched};
+use spinquant::learn::{self, ClipChoice, LearnOptions, StepReport, Watch, WeightClip, learn_watched};
 use spinquant::llama::Recompute;
 use spinquant::memory::{Budget, Needs, Planned};
 use spinquant::objective::{self, Objective};
@@ -22,19 +22,16 @@ use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, note, rotations};
 use crate::eval::file_name;
 use crate::outputs;
-use crate::recipe::Named;
 use crate::stop;
 
-/// The recipe; the defaults are the published ones.
+/// How rotations are learned, and what with them.
 #[derive(clap::Args, Clone)]
 pub struct Recipe {
-    /// Options that go together. published: the paper's. faithful: --objective kl --clip learned --clip-lr 0.03
-    /// --transforms r1,r2,up-down,values --scale-lr 0.03. Options that are given count more.
-    #[arg(long, value_name = "default|published|faithful", default_value = "default")]
-    recipe: Named,
-    /// Optimiser steps.
-    #[arg(long, default_value_t = 100)]
-    steps: usize,
+    #[arg(long, value_name = "NAME", help = recipes())]
+    recipe: Option<learn::Recipe>,
+    /// Optimiser steps (default: the recipe's).
+    #[arg(long)]
+    steps: Option<usize>,
     /// Sequences a step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -52,19 +49,19 @@ pub struct Recipe {
     #[arg(long, value_name = "NAME", value_parser = objective::by_name, help = objectives())]
     objective: Option<Arc<dyn Objective>>,
     /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2 or r2-heads, up-down,
-    /// values, norms, rope-pairs, values-general (docs/cli.md) (default: published, or the recipe's).
+    /// values, norms, rope-pairs, values-general (docs/cli.md) (default: the recipe's).
     #[arg(long, value_name = "LIST")]
     transforms: Option<Transforms>,
-    /// Learning rate of the first step for logarithms of scales, and angles; it falls as --lr does (default: 0.003, or the recipe's).
+    /// Learning rate of the first step for logarithms of scales, and angles; it falls as --lr does (default: the recipe's).
     #[arg(long, value_name = "RATE")]
     scale_lr: Option<f64>,
     /// Learning rate of the first step for logarithms of clip ratios that are learned (--clip learned); it falls as --lr does (default:
-    /// 0.01, or the recipe's).
+    /// the recipe's).
     #[arg(long, value_name = "RATE")]
     clip_lr: Option<f64>,
     /// Clip ratios of weights: search (found anew in every step) or learned (found on the start, then learned with the rotations, one for
     /// every row or group of every weight, for the grid of --scheme alone).
-    /// Default: search, or learned where a --start file has some.
+    /// Default: learned where a --start file has some, else the recipe's.
     #[arg(long, value_name = "search|learned")]
     weight_clip: Option<WeightClip>,
     /// Learning rate of the first step for logarithms of clip ratios of weights that are learned (--weight-clip learned); it falls as --lr
@@ -96,6 +93,15 @@ enum ClipGradient {
     StraightThrough,
 }
 
+fn recipes() -> String {
+    let each: Vec<String> = learn::Recipe::ALL.iter().map(|r| format!("{r} ({})", r.about())).collect();
+    format!(
+        "Options that go together, of which those that are given count more: {} [default: {}]",
+        each.join("; "),
+        learn::Recipe::default()
+    )
+}
+
 /// An optimiser's name, known before anything is loaded.
 fn optimizer_name(name: &str) -> Result<String> {
     optim::by_name(name).map(|optimizer| optimizer.name().to_string())
@@ -108,19 +114,32 @@ fn optimizers() -> String {
 
 fn objectives() -> String {
     let each: Vec<String> = objective::all().iter().map(|o| format!("{} ({})", o.name(), o.about())).collect();
-    format!(
-        "What to minimise: {}; or a mixture, as 0.5*cross-entropy+0.5*kl (default: cross-entropy, or the recipe's)",
-        each.join(", ")
-    )
+    format!("What to minimise: {}; or a mixture, as 0.5*cross-entropy+0.5*kl (default: the recipe's)", each.join(", "))
 }
 
 impl Recipe {
-    /// The recipe for a scheme; clip ratios are those of the scheme, unless a recipe is named that says otherwise.
+    /// The options of the recipe that is named. Where none is it is the default one, but the paper's with an optimiser that repeats a published
+    /// run, and the paper's with clip ratios by error with an objective that sees R1 and R2 alone.
+    fn named(&self, scheme: Scheme) -> LearnOptions {
+        let local = self.objective.as_ref().is_some_and(|objective| objective.needs() == Needs::Rows);
+        let repeats = !optim::by_name(&self.optimizer).is_ok_and(|optimizer| optimizer.clips_by_default());
+        match self.recipe {
+            Some(recipe) => recipe.options(scheme),
+            None if local || repeats => LearnOptions { clip: ClipChoice::Auto, ..learn::Recipe::Published.options(scheme) },
+            None => learn::Recipe::default().options(scheme),
+        }
+    }
+
+    /// The same with the paper's recipe where none is named.
+    pub fn or_published(self) -> Self {
+        Self { recipe: Some(self.recipe.unwrap_or(learn::Recipe::Published)), ..self }
+    }
+
+    /// What is asked for.
     pub fn options(&self, scheme: Scheme, seed: u64) -> LearnOptions {
-        let (scale_rate, clip_rate) = self.recipe.rates();
+        let named = self.named(scheme);
         LearnOptions {
-            scheme,
-            steps: self.steps,
+            steps: self.steps.unwrap_or(named.steps),
             batch: self.batch,
             micro_batch: self.micro_batch,
             learning_rate: self.lr,
@@ -130,15 +149,14 @@ impl Recipe {
             held_out_every: self.held_out_every,
             recompute: self.recompute.then_some(Recompute::All),
             memory: self.memory,
-            clip: self.recipe.clip().unwrap_or(ClipChoice::Keep),
-            transforms: self.transforms.unwrap_or_else(|| self.recipe.transforms()),
-            scale_rate: self.scale_lr.unwrap_or(scale_rate),
-            clip_rate: self.clip_lr.unwrap_or(clip_rate),
-            weight_clip: self.weight_clip.unwrap_or_default(),
+            transforms: self.transforms.unwrap_or(named.transforms),
+            scale_rate: self.scale_lr.unwrap_or(named.scale_rate),
+            clip_rate: self.clip_lr.unwrap_or(named.clip_rate),
+            weight_clip: self.weight_clip.unwrap_or(named.weight_clip),
             weight_clip_rate: self.weight_clip_lr,
             straight: self.clip_gradient == ClipGradient::StraightThrough,
-            objective: self.objective.clone().unwrap_or_else(|| self.recipe.objective()),
-            ..LearnOptions::default()
+            objective: self.objective.clone().unwrap_or_else(|| named.objective.clone()),
+            ..named
         }
     }
 
@@ -175,7 +193,7 @@ impl Recipe {
                     "dtype": dtype.to_string(), "device": card.name, "budget_bytes": budget,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch},
-                    "bytes": items, "peak_bytes": planned.bytes(), "seconds_per_step": planned.seconds, "steps": self.steps,
+                    "bytes": items, "peak_bytes": planned.bytes(), "seconds_per_step": planned.seconds, "steps": options.steps,
                 })
             );
             return Ok(());
@@ -194,7 +212,12 @@ impl Recipe {
             out!("{what:<46} {:>8.2} GiB", gib(*bytes));
         }
         out!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
-        out!("predicted: {:.2} s a step, {:.0} s for {} steps", planned.seconds, planned.seconds * self.steps as f64, self.steps);
+        out!(
+            "predicted: {:.2} s a step, {:.0} s for {} steps",
+            planned.seconds,
+            planned.seconds * options.steps as f64,
+            options.steps
+        );
         Ok(())
     }
 }
@@ -240,7 +263,7 @@ pub struct Args {
     /// Clip ratios of activations, K and V, searched on the start, learned with, and kept with the rotations: error (of every
     /// quantiser, by itself) or loss (of the whole network; needs room for a second copy of the weights); learned: searched by error,
     /// then learned with the rotations, for every layer, both ends apart; none: 1, as published.
-    /// Default: what --activation-clip says or a --start file holds, else none with cayley-parity, else error.
+    /// Default: what --activation-clip says or a --start file holds, else the recipe's.
     #[arg(long, value_name = "error|loss|learned|none", conflicts_with = "activation_clip")]
     clip: Option<ClipChoice>,
     /// Windows to search them on.
@@ -272,7 +295,7 @@ impl Args {
         match (self.clip, self.scheme.given_clip(Some(start))) {
             (Some(choice), _) => (ClipRatios::NONE, choice),
             (None, Some(given)) => (given, ClipChoice::Keep),
-            (None, None) => (ClipRatios::NONE, self.recipe.recipe.clip().unwrap_or_default()),
+            (None, None) => (ClipRatios::NONE, self.recipe.named(self.scheme.scheme()).clip),
         }
     }
 }
@@ -318,6 +341,8 @@ pub fn run(args: &Args) -> Result<()> {
     if args.recipe.weight_clip == Some(WeightClip::Search) {
         from.weight_clips = None;
     }
+    let transforms = start.rotations.transforms().with(&options.transforms).of(&config.scale_sizes())?;
+    RotationFile::check_holds(&args.out, &transforms)?;
     let keeps_weight_clips = from.weight_clips_for(&options.scheme)?.is_some();
     if from.weight_clips.is_some() && !keeps_weight_clips {
         note(&format!("the clip ratios of weights of {choice} are not used: {} quantises no weights", options.scheme));
@@ -329,10 +354,8 @@ pub fn run(args: &Args) -> Result<()> {
     if keeps_clips || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
         RotationFile::check_holds_clips(&args.out)?;
     }
-    let transforms = start.rotations.transforms().with(&options.transforms).of(&config.scale_sizes())?;
     options.transforms = transforms;
     options.check(optimizer.as_ref())?;
-    RotationFile::check_holds(&args.out, &transforms)?;
     // Of a random start each head gets a matrix of its own; one that was chosen stays the network that it is.
     let alike = transforms.heads() && choice.seed().is_none();
     let from = if alike { from.per_head(config.kv_heads, None)? } else { from };
@@ -362,7 +385,7 @@ pub fn run(args: &Args) -> Result<()> {
         .file(&config)?
         .with_note("scheme", scheme)
         .with_note("start", &choice)
-        .with_note("steps", args.recipe.steps)
+        .with_note("steps", options.steps)
         .with_note("seed", args.seed)
         .with_note("optimizer", &args.recipe.optimizer)
         .with_note("objective", options.objective.name())

@@ -21,7 +21,6 @@ mod outputs;
 mod profile;
 mod quantize;
 mod race;
-mod recipe;
 mod rotations;
 mod serve;
 mod stop;

@@ -24,7 +24,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("learn", "--start none", "nothing to learn"),
     ("learn", "--start hadamrd", "hadamard[:SEED], block-hadamard[:SEED]"),
     ("learn", "--start hadamard:x", "expected a number after the colon"),
-    ("learn", "--out R.bin", "an R.bin cannot hold clip ratios"),
+    ("learn", "--out R.bin", "an R.bin holds R1 and R2 only"),
     ("learn", "--seq-len 18446744073709551615", "window length: expected at least 2 tokens"),
     ("learn", "--dry-run --batch 18446744073709551615", "18446744073709551615 sequences of 16 tokens a step"),
     ("learn", "--dry-run --batch 0", "at least 1"),

@@ -28,8 +28,8 @@ fn rows_of_other_methods_say_what_they_took() {
             "hadamard + clip mean",
             "learned",
             "learned + clip",
-            "learned at W16",
-            "learned + gptq"
+            "learned + clip at W16",
+            "learned + clip + gptq"
         ]
     );
     let seq = table["rows"][2]["training"]["tokens"].as_u64().unwrap() / 8; // 2 steps of 4 windows
@@ -49,8 +49,8 @@ fn rows_of_other_methods_say_what_they_took() {
         (3, 0),
         (8, 2),
         (8 + 3, 2),
-        (8, 2),
-        (8 + 6, 2),
+        (8 + 3, 2),
+        (8 + 3 + 6, 2),
     ];
     for (row, (windows, steps)) in rows.iter().zip(want) {
         let training = &row["training"];

@@ -54,7 +54,7 @@ fn blocks_travel_with_the_rotations() {
     place.fails(hf, &["expected no online rotations", "r3,r4=block:8"]);
 
     // An R.bin has no place for it.
-    let err = learn("--online none --clip none --out R.bin");
+    let err = learn("--online none --recipe published --out R.bin");
     assert!(err.contains("R.bin") && err.contains("--online none"), "{err}");
 }
 

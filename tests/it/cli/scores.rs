@@ -26,7 +26,9 @@ fn eval_agrees_with_itself() {
 #[test]
 fn compare_prints_the_table() {
     let place = Place::new();
-    let args = format!("compare {MODEL} --calibration text.txt --text text.txt --scheme W4A4KV4 --seeds 3 --steps 4 --batch 4");
+    let args = format!(
+        "compare {MODEL} --calibration text.txt --text text.txt --scheme W4A4KV4 --seeds 3 --steps 4 --batch 4 --recipe published"
+    );
     let table = place.json(&format!("{args} --json"));
     let row = |name: &str| {
         let rows = table["rows"].as_array().unwrap();
@@ -81,7 +83,7 @@ fn compare_adds_rows_with_clip_ratios() {
     let place = Place::new();
     let args = format!(
         "compare {MODEL} --calibration text.txt --text text.txt --scheme W4A3KV3 --seeds 2 --learn-seeds 2 --steps 4 --batch 4 \
-         --held-out 8"
+         --held-out 8 --recipe published"
     );
     let plain = place.json(&format!("{args} --json"));
     assert_eq!((&plain["hadamard_clip"], &plain["learned_clip"]), (&json!([]), &json!([])));
@@ -112,7 +114,7 @@ fn compare_adds_rows_with_clip_ratios() {
             assert_ne!(before["perplexity"], plain["hadamard"][seed]["perplexity"], "{goal}: the ratios do nothing");
         }
         // It is what `learn` and `eval` do, one after the other.
-        let learn = format!("{LEARN} --scheme W4A3KV3 --steps 4 --seed 1 --clip {goal} --json");
+        let learn = format!("{LEARN} --recipe published --scheme W4A3KV3 --steps 4 --seed 1 --clip {goal} --json");
         assert_eq!(place.json(&learn)["held_out_last"], table["learned_clip"][1]["held_out_last"]);
         let eval = place.json(&format!("{EVAL} --scheme W4A3KV3 --rotations R.safetensors --json"));
         assert_eq!(eval["perplexity"], table["learned_clip"][1]["perplexity"]);
@@ -150,7 +152,7 @@ fn a_race_leaves_rows_a_table_and_pictures() {
     }
     // A race is what `learn` does: the same rate, seed and windows give the same held-out loss.
     let one = runs.iter().find(|r| r["entry"] == "cayley/cross-entropy" && r["learning_rate"] == 1.5 && r["scheme"] == "W4A4KV4");
-    let args = "learn --model model --device cpu --seq-len 16 --text text.txt --batch 4 --held-out 4 --steps 6 --clip none --out R.safetensors \
+    let args = "learn --model model --device cpu --seq-len 16 --text text.txt --batch 4 --held-out 4 --steps 6 --recipe published --out R.safetensors \
                 --json";
     assert_eq!(one.unwrap()["curve"][3][2], place.json(args)["held_out_last"]);
 

@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn scales_are_learned_written_read_and_scored() {
     let place = Place::new();
-    let learn = format!("{LEARN} --steps 4 --lr 0.5 --scale-lr 0.01 --json");
+    let learn = format!("{LEARN} --steps 4 --lr 0.5 --scale-lr 0.01 --recipe published --clip error --json");
     let report = place.json(&format!("{learn} --transforms r1,r2,up-down,values,rope-pairs"));
     for name in ["kl_first", "kl_last", "top1_first", "top1_last"] {
         assert!(number(&report, name) > 0.0, "{name}: {report}");
@@ -34,7 +34,7 @@ fn scales_are_learned_written_read_and_scored() {
     let out = place.run("rotations check more.safetensors");
     let text = String::from_utf8(out.stdout).unwrap();
     assert!(out.status.success() && text.contains("R2[1, 1]") && text.contains("R2b[1, 1]"), "{text}");
-    place.fails(&format!("{} --clip none", to("R.bin")), &["R.bin", "R1 and R2 only"]);
+    place.fails(&to("R.bin").replace("--clip error", "--clip none"), &["R.bin", "R1 and R2 only"]);
 }
 
 /// Before anything is loaded: the folder of the model holds no weights.
@@ -51,7 +51,7 @@ fn what_cannot_be_is_refused_first() {
     learn("--transforms r1,r2,gains", &["up-down, values, norms", "gains"]);
     learn("--scale-lr 0 --transforms all", &["learning rate of scales", "above 0"]);
     learn("--transforms all --objective whip", &["whip does not depend on scales", "up-down"]);
-    let parts = &["R.bin", "R1 and R2 only", "--transforms published"];
+    let parts = &["R.bin", "R1 and R2 only", "--recipe published"];
     place.fails(&format!("{to_torch} --steps 1 --transforms all --clip none"), parts);
     place.fails("rotations convert R.safetensors R.bin", &["R.bin", "R1 and R2 only"]);
     let packed = EVAL.replace("--model model", "--model packed");
@@ -86,7 +86,7 @@ fn fidelity_of_a_packed_model_is_to_what_it_was_made_from() {
 #[test]
 fn clip_constants_are_learned_written_read_and_scored() {
     let place = Place::new();
-    let learn = format!("{LEARN} --steps 4 --lr 0.5 --json");
+    let learn = format!("{LEARN} --steps 4 --lr 0.5 --transforms published --weight-clip search --json");
     let report = place.json(&format!("{learn} --clip learned"));
     assert!(report["clip"]["ratios"].is_object() || !report["clip"].is_null(), "{report}");
     let (rotations, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
@@ -147,9 +147,15 @@ fn recipes_are_options_that_go_together() {
     };
     let bits = |r: &Rotations| r.tensors().into_iter().map(|(name, t)| (name, t.to_f64_vec().unwrap())).collect::<Vec<_>>();
     let same = [
-        ("--recipe published", "--transforms published --objective cross-entropy --clip none"),
-        ("--recipe faithful", "--objective kl --clip learned --clip-lr 0.03 --transforms r1,r2,up-down,values --scale-lr 0.03"),
-        ("--recipe faithful --clip error --objective cross-entropy", "--transforms r1,r2,up-down,values --scale-lr 0.03"),
+        ("--recipe published", "--transforms published --objective cross-entropy --clip none --weight-clip search"),
+        (
+            "--recipe faithful",
+            "--objective kl --clip learned --clip-lr 0.03 --scale-lr 0.01 --transforms r1,r2-heads,up-down,values,rope-pairs",
+        ),
+        ("", "--recipe faithful"),
+        ("--recipe perplexity", "--recipe faithful --objective cross-entropy"),
+        ("--optimizer cayley-parity", "--recipe published --optimizer cayley-parity"),
+        ("--objective whip", "--recipe published --clip error --objective whip"),
     ];
     for (recipe, options) in same {
         let ((ours, notes), (want, others)) = (learn(recipe, "A.safetensors"), learn(options, "B.safetensors"));
@@ -160,10 +166,10 @@ fn recipes_are_options_that_go_together() {
     let planned = |args: &str| number(&place.json(&format!("{LEARN} --dry-run --json {args}")), "peak_bytes");
     assert!(planned("--clip learned") > planned("--clip error"));
     // What is given counts more, also where the recipe's own would be refused.
-    place.json(&format!("{LEARN} --steps 2 --json --recipe faithful --transforms published --clip none --objective whip"));
+    place.json(&format!("{LEARN} --steps 2 --json --recipe faithful --transforms published --clip none --weight-clip search --objective whip"));
     let compare = "compare --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --learn-seeds 1 --steps 2";
-    let table = place.json(&format!("{compare} --batch 4 --held-out 8 --recipe faithful --json"));
+    let table = place.json(&format!("{compare} --batch 4 --held-out 8 --gptq --calibration-windows 8 --json"));
     let rows = table["rows"].as_array().unwrap();
-    assert!(rows.iter().any(|row| row["name"] == "learned + learned clip"), "{table}");
+    assert!(rows.iter().any(|row| row["name"] == "learned + learned clip + gptq"), "{table}");
     place.fails(&format!("{LEARN} --recipe best"), &["--recipe", "published", "faithful"]);
 }

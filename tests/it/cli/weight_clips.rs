@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn clip_ratios_of_weights_are_learned_written_read_and_scored() {
     let place = Place::new();
-    let learn = format!("{LEARN} --steps 4 --lr 0.5 --json --clip none");
+    let learn = format!("{LEARN} --recipe published --steps 4 --lr 0.5 --json");
     place.json(&format!("{learn} --weight-clip learned --weight-clip-lr 0.05"));
     let (rotations, notes) = Rotations::load_with(&place.path("R.safetensors")).unwrap();
     assert_eq!((notes["weight_clips"].as_str(), notes["format_version"].as_str()), ("learned", "4"));
@@ -59,11 +59,11 @@ fn what_cannot_have_them_is_refused_first() {
     fails("--objective whip", &["whip does not depend on those of weights"]);
     fails("--weight-clip-lr 0", &["learning rate of clip ratios of weights", "above 0"]);
     let torch = LEARN.replace("R.safetensors", "R.bin");
-    place.fails(&format!("{torch} --clip none --weight-clip learned"), &["R.bin", "clip ratios of weights"]);
+    place.fails(&format!("{torch} --recipe published --weight-clip learned"), &["R.bin", "clip ratios of weights"]);
     place.fails(&format!("{LEARN} --weight-clip error"), &["expected search or learned"]);
     // A plan knows what they take, and that no search is left.
     let planned = |args: &str| place.json(&format!("{LEARN} --dry-run --json {args}"));
-    let (with, without) = (planned("--weight-clip learned"), planned(""));
+    let (with, without) = (planned("--weight-clip learned"), planned("--weight-clip search"));
     assert!(number(&with, "peak_bytes") > number(&without, "peak_bytes"), "{with} {without}");
 }
 
@@ -71,7 +71,7 @@ fn what_cannot_have_them_is_refused_first() {
 fn tables_have_them() {
     let place = Place::new();
     let compare = "compare --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --learn-seeds 1 --steps 2";
-    let compare = format!("{compare} --batch 4 --held-out 8 --json --weight-clip learned");
+    let compare = format!("{compare} --batch 4 --held-out 8 --recipe published --json --weight-clip learned");
     let table = place.json(&format!("{compare} --gptq --calibration-windows 4"));
     let row = |name: &str| table["rows"].as_array().unwrap().iter().find(|row| row["name"] == name).unwrap()["rotations"].clone();
     assert_eq!(row("learned"), "learned at W4A4KV4, clip ratios of weights too, 1 seed");
