@@ -378,7 +378,7 @@ impl Sizes {
         let weights =
             weights + if self.weight_rows > 0 { rounds * (2.0 * layers + again) * 3.0 * layer * self.e as f64 } else { 0.0 };
         let search = if self.quantized && self.weight_rows == 0 {
-            rounds * (layers + again) * layer * 4.5e-11 * (2.8e12 / card.bandwidth)
+            rounds * (layers + again) * layer * 1.8e-11 * (2.8e12 / card.bandwidth)
         } else {
             0.0
         };
