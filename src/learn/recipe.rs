@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{ClipChoice, LearnOptions, WeightClip};
 use crate::objective::{CrossEntropy, Kl};
-use crate::quant::Scheme;
+use crate::quant::{Clip, Scheme};
 use crate::rotation::{Scale, Transforms};
 use crate::{Error, Result};
 
@@ -58,12 +58,14 @@ impl Recipe {
         }
     }
 
-    /// The recipe for a scheme.
+    /// The recipe for a scheme. Clip ratios of weights are learned where the scheme searches some, and kept where it does not.
     pub fn options(self, scheme: Scheme) -> LearnOptions {
         let published =
             LearnOptions { scheme, clip: ClipChoice::Keep, transforms: Transforms::PUBLISHED, ..LearnOptions::default() };
         let transforms = Transforms::new(&[Scale::UpDown, Scale::Values, Scale::RopePairs]).with_heads(true).where_possible();
-        let weight_clip = if scheme.weight_bits < 16 { WeightClip::Learned } else { WeightClip::Search };
+        // What is told to keep the whole range of weights keeps it.
+        let searches = scheme.weight_bits < 16 && scheme.weight_clip == Clip::Search;
+        let weight_clip = if searches { WeightClip::Learned } else { WeightClip::Search };
         let learned = LearnOptions {
             clip: ClipChoice::Learned,
             weight_clip,

@@ -92,7 +92,11 @@ impl WeightClips {
         if self.grid == grid {
             return Ok(());
         }
-        let message = format!("the rotations' were learned for {}, and these weights are {grid}", self.grid);
+        let message = format!(
+            "the rotations' were learned for {}, and these weights are {grid}: quantise them so, or leave the ratios out \
+             (--no-clip-search; to learn on, --weight-clip search)",
+            self.grid
+        );
         Err(Error::argument("clip ratios of weights", message))
     }
 

@@ -139,8 +139,12 @@ pub fn run(args: &Args) -> Result<()> {
     options.check(args.recipe.optimizer()?.as_ref())?;
     let grids = [&learn_scheme, &scheme].map(Scheme::weight_grid_name);
     if options.weight_clip == WeightClip::Learned && grids[0] != grids[1] {
-        let message = format!("expected weights to be learned at as they are scored at, {}, got {}", grids[1], grids[0]);
-        return Err(Error::argument("--weight-clip learned", message));
+        if !args.recipe.asks_for_weight_clips() {
+            options.weight_clip = WeightClip::Search;
+        } else {
+            let message = format!("expected weights to be learned at as they are scored at, {}, got {}", grids[1], grids[0]);
+            return Err(Error::argument("--weight-clip learned", message));
+        }
     }
     args.gptq_args.check()?;
     let qat = args.qat.options(&options, args.seq_len);
@@ -280,9 +284,10 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
     let has_other = outcome.rows.iter().any(|r| r.judged.other.is_some());
     let widest = |of: fn(&Row) -> usize, least: usize| outcome.rows.iter().map(of).fold(least, usize::max);
     let (name, weights) = (widest(|r| r.name.len(), 24), widest(|r| r.weights.len(), 7));
+    let rotations = widest(|r| r.rotations.len(), 32);
     let other = if has_other { format!(" {:>16} {:>7}", "KL, other text", "top-1") } else { String::new() };
     out!(
-        "{:<name$} {:<11} {:<32} {:<weights$} {:>10} {:>16} {:>7}{other}",
+        "{:<name$} {:<11} {:<rotations$} {:<weights$} {:>10} {:>16} {:>7}{other}",
         "",
         "scheme",
         "rotations",
@@ -303,7 +308,7 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
         let Judged { perplexity, fidelity, other, .. } = &r.judged;
         let (fidelity, other) = (faithful(fidelity), faithful(other));
         out!(
-            "{:<name$} {:<11} {:<32} {:<weights$} {perplexity:>10.3}{fidelity}{other}",
+            "{:<name$} {:<11} {:<rotations$} {:<weights$} {perplexity:>10.3}{fidelity}{other}",
             r.name,
             r.scheme,
             r.rotations,
@@ -333,21 +338,23 @@ pub fn print(outcome: &Outcome, first: &FirstToken, exam: Option<&Exam>) -> Resu
 
 /// What every row took besides the model.
 fn print_training(outcome: &Outcome) {
-    out!("{:<24} {:>15} {:>16} {:>10}", "training", "tokens read", "optimiser steps", "seconds");
+    let name = outcome.rows.iter().map(|r| r.name.len()).fold(24, usize::max);
+    out!("{:<name$} {:>15} {:>16} {:>10}", "training", "tokens read", "optimiser steps", "seconds");
     for r in &outcome.rows {
         let Training { tokens, steps, seconds } = r.training;
-        out!("{:<24} {tokens:>15} {steps:>16} {seconds:>10.1}", r.name);
+        out!("{:<name$} {tokens:>15} {steps:>16} {seconds:>10.1}", r.name);
     }
 }
 
 /// Means over the tasks with their differences to full precision, then every task's accuracy.
 fn print_tasks(outcome: &Outcome, exam: &Exam) -> Result<()> {
+    let name = outcome.rows.iter().map(|r| r.name.len()).fold(26, usize::max);
     out!("zero-shot, mean of {}; − is the difference to full precision, paired by question", count(exam.tasks().len(), "task"));
-    out!("{:<26} {:>15} {:>16} {:>15} {:>16} {:>17} {:>16}", "", "acc", "−", "acc_norm", "−", "gold log-lik.", "−");
+    out!("{:<name$} {:>15} {:>16} {:>15} {:>16} {:>17} {:>16}", "", "acc", "−", "acc_norm", "−", "gold log-lik.", "−");
     for r in &outcome.rows {
         let (at, less) = (exam.report(&r.judged.marks), differences(outcome, &r.judged, exam)?);
         out!(
-            "{:<26} {:>15} {:>16} {:>15} {:>16} {:>17} {:>16}",
+            "{:<name$} {:>15} {:>16} {:>15} {:>16} {:>17} {:>16}",
             r.name,
             shown(at.acc, 4),
             shown(less.acc, 4),
@@ -358,10 +365,10 @@ fn print_tasks(outcome: &Outcome, exam: &Exam) -> Result<()> {
         );
     }
     let names = exam.tasks().iter().map(|task| format!(" {:>13}", task.name)).collect::<String>();
-    out!("{:<26}{names}", "acc");
+    out!("{:<name$}{names}", "acc");
     for r in &outcome.rows {
         let accuracies = r.judged.marks.iter().map(|marks| format!(" {:>13.4}", marks.scores().acc.mean)).collect::<String>();
-        out!("{:<26}{accuracies}", r.name);
+        out!("{:<name$}{accuracies}", r.name);
     }
     Ok(())
 }

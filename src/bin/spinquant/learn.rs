@@ -130,6 +130,11 @@ impl Recipe {
         }
     }
 
+    /// True where clip ratios of weights are to be learned by name, and not by a recipe.
+    pub fn asks_for_weight_clips(&self) -> bool {
+        self.weight_clip == Some(WeightClip::Learned)
+    }
+
     /// The same with the paper's recipe where none is named.
     pub fn or_published(self) -> Self {
         Self { recipe: Some(self.recipe.unwrap_or(learn::Recipe::Published)), ..self }

@@ -166,7 +166,9 @@ fn recipes_are_options_that_go_together() {
     let planned = |args: &str| number(&place.json(&format!("{LEARN} --dry-run --json {args}")), "peak_bytes");
     assert!(planned("--clip learned") > planned("--clip error"));
     // What is given counts more, also where the recipe's own would be refused.
-    place.json(&format!("{LEARN} --steps 2 --json --recipe faithful --transforms published --clip none --weight-clip search --objective whip"));
+    place.json(&format!(
+        "{LEARN} --steps 2 --json --recipe faithful --transforms published --clip none --weight-clip search --objective whip"
+    ));
     let compare = "compare --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --learn-seeds 1 --steps 2";
     let table = place.json(&format!("{compare} --batch 4 --held-out 8 --gptq --calibration-windows 8 --json"));
     let rows = table["rows"].as_array().unwrap();

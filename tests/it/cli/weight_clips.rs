@@ -20,7 +20,10 @@ fn clip_ratios_of_weights_are_learned_written_read_and_scored() {
         (of("R.safetensors") / of("plain.safetensors") - 1.0).abs() > 1e-7
     };
     assert!(apart("") && !apart("--no-clip-search") && !apart("--scheme W16A4KV4"));
-    place.fails(&format!("{EVAL} --rotations R.safetensors --weight-group 8"), &["W4 symmetric, and", "groups of 8"]);
+    place.fails(
+        &format!("{EVAL} --rotations R.safetensors --weight-group 8"),
+        &["W4 symmetric, and", "groups of 8", "--no-clip-search"],
+    );
     place.fails(&format!("{EVAL} --rotations R.safetensors --scheme W3A4KV4"), &["W3 symmetric"]);
 
     // Every way of writing weights has them, and a packed folder scores as they do.
@@ -47,6 +50,18 @@ fn clip_ratios_of_weights_are_learned_written_read_and_scored() {
     assert_ne!(more.get(0).unwrap().to_f64_vec().unwrap(), before.get(0).unwrap().to_f64_vec().unwrap());
     assert!(from("--weight-clip search").is_none() && from("--scheme W16A4KV4").is_none());
     assert!(place.run("rotations convert R.safetensors R.bin").status.success());
+}
+
+/// Who says that no ratios of weights are to be searched gets none from a recipe: the same flag would leave them out of every score.
+#[test]
+fn a_recipe_learns_none_where_weights_keep_their_range() {
+    let place = Place::new();
+    let learned = |args: &str| {
+        place.json(&format!("{LEARN} --steps 2 --json {args}"));
+        Rotations::load(&place.path("R.safetensors")).unwrap().weight_clips.is_some()
+    };
+    assert!(learned("") && learned("--no-clip-search --weight-clip learned"));
+    assert!(!learned("--no-clip-search") && !learned("--no-clip-search --recipe perplexity"));
 }
 
 /// Before anything is loaded: the folder of the model holds no weights.
@@ -77,6 +92,18 @@ fn tables_have_them() {
     assert_eq!(row("learned"), "learned at W4A4KV4, clip ratios of weights too, 1 seed");
     assert_eq!(row("learned + gptq"), "learned at W16A4KV4, 1 seed");
     place.fails(&format!("{compare} --learn-scheme W16A4KV4"), &["W4 symmetric, got W16 symmetric"]);
+    // A recipe learns them only where they can be scored.
+    let faithful = compare.replace(" --recipe published --json --weight-clip learned", "");
+    for other in ["W16A4KV4", "W8A4KV4"] {
+        let table = place.json(&format!("{faithful} --json --learn-scheme {other}"));
+        let learned = table["rows"].as_array().unwrap().iter().find(|row| row["name"] == "learned").unwrap();
+        assert_eq!(learned["rotations"], format!("learned at {other}, 1 seed"));
+    }
+    // The columns stay below one another, however long a name is.
+    let table = String::from_utf8(place.run(&faithful).stdout).unwrap();
+    let rows: Vec<usize> = table.lines().skip(1).take_while(|l| !l.starts_with("KL to")).map(|l| l.chars().count()).collect();
+    assert!(table.contains("clip ratios of weights too") && rows.len() > 6, "{table}");
+    assert!(rows.iter().all(|n| *n == rows[0]), "{table}");
     let race = "race --model model --device cpu --seq-len 16 --calibration text.txt --text text.txt --seeds 1 --entries cayley+weights --out race";
     place.fails(&format!("{race} --schemes W4A4KV4,W16A4KV4"), &["weights of 2 to 8 bits", "W16A4KV4"]);
 }
