@@ -536,6 +536,18 @@ fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &Product<'_
     state.save(path)
 }
 
+/// What a run is told to do: of things that differ these are named first, and what follows from them is not.
+const CHOSEN: [&str; 7] = ["optimizer", "objective", "scheme", "steps", "scales", "clips", "weight_clips"];
+
+/// A part of a fingerprint in words: of several checksums what they are of.
+fn shown(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "none".into(),
+        Some(Value::Object(parts)) => parts.keys().map(String::as_str).collect::<Vec<_>>().join(", "),
+        Some(value) => value.to_string(),
+    }
+}
+
 fn resume(
     mut state: State,
     fingerprint: &Value,
@@ -545,14 +557,14 @@ fn resume(
 ) -> Result<Progress> {
     let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
     if let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object())
-        && let Some(name) = ours.keys().chain(saved.keys()).find(|name| saved.get(*name) != ours.get(*name))
+        && let Some(name) = (CHOSEN.into_iter().chain(ours.keys().chain(saved.keys()).map(String::as_str)))
+            .find(|name| saved.get(*name) != ours.get(*name))
     {
-        let of = |run: &serde_json::Map<String, Value>| run.get(name).cloned().unwrap_or(Value::Null);
-        let (saved, value) = (of(saved), of(ours));
-        return Err(Error::format(
-            path,
-            format!("saved by another run: {name} was {saved}, now {value}; delete it or change back"),
-        ));
+        let differs = match [saved, ours].map(|run| shown(run.get(name))) {
+            [saved, ours] if saved == ours => format!("{name} had other values"),
+            [saved, ours] => format!("{name} was {saved}, now {ours}"),
+        };
+        return Err(Error::format(path, format!("saved by another run: {differs}; delete it or change back")));
     }
     let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
     let mut rotations = Rotations::new(take("R1")?, take("R2")?);

@@ -7,7 +7,7 @@ use spinquant::data::Windows;
 use spinquant::learn::{ClipChoice, LearnOptions, Learned, StepReport, learn};
 use spinquant::llama::{Llama, LlamaConfig, Recompute, RotationVars};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
-use spinquant::objective::{Batch, CrossEntropy, Objective};
+use spinquant::objective::{Batch, CrossEntropy, Kl, Objective};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, Schedule, State};
 use spinquant::quant::Scheme;
 use spinquant::{DType, Error, Result, Tensor, Var};
@@ -264,6 +264,11 @@ fn a_state_of_another_run_is_refused() {
     ] {
         says(run(&m, &w, &mut cayley(), &other, 0).0, &["state", "saved by another run", &format!("{field} was ")]);
     }
+    // What was chosen is named, and not what follows from it.
+    let other = LearnOptions { objective: Arc::new(Kl), ..o.clone() };
+    says(run(&m, &w, &mut cayley(), &other, 0).0, &[r#"objective was "cross-entropy", now "kl""#]);
+    let other = LearnOptions { transforms: "r1,r2-heads,up-down".parse().unwrap(), ..o.clone() };
+    says(run(&m, &w, &mut cayley(), &other, 0).0, &["scales was none, now up-down"]);
     let half = Windows::new(w.batch(&(0..120).collect::<Vec<_>>()), SEQ).unwrap();
     says(run(&m, &half, &mut cayley(), &o, 0).0, &["saved by another run"]);
     let mut text = w.batch(&(0..w.len()).collect::<Vec<_>>());
@@ -299,7 +304,7 @@ fn a_state_of_another_hadamard_is_refused() {
     let recorded = state.scalars.get_mut("run").unwrap().as_object_mut().unwrap().remove("r4");
     assert_eq!(recorded.unwrap(), "100*1, Paley II");
     state.save(&path).unwrap();
-    says(run(&m, &w, &mut CayleySgd::new(Mode::Default), &o, 0).0, &["r4 was null", "100*1, Paley II"]);
+    says(run(&m, &w, &mut CayleySgd::new(Mode::Default), &o, 0).0, &["r4 was none", "100*1, Paley II"]);
 }
 
 #[test]
