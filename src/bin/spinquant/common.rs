@@ -144,14 +144,33 @@ impl SchemeArgs {
         if self.activation_clip.is_some() { rotations.with_clips(ClipEnds::default()) } else { rotations }
     }
 
+    /// The same for a network whose weights are quantised, before it is loaded.
+    ///
+    /// # Errors
+    /// Names the file whose clip ratios of weights are for another grid.
+    pub fn learned_for(&self, file: &RotationFile, scheme: &Scheme) -> Result<Rotations> {
+        let rotations = self.learned(file, scheme);
+        match (rotations.weight_clips_for(scheme), file.path()) {
+            (Err(e), Some(path)) => Err(Error::format(path, e)),
+            (Err(e), None) => Err(e),
+            (Ok(_), _) => Ok(rotations),
+        }
+    }
+
     /// The clip ratios of the command line, or else those that came with the rotations for these bits.
     pub fn given_clip(&self, rotations: Option<&RotationFile>) -> Option<ClipRatios> {
         let scheme = self.scheme();
         self.activation_clip.or_else(|| {
-            let (file, clips) = rotations.and_then(|file| Some((file, file.clips.as_ref()?)))?;
+            let file = rotations?;
+            let path = file.path().map_or_else(String::new, |path| path.display().to_string());
+            let Some(clips) = &file.clips else {
+                if !file.rotations.clips.is_empty() {
+                    note(&format!("{path} does not say for which bits its clip constants are: they are not used"));
+                }
+                return None;
+            };
             let found = file.clips_for(&scheme);
             if found.is_none() {
-                let path = file.path().map_or_else(String::new, |path| path.display().to_string());
                 note(&format!("the clip ratios of {path} are for {}, not used for {scheme}", clips.bits));
             }
             found

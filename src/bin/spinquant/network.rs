@@ -77,9 +77,10 @@ impl NetworkArgs {
         let config = self.model.checked(&self.scheme.scheme(), reads.then_some(seq_len))?;
         let file = rotations(&start, &config)?;
         let scheme = self.scheme.scheme_with(file.as_ref(), &config)?;
+        let learned = file.map(|file| self.scheme.learned_for(&file, &scheme)).transpose()?;
         let text = self.gptq.text(weights, &self.model, (&config, &scheme), self.calibration.as_ref(), seq_len)?;
         let calibration = text.map(|text| (weights, text));
-        let (plain, rotations) = (matches!(start, Start::None), file.map(|file| Box::new(self.scheme.learned(&file, &scheme))));
+        let (plain, rotations) = (matches!(start, Start::None), learned.map(Box::new));
         Ok(Network {
             args: self,
             config,

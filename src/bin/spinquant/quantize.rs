@@ -70,7 +70,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
         Format::CompressedTensors => args.compressed(&config, &scheme)?,
         _ => scheme,
     };
-    let rotations = rotations.map(|file| args.learned(&file, &scheme));
+    let rotations = rotations.map(|file| args.learned(&file, &scheme)).transpose()?;
     let text = args.gptq.text(args.weights, &args.model, (&config, &scheme), args.calibration.as_ref(), args.seq_len)?;
     if let Some(device) = hf_device {
         let source = open_model(&args.model.model)?;
@@ -96,16 +96,16 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
 
 impl Args {
     /// The rotations of a file, with clip constants where the format holds them.
-    fn learned(&self, file: &RotationFile, scheme: &Scheme) -> Rotations {
-        let rotations = self.scheme.learned(file, scheme);
+    fn learned(&self, file: &RotationFile, scheme: &Scheme) -> Result<Rotations> {
+        let rotations = self.scheme.learned_for(file, scheme)?;
         if self.format == Format::Native || rotations.clips.is_empty() {
-            return rotations;
+            return Ok(rotations);
         }
         note(&format!(
             "a folder of --format {} has no clip constants of activations: those of the rotations' file are not used",
             if self.format == Format::Hf { "hf" } else { "compressed-tensors" }
         ));
-        rotations.with_clips(ClipEnds::default())
+        Ok(rotations.with_clips(ClipEnds::default()))
     }
 
     /// What a folder of compressed-tensors makes of a scheme, its departures said.

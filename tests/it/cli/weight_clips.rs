@@ -1,5 +1,8 @@
 //! Clip ratios of weights learned with the rotations, from the command line.
 
+use spinquant::quant::{ClipRatios, Site};
+use spinquant::rotation::ClipEnds;
+
 use super::*;
 
 #[test]
@@ -25,6 +28,23 @@ fn clip_ratios_of_weights_are_learned_written_read_and_scored() {
         &["W4 symmetric, and", "groups of 8", "--no-clip-search"],
     );
     place.fails(&format!("{EVAL} --rotations R.safetensors --scheme W3A4KV4"), &["W3 symmetric"]);
+
+    // That is known before the model is loaded, and said with the file.
+    std::fs::rename(place.path("model/model.safetensors"), place.path("away")).unwrap();
+    for command in [
+        EVAL,
+        "quantize --model model --device cpu --out new",
+        "quantize --model model --device cpu --out new --format hf --online none",
+    ] {
+        place.fails(&format!("{command} --rotations R.safetensors --scheme W3A4KV4"), &["R.safetensors: ", "W3 symmetric"]);
+    }
+    std::fs::rename(place.path("away"), place.path("model/model.safetensors")).unwrap();
+
+    // Constants that do not say what bits they are for are left out, and that is said.
+    let key = ClipEnds::of_ratios(&[Site::Key], &[ClipRatios::uniform(0.5).unwrap(); 2], 2).unwrap();
+    rotations.clone().with_clips(key).save(&place.path("bare.safetensors")).unwrap();
+    let said = String::from_utf8(place.run(&format!("{EVAL} --rotations bare.safetensors")).stderr).unwrap();
+    assert!(said.contains("bare.safetensors does not say for which bits"), "{said}");
 
     // Every way of writing weights has them, and a packed folder scores as they do.
     let learned = perplexity("--rotations R.safetensors");
