@@ -51,6 +51,8 @@ impl Needs {
 pub struct Work {
     /// What is kept besides the model.
     pub needs: Needs,
+    /// The same of a second pass, where clip ratios follow an objective of their own.
+    pub clip_needs: Option<Needs>,
     /// Sequences a step.
     pub batch: usize,
     /// Tokens of each.
@@ -71,7 +73,8 @@ impl Work {
     /// The published recipe: cross entropy, R1 and R2 alone.
     pub fn new(scheme: Scheme, batch: usize, seq: usize, dtype: DType) -> Self {
         let transforms = Transforms::PUBLISHED;
-        Self { needs: Needs::Network, batch, seq, scheme, dtype, transforms, clips: false, weight_clips: false }
+        let needs = Needs::Network;
+        Self { needs, clip_needs: None, batch, seq, scheme, dtype, transforms, clips: false, weight_clips: false }
     }
 
     /// Checks that every number of bytes that a plan may add up fits a machine word.
@@ -425,10 +428,18 @@ pub fn predict(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize
 
 fn predict_checked(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: usize, card: &Card) -> Planned {
     let sizes = Sizes::new(config, work);
-    let items = sizes.items(work, &plan, micro_batch);
     let penalty = 1.0 + 0.02 * parts_penalty(micro_batch, plan.sequences);
-    let seconds = penalty * sizes.seconds(config, work, &plan, micro_batch, card);
-    Planned { plan, micro_batch, items, seconds }
+    let of = |needs| {
+        let work = &Work { needs, ..*work };
+        let seconds = penalty * sizes.seconds(config, work, &plan, micro_batch, card);
+        Planned { plan, micro_batch, items: sizes.items(work, &plan, micro_batch), seconds }
+    };
+    let first = of(work.needs);
+    // One pass after the other: the larger counts, and the times add up. Each wants fewer gradients than is counted here.
+    let Some(second) = work.clip_needs.map(of) else { return first };
+    let seconds = first.seconds + second.seconds;
+    let items = if second.bytes() > first.bytes() { second.items } else { first.items };
+    Planned { items, seconds, ..first }
 }
 
 /// The fastest way to run a step within `budget` bytes on this card.
@@ -599,6 +610,23 @@ mod tests {
         assert_eq!(micro, [1, 4, 4]);
         assert_eq!(at(Needs::Rows, 96).unwrap().micro_batch, 8);
         assert!(at(Needs::Rows, 18).unwrap_err().to_string().contains("--seq-len"));
+    }
+
+    /// Two passes take the time of both and the memory of the larger.
+    #[test]
+    fn an_objective_of_clip_ratios_is_planned() {
+        let (config, card) = (shape("llama-2-7b").unwrap(), Card::h100());
+        let step = Plan { recompute: config.layers, keep_weights: true, sequences: 1 };
+        let at = |needs, clip_needs| {
+            let work = Work { needs, clip_needs, clips: true, ..work(Scheme::new(4, 4, 4)) };
+            predict(&config, &work, step, 4, &card).unwrap()
+        };
+        let all = [Needs::Network, Needs::Logits, Needs::Rows, Needs::States];
+        for (first, second) in all.iter().flat_map(|&a| all[..2].iter().map(move |&b| (a, b))) {
+            let (both, a, b) = (at(first, Some(second)), at(first, None), at(second, None));
+            assert_eq!(both.bytes(), a.bytes().max(b.bytes()), "{first:?} {second:?}");
+            assert_eq!(both.seconds, a.seconds + b.seconds, "{first:?} {second:?}");
+        }
     }
 
     /// Each kind of scales takes memory and time, so that less is kept within a budget; so do clip ratios that are learned.

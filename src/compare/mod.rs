@@ -299,11 +299,15 @@ impl Comparison<'_> {
         what: String,
     ) -> Result<(Learned, Vec<(usize, f64)>)> {
         let weight_clip = if scheme.weight_bits < 16 { self.options.weight_clip } else { WeightClip::Search };
-        let options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, weight_clip, ..self.options.clone() };
+        let mut options = LearnOptions { scheme, seed, clip: ClipChoice::Keep, weight_clip, ..self.options.clone() };
         let mut named = Named::new(watch, what, 0.0);
         let mut start = self.hadamard(seed)?;
         if let (Some(found), ClipChoice::Learned) = (clip, self.options.clip) {
             start.clips = ClipEnds::of_ratios(&scheme.active_sites(), &found.layers, self.model.config.kv_heads)?;
+        }
+        // Not every row learns clip ratios.
+        if options.clone().with_clips_of(&start)?.check_clip_objective().is_err() {
+            options.clip_objective = None;
         }
         let learned = learn_watched(self.model, self.calibration, start, (self.optimizer)()?.as_mut(), &options, &mut named)?;
         Ok((learned, named.curve.iter().map(|p| (p.step, p.held_out)).collect()))

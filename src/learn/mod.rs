@@ -1,9 +1,11 @@
 //! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser and any objective.
 
+mod gradients;
 mod options;
 mod recipe;
 mod watch;
 
+use gradients::gradients;
 pub use options::{ClipChoice, LearnOptions, Settings, WeightClip};
 pub use recipe::Recipe;
 pub(crate) use watch::Named;
@@ -13,8 +15,8 @@ pub use watch::{Point, Watch};
 use std::cell::OnceCell;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -23,8 +25,7 @@ use crate::calibrate::{ClipFound, ClipGoal, search_clips, search_weight_clips};
 use crate::data::{self, Sampler, Windows, split_held_out};
 use crate::eval::fidelity::Fidelity;
 use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars, check_weight_clips};
-use crate::objective::Batch;
-use crate::optim::{Gradients, Optimizer, Product, Rates, State};
+use crate::optim::{Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
 use crate::quant::{ClipRatios, Online, R4, Scheme};
 use crate::rotation::{ClipEnds, RotationFile, Rotations, WeightClips};
@@ -143,7 +144,8 @@ struct Progress {
 /// asked for) and returns [`Error::Interrupted`]. [`learn_watched`] hears of the search too.
 ///
 /// # Errors
-/// Those of [`LearnOptions::check`], [`LearnOptions::check_text`] and [`LearnOptions::settle`], before any work; rotations that do not
+/// Those of [`LearnOptions::check`], [`LearnOptions::check_clip_objective`], [`LearnOptions::check_text`] and [`LearnOptions::settle`],
+/// before any work; rotations that do not
 /// fit the model; a loss, gradient or rotation that is not finite (names the step, and of a loss the layer), or a loss that diverges
 /// (names the step): the checkpoint stays as it was; a state of another run; and whatever the optimiser reports.
 pub fn learn(
@@ -175,12 +177,12 @@ pub fn learn_watched(
     let config = &model.config;
     let rotations = rotations.with_transforms(&options.transforms, &config.scale_sizes(), Some(options.seed))?;
     // Those of the start are learned too, and planned for.
-    let clip = if rotations.clips.is_empty() { options.clip } else { ClipChoice::Learned };
+    let options = options.clone().with_clips_of(&rotations)?;
     let clips = rotations.weight_clips_for(&options.scheme)?.cloned();
-    let weight_clip = if clips.is_some() { WeightClip::Learned } else { options.weight_clip };
     let rotations = rotations.with_weight_clips(clips);
-    let options = &LearnOptions { transforms: rotations.transforms(), clip, weight_clip, ..options.clone() };
+    let options = &LearnOptions { transforms: rotations.transforms(), ..options };
     options.check(optimizer)?;
+    options.check_clip_objective()?;
     rotations.to_device(&model.device())?.check_for(&config.scale_sizes(), 1e-4)?;
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let mut scheme = options.scheme;
@@ -326,62 +328,6 @@ fn audit(rotations: &Rotations, optimizer: &dyn Optimizer) -> Result<f64> {
     Ok(r2.into_iter().fold(r1, f64::max))
 }
 
-/// Mean loss of a batch and its gradients, micro-batches averaged.
-fn gradients(
-    model: &Llama,
-    windows: &Windows,
-    batch: &[usize],
-    rotations: &Rotations,
-    (options, settings): (&LearnOptions, &Settings),
-) -> Result<(f64, Gradients)> {
-    let mut total: Option<(f64, Gradients)> = None;
-    for part in batch.chunks(settings.micro_batch) {
-        let weight = part.len() as f64 / batch.len() as f64;
-        let tape = Tape::new();
-        let vars = RotationVars { straight: options.straight, ..RotationVars::variables(&tape, rotations)? };
-        let tokens = windows.batch(part);
-        let (Settings { scheme, recompute, .. }, objective) = (settings, &options.objective);
-        let batch = Batch { model, tokens: &tokens, seq: windows.seq_len(), scheme, recompute: *recompute };
-        let loss = objective.loss(&vars, &batch)?;
-        let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
-        let value = loss.value().clone();
-        let mut grads = tape.backward(loss)?;
-        let grads = Gradients {
-            rotations: vars.gradients(&mut grads)?,
-            scales: vars.scale_gradients(&mut grads)?,
-            clips: vars.clip_gradients(&mut grads)?,
-            weight_clips: vars.weight_clip_gradients(&mut grads)?,
-        };
-        let value = value.item()?;
-        if !value.is_finite() {
-            let place = first_not_finite(&vars, &batch)?;
-            return Err(Error::numeric("loss", format!("is {value}{place}; the last good rotations are kept")));
-        }
-        total = Some(match total {
-            None => (value, grads),
-            Some((sum, old)) => (sum + value, old.plus(grads)?),
-        });
-    }
-    total.ok_or_else(|| Error::argument("learn", "a step without windows"))
-}
-
-/// Where in the network the first value is that is not finite, in words.
-fn first_not_finite(vars: &RotationVars<'_>, batch: &Batch<'_>) -> Result<String> {
-    let found = Arc::new(Mutex::new(None));
-    let mut run = batch.model.run(batch.scheme, batch.seq)?;
-    let seen = found.clone();
-    run.observer = Some(Arc::new(move |layer, site, x| {
-        let mut found = seen.lock().unwrap_or_else(|e| e.into_inner());
-        if found.is_none() && !x.to_f64_vec().is_ok_and(|x| x.iter().all(|v| v.is_finite())) {
-            *found = Some((layer, site));
-        }
-    }));
-    let tape = Tape::new();
-    batch.model.hidden(&RotationVars::constants(&tape, &vars.values()?)?, batch.tokens, Arc::new(run), Recompute::None)?;
-    let found = *found.lock().unwrap_or_else(|e| e.into_inner());
-    Ok(found.map_or_else(|| " after the last layer".into(), |(layer, site)| format!(" from layer {layer} on ({})", site.name())))
-}
-
 /// Mean cross entropy of the network being learned on fixed windows.
 ///
 /// # Errors
@@ -479,6 +425,9 @@ fn fingerprint(
         "dtype": model.dtype().to_string(),
         "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
     });
+    if let Some(objective) = &o.clip_objective {
+        all["clip_objective"] = objective.name().into();
+    }
     if !start.clips.is_empty() {
         let mut clips = serde_json::Map::new();
         for (site, t) in start.clips.iter() {

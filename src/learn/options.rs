@@ -14,7 +14,7 @@ use crate::memory::{self, Budget, Needs, Planned, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
 use crate::quant::{ClipRatios, Scheme};
-use crate::rotation::Transforms;
+use crate::rotation::{Rotations, Transforms};
 use crate::{DType, Error, Result};
 
 /// How to learn. The defaults are the paper's, and clip ratios searched by error; [`Recipe`](super::Recipe) has others, that of `spinquant
@@ -65,6 +65,9 @@ pub struct LearnOptions {
     pub straight: bool,
     /// What is minimised. Held-out windows are scored by cross entropy whatever this is.
     pub objective: Arc<dyn Objective>,
+    /// What clip ratios that are learned follow, those of weights too; rotations and scales then follow [`LearnOptions::objective`] alone.
+    /// `None`: the one objective for all. It costs a second forward and backward pass a step.
+    pub clip_objective: Option<Arc<dyn Objective>>,
     /// Where to keep a resumable state, and every how many steps.
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Continue from that state if it exists.
@@ -97,6 +100,7 @@ impl Default for LearnOptions {
             weight_clip_rate: None,
             straight: false,
             objective: Arc::new(CrossEntropy),
+            clip_objective: None,
             checkpoint: None,
             resume: false,
             stop: None,
@@ -238,8 +242,8 @@ impl LearnOptions {
     /// Checks what needs neither text nor model: [`learn`](super::learn()) does it first, a program may do it before it loads anything.
     ///
     /// # Errors
-    /// [`Error::Argument`]: no steps, sequences or windows to search on; a learning rate that is not finite and above 0; scales with a
-    /// local objective.
+    /// [`Error::Argument`]: no steps, sequences or windows to search on; a learning rate that is not finite and above 0; scales, or clip
+    /// ratios that are learned, with a local objective.
     pub fn check(&self, optimizer: &dyn Optimizer) -> Result<()> {
         if self.steps == 0 || self.batch == 0 || self.micro_batch == Some(0) {
             return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
@@ -260,9 +264,14 @@ impl LearnOptions {
             let message = format!("expected a finite number above 0, got {}", self.clip_rate);
             return Err(Error::argument("learning rate of clip ratios", message));
         }
-        if let (Needs::Rows, ClipChoice::Learned) = (self.objective.needs(), self.clip) {
+        if let Some(objective) = self.clip_objective.as_ref().filter(|o| o.needs() == Needs::Rows) {
             let message =
-                format!("{} does not depend on clip ratios: search them (error, loss) or give none", self.objective.name());
+                format!("expected one of the whole network, got {}, which does not depend on clip ratios", objective.name());
+            return Err(Error::argument("clip objective", message));
+        }
+        let of_clips = self.objective_of_clips();
+        if let (Needs::Rows, ClipChoice::Learned) = (of_clips.needs(), self.clip) {
+            let message = format!("{} does not depend on clip ratios: search them (error, loss) or give none", of_clips.name());
             return Err(Error::argument("clip", message));
         }
         self.check_weight_clip()?;
@@ -277,6 +286,42 @@ impl LearnOptions {
         self.weight_clip_rate.unwrap_or(self.clip_rate)
     }
 
+    /// What clip ratios that are learned follow.
+    fn objective_of_clips(&self) -> &dyn Objective {
+        self.clip_objective.as_ref().unwrap_or(&self.objective).as_ref()
+    }
+
+    /// Clip ratios of activations, K and V are learned.
+    fn learns_clips(&self) -> bool {
+        self.clip == ClipChoice::Learned && self.scheme.quantizes_activations()
+    }
+
+    /// The same options for a start, whose clip ratios are learned on where it has some that the scheme uses.
+    ///
+    /// # Errors
+    /// Those of [`Rotations::weight_clips_for`].
+    pub fn with_clips_of(self, start: &Rotations) -> Result<Self> {
+        let clip = if start.clips.is_empty() { self.clip } else { ClipChoice::Learned };
+        let weights = start.weight_clips_for(&self.scheme)?.is_some();
+        let weight_clip = if weights { WeightClip::Learned } else { self.weight_clip };
+        Ok(Self { clip, weight_clip, ..self })
+    }
+
+    /// Checks that an objective of clip ratios has some to move, those of a start included ([`LearnOptions::with_clips_of`]).
+    /// [`learn`](super::learn()) does it before any search.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: such an objective where no clip ratio is learned.
+    pub fn check_clip_objective(&self) -> Result<()> {
+        match &self.clip_objective {
+            Some(objective) if !self.learns_clips() && self.weight_clip == WeightClip::Search => {
+                let message = format!("{} has nothing to move: no clip ratio is learned at {}", objective.name(), self.scheme);
+                Err(Error::argument("clip objective", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn check_weight_clip(&self) -> Result<()> {
         let rate = self.weight_clip_rate();
         if !(rate > 0.0 && rate.is_finite()) {
@@ -286,8 +331,8 @@ impl LearnOptions {
         if self.weight_clip == WeightClip::Search {
             return Ok(());
         }
-        if self.objective.needs() == Needs::Rows {
-            let message = format!("{} does not depend on those of weights: search them", self.objective.name());
+        if self.objective_of_clips().needs() == Needs::Rows {
+            let message = format!("{} does not depend on those of weights: search them", self.objective_of_clips().name());
             return Err(Error::argument("weight clip", message));
         }
         if self.scheme.weight_bits >= 16 {
@@ -323,10 +368,10 @@ impl LearnOptions {
     /// Those of [`Transforms::of`].
     pub fn work(&self, config: &LlamaConfig, seq: usize, dtype: DType) -> Result<Work> {
         let transforms = self.transforms.of(&config.scale_sizes())?;
-        let clips = self.clip == ClipChoice::Learned && self.scheme.quantizes_activations();
-        let weight_clips = self.weight_clip == WeightClip::Learned;
+        let (clips, weight_clips) = (self.learns_clips(), self.weight_clip == WeightClip::Learned);
         Ok(Work {
             needs: self.objective.needs(),
+            clip_needs: self.clip_objective.as_ref().filter(|_| clips || weight_clips).map(|objective| objective.needs()),
             transforms,
             clips,
             weight_clips,

@@ -80,21 +80,35 @@ impl<'t> RotationVars<'t> {
     /// # Errors
     /// R2 cannot be cut into layers.
     pub fn variables(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
-        Self::new(rotations, |t| tape.variable(t))
+        Self::new(rotations, |t| tape.variable(t), |t| tape.variable(t))
     }
     /// Rotations that stay as they are.
     ///
     /// # Errors
     /// R2 cannot be cut into layers.
     pub fn constants(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
-        Self::new(rotations, |t| tape.constant(t))
+        Self::new(rotations, |t| tape.constant(t), |t| tape.constant(t))
     }
-    fn new(rotations: &Rotations, enter: impl Fn(Tensor) -> Var<'t>) -> Result<Self> {
+    /// Rotations and scales, which leave the full-precision network alone, as variables; clip ratios stay as they are.
+    ///
+    /// # Errors
+    /// Those of [`RotationVars::variables`].
+    pub fn of_transforms(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
+        Self::new(rotations, |t| tape.variable(t), |t| tape.constant(t))
+    }
+    /// Clip ratios, of weights too, which change the network's function, as variables; rotations and scales stay as they are.
+    ///
+    /// # Errors
+    /// Those of [`RotationVars::variables`].
+    pub fn of_clips(tape: &'t Tape, rotations: &Rotations) -> Result<Self> {
+        Self::new(rotations, |t| tape.constant(t), |t| tape.variable(t))
+    }
+    fn new(rotations: &Rotations, enter: impl Fn(Tensor) -> Var<'t>, clip: impl Fn(Tensor) -> Var<'t>) -> Result<Self> {
         let layers = |t: &Tensor| (0..rotations.layers()).map(|i| Ok(enter(t.index(i)?))).collect::<Result<Vec<_>>>();
         let (r2, r2b) = (layers(&rotations.r2)?, rotations.r2b.as_ref().map(layers).transpose()?.unwrap_or_default());
         let scales = (0..rotations.layers()).map(|i| LayerScales::of(&rotations.scales, i, &enter)).collect::<Result<_>>()?;
-        let clips = (0..rotations.layers()).map(|i| clips_of(&rotations.clips, i, &enter)).collect::<Result<_>>()?;
-        let weights = |clips| WeightClipVars::of(clips, rotations.layers(), &enter);
+        let clips = (0..rotations.layers()).map(|i| clips_of(&rotations.clips, i, &clip)).collect::<Result<_>>()?;
+        let weights = |clips| WeightClipVars::of(clips, rotations.layers(), &clip);
         let weight_clips = rotations.weight_clips.as_ref().map(weights).transpose()?;
         Ok(Self { r1: enter(rotations.r1.clone()), r2, r2b, scales, clips, weight_clips, straight: false })
     }

@@ -110,6 +110,23 @@ fn learned_clip_ratios_of_weights() {
         assert!(norm(&apart) < 0.02 * norm(a), "{name}: {:e}", norm(&apart) / norm(a));
     }
     assert_eq!(step(&there, Recompute::All), gpu);
+    // A pass for one group alone forms the same bits.
+    let r_there = r.to_device(&there.device()).unwrap();
+    let backward = |vars: &RotationVars<'_>, tape: &Tape, recompute| {
+        let loss = there.loss(vars, &tokens, 32, &scheme, recompute).unwrap();
+        tape.backward(loss).unwrap()
+    };
+    for recompute in [Recompute::None, Recompute::All] {
+        let tape = Tape::new();
+        let vars = RotationVars::of_clips(&tape, &r_there).unwrap();
+        let mut grads = backward(&vars, &tape, recompute);
+        assert_eq!(all(&vars.weight_clip_gradients(&mut grads).unwrap().unwrap()), gpu.1);
+        let tape = Tape::new();
+        let vars = RotationVars::of_transforms(&tape, &r_there).unwrap();
+        let mut grads = backward(&vars, &tape, recompute);
+        let rotations = vars.gradients(&mut grads).unwrap();
+        assert_eq!(rotations.iter().flat_map(|t| t.to_f64_vec().unwrap()).collect::<Vec<_>>(), gpu.2);
+    }
     let merged = |m: &Llama| m.merge(Some(&r), &scheme).unwrap();
     let (a, b) = (merged(&model), merged(&there));
     for (a, b) in a.blocks.iter().zip(&b.blocks).flat_map(|(a, b)| a.weights.tensors().zip(b.weights.tensors())) {

@@ -137,6 +137,7 @@ pub fn run(args: &Args) -> Result<()> {
     let goal = options.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
     let clip = goal.map(|goal| (goal, args.clip_windows));
     options.check(args.recipe.optimizer()?.as_ref())?;
+    options.check_clip_objective()?;
     let grids = [&learn_scheme, &scheme].map(Scheme::weight_grid_name);
     if options.weight_clip == WeightClip::Learned && grids[0] != grids[1] {
         if !args.recipe.asks_for_weight_clips() {

@@ -48,6 +48,10 @@ pub struct Recipe {
     optimizer: String,
     #[arg(long, value_name = "NAME", value_parser = objective::by_name, help = objectives())]
     objective: Option<Arc<dyn Objective>>,
+    /// What clip ratios that are learned minimise (--clip learned, --weight-clip learned), which change the network's function; what leaves
+    /// it alone minimises --objective. A second forward and backward pass a step (default: --objective for all).
+    #[arg(long, value_name = "NAME", value_parser = objective::by_name)]
+    clip_objective: Option<Arc<dyn Objective>>,
     /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2 or r2-heads, up-down,
     /// values, norms, rope-pairs, values-general (docs/cli.md) (default: the recipe's).
     #[arg(long, value_name = "LIST")]
@@ -161,6 +165,7 @@ impl Recipe {
             weight_clip_rate: self.weight_clip_lr,
             straight: self.clip_gradient == ClipGradient::StraightThrough,
             objective: self.objective.clone().unwrap_or_else(|| named.objective.clone()),
+            clip_objective: self.clip_objective.clone(),
             ..named
         }
     }
@@ -176,6 +181,9 @@ impl Recipe {
         let mut options = self.options(scheme, args.seed);
         options.clip = args.clip.unwrap_or(options.clip);
         options.check(self.optimizer()?.as_ref())?;
+        if !matches!(args.start, Some(Start::File(_))) {
+            options.check_clip_objective()?; // a file may hold some that are learned on
+        }
         let config = args.model.checked(&scheme, Some(args.seq_len))?;
         let dtype = args.model.given_dtype().unwrap_or(DType::BF16);
         let card = args.model.device()?.card()?.unwrap_or_else(|| {
@@ -186,7 +194,8 @@ impl Recipe {
         let Some(planned) = options.plan(&config, args.seq_len, dtype, card.free, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
-        let (needs, objective) = (options.objective.needs(), options.objective.name());
+        let (objective, of_clips) = (options.objective.name(), options.clip_objective.as_ref());
+        let needs = of_clips.unwrap_or(&options.objective).needs(); // a local objective plans nothing where another runs the network
         if args.json {
             let items: serde_json::Map<String, Value> =
                 planned.items.iter().map(|(what, bytes)| (what.to_string(), (*bytes).into())).collect();
@@ -194,7 +203,7 @@ impl Recipe {
             out!(
                 "{}",
                 json!({
-                    "scheme": scheme.to_string(), "objective": objective, "batch": self.batch, "seq_len": args.seq_len,
+                    "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": self.batch, "seq_len": args.seq_len,
                     "dtype": dtype.to_string(), "device": card.name, "budget_bytes": budget,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch},
@@ -205,8 +214,8 @@ impl Recipe {
         }
         let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
         out!(
-            "{scheme}, {}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
-            objective,
+            "{scheme}, {objective}{}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
+            of_clips.map(|o| format!(" (clip ratios: {})", o.name())).unwrap_or_default(),
             self.batch,
             args.seq_len,
             gib(budget),
@@ -361,6 +370,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     options.transforms = transforms;
     options.check(optimizer.as_ref())?;
+    options.clone().with_clips_of(&from)?.check_clip_objective()?;
     // Of a random start each head gets a matrix of its own; one that was chosen stays the network that it is.
     let alike = transforms.heads() && choice.seed().is_none();
     let from = if alike { from.per_head(config.kv_heads, None)? } else { from };
@@ -398,6 +408,10 @@ pub fn run(args: &Args) -> Result<()> {
         .with_note("clips", if learned.rotations.clips.is_empty() { "ratios" } else { "learned" })
         .with_note("learning_rate", learned.settings.learning_rate)
         .with_note("calibration", windows.checksum());
+    let file = match &options.clip_objective {
+        Some(objective) => file.with_note("clip_objective", objective.name()),
+        None => file,
+    };
     let file = if learned.rotations.weight_clips.is_some() { file.with_note("weight_clips", "learned") } else { file };
     file.write(&args.out).inspect_err(|_| rescue(&file, &args.out))?;
     let unrecorded = Online { r4: R4::Whole.unrecorded(config.intermediate_size)?, ..Online::BOTH };

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 mod arguments;
 mod baselines;
 mod bench;
+mod clip_objective;
 mod compressed;
 mod console;
 mod families;

@@ -1,5 +1,6 @@
 //! Laws of whole networks: what rotations leave alone, and that gradients are right.
 
+mod clip_objective;
 mod clips;
 mod learning;
 mod scales;
