@@ -65,7 +65,7 @@ pub struct Recipe {
     clip_lr: Option<f64>,
     /// Clip ratios of weights: search (found anew in every step) or learned (found on the start, then learned with the rotations, one for
     /// every row or group of every weight, for the grid of --scheme alone).
-    /// Default: learned where a --start file has some, else the recipe's.
+    /// Default: learned where a --start file has some, else the recipe's, which learns none with --no-clip-search.
     #[arg(long, value_name = "search|learned")]
     weight_clip: Option<WeightClip>,
     /// Learning rate of the first step for logarithms of clip ratios of weights that are learned (--weight-clip learned); it falls as --lr
@@ -100,9 +100,10 @@ enum ClipGradient {
 fn recipes() -> String {
     let each: Vec<String> = learn::Recipe::ALL.iter().map(|r| format!("{r} ({})", r.about())).collect();
     format!(
-        "Options that go together, of which those that are given count more: {} [default: {}]",
+        "Options that go together, of which those that are given count more: {} [default: {}; of demo: {}]",
         each.join("; "),
-        learn::Recipe::default()
+        learn::Recipe::default(),
+        learn::Recipe::Published
     )
 }
 

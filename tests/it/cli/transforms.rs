@@ -165,6 +165,10 @@ fn recipes_are_options_that_go_together() {
     // Clip ratios that are learned take memory, and plans say so.
     let planned = |args: &str| number(&place.json(&format!("{LEARN} --dry-run --json {args}")), "peak_bytes");
     assert!(planned("--clip learned") > planned("--clip error"));
+    for command in ["learn", "demo"] {
+        let help = String::from_utf8(place.run(&format!("{command} --help")).stdout).unwrap();
+        assert!(help.contains("[default: faithful; of demo: published]"), "{help}");
+    }
     // What is given counts more, also where the recipe's own would be refused.
     place.json(&format!(
         "{LEARN} --steps 2 --json --recipe faithful --transforms published --clip none --weight-clip search --objective whip"
