@@ -3,33 +3,34 @@
 mod gradients;
 mod options;
 mod recipe;
+mod state;
 mod watch;
 
 use gradients::gradients;
 pub use options::{ClipChoice, LearnOptions, Settings, WeightClip};
 pub use recipe::Recipe;
+use state::{Progress, fingerprint, resume, save};
 pub(crate) use watch::Named;
 use watch::Steps;
 pub use watch::{Point, Watch};
 
 use std::cell::OnceCell;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::calibrate::{ClipFound, ClipGoal, search_clips, search_weight_clips};
-use crate::data::{self, Sampler, Windows, split_held_out};
+use crate::data::{Sampler, Windows, split_held_out};
 use crate::eval::fidelity::Fidelity;
 use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars, check_weight_clips};
 use crate::optim::{Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
-use crate::quant::{ClipRatios, Online, R4, Scheme};
+use crate::quant::{ClipRatios, Online, Scheme};
 use crate::rotation::{ClipEnds, RotationFile, Rotations, WeightClips};
-use crate::{DType, Device, Error, Result, Tape, Tensor};
+use crate::{DType, Device, Error, Result, Tape};
 
 /// What happened in one step, as told to the callback.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -125,18 +126,6 @@ impl Learned {
 
 /// A loss above so many times the first one, and so much more, is not coming back.
 const DIVERGED: f64 = 3.0;
-
-/// Everything that changes from step to step.
-struct Progress {
-    rotations: Rotations,
-    step: usize,
-    losses: (f64, f64),
-    held_out: (f64, f64),
-    /// At the start.
-    fidelity: Faithful,
-    orthogonality_error: f64,
-    seconds: f64,
-}
 
 /// Learns rotations for `model` from `rotations`, and what else the options ask for from a start of its own
 /// ([`Rotations::with_transforms`]), on windows of calibration text, with clip ratios that are searched on the start where
@@ -393,147 +382,4 @@ fn fidelity_until(
         found.add((&x, &model.head), (&full.last_hidden(&tokens, seq)?, &full.head), seq)?;
     }
     Ok(Some(Faithful { divergence: found.divergence().mean, agreement: found.agreement().mean }))
-}
-
-/// What must agree between a saved state and the run that continues it.
-fn fingerprint(
-    model: &Llama,
-    windows: &Windows,
-    start: &Rotations,
-    optimizer: &str,
-    o: &LearnOptions,
-    settings: &Settings,
-) -> Result<Value> {
-    let values = |t: &Tensor| Ok(t.to_f64_vec()?.into_iter().flat_map(f64::to_le_bytes));
-    let second = start.r2b.as_ref().map(values).transpose()?.into_iter().flatten();
-    let mut all = json!({
-        "scheme": format!("{:?}", settings.scheme),
-        "steps": o.steps,
-        "batch": o.batch,
-        "micro_batch": settings.micro_batch,
-        "learning_rate": settings.learning_rate,
-        "schedule": format!("{:?}", settings.schedule),
-        "seed": o.seed,
-        "held_out": settings.held_out,
-        "seq_len": windows.seq_len(),
-        "windows": windows.len(),
-        "text": windows.checksum(),
-        "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?).chain(second)),
-        "weights": model.sha256()?,
-        "optimizer": optimizer,
-        "objective": o.objective.name(),
-        "dtype": model.dtype().to_string(),
-        "model": [model.config.hidden_size, model.config.layers, model.config.head_dim, model.config.vocab_size],
-    });
-    if let Some(objective) = &o.clip_objective {
-        all["clip_objective"] = objective.name().into();
-    }
-    if !start.clips.is_empty() {
-        let mut clips = serde_json::Map::new();
-        for (site, t) in start.clips.iter() {
-            clips.insert(site.name().to_string(), data::checksum(values(t)?).into());
-        }
-        all["clips"] = clips.into();
-        all["clip_rate"] = o.clip_rate.into();
-        all["straight"] = o.straight.into();
-    }
-    if let Some(of) = &start.weight_clips {
-        let mut clips = serde_json::Map::new();
-        for (linear, t) in of.iter() {
-            clips.insert(linear.to_string(), data::checksum(values(t)?).into());
-        }
-        all["weight_clips"] = clips.into();
-        all["weight_clip_rate"] = o.weight_clip_rate().into();
-        all["straight"] = o.straight.into();
-    }
-    if !start.scales.is_empty() {
-        let mut scales = serde_json::Map::new();
-        for (kind, t) in start.scales.iter() {
-            scales.insert(kind.to_string(), data::checksum(values(t)?).into());
-        }
-        all["scales"] = scales.into();
-        all["scale_rate"] = o.scale_rate.into();
-    }
-    // A state of before maps were recorded, whose "whole" R4 was another, is not to be gone on from.
-    let (r4, width) = (settings.scheme.online.r4, model.config.intermediate_size);
-    if r4 == R4::Whole && r4.unrecorded(width)? != r4 {
-        all["r4"] = r4.map(width)?.map(|map| map.to_string()).into();
-    }
-    Ok(all)
-}
-
-fn save(now: &Progress, fingerprint: &Value, path: &Path, optimizer: &Product<'_>) -> Result<()> {
-    let mut state = optimizer.state();
-    let named = |name: &String| format!("optimizer.{name}");
-    state.tensors = state.tensors.iter().map(|(k, v)| Ok((named(k), v.to_device(&Device::Cpu)?))).collect::<Result<_>>()?;
-    state.scalars = state.scalars.iter().map(|(k, v)| (named(k), v.clone())).collect();
-    let rotations = now.rotations.to_device(&Device::Cpu)?;
-    state.tensors.extend(rotations.tensors().into_iter().map(|(name, t)| (name, t.clone())));
-    let numbers = [
-        ("step", now.step as f64),
-        ("loss_first", now.losses.0),
-        ("loss_last", now.losses.1),
-        ("held_out_first", now.held_out.0),
-        ("held_out_last", now.held_out.1),
-        ("kl_first", now.fidelity.divergence),
-        ("top1_first", now.fidelity.agreement),
-        ("orthogonality_error", now.orthogonality_error),
-        ("seconds", now.seconds),
-    ];
-    state.scalars.extend(numbers.map(|(name, x)| (name.to_string(), json!(x))));
-    state.scalars.insert("run".into(), fingerprint.clone());
-    state.save(path)
-}
-
-/// What a run is told to do: of things that differ these are named first, and what follows from them is not.
-const CHOSEN: [&str; 7] = ["optimizer", "objective", "scheme", "steps", "scales", "clips", "weight_clips"];
-
-/// A part of a fingerprint in words: of several checksums what they are of.
-fn shown(value: Option<&Value>) -> String {
-    match value {
-        None | Some(Value::Null) => "none".into(),
-        Some(Value::Object(parts)) => parts.keys().map(String::as_str).collect::<Vec<_>>().join(", "),
-        Some(value) => value.to_string(),
-    }
-}
-
-fn resume(
-    mut state: State,
-    fingerprint: &Value,
-    path: &Path,
-    weight_grid: Option<&str>,
-    optimizer: &mut Product<'_>,
-) -> Result<Progress> {
-    let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
-    if let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object())
-        && let Some(name) = (CHOSEN.into_iter().chain(ours.keys().chain(saved.keys()).map(String::as_str)))
-            .find(|name| saved.get(*name) != ours.get(*name))
-    {
-        let differs = match [saved, ours].map(|run| shown(run.get(name))) {
-            [saved, ours] if saved == ours => format!("{name} had other values"),
-            [saved, ours] => format!("{name} was {saved}, now {ours}"),
-        };
-        return Err(Error::format(path, format!("saved by another run: {differs}; delete it or change back")));
-    }
-    let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
-    let mut rotations = Rotations::new(take("R1")?, take("R2")?);
-    rotations.set_extras(|name| Ok(take(name).ok()))?; // of the kinds that the fingerprint names
-    rotations.weight_clips = WeightClips::take(weight_grid, |name| Ok(take(name).ok()))?;
-    // A loss that was never scored is null in the file.
-    let number = |name: &str| state.scalars.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
-    let progress = Progress {
-        rotations,
-        step: state.number("step")? as usize,
-        losses: (number("loss_first"), number("loss_last")),
-        held_out: (number("held_out_first"), number("held_out_last")),
-        fidelity: Faithful { divergence: number("kl_first"), agreement: number("top1_first") },
-        orthogonality_error: number("orthogonality_error"),
-        seconds: number("seconds"),
-    };
-    let inner = |name: &String| name.strip_prefix("optimizer.").map(str::to_string);
-    optimizer.load_state(State {
-        tensors: state.tensors.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect(),
-        scalars: state.scalars.iter().filter_map(|(k, v)| Some((inner(k)?, v.clone()))).collect(),
-    })?;
-    Ok(progress)
 }
