@@ -93,8 +93,11 @@ impl FromStr for Entry {
     /// `OPTIMIZER[/OBJECTIVE][@RATE[|RATE…]][+error|+loss|+learned][+weights]`, or `hadamard[+error|+loss]`.
     fn from_str(s: &str) -> Result<Self> {
         // A mixture of objectives has pluses of its own.
-        let goal = |clip: &str| clip.parse::<ClipGoal>();
         let (whole, learned_weights) = (s, s.ends_with(WEIGHTS));
+        let goal = |clip: &str| {
+            let odd = || format!("expected +error, +loss or +learned, then +weights, got {clip:?} in {whole:?}");
+            clip.parse::<ClipGoal>().map_err(|_| Error::argument("entry", odd()))
+        };
         let s = s.strip_suffix(WEIGHTS).unwrap_or(s);
         let (rest, clip, learned_clips) = match s.rsplit_once('+') {
             Some((rest, "learned")) => (rest, Some(ClipGoal::Error), true),
@@ -177,6 +180,8 @@ mod tests {
             let e: Entry = text.parse().unwrap();
             assert!(e.learned_weights && e.learned_clips == text.contains("learned") && e.to_string() == text, "{e}");
         }
+        let message = "cayley+clips".parse::<Entry>().unwrap_err().to_string();
+        assert!(message.contains("+learned, then +weights") && message.contains("\"clips\""), "{message}");
         let e: Entry = "adam-polar/kl".parse().unwrap();
         assert_eq!((&e.rates[..], e.to_string().as_str()), (&[0.02][..], "adam-polar/kl"));
         for text in ["cayley/0.5*cross-entropy+0.5*kl", "cayley/0.5*cross-entropy+0.5*kl+loss"] {
