@@ -180,8 +180,6 @@ mod tests {
             let e: Entry = text.parse().unwrap();
             assert!(e.learned_weights && e.learned_clips == text.contains("learned") && e.to_string() == text, "{e}");
         }
-        let message = "cayley+clips".parse::<Entry>().unwrap_err().to_string();
-        assert!(message.contains("+learned, then +weights") && message.contains("\"clips\""), "{message}");
         let e: Entry = "adam-polar/kl".parse().unwrap();
         assert_eq!((&e.rates[..], e.to_string().as_str()), (&[0.02][..], "adam-polar/kl"));
         for text in ["cayley/0.5*cross-entropy+0.5*kl", "cayley/0.5*cross-entropy+0.5*kl+loss"] {
@@ -195,7 +193,7 @@ mod tests {
             ("cayley/mse", "expected one of cross-entropy"),
             ("cayley@fast", "expected a positive learning rate, got \"fast\""),
             ("cayley@1.5|0", "got \"0\""),
-            ("cayley+much", "expected error or loss"),
+            ("cayley+much", "expected +error, +loss or +learned, then +weights, got \"much\" in \"cayley+much\""),
             ("hadamard@1", "does not learn"),
             ("hadamard+learned", "does not learn"),
             ("hadamard+weights", "does not learn"),
