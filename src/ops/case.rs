@@ -121,7 +121,7 @@ pub struct Case {
     pub size: Size,
     /// Rounds its result to a grid, so that parity is a matter of codes and not of small differences.
     pub rounds: bool,
-    /// The size of the terms that the value is a sum of, where they cancel: the value is rounded as they are in `f32`, and not as it is.
+    /// The size of the terms that the value is a sum of, where they cancel: a device may round the value as it rounds them in `f32`.
     pub terms: f64,
     /// How to time it: of cases of [`Size::Timed`].
     pub timing: Option<Timing>,

@@ -73,32 +73,35 @@ impl Var<'_> {
 /// # Errors
 /// A group that does not divide the columns; a type that is not floating-point; a failed launch.
 pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
-    fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec) -> Result<Quantized> {
-        let groups: Vec<_> = x
-            .as_slice::<T>()?
-            .par_chunks(group)
-            .map(|g| {
-                let grid = T::grid(spec, g);
-                (grid, g.iter().map(|&v| grid.code(v).to_f64() as i16).collect::<Vec<_>>())
-            })
-            .collect();
-        let shape = [x.rows(), x.cols().div_ceil(group)];
-        Ok(Quantized {
-            shape: x.shape().to_vec(),
-            group,
-            scale: Tensor::from_vec(groups.iter().map(|g| g.0.scale).collect(), shape)?,
-            zero: Tensor::from_vec(groups.iter().map(|g| g.0.zero).collect(), shape)?,
-            codes: groups.into_iter().flat_map(|g| g.1).collect(),
-        })
-    }
     let group = spec.group_size(x.cols())?;
     if let Device::Cuda(device) = x.device() {
         return gpu_codes(&device, x, spec, group);
     }
     match x.dtype() {
-        DType::F64 => go::<f64>(x, group, spec),
-        _ => go::<f32>(&x.to_dtype(DType::F32)?, group, spec),
+        DType::F64 => on_grids::<f64>(x, group, |_, g| f64::grid(spec, g)),
+        _ => on_grids::<f32>(&x.to_dtype(DType::F32)?, group, |_, g| f32::grid(spec, g)),
     }
+}
+
+/// The codes of every group of x, on the grid that it is given by its number and values.
+pub(crate) fn on_grids<T: GridFloat>(
+    x: &Tensor,
+    group: usize,
+    grid: impl Fn(usize, &[T]) -> Grid<T> + Sync,
+) -> Result<Quantized> {
+    let codes = |(i, g): (usize, &[T])| {
+        let grid = grid(i, g);
+        (grid, g.iter().map(|&v| grid.code(v).to_f64() as i16).collect::<Vec<_>>())
+    };
+    let groups: Vec<_> = x.as_slice::<T>()?.par_chunks(group).enumerate().map(codes).collect();
+    let shape = [x.rows(), x.cols().div_ceil(group)];
+    Ok(Quantized {
+        shape: x.shape().to_vec(),
+        group,
+        scale: Tensor::from_vec(groups.iter().map(|g| g.0.scale).collect(), shape)?,
+        zero: Tensor::from_vec(groups.iter().map(|g| g.0.zero).collect(), shape)?,
+        codes: groups.into_iter().flat_map(|g| g.1).collect(),
+    })
 }
 
 /// The scale of every group that [`Var::fake_quant`] would use, `[rows, cols/group]`.

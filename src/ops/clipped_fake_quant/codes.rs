@@ -1,13 +1,11 @@
 //! Codes and grids of what learned clip ratios quantise, for outputs and for quantisers that need grids alone.
 
-use rayon::prelude::*;
-
 use super::{ClippedFakeQuant, ratios};
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::grid::{Grid, GridFloat, QuantSpec, Quantized};
-use crate::ops::fake_quant::{launch_spec, with_grids};
+use crate::ops::fake_quant::{launch_spec, on_grids, with_grids};
 use crate::tape::Op;
 use crate::{DType, Device, Result, Tensor};
 
@@ -19,19 +17,7 @@ use crate::{DType, Device, Result, Tensor};
 pub fn quantize_clipped(x: &Tensor, spec: &QuantSpec, a: &Tensor) -> Result<Quantized> {
     fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec, a: &Tensor) -> Result<Quantized> {
         let ratios = ratios::<T>(a)?;
-        let groups = x.as_slice::<T>()?.par_chunks(group).enumerate().map(|(i, g)| {
-            let (.., grid) = Grid::clipped(spec, g, ratios[i % ratios.len()]);
-            (grid, g.iter().map(|&v| grid.code(v).to_f64() as i16).collect::<Vec<_>>())
-        });
-        let groups: Vec<_> = groups.collect();
-        let shape = [x.rows(), x.cols().div_ceil(group)];
-        Ok(Quantized {
-            shape: x.shape().to_vec(),
-            group,
-            scale: Tensor::from_vec(groups.iter().map(|g| g.0.scale).collect(), shape)?,
-            zero: Tensor::from_vec(groups.iter().map(|g| g.0.zero).collect(), shape)?,
-            codes: groups.into_iter().flat_map(|g| g.1).collect(),
-        })
+        on_grids(x, group, |i, g| Grid::clipped(spec, g, ratios[i % ratios.len()]).2)
     }
     ClippedFakeQuant { spec: *spec, blocked: false }.check(&[x.clone(), a.clone()])?;
     let group = spec.group_size(x.cols())?;
