@@ -51,13 +51,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// The memory of a CPU tensor (little-endian machines only, as everywhere in this crate).
 pub(crate) fn bytes(t: &Tensor) -> Result<&[u8]> {
-    Ok(match t.dtype() {
-        DType::F64 => bytemuck::cast_slice(t.as_slice::<f64>()?),
-        DType::F32 => bytemuck::cast_slice(t.as_slice::<f32>()?),
-        DType::F16 => bytemuck::cast_slice(t.as_slice::<f16>()?),
-        DType::BF16 => bytemuck::cast_slice(t.as_slice::<bf16>()?),
-        DType::U32 => bytemuck::cast_slice(t.as_slice::<u32>()?),
-    })
+    t.as_bytes()
 }
 
 /// What a safetensors file holds: tensors by name, and its string map.

@@ -4,6 +4,7 @@
 //! Cloning bumps a reference count; an operation that consumes the last reference may reuse the memory in place.
 
 mod gpu;
+mod host;
 
 use std::fmt;
 use std::sync::Arc;
@@ -405,17 +406,8 @@ impl Tensor {
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         match (&*self.storage, device) {
             (Storage::Cpu(_), Device::Cpu) => Ok(self.clone()),
-            (Storage::Cpu(b), Device::Cuda(device)) => {
-                let bytes: &[u8] = match b {
-                    CpuBuffer::F64(v) => bytemuck::cast_slice(v),
-                    CpuBuffer::F32(v) => bytemuck::cast_slice(v),
-                    CpuBuffer::F16(v) => bytemuck::cast_slice(v),
-                    CpuBuffer::BF16(v) => bytemuck::cast_slice(v),
-                    CpuBuffer::U32(v) => bytemuck::cast_slice(v),
-                };
-                let size = self.dtype().size();
-                let bytes = &bytes[self.start * size..(self.start + self.len()) * size];
-                Self::from_cuda(device.upload(bytes, self.dtype().into())?, self.shape.clone())
+            (Storage::Cpu(_), Device::Cuda(device)) => {
+                Self::from_cuda(device.upload(self.as_bytes()?, self.dtype().into())?, self.shape.clone())
             }
             (Storage::Cuda(b), Device::Cpu) => {
                 macro_rules! download {

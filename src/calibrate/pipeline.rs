@@ -161,8 +161,9 @@ pub fn quantize_weights(
 ) -> Result<Merged> {
     let rotated = Rotated::new(model, rotations, scheme)?;
     let mut blocks = Vec::with_capacity(model.config.layers);
-    quantize_layers(&rotated, quantizer, calibration, store, progress, |block| blocks.push(block))?;
-    Merged::new(&rotated, blocks)
+    let placer = rotated.placer()?;
+    quantize_layers(&rotated, quantizer, calibration, store, progress, |block| blocks.push(placer.place(blocks.len(), &block)))?;
+    Merged::new(&rotated, blocks.into_iter().collect::<Result<_>>()?)
 }
 
 /// Quantises a rotated model layer by layer. `keep` is given every layer in order; one that lets go of them needs the memory of

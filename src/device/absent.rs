@@ -76,6 +76,7 @@ never! {
         pub(crate) fn add_product(
             &self, w: View<'_>, from: usize, e: View<'_>, u: View<'_>, row: usize, size: [usize; 3]
         ) -> Result<()>;
+        pub(crate) fn copies(&self, slots: usize) -> Result<Copies>;
         pub(crate) fn invert_cholesky(&self, a: View<'_>, n: usize) -> Result<Option<bool>>;
     }
     impl Queue<'_> {
@@ -95,10 +96,37 @@ never! {
         pub(crate) fn view(&self) -> View<'_>;
         pub(crate) fn download(&self, start: usize, bytes: &mut [u8]) -> Result<()>;
     }
+    impl Copies {
+        pub(crate) fn filled(&self, slot: usize) -> Result<()>;
+        pub(crate) fn free(&self, slot: usize) -> Result<()>;
+        pub(crate) fn finish(&self) -> Result<()>;
+    }
     impl Constant {
         pub(crate) fn view(&self, kind: Kind) -> View<'_>;
     }
 }
+
+impl CudaDevice {
+    /// # Safety
+    /// Never called.
+    pub(crate) unsafe fn pin(&self, bytes: &[u8]) -> Result<Pinned> {
+        match self.0 {}
+    }
+}
+
+impl Copies {
+    /// # Safety
+    /// Never called.
+    pub(crate) unsafe fn copy(&self, bytes: &[u8], slot: usize, to: View<'_>) -> Result<()> {
+        match self.0 {}
+    }
+}
+
+/// A stream of copies from the host.
+pub(crate) struct Copies(Infallible);
+
+/// Host memory that stays where it is.
+pub(crate) struct Pinned(Infallible);
 
 /// A table on the device.
 #[derive(Clone)]

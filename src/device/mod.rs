@@ -2,6 +2,7 @@
 //! formula, in [`ops`](crate::ops), [`linalg`](crate::linalg) and [`quant`](crate::quant).
 
 mod clock;
+pub(crate) mod conveyor;
 #[cfg(not(feature = "cuda"))]
 #[path = "absent.rs"]
 pub mod cuda;

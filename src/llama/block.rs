@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use crate::hadamard::Hadamard;
+use crate::llama::host::Parked;
 use crate::llama::rotate::{Around, LinearVars, RotatedWeights};
 use crate::llama::{LayerWeights, Linears, LlamaConfig};
 use crate::ops::attention::attention;
@@ -32,6 +33,8 @@ pub struct Block {
     gains: Option<[Tensor; 2]>,
     /// Logarithms of clip ratios, in the order of [`Site::ALL`].
     clips: [Option<Tensor>; Site::ALL.len()],
+    /// Where the weights come from when the layer is at work, if they are in main memory.
+    parked: Option<Parked>,
 }
 
 /// What the layers need besides their weights.
@@ -159,12 +162,26 @@ impl Block {
     pub fn new(config: &LlamaConfig, index: usize, weights: LayerWeights) -> Self {
         let LlamaConfig { head_dim, rms_norm_eps: eps, .. } = *config;
         let (rope, window) = (config.has_rope(index), config.window(index));
-        Self { weights, index, head_dim, eps, rope, window, gains: None, clips: Default::default() }
+        Self { weights, index, head_dim, eps, rope, window, gains: None, clips: Default::default(), parked: None }
     }
 
     /// The same layer with other weights.
     pub fn with_weights(&self, weights: LayerWeights) -> Self {
-        Self { weights, ..self.clone() }
+        Self { weights, parked: None, ..self.clone() }
+    }
+
+    /// The same layer, whose weights are in main memory.
+    pub(crate) fn parked(self, parked: Parked) -> Self {
+        Self { parked: Some(parked), ..self }
+    }
+
+    pub(crate) fn parking(&self) -> Option<&Parked> {
+        self.parked.as_ref()
+    }
+
+    /// True where the weights are in main memory and come to the device when the layer is at work ([`Llama::streamed`](crate::llama::Llama::streamed)).
+    pub fn is_streamed(&self) -> bool {
+        self.parked.is_some()
     }
 
     /// The same layer with gains `[C]` of its two norms that are *not* folded into the weights. It cannot be rotated: a gain does not
@@ -189,7 +206,12 @@ impl Block {
     /// # Errors
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
-        let mut block = self.with_weights(self.weights.map(|w| w.to_device(device))?);
+        self.to_device_with(device, self.weights.map(|w| w.to_device(device))?)
+    }
+
+    /// The same layer with other weights and everything else on another device.
+    pub(crate) fn to_device_with(&self, device: &crate::Device, weights: LayerWeights) -> Result<Self> {
+        let mut block = self.with_weights(weights);
         for t in block.clips.iter_mut().flatten() {
             *t = t.to_device(device)?;
         }

@@ -1,9 +1,11 @@
 //! A layer that keeps only its input for the backward pass and runs a second time there, as [`checkpoint`](crate::tape::checkpoint)
 //! does. Its weights are rotated and quantised once a pass, however few sequences go through it at a time: fewer sequences cost less
-//! memory and no more rotations.
+//! memory and no more rotations. A layer that is streamed from main memory always runs so, and its weights are made again, whatever the
+//! plan: a tape must not hold a buffer that the next layers pass through.
 
 use std::sync::Arc;
 
+use crate::llama::Heading;
 use crate::llama::block::{Block, Run};
 use crate::llama::rotate::{LayerLearned, RotatedWeights};
 use crate::profile::enter_pass;
@@ -33,13 +35,18 @@ impl Plan {
     pub(crate) fn run<'t>(&self, block: &Arc<Block>, x: Var<'t>, by: LayerLearned<'t>, run: &Arc<Run>) -> Result<Var<'t>> {
         let tokens = x.value().rows();
         let rotate = || by.weights(block, &run.sites, tokens);
-        if block.index >= self.recompute {
+        // A layer that is not on the device to stay: nothing that outlives its turn may be made of its weights.
+        let streamed = block.is_streamed();
+        if block.index >= self.recompute && !streamed {
             return block.forward(x, rotate()?, run);
         }
         let (tape, straight) = (x.tape(), by.straight);
-        let slots = if self.keep_weights { rotate()?.into_slots() } else { by.into_slots() };
-        let (rows, rotated, filled) = (self.sequences * run.seq, self.keep_weights, slots.iter().map(Option::is_some).collect());
-        let layer = Layer { block: block.clone(), run: run.clone(), rows, rotated, filled, tokens, straight };
+        let rotated = self.keep_weights && !streamed;
+        let slots = if rotated { rotate()?.into_slots() } else { by.into_slots() };
+        let learns = x.requires_grad() || slots.iter().flatten().any(Var::requires_grad);
+        let heading = if learns { Heading::Forth } else { Heading::Around };
+        let (rows, filled) = (self.sequences * run.seq, slots.iter().map(Option::is_some).collect());
+        let layer = Layer { block: block.clone(), run: run.clone(), heading, rows, rotated, filled, tokens, straight };
         tape.record(layer, [x].into_iter().chain(slots.into_iter().flatten()).collect())
     }
 }
@@ -48,6 +55,8 @@ impl Plan {
 struct Layer {
     block: Arc<Block>,
     run: Arc<Run>,
+    /// Of the forward pass.
+    heading: Heading,
     /// Tokens at once; 0: all.
     rows: usize,
     rotated: bool,
@@ -65,12 +74,12 @@ fn into_slots<'t>(vars: Vec<Var<'t>>, filled: impl IntoIterator<Item = bool>) ->
 
 impl Layer {
     /// The weights to run with, made of the operands after the first.
-    fn weights<'t>(&self, operands: Vec<Var<'t>>) -> Result<RotatedWeights<'t>> {
+    fn weights<'t>(&self, block: &Block, operands: Vec<Var<'t>>) -> Result<RotatedWeights<'t>> {
         let slots = into_slots(operands, self.filled.iter().copied());
         if self.rotated {
             return RotatedWeights::from_slots(slots, self.straight);
         }
-        LayerLearned::from_slots(slots, self.straight)?.weights(&self.block, &self.run.sites, self.tokens)
+        LayerLearned::from_slots(slots, self.straight)?.weights(block, &self.run.sites, self.tokens)
     }
 
     /// First row and number of rows of every part.
@@ -97,16 +106,17 @@ impl Op for Layer {
         if save.wants_any() {
             inputs.iter().for_each(|t| save.push(t.clone()));
         }
+        let block = self.block.at_work(self.heading)?;
         let tape = Tape::new();
         let mut operands = inputs.into_iter().map(|t| tape.constant(t));
         let x = operands.next().ok_or_else(|| Error::Tape("layer: no input".into()))?;
-        let weights = self.weights(operands.collect())?;
+        let weights = self.weights(&block, operands.collect())?;
         if self.whole() {
-            return Ok(self.block.forward(x, weights, &self.run)?.into_value());
+            return Ok(block.forward(x, weights, &self.run)?.into_value());
         }
         let part = |(first, rows)| {
             let x = tape.constant(x.value().slice(first, rows)?);
-            Ok(self.block.forward(x, weights.clone(), &self.run)?.into_value())
+            Ok(block.forward(x, weights.clone(), &self.run)?.into_value())
         };
         Tensor::concat(&self.parts().map(part).collect::<Result<Vec<_>>>()?)
     }
@@ -114,13 +124,14 @@ impl Op for Layer {
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
         let mut saved = saved.into_vec();
         let x = saved.remove(0);
+        let block = self.block.at_work(Heading::Back)?;
         // The weights' own tape, where they are made again; their gradients enter it once all parts have been through.
         let outer = Tape::new();
         let enter = |(t, &want)| if want { outer.variable(t) } else { outer.constant(t) };
         let operands: Vec<_> = saved.into_iter().zip(&want[1..]).map(enter).collect();
         let weights = {
             let _pass = enter_pass("recompute");
-            self.weights(operands.clone())?.into_slots()
+            self.weights(&block, operands.clone())?.into_slots()
         };
         let filled: Vec<bool> = weights.iter().map(Option::is_some).collect();
         let weights: Vec<Var<'_>> = weights.into_iter().flatten().collect();
@@ -138,7 +149,7 @@ impl Op for Layer {
             let y = {
                 let _pass = enter_pass("recompute");
                 let weights = RotatedWeights::from_slots(into_slots(inner.clone(), filled.iter().copied()), self.straight)?;
-                self.block.forward(x.clone(), weights, &self.run)?
+                block.forward(x.clone(), weights, &self.run)?
             };
             let mut grads = tape.backward_from(y, dy.slice(first, rows)?)?;
             if want[0] {

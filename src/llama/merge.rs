@@ -1,6 +1,8 @@
 //! Rotations merged into weights: in float64, a layer at a time, rounded once.
 
-use crate::llama::{Block, LayerScales, LayerTransforms, LayerWeights, Linears, Llama, LlamaConfig, Source, weight_clips};
+use crate::llama::{
+    Block, LayerScales, LayerTransforms, LayerWeights, Linears, Llama, LlamaConfig, Placement, Placer, Source, weight_clips,
+};
 use crate::quant::{Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
@@ -92,6 +94,18 @@ impl<'a> Rotated<'a> {
     /// False where the model's RMSNorm gains are beside its weights rather than in them ([`Llama::load_plain`]).
     pub fn is_folded(&self) -> bool {
         !matches!(self.from, From::Memory(model) if model.blocks.iter().any(|b| b.gains().is_some()))
+    }
+
+    /// Puts layers where those of the model are; those of a model in files go to the device.
+    ///
+    /// # Errors
+    /// Those of [`Placer::new`].
+    pub(crate) fn placer(&self) -> Result<Placer> {
+        let placement = match self.from {
+            From::Memory(model) => model.placement(),
+            From::Files(_) => Placement::RESIDENT,
+        };
+        Placer::new(&self.device, placement, self.config.layers)
     }
 
     /// What the model is: a SHA-256 of all its weights, as files or as loaded.

@@ -9,9 +9,10 @@ use sha2::{Digest, Sha256};
 use crate::data;
 use crate::linalg::matmul;
 use crate::llama::block::{Block, Run};
+use crate::llama::host::{Heading, Parked, Placer};
 use crate::llama::rotate::{LayerClips, LayerLearned, LayerScales, LayerTransforms, clips_of};
 use crate::llama::walk::observed;
-use crate::llama::{LlamaConfig, Packed, Plan, Rotated, RotatedWeights, Source, WeightClipVars, Weights};
+use crate::llama::{LlamaConfig, Packed, Placement, Plan, Rotated, RotatedWeights, Source, WeightClipVars, Weights};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
@@ -232,7 +233,15 @@ impl Llama {
     /// # Errors
     /// Values that are not finite or too large for `dtype`; what the device says.
     pub fn read(source: &Source, dtype: DType, device: &Device) -> Result<Self> {
-        Self::read_with(source, dtype, device, |l| Ok(Block::new(source.config(), l, source.layer(l, dtype)?)))
+        Self::read_placed(source, dtype, device, Placement::RESIDENT)
+    }
+
+    /// The same with some layers in main memory ([`Llama::streamed`]): each goes straight to its place.
+    ///
+    /// # Errors
+    /// Those of [`Llama::read`] and [`Llama::streamed`].
+    pub fn read_placed(source: &Source, dtype: DType, device: &Device, placement: Placement) -> Result<Self> {
+        Self::read_with(source, dtype, (device, placement), |l| Ok(Block::new(source.config(), l, source.layer(l, dtype)?)))
     }
 
     /// [`Llama::load_plain`] from a model that was opened.
@@ -240,18 +249,32 @@ impl Llama {
     /// # Errors
     /// Those of [`Llama::read`].
     pub fn read_plain(source: &Source, dtype: DType, device: &Device) -> Result<Self> {
+        Self::read_plain_placed(source, dtype, device, Placement::RESIDENT)
+    }
+
+    /// The same with some layers in main memory, as by [`Llama::read_placed`].
+    ///
+    /// # Errors
+    /// Those of [`Llama::read_placed`].
+    pub fn read_plain_placed(source: &Source, dtype: DType, device: &Device, placement: Placement) -> Result<Self> {
         // The head is never quantised: folding the final gain into it changes nothing.
-        Self::read_with(source, dtype, device, |l| {
+        Self::read_with(source, dtype, (device, placement), |l| {
             let (weights, gains) = source.plain_layer(l, dtype)?;
             Ok(Block::new(source.config(), l, weights).with_gains(gains))
         })
     }
 
-    fn read_with(source: &Source, dtype: DType, device: &Device, block: impl Fn(usize) -> Result<Block>) -> Result<Self> {
+    fn read_with(
+        source: &Source,
+        dtype: DType,
+        (device, placement): (&Device, Placement),
+        block: impl Fn(usize) -> Result<Block>,
+    ) -> Result<Self> {
         let embedding = source.embedding(dtype)?.to_device(device)?;
         let head = source.head(dtype)?.to_device(device)?;
         let config = source.config().clone();
-        let blocks = (0..config.layers).map(|l| Ok(Arc::new(block(l)?.to_device(device)?)));
+        let placer = Placer::new(device, placement, config.layers)?;
+        let blocks = (0..config.layers).map(|l| Ok(Arc::new(placer.place(l, &block(l)?)?)));
         Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config })
     }
 
@@ -278,7 +301,7 @@ impl Llama {
         if self.device() == *device {
             return Ok(self);
         }
-        let block = |b: &Arc<Block>| Ok(Arc::new(b.to_device(device)?));
+        let block = |b: &Arc<Block>| Ok(Arc::new(b.to_device(device)?)); // streamed layers come to stay
         Ok(Self {
             embedding: self.embedding.to_device(device)?,
             head: self.head.to_device(device)?,
@@ -287,7 +310,29 @@ impl Llama {
         })
     }
 
-    /// Where the weights are.
+    /// The same model with some layers in main memory, from where they come to the device when it is their turn: the same numbers with
+    /// fewer bytes on the device. Streamed layers are computed again in the backward pass, whatever a plan says ([`Plan`]).
+    ///
+    /// # Errors
+    /// Fewer than two buffers; no main memory, or none that can be locked; a failing copy.
+    pub fn streamed(self, placement: Placement) -> Result<Self> {
+        let placer = Placer::new(&self.device(), placement, self.blocks.len())?;
+        let place = |(l, b): (usize, Arc<Block>)| placer.place(l, &b).map(Arc::new);
+        let blocks = self.blocks.into_iter().enumerate().map(place).collect::<Result<_>>()?;
+        Ok(Self { blocks, ..self })
+    }
+
+    /// Where the layers are.
+    pub fn placement(&self) -> Placement {
+        placement(self.blocks.iter().map(|b| &**b))
+    }
+
+    /// How many layers were copied from main memory to the device so far, by this model and what shares its layers.
+    pub fn copied(&self) -> usize {
+        self.blocks.iter().find_map(|b| b.parking()).map_or(0, Parked::copied)
+    }
+
+    /// Where the weights are used.
     pub fn device(&self) -> Device {
         self.embedding.device()
     }
@@ -412,6 +457,10 @@ impl Llama {
     /// # Errors
     /// As [`Llama::merge`].
     pub fn merge_exact(&self, rotations: Option<&Rotations>, scheme: &Scheme) -> Result<Merged> {
+        if rotations.is_none() {
+            // The layers as they are, wherever they are.
+            return Merged::new(&Rotated::new(self, None, scheme)?, self.blocks.iter().map(|b| (**b).clone()).collect());
+        }
         self.merge_with(rotations, scheme, |rotated, i| rotated.block(i))
     }
 
@@ -423,7 +472,8 @@ impl Llama {
         block: impl Fn(&Rotated<'_>, usize) -> Result<Block>,
     ) -> Result<Merged> {
         let rotated = Rotated::new(self, rotations, scheme)?;
-        Merged::new(&rotated, (0..self.blocks.len()).map(|i| block(&rotated, i)).collect::<Result<_>>()?)
+        let placer = rotated.placer()?;
+        Merged::new(&rotated, (0..self.blocks.len()).map(|i| placer.place(i, &block(&rotated, i)?)).collect::<Result<_>>()?)
     }
 
     /// SHA-256 of every value of every weight, and of their types and shapes: what the model is.
@@ -434,6 +484,18 @@ impl Llama {
         let gains = self.blocks.iter().filter_map(|b| b.gains()).flatten();
         sha256(&self.tensors().chain(gains).collect::<Vec<_>>())
     }
+}
+
+/// Where these layers are.
+fn placement<'a>(blocks: impl Iterator<Item = &'a Block>) -> Placement {
+    let (mut resident, mut buffers) = (0, None);
+    for block in blocks {
+        match block.parking() {
+            Some(parked) => buffers = Some(parked.buffers()),
+            None => resident += 1,
+        }
+    }
+    buffers.map_or(Placement::RESIDENT, |buffers| Placement { resident, buffers })
 }
 
 /// SHA-256 of the types, shapes and values of tensors.
@@ -496,6 +558,11 @@ impl Merged {
     pub(crate) fn new(rotated: &Rotated<'_>, blocks: Vec<Block>) -> Result<Self> {
         let (config, scheme) = (rotated.config().clone(), *rotated.scheme());
         Ok(Self { config, scheme, embedding: rotated.embedding()?, head: rotated.head()?, blocks })
+    }
+
+    /// Where the layers are.
+    pub fn placement(&self) -> Placement {
+        placement(self.blocks.iter())
     }
 
     /// SHA-256 of every value of every weight, of their types and shapes, and of the clip constants that layers have of their own: what the
@@ -586,6 +653,7 @@ impl Merged {
         let tape = Tape::new();
         let mut x = tape.constant(self.embedding.clone()).embedding(tokens.into())?;
         for block in &self.blocks {
+            let block = block.at_work(Heading::Around)?;
             x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), run)?;
         }
         Ok(x.rms_norm(self.config.rms_norm_eps)?.into_value())

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::llama::{RotatedWeights, RotationVars};
+use crate::llama::{Heading, RotatedWeights, RotationVars};
 use crate::memory::Needs;
 use crate::objective::{Batch, Objective, full_precision};
 use crate::{DType, Error, Result, Tape, Tensor, Var};
@@ -55,7 +55,7 @@ fn states(batch: &Batch<'_>) -> Result<Vec<(Tensor, f64)>> {
     let mut x = Tape::new().constant(batch.model.embedding.clone()).embedding(batch.tokens.into())?.into_value();
     let mut all = vec![];
     for block in &batch.model.blocks {
-        let tape = Tape::new();
+        let (block, tape) = (block.at_work(Heading::Around)?, Tape::new());
         x = block.forward(tape.constant(x), RotatedWeights::constants(&tape, &block.weights), &run)?.into_value();
         let size = Tape::new().constant(x.clone()).mean_square()?.value().item()?;
         if !(size > 0.0 && size.is_finite()) {

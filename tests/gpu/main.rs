@@ -12,4 +12,5 @@ mod networks;
 mod parity;
 mod reconstruct;
 mod scale;
+mod streaming;
 mod synthetic;

@@ -36,6 +36,7 @@ mod robustness;
 mod scale;
 #[cfg(feature = "serve")]
 mod serve;
+mod streaming;
 mod synthetic;
 #[cfg(unix)]
 mod toolkit;

@@ -1,6 +1,7 @@
 //! The GPU: one context, one stream and one stream-ordered memory pool per device.
 
 mod clock;
+mod copies;
 mod gemm;
 mod profile;
 mod solver;
@@ -23,6 +24,7 @@ use crate::dtype::DType;
 use crate::{Error, Result};
 
 pub use clock::{Event, Graph};
+pub(crate) use copies::{Copies, Pinned};
 pub use profile::Phase;
 
 /// The oldest driver that runs a statically linked CUDA 13 runtime, as the driver numbers itself.
@@ -101,7 +103,7 @@ impl CudaDevice {
             return Err(Error::Cuda("cuBLASLt (libcublasLt) was not found; install the CUDA runtime libraries".into()));
         }
         let context = CudaContext::new(ordinal).map_err(driver_error("opening the GPU"))?;
-        // SAFETY: one stream does all the work, so events between streams have nothing to order.
+        // SAFETY: one stream does all the work but copies from the host, which are ordered by events of their own (`copies`).
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(driver_error("creating a stream"))?;
         // SAFETY: the device is valid; the attribute is a 64-bit integer.
