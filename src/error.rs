@@ -97,6 +97,14 @@ pub enum Error {
         /// Bytes of the device.
         total: usize,
     },
+    /// Another process of the group that shares the work ([`ranks`](crate::ranks)) failed, ended or was lost.
+    #[error("rank {rank}: {message}")]
+    Rank {
+        /// Which.
+        rank: usize,
+        /// What it said, or what was seen of it.
+        message: String,
+    },
     /// The user asked to stop; what was kept until then is usable.
     #[error("interrupted after step {step}")]
     Interrupted {

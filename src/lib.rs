@@ -125,6 +125,7 @@ pub mod profile;
 pub mod quant;
 pub mod race;
 mod random;
+pub mod ranks;
 pub mod rotation;
 #[cfg(feature = "serve")]
 pub mod serve;

@@ -11,4 +11,4 @@ pub use clip_search::{ClipFound, ClipGoal, search_clips};
 pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers, quantize_weights};
 pub use reconstruct::Reconstruct;
 pub use timed::cases;
-pub use weight_clips::search_weight_clips;
+pub use weight_clips::{search_weight_clips, search_weight_clips_among};

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use crate::llama::{Linear, Linears, Llama, Rotated, weight_clip_kinds};
 use crate::ops::fake_quant::scales;
 use crate::quant::{Clip, QuantSpec, Scheme};
+use crate::ranks::Group;
 use crate::rotation::{Rotations, WeightClips};
 use crate::{Error, Result, Tensor};
 
@@ -18,6 +19,20 @@ pub fn search_weight_clips(
     model: &Llama,
     rotations: &Rotations,
     scheme: &Scheme,
+    progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<WeightClips> {
+    search_weight_clips_among(&Group::alone(), model, rotations, scheme, progress)
+}
+
+/// [`search_weight_clips`] with the layers shared by ranks; all get all ratios. `progress` hears of every layer of this rank's share.
+///
+/// # Errors
+/// Those of [`search_weight_clips`] and of [`Group::gather`].
+pub fn search_weight_clips_among(
+    ranks: &Group,
+    model: &Llama,
+    rotations: &Rotations,
+    scheme: &Scheme,
     mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<WeightClips> {
     let (config, spec) = (&model.config, scheme.sites(model.config.head_dim).weight);
@@ -28,14 +43,19 @@ pub fn search_weight_clips(
     let rotations = rotations.clone().with_weight_clips(None);
     let rotated = Rotated::new(model, Some(&rotations), scheme)?;
     let mut found = Linears([const { vec![] }; Linear::ALL.len()]);
-    for l in 0..config.layers {
+    let share = ranks.share(config.layers);
+    for l in share.clone() {
         let block = rotated.block(l)?;
         for (linear, w) in block.weights.iter() {
             found[linear].extend(logarithms(&w.weight, &spec)?);
         }
-        if progress(l + 1, config.layers).is_break() && l + 1 < config.layers {
+        let done = l + 1 - share.start;
+        if progress(done, share.len()).is_break() && done < share.len() {
             return Err(Error::Interrupted { step: 0 });
         }
+    }
+    for linear in Linear::ALL {
+        found[linear] = ranks.gather_numbers("clip ratios of weights", &found[linear])?.concat();
     }
     let mut tensor = |linear| {
         let shape = [config.layers, weight_clip_kinds(linear, config, scheme)?, 2];

@@ -13,6 +13,30 @@ use crate::{DType, Result};
 #[derive(Clone, PartialEq)]
 pub struct CudaDevice(Infallible);
 
+fn absent<T>() -> Result<T> {
+    Err(crate::Error::Cuda("this build has no GPU support: rebuild with `--features cuda`".into()))
+}
+
+/// How many GPUs there are.
+///
+/// # Errors
+/// Always: this build has no GPU support.
+pub fn count() -> Result<usize> {
+    absent()
+}
+
+/// Checks that NCCL is on this machine.
+///
+/// # Errors
+/// Always: this build has no GPU support.
+pub fn check_nccl() -> Result<()> {
+    absent()
+}
+
+/// A GPU and those of other processes, connected.
+#[derive(Debug)]
+pub(crate) struct Communicator(Infallible);
+
 /// Where a launcher runs.
 #[derive(Clone, Copy)]
 pub(crate) struct Queue<'a>(Infallible, PhantomData<&'a ()>);
@@ -77,7 +101,13 @@ never! {
             &self, w: View<'_>, from: usize, e: View<'_>, u: View<'_>, row: usize, size: [usize; 3]
         ) -> Result<()>;
         pub(crate) fn copies(&self, slots: usize) -> Result<Copies>;
+        pub(crate) fn connect(
+            &self, rank: (usize, usize), broadcast: &mut dyn FnMut(Vec<u8>) -> Result<Vec<u8>>
+        ) -> Result<Communicator>;
         pub(crate) fn invert_cholesky(&self, a: View<'_>, n: usize) -> Result<Option<bool>>;
+    }
+    impl Communicator {
+        pub(crate) fn sum(&self, to: View<'_>, from: View<'_>) -> Result<()>;
     }
     impl Queue<'_> {
         pub(crate) fn context(&self) -> usize;

@@ -12,6 +12,7 @@ use crate::linalg::matmul;
 use crate::llama::Merged;
 use crate::ops::kl_divergence::token_divergences;
 use crate::ops::linear_cross_entropy::rows_at_once;
+use crate::ranks::Group;
 use crate::{DType, Error, Result, Tensor};
 
 /// What every window of a text says of a network, beside the model in full precision.
@@ -53,6 +54,12 @@ impl Fidelity {
             }
             None => Ok(()),
         }
+    }
+
+    /// The windows of all ranks that share a text, in their order.
+    pub(crate) fn gathered(&self, ranks: &Group) -> Result<Self> {
+        let of = |what, values: &[f64]| Ok(ranks.gather_numbers(what, values)?.concat());
+        Ok(Self { divergence: of("divergences", &self.divergence)?, agreement: of("agreements", &self.agreement)? })
     }
 
     /// Window by window, the mean of several networks' fidelities (of several seeds, say).

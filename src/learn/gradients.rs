@@ -8,7 +8,7 @@ use crate::llama::{Llama, Recompute, RotationVars};
 use crate::objective::{Batch, Objective};
 use crate::optim::Gradients;
 use crate::rotation::Rotations;
-use crate::{Error, Result, Tape};
+use crate::{Error, Result, Tape, ranks};
 
 /// Whose gradients a pass is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +20,8 @@ enum Group {
     Clips,
 }
 
-/// Mean loss of a batch and its gradients, micro-batches averaged. The loss is that of [`LearnOptions::objective`], whatever clip ratios
-/// follow.
+/// Mean loss of a batch and its gradients, micro-batches averaged, summed over ranks that have a share of it each. The loss is that of
+/// [`LearnOptions::objective`], whatever clip ratios follow.
 pub(super) fn gradients(
     model: &Llama,
     windows: &Windows,
@@ -30,7 +30,7 @@ pub(super) fn gradients(
     (options, settings): (&LearnOptions, &Settings),
 ) -> Result<(f64, Gradients)> {
     let mut total: Option<(f64, Gradients)> = None;
-    for part in batch.chunks(settings.micro_batch) {
+    for part in batch[options.ranks.share(batch.len())].chunks(settings.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
         let tokens = windows.batch(part);
         let Settings { scheme, recompute, .. } = settings;
@@ -49,7 +49,23 @@ pub(super) fn gradients(
             Some((sum, old)) => (sum + value, old.plus(grads)?),
         });
     }
-    total.ok_or_else(|| Error::argument("learn", "a step without windows"))
+    let (value, grads) = total.ok_or_else(|| Error::argument("learn", "a step without windows"))?;
+    summed(&options.ranks, value, grads)
+}
+
+/// The sums over ranks: of the gradients as one buffer.
+fn summed(ranks: &ranks::Group, value: f64, grads: Gradients) -> Result<(f64, Gradients)> {
+    if ranks.world() == 1 {
+        return Ok((value, grads));
+    }
+    let (mut parts, mut value) = (vec![], [value]);
+    grads.map(|t| {
+        parts.push(t.clone());
+        Ok(t.clone())
+    })?;
+    ranks.sum("the loss of a step", &mut value)?;
+    let mut sums = ranks.all_reduce_packed("the gradients of a step", parts)?.into_iter();
+    Ok((value[0], grads.map(|_| Ok(sums.next().expect("one for each")))?))
 }
 
 /// An objective's value, times a weight, and its gradients by a group; no others are formed.

@@ -1,14 +1,19 @@
 //! Learning rotations: the loop of the paper (arXiv 2405.16406 §3), for any optimiser and any objective.
 
 mod gradients;
+mod held_out;
 mod options;
 mod recipe;
+mod shared;
 mod state;
 mod watch;
 
 use gradients::gradients;
+use held_out::Set;
+pub use held_out::held_out_loss;
 pub use options::{ClipChoice, LearnOptions, Settings, WeightClip};
 pub use recipe::Recipe;
+use shared::{after_step, agree};
 use state::{Progress, fingerprint, resume, save};
 pub(crate) use watch::Named;
 use watch::Steps;
@@ -16,21 +21,19 @@ pub use watch::{Point, Watch};
 
 use std::cell::OnceCell;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::calibrate::{ClipFound, ClipGoal, search_clips, search_weight_clips};
+use crate::calibrate::{ClipFound, ClipGoal, search_clips, search_weight_clips_among};
 use crate::data::{Sampler, Windows, split_held_out};
-use crate::eval::fidelity::Fidelity;
-use crate::llama::{Llama, LlamaConfig, Recompute, RotationVars, check_weight_clips};
+use crate::llama::{Llama, LlamaConfig, check_weight_clips};
 use crate::optim::{Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
-use crate::quant::{ClipRatios, Online, Scheme};
+use crate::quant::{ClipRatios, Scheme};
 use crate::rotation::{ClipEnds, RotationFile, Rotations, WeightClips};
-use crate::{DType, Device, Error, Result, Tape};
+use crate::{DType, Device, Error, Result};
 
 /// What happened in one step, as told to the callback.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -151,8 +154,21 @@ pub fn learn(
 /// [`learn`], told to a [`Watch`].
 ///
 /// # Errors
-/// Those of [`learn`].
+/// Those of [`learn`]; [`Error::Rank`] of another of [`LearnOptions::ranks`], or where they do not agree.
 pub fn learn_watched(
+    model: &Llama,
+    windows: &Windows,
+    rotations: Rotations,
+    optimizer: &mut dyn Optimizer,
+    options: &LearnOptions,
+    watch: &mut dyn Watch,
+) -> Result<Learned> {
+    let learned = learn_among(model, windows, rotations, optimizer, options, watch);
+    learned.inspect_err(|e| options.ranks.fail(e))
+}
+
+/// The same; an error is still to be told to the other ranks.
+fn learn_among(
     model: &Llama,
     windows: &Windows,
     rotations: Rotations,
@@ -162,7 +178,8 @@ pub fn learn_watched(
 ) -> Result<Learned> {
     options.check(optimizer)?;
     options.check_text(windows)?;
-    let LearnOptions { steps, batch, .. } = *options;
+    let LearnOptions { steps, batch, ref ranks, .. } = *options;
+    ranks.attach(&model.device())?;
     let config = &model.config;
     let rotations = rotations.with_transforms(&options.transforms, &config.scale_sizes(), Some(options.seed))?;
     // Those of the start are learned too, and planned for.
@@ -193,8 +210,8 @@ pub fn learn_watched(
     };
     let rotations = match options.weight_clip {
         WeightClip::Learned if rotations.weight_clips.is_none() => {
-            watch.begin("searching clip ratios of weights", config.layers);
-            let found = search_weight_clips(model, &rotations, &scheme, |done, _| watch.at(done))?;
+            watch.begin("searching clip ratios of weights", ranks.share(config.layers).len());
+            let found = search_weight_clips_among(ranks, model, &rotations, &scheme, |done, _| watch.at(done))?;
             rotations.with_weight_clips(Some(found))
         }
         _ => rotations,
@@ -234,9 +251,10 @@ pub fn learn_watched(
         },
     };
     now.rotations = now.rotations.to_device(&model.device())?;
+    agree(ranks, windows, &settings, &now)?;
     let stopped = || options.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-    let faithful = |r: &Rotations| fidelity_until(model, windows, &held_out, r, (&scheme, settings.micro_batch), &stopped);
-    let score = |r: &Rotations| held_out_until(model, windows, &held_out, r, &scheme, settings.micro_batch, &stopped);
+    let set = Set { model, windows, held_out: &held_out, scheme: &scheme, at_once: settings.micro_batch, ranks };
+    let (faithful, score) = (|r: &Rotations| set.fidelity(r, &stopped), |r: &Rotations| set.loss(r, &stopped));
     if now.step == 0 {
         now.held_out.0 = score(&now.rotations)?.ok_or(Error::Interrupted { step: 0 })?;
         now.held_out.1 = now.held_out.0;
@@ -245,7 +263,10 @@ pub fn learn_watched(
     watch.begin("learning", steps);
     while now.step < steps {
         let start = Instant::now();
-        let failed = |e: Error| Error::numeric(format!("step {}", now.step + 1), e);
+        let failed = |e: Error| match e {
+            Error::Rank { .. } => e,
+            e => Error::numeric(format!("step {}", now.step + 1), e),
+        };
         let (loss, grads) =
             gradients(model, windows, &sampler.step(now.step), &now.rotations, (options, &settings)).map_err(failed)?;
         if loss > DIVERGED * now.losses.0.abs() + DIVERGED {
@@ -279,9 +300,11 @@ pub fn learn_watched(
         now.held_out.1 = held_out.unwrap_or(now.held_out.1);
         let report = StepReport { step: now.step, loss, learning_rate, held_out, orthogonality_error, seconds };
         let stop = watch.step(&report).is_break() || stopped();
+        let stop = after_step(ranks, &now, steps, stop)?;
         if let Some((path, every)) = &options.checkpoint
             && now.step < steps
             && (stop || now.step.is_multiple_of((*every).max(1)))
+            && ranks.is_first()
         {
             save(&now, fingerprint()?, path, &optimizer)?;
         }
@@ -315,71 +338,4 @@ fn audit(rotations: &Rotations, optimizer: &dyn Optimizer) -> Result<f64> {
     rotations.check(rotations.hidden(), rotations.head_dim(), rotations.layers(), f64::MAX)?;
     let (r1, r2) = rotations.orthogonality_errors()?;
     Ok(r2.into_iter().fold(r1, f64::max))
-}
-
-/// Mean cross entropy of the network being learned on fixed windows.
-///
-/// # Errors
-/// Those of [`Llama::loss`](crate::llama::Llama::loss).
-pub fn held_out_loss(
-    model: &Llama,
-    windows: &Windows,
-    held_out: &[usize],
-    rotations: &Rotations,
-    scheme: &Scheme,
-    at_once: usize,
-) -> Result<f64> {
-    Ok(held_out_until(model, windows, held_out, rotations, scheme, at_once, &|| false)?.unwrap_or(f64::NAN))
-}
-
-/// The same, or none where it was stopped.
-fn held_out_until(
-    model: &Llama,
-    windows: &Windows,
-    held_out: &[usize],
-    rotations: &Rotations,
-    scheme: &Scheme,
-    at_once: usize,
-    stopped: &dyn Fn() -> bool,
-) -> Result<Option<f64>> {
-    if held_out.is_empty() {
-        return Ok(Some(f64::NAN));
-    }
-    let mut sum = 0.0;
-    for part in held_out.chunks(at_once) {
-        if stopped() {
-            return Ok(None);
-        }
-        let tape = Tape::new();
-        let vars = RotationVars::constants(&tape, rotations)?;
-        let loss = model.loss(&vars, &windows.batch(part), windows.seq_len(), scheme, Recompute::None)?;
-        sum += loss.value().item()? * part.len() as f64;
-    }
-    Ok(Some(sum / held_out.len() as f64))
-}
-
-/// Fidelity of the network being learned on fixed windows, or none where it was stopped.
-fn fidelity_until(
-    model: &Llama,
-    windows: &Windows,
-    held_out: &[usize],
-    rotations: &Rotations,
-    (scheme, at_once): (&Scheme, usize),
-    stopped: &dyn Fn() -> bool,
-) -> Result<Option<Faithful>> {
-    if held_out.is_empty() {
-        return Ok(Some(Faithful::UNKNOWN));
-    }
-    let (seq, full) = (windows.seq_len(), model.merge_exact(None, &Scheme::FULL_PRECISION.online(Online::NONE))?);
-    let mut found = Fidelity::default();
-    for part in held_out.chunks(at_once) {
-        if stopped() {
-            return Ok(None);
-        }
-        let (tape, tokens) = (Tape::new(), windows.batch(part));
-        let run = Arc::new(model.run(scheme, seq)?);
-        let x = model.hidden(&RotationVars::constants(&tape, rotations)?, &tokens, run, Recompute::None)?.into_value();
-        found.add((&x, &model.head), (&full.last_hidden(&tokens, seq)?, &full.head), seq)?;
-    }
-    Ok(Some(Faithful { divergence: found.divergence().mean, agreement: found.agreement().mean }))
 }

@@ -14,6 +14,7 @@ use crate::memory::{self, Budget, Needs, Planned, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
 use crate::quant::{ClipRatios, Scheme};
+use crate::ranks::Group;
 use crate::rotation::{Rotations, Transforms};
 use crate::{DType, Error, Result};
 
@@ -28,7 +29,7 @@ pub struct LearnOptions {
     /// Sequences a step.
     pub batch: usize,
     /// Sequences that go through the network at once, at most `batch`; gradients are averaged. `None`: as planned on a GPU
-    /// ([`LearnOptions::memory`]), the batch on the CPU.
+    /// ([`LearnOptions::memory`]), the batch, or a rank's share of it, on the CPU.
     pub micro_batch: Option<usize>,
     /// Learning rate of the first step. `None`: the optimiser's ([`Optimizer::default_learning_rate`]), times the objective's factor
     /// ([`Objective::rate`]) unless the optimiser is scale-free.
@@ -72,6 +73,10 @@ pub struct LearnOptions {
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Continue from that state if it exists.
     pub resume: bool,
+    /// The processes that share the run: each takes its share of a step's sequences and of the held-out windows, and all of them learn the
+    /// same rotations. All are given the same options, text and model; rank 0 alone writes the state. Equal runs give equal bits, as many
+    /// ranks for as many; on another number of ranks gradients differ in the rounding of their sums.
+    pub ranks: Group,
     /// Another thread sets this to end the run like a callback that breaks, while held-out windows are scored too. Those of the step in
     /// hand then stay without a score.
     pub stop: Option<Arc<AtomicBool>>,
@@ -103,6 +108,7 @@ impl Default for LearnOptions {
             clip_objective: None,
             checkpoint: None,
             resume: false,
+            ranks: Group::alone(),
             stop: None,
         }
     }
@@ -242,11 +248,15 @@ impl LearnOptions {
     /// Checks what needs neither text nor model: [`learn`](super::learn()) does it first, a program may do it before it loads anything.
     ///
     /// # Errors
-    /// [`Error::Argument`]: no steps, sequences or windows to search on; a learning rate that is not finite and above 0; scales, or clip
+    /// [`Error::Argument`]: no steps, sequences or windows to search on; fewer sequences than ranks; a learning rate that is not finite and above 0; scales, or clip
     /// ratios that are learned, with a local objective.
     pub fn check(&self, optimizer: &dyn Optimizer) -> Result<()> {
         if self.steps == 0 || self.batch == 0 || self.micro_batch == Some(0) {
             return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
+        }
+        if self.batch < self.ranks.world() {
+            let message = format!("expected at least a sequence for each of {} ranks, got {}", self.ranks.world(), self.batch);
+            return Err(Error::argument("batch", message));
         }
         let rate = self.rate(optimizer);
         if !(rate > 0.0 && rate.is_finite()) {
@@ -362,7 +372,7 @@ impl LearnOptions {
         memory::plan(config, &self.work(config, seq, dtype)?, self.memory.bytes(free), card).map(Some)
     }
 
-    /// What a step of a model is for a plan.
+    /// What a step of a model is for a plan, of the rank with the largest share.
     ///
     /// # Errors
     /// Those of [`Transforms::of`].
@@ -375,7 +385,7 @@ impl LearnOptions {
             transforms,
             clips,
             weight_clips,
-            ..Work::new(self.scheme, self.batch, seq, dtype)
+            ..Work::new(self.scheme, self.ranks.largest_share(self.batch), seq, dtype)
         })
     }
 
@@ -391,7 +401,10 @@ impl LearnOptions {
         };
         Ok(Settings {
             scheme: self.scheme,
-            micro_batch: self.micro_batch.or(planned.as_ref().map(|p| p.micro_batch)).unwrap_or(self.batch),
+            micro_batch: self
+                .micro_batch
+                .or(planned.as_ref().map(|p| p.micro_batch))
+                .unwrap_or(self.ranks.largest_share(self.batch)),
             learning_rate: self.rate(optimizer),
             schedule: self.schedule.unwrap_or_else(|| optimizer.default_schedule()),
             held_out: self.held_out_of(windows.len()),

@@ -39,7 +39,8 @@ pub(super) fn fingerprint(
         "scheme": format!("{:?}", settings.scheme),
         "steps": o.steps,
         "batch": o.batch,
-        "micro_batch": settings.micro_batch,
+        // As asked for: what is planned depends on memory and on how many ranks there are, and changes the rounding of sums alone.
+        "micro_batch": o.micro_batch.unwrap_or(o.batch),
         "learning_rate": settings.learning_rate,
         "schedule": format!("{:?}", settings.schedule),
         "seed": o.seed,

@@ -19,6 +19,16 @@ pub struct Gradients {
 }
 
 impl Gradients {
+    /// What `f` makes of each, in a fixed order.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let rotations = self.rotations.iter().map(&mut f).collect::<Result<_>>()?;
+        let (scales, clips) = (self.scales.map(|_, t| f(t))?, self.clips.map(|_, t| f(t))?);
+        Ok(Self { rotations, scales, clips, weight_clips: self.weight_clips.as_ref().map(|w| w.map(&mut f)).transpose()? })
+    }
+
     /// The sum of two.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use std::sync::LazyLock;
 use spinquant::DType;
 use tempfile::TempDir;
 
+mod ranks;
 mod signals;
 
 #[path = "../common/tiny.rs"]

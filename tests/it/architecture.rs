@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// The floors, the lowest first. A module may use its own floor and those below. `rotation` and `quant` are below `llama`, since a layer
 /// is told by them what to rotate and how to quantise; what they do to a whole model is in `calibrate`.
 const FLOORS: &[(&str, &[&str])] = &[
-    ("ground", &["chat", "data", "device", "dtype", "error", "hub", "io", "profile", "random", "tensor"]),
+    ("ground", &["chat", "data", "device", "dtype", "error", "hub", "io", "profile", "random", "ranks", "tensor"]),
     ("maths", &["grid", "hadamard", "linalg", "manifold"]),
     ("tape", &["tape"]),
     ("operations", &["capi", "kernels", "ops"]),

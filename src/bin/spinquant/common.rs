@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::{hub, stop};
+use crate::ranks::{self, Wanted};
+use crate::{console, hub, stop};
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::export;
@@ -190,12 +191,21 @@ pub fn contradicts(name: &str, dir: &Path, written: &str, given: &str) -> Error 
     Error::argument(name, format!("{} was written with {written}, which cannot be changed; got {given}", dir.display()))
 }
 
-/// The device that `--device` names.
+/// The device that `--device` names, among those that `--gpus` or `--ranks` leave.
 pub fn device(name: &str) -> Result<Device> {
+    let refused = |expected: &str| Err(Error::argument("--device", format!("expected {expected}, got {name}")));
+    let gpu = match (ranks::wanted(), name) {
+        (Wanted::Gpu(_), "cpu") => return refused("auto or cuda with --gpus"),
+        (Wanted::Gpu(gpu), "auto" | "cuda") => return Device::cuda(gpu),
+        (Wanted::Cpu, "cuda") => return refused("auto or cpu with --ranks (several GPUs: --gpus)"),
+        (Wanted::Cpu, "auto") => return Ok(Device::Cpu),
+        (Wanted::Any(gpu), _) | (Wanted::Gpu(gpu), _) => gpu,
+        (Wanted::Cpu, _) => 0,
+    };
     match name {
         "cpu" => Ok(Device::Cpu),
-        "cuda" => Device::cuda(0),
-        "auto" => Ok(Device::cuda(0).unwrap_or_else(|e| {
+        "cuda" => Device::cuda(gpu),
+        "auto" => Ok(Device::cuda(gpu).unwrap_or_else(|e| {
             // A build without GPU support is no news.
             if cfg!(feature = "cuda") {
                 note(&format!("no GPU is used: {e}"));
@@ -419,7 +429,7 @@ pub struct Progress {
 
 impl Progress {
     pub fn new() -> Self {
-        Self { terminal: std::io::stderr().is_terminal() }
+        Self { terminal: std::io::stderr().is_terminal() && !console::is_silent() }
     }
 
     pub fn say(&self, line: &str) {

@@ -5,13 +5,35 @@
 
 use std::fmt::Arguments;
 use std::io::{Error, ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// The first failure of standard output.
 static FAULT: Mutex<Option<Error>> = Mutex::new(None);
 
+/// True of a process whose work another one reports.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Prints nothing from now on: of processes that share a run one speaks.
+pub fn silence() {
+    SILENT.store(true, Ordering::SeqCst);
+}
+
+/// Prints again.
+pub fn speak() {
+    SILENT.store(false, Ordering::SeqCst);
+}
+
+/// Whether nothing is printed.
+pub fn is_silent() -> bool {
+    SILENT.load(Ordering::SeqCst)
+}
+
 /// Prints a line of results.
 pub fn out(line: Arguments<'_>) {
+    if is_silent() {
+        return;
+    }
     let mut fault = FAULT.lock().unwrap_or_else(PoisonError::into_inner);
     if fault.is_none() {
         let mut stdout = std::io::stdout().lock();
@@ -21,6 +43,9 @@ pub fn out(line: Arguments<'_>) {
 
 /// Prints part of a line of results.
 pub fn piece(text: &str) {
+    if is_silent() {
+        return;
+    }
     let mut fault = FAULT.lock().unwrap_or_else(PoisonError::into_inner);
     if fault.is_none() {
         let mut stdout = std::io::stdout().lock();
@@ -30,6 +55,9 @@ pub fn piece(text: &str) {
 
 /// Prints a line for the reader; one that nobody can read is dropped.
 pub fn say(line: Arguments<'_>) {
+    if is_silent() {
+        return;
+    }
     // Whole, so that lines of several threads do not mix.
     let _ = std::io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }

@@ -22,6 +22,7 @@ use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, note, rotations};
 use crate::eval::file_name;
 use crate::outputs;
+use crate::ranks::{self, RanksArgs};
 use crate::stop;
 
 /// How rotations are learned, and what with them.
@@ -180,6 +181,7 @@ impl Recipe {
     fn dry_run(&self, args: &Args) -> Result<()> {
         let scheme = args.scheme.scheme();
         let mut options = self.options(scheme, args.seed);
+        options.batch = options.batch.div_ceil(args.ranks.count()); // the largest share
         options.clip = args.clip.unwrap_or(options.clip);
         options.check(self.optimizer()?.as_ref())?;
         if !matches!(args.start, Some(Start::File(_))) {
@@ -204,7 +206,7 @@ impl Recipe {
             out!(
                 "{}",
                 json!({
-                    "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": self.batch, "seq_len": args.seq_len,
+                    "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": options.batch, "seq_len": args.seq_len,
                     "dtype": dtype.to_string(), "device": card.name, "budget_bytes": budget,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch},
@@ -217,7 +219,7 @@ impl Recipe {
         out!(
             "{scheme}, {objective}{}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
             of_clips.map(|o| format!(" (clip ratios: {})", o.name())).unwrap_or_default(),
-            self.batch,
+            options.batch,
             args.seq_len,
             gib(budget),
             card.name
@@ -259,6 +261,8 @@ fn describe(planned: &Planned, layers: usize, needs: Needs) -> String {
 pub struct Args {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    ranks: RanksArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]
@@ -316,6 +320,11 @@ impl Args {
 }
 
 impl Args {
+    /// How the work is shared; a plan is made by one process.
+    pub fn shared(&self) -> Option<&RanksArgs> {
+        (!self.dry_run).then_some(&self.ranks)
+    }
+
     /// Tries every file that will be written; returns the path of the state.
     fn check_outputs(&self) -> Result<PathBuf> {
         let state = state_path(&self.out);
@@ -337,12 +346,15 @@ pub fn run(args: &Args) -> Result<()> {
         return args.recipe.dry_run(args);
     }
     let progress = Progress::new();
-    let state = args.check_outputs()?;
+    // Rank 0 writes all files.
+    let state = if ranks::group().is_first() { args.check_outputs()? } else { state_path(&args.out) };
     let mut optimizer = args.recipe.optimizer()?;
     let choice = args.start.clone().unwrap_or(Start::Hadamard(args.seed));
     let mut options = args.recipe.options(args.scheme.scheme(), args.seed);
     options.clip_windows = args.clip_windows;
     options.clip = args.clip.unwrap_or(options.clip);
+    options.ranks = ranks::group();
+    let first = options.ranks.is_first();
     options.check(optimizer.as_ref())?;
     let config = args.model.checked(&options.scheme, Some(args.seq_len))?;
     let start = rotations(&choice, &config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
@@ -381,10 +393,17 @@ pub fn run(args: &Args) -> Result<()> {
     options.resume = args.resume;
     options.stop = Some(stop::flag());
 
+    options.ranks.attach(&args.model.device()?)?;
     let model = args.model.load(&progress)?;
     // From here on there is something to keep, until it is written.
     let _careful = stop::AfterStep::new();
-    let mut watch = Logged { told: progress.watch(), path: args.log.as_deref(), resume: args.resume, log: None, failed: None };
+    let mut watch = Logged {
+        told: progress.watch(),
+        path: args.log.as_deref().filter(|_| first),
+        resume: args.resume,
+        log: None,
+        failed: None,
+    };
     let learned = learn_watched(&model, &windows, from, optimizer.as_mut(), &options, &mut watch);
     let log_failed = watch.failed.take();
     drop(watch);
@@ -395,6 +414,9 @@ pub fn run(args: &Args) -> Result<()> {
     })?;
     if let Some(e) = log_failed {
         say!("warning: the log is incomplete: {e}");
+    }
+    if !first {
+        return Ok(());
     }
     let scheme = learned.settings.scheme;
     let file = learned

@@ -15,12 +15,14 @@ mod eval;
 mod generate;
 mod hub;
 mod inspect;
+mod launch;
 mod learn;
 mod network;
 mod outputs;
 mod profile;
 mod quantize;
 mod race;
+mod ranks;
 mod rotations;
 mod serve;
 mod stop;
@@ -97,6 +99,14 @@ impl Command {
         }
     }
 
+    /// How the work is shared, where it can be.
+    fn ranks(&self) -> Option<&ranks::RanksArgs> {
+        match self {
+            Self::Learn(args) => args.shared(),
+            _ => None,
+        }
+    }
+
     fn run(self) -> spinquant::Result<()> {
         match self {
             Self::Learn(args) => learn::run(&args),
@@ -118,14 +128,20 @@ impl Command {
 }
 
 fn main() -> ExitCode {
+    ranks::prepare();
     stop::listen();
     let mut command = Cli::parse().command;
-    let outcome = command.resolve().and_then(|()| command.run());
+    let outcome = match command.resolve().and_then(|()| ranks::begin(command.ranks())) {
+        Ok(Some(count)) => return launch::run(count),
+        Ok(None) => command.run(),
+        Err(e) => Err(e),
+    };
+    ranks::end(&outcome);
     let printed = console::finish();
     match outcome.and_then(|()| printed.map_err(Error::io(Path::new("standard output")))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            say!("error: {e}");
+            ranks::report(&e); // what `end` has not
             if matches!(e, Error::Interrupted { .. }) { stop::status() } else { ExitCode::FAILURE }
         }
     }

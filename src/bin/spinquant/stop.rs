@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 /// The signal that came, or 0.
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
@@ -53,7 +53,26 @@ pub fn status() -> ExitCode {
     }
 }
 
+/// Who gets the signals in this process's place.
+static PASSED: OnceLock<Box<dyn Fn(i32) + Send + Sync>> = OnceLock::new();
+
+/// From now on signals are passed on, to whoever does the work.
+pub fn pass_on(to: impl Fn(i32) + Send + Sync + 'static) {
+    let _ = PASSED.set(Box::new(to));
+}
+
+/// A signal that the launcher passes on.
+#[cfg(unix)]
+pub fn passed_on(signal: i32) {
+    if asked().is_continue() {
+        heard(signal, |status| signal_hook::low_level::exit(status));
+    }
+}
+
 fn heard(signal: i32, exit: impl FnOnce(i32)) {
+    if let Some(to) = PASSED.get() {
+        return to(signal);
+    }
     SIGNAL.store(signal, Ordering::SeqCst);
     let again = ASKED.swap(true, Ordering::SeqCst);
     if again || CAREFUL.load(Ordering::SeqCst) == 0 {
@@ -73,10 +92,12 @@ pub fn listen() {
     let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok()).unwrap_or(0);
     let hangs_up = ignored >> (SIGHUP - 1) & 1 == 0;
     let wanted = [SIGINT, SIGTERM].into_iter().chain(hangs_up.then_some(SIGHUP));
+    // A terminal sends these to the launcher too, which passes them on.
+    let ignored = |signal: &i32| crate::launch::is_launched() && [SIGINT, SIGHUP].contains(signal);
     match Signals::new(wanted) {
         Ok(mut signals) => {
-            let listen =
-                move || signals.forever().for_each(|signal| heard(signal, |status| signal_hook::low_level::exit(status)));
+            let mut heard = move |signal| heard(signal, |status| signal_hook::low_level::exit(status));
+            let listen = move || signals.forever().filter(|signal| !ignored(signal)).for_each(&mut heard);
             std::thread::spawn(listen);
         }
         Err(e) => say!("warning: Ctrl-C will end the program at once: {e}"),

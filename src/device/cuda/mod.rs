@@ -3,6 +3,7 @@
 mod clock;
 mod copies;
 mod gemm;
+mod nccl;
 mod profile;
 mod solver;
 
@@ -25,6 +26,8 @@ use crate::{Error, Result};
 
 pub use clock::{Event, Graph};
 pub(crate) use copies::{Copies, Pinned};
+pub(crate) use nccl::Communicator;
+pub use nccl::check_nccl;
 pub use profile::Phase;
 
 /// The oldest driver that runs a statically linked CUDA 13 runtime, as the driver numbers itself.
@@ -59,6 +62,33 @@ fn driver_error(what: &str) -> impl FnOnce(DriverError) -> Error + '_ {
     move |e| Error::Cuda(format!("{what}: {e:?}"))
 }
 
+/// How many GPUs there are; opens none.
+///
+/// # Errors
+/// No driver, or one that is too old.
+pub fn count() -> Result<usize> {
+    // cudarc panics when it cannot load a library, so look first.
+    // SAFETY: loads a shared library and looks at it.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::Cuda("no NVIDIA driver (libcuda) was found on this machine; use --device cpu".into()));
+    }
+    result::init().map_err(|e| Error::Cuda(format!("the NVIDIA driver does not start ({e:?}): is there a GPU?")))?;
+    let mut version = 0;
+    // SAFETY: writes one int.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(driver_error("driver version"))?;
+    if version < MIN_DRIVER {
+        return Err(Error::Cuda(format!(
+            "the NVIDIA driver supports CUDA {}.{}, this build needs {}.{} (driver 580) or later",
+            version / 1000,
+            version % 1000 / 10,
+            MIN_DRIVER / 1000,
+            MIN_DRIVER % 1000 / 10
+        )));
+    }
+    let count = CudaContext::device_count().map_err(driver_error("counting GPUs"))?;
+    Ok(count as usize)
+}
+
 impl CudaDevice {
     /// Opens GPU number `ordinal`; later calls return the same device.
     ///
@@ -76,26 +106,8 @@ impl CudaDevice {
     }
 
     fn open(ordinal: usize) -> Result<Self> {
-        // cudarc panics when it cannot load a library, so look first.
-        // SAFETY: loads a shared library and looks at it.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::Cuda("no NVIDIA driver (libcuda) was found on this machine; use --device cpu".into()));
-        }
-        result::init().map_err(|e| Error::Cuda(format!("the NVIDIA driver does not start ({e:?}): is there a GPU?")))?;
-        let mut version = 0;
-        // SAFETY: writes one int.
-        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(driver_error("driver version"))?;
-        if version < MIN_DRIVER {
-            return Err(Error::Cuda(format!(
-                "the NVIDIA driver supports CUDA {}.{}, this build needs {}.{} (driver 580) or later",
-                version / 1000,
-                version % 1000 / 10,
-                MIN_DRIVER / 1000,
-                MIN_DRIVER % 1000 / 10
-            )));
-        }
-        let count = CudaContext::device_count().map_err(driver_error("counting GPUs"))?;
-        if ordinal >= count as usize {
+        let count = count()?;
+        if ordinal >= count {
             return Err(Error::Cuda(format!("GPU {ordinal} was asked for, this machine has {count}")));
         }
         // SAFETY: as above.

@@ -16,11 +16,11 @@ use super::*;
 
 /// Riemannian descent along an average of the gradients: an optimiser from outside the crate, with a memory and without an audit.
 #[derive(Default)]
-struct Averaged {
+pub(super) struct Averaged {
     mean: Vec<Tensor>,
-    seen: Vec<Vec<Tensor>>,
+    pub(super) seen: Vec<Vec<Tensor>>,
     /// Breaks at this step: with an error, or by a NaN in R1.
-    fails: Option<usize>,
+    pub(super) fails: Option<usize>,
     poisons: Option<usize>,
 }
 
@@ -59,7 +59,7 @@ impl Optimizer for Averaged {
 const SEQ: usize = 12;
 
 /// A model with outliers in its residual stream, and windows of text that its full-precision self wrote.
-fn learnable(dtype: DType) -> (Llama, Windows) {
+pub(super) fn learnable(dtype: DType) -> (Llama, Windows) {
     let c = LlamaConfig { vocab_size: 32, ..config([4, 2], 8, 24, 56) };
     let mut w = Weights::random(&c, 5).unwrap();
     // Channels 3 and 17 are large and say nothing, as trained models have them: they spoil the grid of all others.
@@ -91,7 +91,7 @@ fn learnable(dtype: DType) -> (Llama, Windows) {
     (cast(&m, dtype), Windows::new(text, SEQ).unwrap())
 }
 
-fn options(scheme: Scheme, steps: usize) -> LearnOptions {
+pub(super) fn options(scheme: Scheme, steps: usize) -> LearnOptions {
     let given = LearnOptions { micro_batch: Some(8), learning_rate: Some(1.5), held_out: Some(24), ..LearnOptions::default() };
     LearnOptions { scheme, steps, batch: 8, held_out_every: 2, clip: ClipChoice::Keep, ..given }
 }

@@ -3,6 +3,7 @@
 mod clip_objective;
 mod clips;
 mod learning;
+mod ranks;
 mod scales;
 mod weight_clips;
 
