@@ -5,10 +5,11 @@ use crate::data::Windows;
 use crate::eval::exam::Exam;
 use crate::eval::fidelity::{self, Fidelity};
 use crate::eval::marks::Marks;
-use crate::eval::perplexity_beside;
+use crate::eval::perplexity_among;
 use crate::learn::Watch;
 use crate::llama::Merged;
 use crate::quant::Scheme;
+use crate::ranks::Group;
 use crate::{Error, Result};
 
 /// What a network scored, or several on average.
@@ -54,12 +55,14 @@ pub struct Test<'a> {
     pub other: Option<&'a Windows>,
     /// Tasks.
     pub exam: Option<&'a Exam>,
+    /// The processes that share the windows of the texts; all of them judge the same networks, and answer all questions.
+    pub ranks: &'a Group,
 }
 
 impl<'a> Test<'a> {
     /// A text alone.
     pub fn on(text: &'a Windows) -> Self {
-        Self { text, other: None, exam: None }
+        Self { text, other: None, exam: None, ranks: Group::nobody() }
     }
 }
 
@@ -83,20 +86,20 @@ pub struct Row {
 /// Perplexity, fidelity to `full` (the model in full precision) where that is given, and marks, told to a watch.
 ///
 /// # Errors
-/// Those of [`perplexity_beside`] and [`Exam::take`].
+/// Those of [`perplexity_among`] and [`Exam::take`].
 pub fn judge(
     network: &Merged,
     full: Option<&Merged>,
-    Test { text, other, exam }: Test<'_>,
+    Test { text, other, exam, ranks }: Test<'_>,
     watch: &mut dyn Watch,
     what: &str,
 ) -> Result<Judged> {
     watch.begin(what, text.len());
-    let (score, fidelity) = perplexity_beside(network, full, text, |done| watch.at(done))?;
+    let (score, fidelity) = perplexity_among(ranks, network, full, text, |done| watch.at(done))?;
     let other = match (full, other) {
         (Some(full), Some(other)) => {
             watch.begin(&format!("{what}, other text"), other.len());
-            Some(fidelity::fidelity(network, full, other, |done| watch.at(done))?)
+            Some(fidelity::fidelity_among(ranks, network, full, other, |done| watch.at(done))?)
         }
         _ => None,
     };

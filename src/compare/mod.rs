@@ -103,8 +103,13 @@ impl Unrotated {
         options: &QatOptions,
         watch: &mut dyn Watch,
     ) -> Result<()> {
-        let trained = match llm_qat(plain, scheme, options, watch) {
+        let trained = llm_qat(plain, scheme, options, watch);
+        // All ranks have the row, or none.
+        let fits = !matches!(trained, Err(Error::Device { .. }));
+        let trained = match trained {
+            Ok(_) if test.ranks.any("whether LLM-QAT does not fit", !fits)? => return Ok(()),
             Err(e @ Error::Device { .. }) => {
+                test.ranks.any("whether LLM-QAT does not fit", !fits)?;
                 watch.note(&format!("no row of LLM-QAT: {e}"));
                 return Ok(());
             }
@@ -130,7 +135,7 @@ pub struct Comparison<'a> {
     pub scheme: Scheme,
     /// Quantisation and online Hadamards while learning.
     pub learn_scheme: Scheme,
-    /// How rotations are learned. Scheme, seed and clip ratios are the table's, and at W16 those of weights are not learned; [`ClipChoice::Learned`] says that those of the rows with
+    /// How rotations are learned, and by which [ranks](LearnOptions::ranks). Scheme, seed and clip ratios are the table's, and at W16 those of weights are not learned; [`ClipChoice::Learned`] says that those of the rows with
     /// clip ratios are learned on.
     pub options: &'a LearnOptions,
     /// Makes an optimiser for every run.

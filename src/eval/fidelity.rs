@@ -5,8 +5,8 @@
 
 use std::ops::ControlFlow;
 
+use super::in_shares;
 use super::marks::Mean;
-use super::tokens_at_once;
 use crate::data::Windows;
 use crate::linalg::matmul;
 use crate::llama::Merged;
@@ -105,22 +105,31 @@ pub fn fidelity(
     network: &Merged,
     full: &Merged,
     text: &Windows,
+    progress: impl FnMut(usize) -> ControlFlow<()>,
+) -> Result<Fidelity> {
+    fidelity_among(&Group::alone(), network, full, text, progress)
+}
+
+/// [`fidelity`] with the windows shared by ranks, which all hold both networks and all get the result, as
+/// [`perplexity_among`](super::perplexity_among) does it.
+///
+/// # Errors
+/// Those of [`fidelity`] and of [`Group::gather`].
+pub fn fidelity_among(
+    ranks: &Group,
+    network: &Merged,
+    full: &Merged,
+    text: &Windows,
     mut progress: impl FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Fidelity> {
-    let seq = text.seq_len();
-    let batch = (tokens_at_once(&network.embedding.device()) / seq).max(1);
-    let all: Vec<usize> = (0..text.len()).collect();
-    let mut found = Fidelity::default();
-    for windows in all.chunks(batch) {
-        let tokens = text.batch(windows);
-        let (x, teacher) = (network.last_hidden(&tokens, seq)?, full.last_hidden(&tokens, seq)?);
+    let (seq, mut found) = (text.seq_len(), Fidelity::default());
+    let scored = in_shares(ranks, &network.embedding.device(), text, &mut progress, |_, tokens| {
+        let (x, teacher) = (network.last_hidden(tokens, seq)?, full.last_hidden(tokens, seq)?);
         found.add((&x, &network.head), (&teacher, &full.head), seq)?;
-        found.finite()?;
-        if progress(found.divergence.len()).is_break() {
-            return Err(Error::Interrupted { step: found.divergence.len() });
-        }
-    }
-    Ok(found)
+        found.finite()
+    });
+    scored.inspect_err(|e| ranks.fail(e))?;
+    found.gathered(ranks)
 }
 
 /// Row by row, the logits `x W_headᵀ` of a network beside those of another one.

@@ -46,6 +46,12 @@ impl Group {
         Self::default()
     }
 
+    /// The same, to borrow.
+    pub fn nobody() -> &'static Self {
+        static NOBODY: Group = Group(None);
+        &NOBODY
+    }
+
     /// Meets the other ranks: rank 0 waits for them, at `listener` or else where the place says, the others go there.
     ///
     /// # Errors

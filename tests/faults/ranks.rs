@@ -62,6 +62,34 @@ fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+#[test]
+fn several_processes_score_what_one_does_to_the_same_bits() {
+    let place = Place::new();
+    let text: String = (0..20_000u64).map(|i| format!("w{} ", (i * i * 7 + i / 3) % 31)).collect();
+    std::fs::write(place.path("in/long.txt"), text).unwrap();
+    let scores = |args: &str, without: &[&str]| -> serde_json::Value {
+        let out = place.run(&format!("{args} --json"));
+        assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
+        let mut value: serde_json::Value = serde_json::from_slice(&out.stdout).expect("one object of one process");
+        without.iter().for_each(|name| drop(value.as_object_mut().unwrap().remove(*name)));
+        value
+    };
+    let eval = "eval --model ../in/model --device cpu --seq-len 8 --text ../in/long.txt --fidelity-text ../in/long.txt";
+    let one = scores(eval, &["seconds"]);
+    assert!(one["windows"].as_u64().unwrap() > 3 * 4096 / 8, "several times through the network: {one}");
+    for count in [2, 3] {
+        assert_eq!(scores(&format!("{eval} --ranks {count}"), &["seconds"]), one);
+    }
+    // A table without learning is the same too; with it, it is there.
+    let compare = "compare --model ../in/model --device cpu --seq-len 8 --calibration ../in/text.txt --text ../in/long.txt \
+                   --recipe published --seeds 2 --held-out 2 --batch 2 --steps 2";
+    let one = scores(&format!("{compare} --learn-seeds 0"), &[]);
+    assert_eq!(scores(&format!("{compare} --learn-seeds 0 --ranks 2"), &[]), one);
+    let two = scores(&format!("{compare} --learn-seeds 1 --ranks 2"), &[]);
+    assert!(two["learned"][0]["perplexity"].as_f64().unwrap() > 1.0, "{two}");
+    assert_eq!(two["hadamard"], one["hadamard"]);
+}
+
 /// The steps of the state that is there, which is whole.
 fn state(place: &Place) -> Option<u64> {
     let path = place.path("out/R.safetensors.state");
@@ -144,17 +172,29 @@ fn several_processes_learn_what_one_does_and_any_number_goes_on() {
         bytes.insert(first);
     }
     assert_eq!(place.others(&["R.safetensors", "log"]), Vec::<String>::new());
-    // Begun by one process, ended by three.
-    let long = format!("{LEARN} --batch 5 --steps 1500 --checkpoint-every 1 --resume");
-    let run = Run::start(&place, &long, 2);
+    // Begun by one process, which is killed, and ended by three.
+    let kept = format!("{LEARN} --batch 5 --steps 6 --held-out-every 2 --checkpoint-every 1");
+    let calls = place.calls(&kept);
+    place.clear();
+    place.faulty(&kept, calls / 2, "after");
+    let done = state(&place).expect("a state");
+    assert!((1..6).contains(&done), "{done}");
+    place.succeeds(&format!("{kept} --resume --ranks 3"));
+    assert!(furthest(&alone, &rotations(&place, "R.safetensors")) < 2e-2);
+    assert_eq!(place.others(&["R.safetensors"]), Vec::<String>::new());
+}
+
+#[test]
+fn ctrl_c_ends_all_ranks_after_their_step() {
+    let place = Place::new();
+    let args = format!("{LEARN} --batch 4 --steps 1000000 --checkpoint-every 1000000");
+    let run = Run::start(&place, &args, 2);
     signal(run.child.id(), "INT");
     let (code, said) = run.ended("Ctrl-C");
     assert_eq!(code, Some(130), "{said}");
     assert!(error(&said).starts_with("error: interrupted after step "), "{said}");
     assert!(said.contains("stopping after this step") && said.contains("continue with --resume"), "{said}");
-    let out = place.run(&format!("{long} --ranks 3"));
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    assert_eq!(place.others(&["R.safetensors", "log"]), Vec::<String>::new());
+    assert!(state(&place).is_some());
 }
 
 /// How many ranks are killed.

@@ -18,6 +18,7 @@ use crate::clip;
 use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, with_bits_of};
 use crate::eval::{fidelity, file_name, limited};
 use crate::learn::Recipe;
+use crate::ranks::{self, RanksArgs};
 use crate::weights::GptqArgs;
 use crate::zeroshot::{self, TaskArgs, exam, shown};
 
@@ -25,6 +26,8 @@ use crate::zeroshot::{self, TaskArgs, exam, shown};
 pub struct Args {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ranks: RanksArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]
@@ -133,6 +136,7 @@ pub fn run(args: &Args) -> Result<()> {
     args.gptq_args.reconstruct().map_or(Ok(()), |by| by.check(&scheme))?;
     let learn_scheme = args.learn_scheme.map_or(scheme, |given| with_bits_of(&given, scheme));
     let mut options = args.recipe.options(scheme, 0);
+    options.ranks = ranks::group();
     options.clip = args.clip.unwrap_or(options.clip);
     let goal = options.clip.goal(&scheme, args.recipe.optimizer()?.as_ref());
     let clip = goal.map(|goal| (goal, args.clip_windows));
@@ -165,12 +169,13 @@ pub fn run(args: &Args) -> Result<()> {
     let text = limited(args.model.windows(&config, &args.text, args.seq_len)?, args.max_windows)?;
     let read = |file: &PathBuf| limited(args.model.windows(&config, file, args.seq_len)?, args.max_windows);
     let other = args.fidelity_text.as_ref().map(read).transpose()?;
-    let test = Test { text: &text, other: other.as_ref(), exam: exam.as_ref() };
+    let test = Test { text: &text, other: other.as_ref(), exam: exam.as_ref(), ranks: &options.ranks };
     let wanted = if args.gptq { &[Correction::None][..] } else { &args.weights };
     let samples = args.samples(&calibration, wanted)?;
     let quantizers: Vec<Gptq> = wanted.iter().map(|&correction| args.gptq_args.quantizer(correction)).collect();
     // Each as it is, then with what is learned behind it.
     let quantizers: Vec<_> = quantizers.iter().flat_map(|gptq| samples.iter().map(move |sample| (gptq, sample))).collect();
+    options.ranks.attach(&args.model.device()?)?;
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
     let unrotated = {

@@ -7,12 +7,13 @@ use serde_json::{Value, json};
 use spinquant::data::Windows;
 use spinquant::eval::fidelity::{self, Fidelity};
 use spinquant::eval::marks::Mean;
-use spinquant::eval::{Perplexity, perplexity_beside};
+use spinquant::eval::{Perplexity, perplexity_among};
 use spinquant::llama::Merged;
 use spinquant::{Error, Result};
 
 use crate::common::{Progress, at_least_one};
 use crate::network::NetworkArgs;
+use crate::ranks::{self, RanksArgs};
 use crate::stop;
 use crate::zeroshot::shown;
 
@@ -20,6 +21,8 @@ use crate::zeroshot::shown;
 pub struct Args {
     #[command(flatten)]
     pub network: NetworkArgs,
+    #[command(flatten)]
+    pub ranks: RanksArgs,
     /// Text to score.
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
@@ -66,7 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
     let other = match (&full, &other) {
         (Some(full), Some(text)) => {
             let mut task = progress.start("other text", text.len());
-            Some(fidelity::fidelity(&merged, full, text, |done| {
+            Some(fidelity::fidelity_among(&ranks::group(), &merged, full, text, |done| {
                 task.at(done, "");
                 stop::asked()
             })?)
@@ -115,7 +118,7 @@ fn score(
     what: &str,
 ) -> Result<(Perplexity, Option<Fidelity>)> {
     let mut task = progress.start(what, windows.len());
-    perplexity_beside(model, full, windows, |done| {
+    perplexity_among(&ranks::group(), model, full, windows, |done| {
         task.at(done, "");
         stop::asked()
     })

@@ -100,9 +100,12 @@ impl Command {
     }
 
     /// How the work is shared, where it can be.
-    fn ranks(&self) -> Option<&ranks::RanksArgs> {
+    fn ranks(&self) -> Option<ranks::Shared<'_>> {
+        use ranks::Shared;
         match self {
-            Self::Learn(args) => args.shared(),
+            Self::Learn(args) => args.shared().map(Shared::Sums),
+            Self::Eval(args) => Some(Shared::Scores(&args.ranks)),
+            Self::Compare(args) => Some(Shared::Sums(&args.ranks)),
             _ => None,
         }
     }

@@ -77,6 +77,14 @@ impl fmt::Display for Gpus {
     }
 }
 
+/// How a command shares its work.
+pub enum Shared<'a> {
+    /// Scores alone pass between ranks.
+    Scores(&'a RanksArgs),
+    /// Tensors on GPUs are summed over ranks.
+    Sums(&'a RanksArgs),
+}
+
 /// What `--device` may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Wanted {
@@ -127,29 +135,22 @@ impl RanksArgs {
 
 /// Finds out which process of a run this is and meets the others. The number of processes to start, where it is none of them and there are
 /// to be several.
-pub fn begin(args: Option<&RanksArgs>) -> Result<Option<usize>> {
-    let Some(args) = args else { return Ok(None) };
+pub fn begin(shared: Option<Shared<'_>>) -> Result<Option<usize>> {
+    let (args, sums) = match shared {
+        Some(Shared::Scores(args)) => (args, false),
+        Some(Shared::Sums(args)) => (args, true),
+        None => return Ok(None),
+    };
     let get = |name: &str| std::env::var(name).ok();
     let Some(mut place) = Place::from_env(get)? else {
-        WANTED.get_or_init(|| Wanted::Any(0));
-        return match args.count() {
-            1 => {
-                let _ = WANTED.set(args.wanted(None)?);
-                Ok(None)
-            }
-            count => {
-                if let Some(gpus) = &args.gpus {
-                    let last = (0..count).map(|rank| gpus.of(rank)).try_fold(0, |last, gpu| gpu.map(|gpu| gpu.max(last)))?;
-                    let there = cuda::count()?;
-                    if last >= there {
-                        let message = format!("expected GPUs below {there}, as many as this machine has, got {gpus}");
-                        return Err(Error::argument("--gpus", message));
-                    }
-                    cuda::check_nccl()?;
-                }
-                Ok(Some(count))
-            }
-        };
+        if args.count() == 1 {
+            let _ = WANTED.set(args.wanted(None)?);
+            return Ok(None);
+        }
+        if let Some(gpus) = &args.gpus {
+            check(gpus, sums)?;
+        }
+        return Ok(Some(args.count()));
     };
     if place.rank > 0 {
         console::silence();
@@ -168,6 +169,17 @@ pub fn begin(args: Option<&RanksArgs>) -> Result<Option<usize>> {
     });
     *GROUP.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
     Ok(None)
+}
+
+/// Fails where these GPUs are not there, or cannot be used together.
+fn check(gpus: &Gpus, sums: bool) -> Result<()> {
+    let last = (0..gpus.count()).try_fold(0, |last, rank| gpus.of(rank).map(|gpu| gpu.max(last)))?;
+    let there = cuda::count()?;
+    if last >= there {
+        let message = format!("expected GPUs below {there}, as many as this machine has, got {gpus}");
+        return Err(Error::argument("--gpus", message));
+    }
+    if sums { cuda::check_nccl() } else { Ok(()) }
 }
 
 /// Says why the program ends, once, to the launcher or to the reader.
