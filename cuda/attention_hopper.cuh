@@ -2,9 +2,8 @@
 // tiles by warpgroups. Only for compute capability 9.0a, see mma.cuh.
 #pragma once
 
-#include <cuda.h>
-
 #include "attention.cuh"
+#include "tensor_map.cuh"
 
 namespace sq {
 
@@ -16,16 +15,7 @@ constexpr int kOwn = kGroups * 64;
 // A [batch, seq, heads, dim] tensor as the copy engine sees it: boxes of `rows` tokens x 64 values of one head, 128 bytes a row,
 // 16-byte chunk c of row r at place c ^ (r % 8), zeros beyond the sequence and beyond dim.
 inline int make_map(CUtensorMap &map, const void *x, sq_dtype dtype, const Problem &p, int32_t heads, int rows) {
-  using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                              const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static const Encode encode = [] {  // asked of the driver, so that no driver library need be linked
-    void *f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? (Encode)f : nullptr;
-  }();
+  const TensorMapEncoder encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t row = (cuuint64_t)p.dim * 2, token = row * heads;
   const cuuint64_t size[4] = {(cuuint64_t)p.dim, (cuuint64_t)heads, (cuuint64_t)p.seq, (cuuint64_t)p.batch};

@@ -26,9 +26,12 @@
 namespace sq {
 namespace {
 
+// `bytes` are codes less `shift`, and with them zero points are too.
 struct Outputs {
-  int16_t *codes;
-  float *scale, *zero;
+  int16_t *codes = nullptr;
+  float *scale = nullptr, *zero = nullptr;
+  int8_t *bytes = nullptr;
+  float shift = 0.0f;
 };
 
 // Writes one pack of codes (in floats) and, when y is wanted, of values.
@@ -42,6 +45,12 @@ __device__ __forceinline__ void write_pack(T *y, const Outputs &out, int64_t at,
     for (int i = 0; i < kPack<T>; ++i) codes.v[i] = int16_t(v[i]);
     store_global(out.codes + at, codes);
   }
+  if (out.bytes) {
+    Pack<int8_t, kPack<T>> bytes;
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) bytes.v[i] = int8_t(v[i] - out.shift);
+    store_global(out.bytes + at, bytes);
+  }
   if (y) {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) v[i] = coder.decode(v[i]);
@@ -51,7 +60,7 @@ __device__ __forceinline__ void write_pack(T *y, const Outputs &out, int64_t at,
 
 __device__ __forceinline__ void write_step(const Outputs &out, int64_t row, Step step) {
   if (out.scale) out.scale[row] = step.scale;
-  if (out.zero) out.zero[row] = step.zero;
+  if (out.zero) out.zero[row] = step.zero - out.shift;
 }
 
 // ---- A row per `kLanes` lanes, each with up to kPacks packs. ----
@@ -145,6 +154,7 @@ __global__ void __launch_bounds__(1024)
       float v[1] = {to_float(x[start + col])};
       coder.codes(v);
       if (out.codes) out.codes[start + col] = int16_t(v[0]);
+      if (out.bytes) out.bytes[start + col] = int8_t(v[0] - out.shift);
       if (y) y[start + col] = from_float<T>(coder.decode(v[0]));
     }
     __syncthreads();  // scratch is about to be written again
@@ -484,17 +494,32 @@ int search_rows(T *y, const Outputs &out, int32_t *best, const T *x, int64_t row
 }  // namespace
 }  // namespace sq
 
-extern "C" int sq_fake_quant(void *y, int16_t *codes, float *scale, float *zero, const void *x, int64_t rows,
-                             int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream) {
+namespace {
+
+int quantise(void *y, const sq::Outputs &out, const void *x, int64_t rows, int64_t cols, sq_quant quant, sq_dtype dtype,
+             sq_stream stream) {
   sq::Quantiser q;
   if (rows < 0 || cols < 1 || !sq::make_quantiser(&q, quant, cols)) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   const int64_t length = quant.group > 0 ? quant.group : cols;
   return sq::dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    return sq::quantise_rows(static_cast<T *>(y), sq::Outputs{codes, scale, zero}, static_cast<const T *>(x),
-                             rows * (cols / length), length, q, sq::cuda_stream(stream));
+    return sq::quantise_rows(static_cast<T *>(y), out, static_cast<const T *>(x), rows * (cols / length), length, q,
+                             sq::cuda_stream(stream));
   });
+}
+
+}  // namespace
+
+extern "C" int sq_fake_quant(void *y, int16_t *codes, float *scale, float *zero, const void *x, int64_t rows,
+                             int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream) {
+  return quantise(y, {codes, scale, zero}, x, rows, cols, quant, dtype, stream);
+}
+
+extern "C" int sq_quantise(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols, sq_quant quant,
+                           sq_dtype dtype, sq_stream stream) {
+  const float shift = quant.symmetric || quant.bits < 2 || quant.bits > 8 ? 0.0f : float(1 << (quant.bits - 1));
+  return quantise(nullptr, {nullptr, scale, zero, codes, shift}, x, rows, cols, quant, dtype, stream);
 }
 
 extern "C" int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int32_t *best, const void *x,

@@ -128,10 +128,41 @@ const char *sq_hadamard_family_name(int32_t family);
 int sq_fake_quant(void *y, int16_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols,
                   sq_quant quant, sq_dtype dtype, sq_stream stream);
 
-/* The same with the clip ratio of each group searched: p = 1 - i/100, i = 0..79, the smallest sum |x - x^|^2.4, ties keep the
+/* The codes of sq_fake_quant in bytes: codes [rows, cols], unsigned ones less 2^(bits-1), and so are the zero points; scale and zero
+ * [rows, cols/group]; each is optional (NULL: not wanted). */
+int sq_quantise(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols, sq_quant quant,
+                sq_dtype dtype, sq_stream stream);
+
+/* sq_fake_quant with the clip ratio of each group searched: p = 1 - i/100, i = 0..79, the smallest sum |x - x^|^2.4, ties keep the
  * larger p (quant.clip is ignored). best [rows, cols/group] receives i (NULL: not wanted). */
 int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int32_t *best, const void *x, int64_t rows,
                          int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream);
+
+/* integer.cu, integer_hopper.cu --------------------------------------------------------------------------------- */
+
+/* The codes of a matrix of k columns.
+ *   codes   [rows, k], signed; unsigned codes less 2^(bits-1), and so are their zero points
+ *   scale   [rows, k / group]
+ *   zero    [rows, k / group], integers in floats; NULL: all 0
+ *   group   columns that share a scale, which divides k; 0: the whole row */
+typedef struct {
+  const int8_t *codes;
+  const float *scale;
+  const float *zero;
+  int32_t group;
+} sq_codes;
+
+/* y[m, n] = x_hat[m, k] w_hat[n, k]^T (+ bias[n]) (+ residual[m, n]), x_hat = x.scale (x.codes - x.zero), w alike and without a zero
+ * point. With g over the smaller of the two groups, of which the other is a multiple:
+ *   t = sum of (x.codes - x.zero) w.codes over g      exact, in integers
+ *   y = sum over g of (float(t) x.scale) w.scale      in float, in this order, then + bias, then + residual; one rounding at the store
+ * w_sums [n, k / g] of sq_code_sums, needed where x has zero points. k <= 65536; groups of less than a row are multiples of 32. bias
+ * and residual (NULL: none) have the type of y; y may be the residual. */
+int sq_integer_linear(void *y, sq_codes x, sq_codes w, const int32_t *w_sums, const void *bias, const void *residual, int64_t m,
+                      int64_t n, int64_t k, sq_dtype dtype, sq_stream stream);
+
+/* sums[rows, cols / part] of codes[rows, cols]. */
+int sq_code_sums(int32_t *sums, const int8_t *codes, int64_t rows, int64_t cols, int32_t part, sq_stream stream);
 
 /* rms_norm.cu ------------------------------------------------------------------------------------------------- */
 

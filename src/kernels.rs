@@ -23,6 +23,7 @@
 //! ```
 
 pub mod cayley;
+mod coded;
 mod hadamard_choice;
 mod learned;
 mod turned;
@@ -45,6 +46,7 @@ use crate::ops::{
 };
 use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
 use crate::{DType, Element, Error, Result};
+pub use coded::{CodedRows, code_sums, integer_linear, quantize_codes};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 pub use learned::{agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums};
 pub use turned::{rope_pairs, rope_pairs_backward, swap_axes};

@@ -186,6 +186,14 @@ pub(crate) mod ffi {
     }
 
     #[derive(Clone, Copy, Debug)]
+    pub struct sq_codes {
+        pub codes: *const i8,
+        pub scale: *const f32,
+        pub zero: *const f32,
+        pub group: i32,
+    }
+
+    #[derive(Clone, Copy, Debug)]
     pub struct sq_hadamard_map {
         pub n: i32,
         pub k: i32,

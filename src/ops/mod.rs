@@ -11,12 +11,14 @@ pub mod bias;
 mod case;
 pub mod cast;
 pub mod clipped_fake_quant;
+pub mod codes;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod exact;
 pub mod fake_quant;
 pub mod hadamard;
 pub mod hadamard_fake_quant;
+pub mod integer_linear;
 pub mod kl_divergence;
 pub mod kl_top;
 pub mod linear_cross_entropy;
@@ -52,6 +54,7 @@ pub fn cases() -> Vec<Case> {
         fake_quant::cases(),
         hadamard::cases(),
         hadamard_fake_quant::cases(),
+        integer_linear::cases(),
         kl_divergence::cases(),
         kl_top::cases(),
         linear_cross_entropy::cases(),

@@ -12,7 +12,7 @@ use spinquant::ops::log_scale::{Along, LogScale};
 use spinquant::ops::rope_pairs::RopePairs;
 use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, rope_pairs, swap_axes, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
-use spinquant::{DType, Tape, Tensor};
+use spinquant::{DType, Device, Tape, Tensor};
 
 fn values(seed: u64, len: usize) -> Vec<f32> {
     randn([len], seed).to_dtype(DType::F32).unwrap().into_vec().unwrap()
@@ -385,4 +385,129 @@ fn the_other_kernels_are_the_operations() {
     errors.iter().zip(residual.chunks(n * n)).for_each(|(e, r)| assert!((e - largest(r)).abs() < 1e-12));
     assert!(cayley::skew(s, &mut y, &x, n + 1).is_err());
     assert!(cayley::step_size(s, &mut y, &x, 0.01, n).is_err());
+}
+
+/// A linear layer on integers has the CPU's bits, whatever its shape, groups and type, alone and replayed from a graph.
+#[test]
+#[ignore = "needs a GPU"]
+fn integer_linears_have_the_bits_of_the_cpu() {
+    use spinquant::ops::codes::Codes;
+    use spinquant::ops::integer_linear::integer_linear;
+    let device = &Device::cuda(0).unwrap();
+    let (act, weight) = (QuantSpec::activation, QuantSpec::weight);
+    let whole = [
+        (1, 8, 16),
+        (1001, 264, 272),
+        (128, 256, 128),
+        (300, 520, 1040),
+        (513, 1032, 4096),
+        (97, 4096, 11008),
+        (100, 1003, 96),
+        (65, 77, 33),
+        (7, 5, 5),
+    ];
+    let grouped = [(130, 258, 1024, Some(128), None), (70, 66, 512, Some(64), Some(128)), (33, 40, 256, None, Some(32))];
+    let all = whole.into_iter().map(|(m, n, k)| (m, n, k, None, None)).chain(grouped);
+    for (i, (m, n, k, group, w_group)) in all.enumerate() {
+        for (bits, symmetric, far) in [(4, false, false), (8, false, false), (8, true, false), (8, false, true)] {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let beside = (i + bits as usize).is_multiple_of(2);
+                let draw = |shape: &[usize], seed| randn(shape.to_vec(), seed).to_dtype(dtype).unwrap();
+                // Rows far from 0 have groups with zero points that pass 32 bits times a sum.
+                let x = match far {
+                    false => draw(&[m, k], 1),
+                    true => Tensor::from_vec(
+                        randn([m, k], 1).into_vec::<f64>().unwrap().into_iter().map(|x| 200.0 + x / 16.0).collect::<Vec<f64>>(),
+                        [m, k],
+                    )
+                    .unwrap()
+                    .to_dtype(dtype)
+                    .unwrap(),
+                };
+                let spec = QuantSpec { group, ..act(bits, symmetric) };
+                let w_spec = QuantSpec { group: w_group, ..weight(if bits == 8 { 8 } else { 4 }, true) };
+                let (x, w) = (Codes::quantize(&x, &spec).unwrap(), Codes::quantize(&draw(&[n, k], 2), &w_spec).unwrap());
+                let (b, r) = (beside.then(|| draw(&[n], 3)), beside.then(|| draw(&[m, n], 4)));
+                let want = integer_linear(&x, &w, b.as_ref(), r.clone(), dtype).unwrap();
+                let place = |t: &Tensor| t.to_device(device).unwrap();
+                let (gx, gw) = (x.to_device(device).unwrap(), w.to_device(device).unwrap());
+                let (b, r) = (b.as_ref().map(place), r.as_ref().map(place));
+                let got = integer_linear(&gx, &gw, b.as_ref(), r, dtype).unwrap();
+                let name = format!("{m}x{n}x{k} {bits} bits, symmetric {symmetric}, far {far}, {dtype}");
+                assert_eq!(got.to_f64_vec().unwrap(), want.to_f64_vec().unwrap(), "{name}");
+            }
+        }
+    }
+}
+
+/// Codes made on the GPU are those of its fake quantisation, bit for bit, and those of the CPU.
+#[test]
+#[ignore = "needs a GPU"]
+fn codes_are_those_of_fake_quantisation() {
+    use spinquant::ops::codes::Codes;
+    let device = &Device::cuda(0).unwrap();
+    for (rows, cols) in [(1, 1), (3, 37), (1001, 128), (65, 4096), (7, 11008), (2, 100_000)] {
+        for (bits, symmetric) in [(2, true), (4, false), (4, true), (8, false), (8, true)] {
+            for group in [None, Some(32)].into_iter().filter(|g| g.is_none_or(|g| cols % g == 0)) {
+                for dtype in [DType::F32, DType::F16, DType::BF16] {
+                    let spec = QuantSpec { group, ..QuantSpec::activation(bits, symmetric) };
+                    let x = randn([rows, cols], 7).to_dtype(dtype).unwrap();
+                    let got = Codes::quantize(&x.to_device(device).unwrap(), &spec).unwrap();
+                    let want = Codes::quantize(&x, &spec).unwrap();
+                    let grids = |c: &Codes| {
+                        let zero = c.zero().map(|z| z.to_f64_vec().unwrap());
+                        (c.to_vec().unwrap(), c.scale().to_f64_vec().unwrap(), zero)
+                    };
+                    assert_eq!(grids(&got), grids(&want), "{rows}x{cols}, {spec:?}, {dtype}");
+                }
+            }
+        }
+    }
+}
+
+/// The adapters on bare slices, in a graph that is replayed, and what they refuse.
+#[test]
+#[ignore = "needs a GPU"]
+fn integer_linears_of_slices_replay_from_a_graph() {
+    use kernels::CodedRows;
+    let s = &stream();
+    // SAFETY: one stream does all the work. Events of the time before it cannot be waited for in a graph.
+    unsafe { s.context().disable_event_tracking() };
+    let (m, n, k) = (257, 264, 272);
+    let (x, w) = (values(1, m * k), values(2, n * k));
+    let (gx, gw) = (s.clone_htod(&x).unwrap(), s.clone_htod(&w).unwrap());
+    let (mut q_x, mut q_w) = (s.alloc_zeros::<i8>(m * k).unwrap(), s.alloc_zeros::<i8>(n * k).unwrap());
+    let [mut s_x, mut z_x] = [0; 2].map(|_| s.alloc_zeros::<f32>(m).unwrap());
+    let (mut s_w, mut sums) = (s.alloc_zeros::<f32>(n).unwrap(), s.alloc_zeros::<i32>(n).unwrap());
+    let mut y = s.alloc_zeros::<f32>(m * n).unwrap();
+    let (act, weight) = (QuantSpec::activation(8, false), QuantSpec::weight(4, true));
+    let mut all = |y: &mut CudaSlice<f32>| {
+        kernels::quantize_codes(s, &mut q_w, &mut s_w, None, &gw, k, &weight).unwrap();
+        kernels::code_sums(s, &mut sums, &q_w, k, k).unwrap();
+        kernels::quantize_codes(s, &mut q_x, &mut s_x, Some(&mut z_x), &gx, k, &act).unwrap();
+        let coded = CodedRows { codes: &q_x, scale: &s_x, zero: Some(&z_x), group: k };
+        let weights = CodedRows { codes: &q_w, scale: &s_w, zero: None, group: k };
+        kernels::integer_linear(s, y, coded, weights, Some(&sums), None, None, k).unwrap();
+        // Sums are needed, and k must be that of the codes.
+        assert!(kernels::integer_linear(s, y, coded, weights, None, None, None, k).is_err());
+        assert!(kernels::integer_linear(s, y, coded, weights, Some(&sums), None, None, k - 1).is_err());
+    };
+    all(&mut y);
+    let first = s.clone_dtoh(&y).unwrap();
+    let tensor = |v: &[f32], rows: usize| Tensor::from_vec(v.to_vec(), [rows, k]).unwrap();
+    let codes = |v: &[f32], rows, spec: &QuantSpec| spinquant::ops::codes::Codes::quantize(&tensor(v, rows), spec).unwrap();
+    let (cx, cw) = (codes(&x, m, &act), codes(&w, n, &weight));
+    let want = spinquant::ops::integer_linear::integer_linear(&cx, &cw, None, None, DType::F32).unwrap();
+    assert_eq!(first, want.to_vec::<f32>().unwrap());
+
+    use cudarc::driver::sys::{CUgraphInstantiate_flags_enum as Flags, CUstreamCaptureMode_enum as Mode};
+    s.memset_zeros(&mut y).unwrap();
+    s.synchronize().unwrap();
+    s.begin_capture(Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    all(&mut y);
+    let graph = s.end_capture(Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH).unwrap().unwrap();
+    for _ in 0..3 {
+        graph.launch().unwrap();
+    }
+    assert_eq!(s.clone_dtoh(&y).unwrap(), first);
 }

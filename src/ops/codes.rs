@@ -1,0 +1,328 @@
+//! A matrix as the integers that it is quantised to: signed bytes, a scale and a zero point for every row or group of a row.
+//!
+//! `x̂[i, j] = s[i, g] (q[i, j] − z[i, g])`, g the group of column j, on the grids of [`QuantSpec`]. Unsigned codes are held less
+//! `2^(bits−1)`, which makes them signed, and zero points with them.
+
+use std::sync::{Arc, Mutex};
+
+use rayon::prelude::*;
+
+use super::fake_quant::{launch_spec, quantize};
+use crate::device::cuda::{CudaBuffer, Queue};
+use crate::device::launch::{Check, Kind, View, Work};
+use crate::device::{Device, ffi};
+use crate::grid::{Clip, QuantSpec, Quantized};
+use crate::{DType, Error, Result, Tensor};
+
+/// Codes `[rows, cols]` of at most 8 bits, with their grids. Clones share the memory.
+#[derive(Clone, Debug)]
+pub struct Codes {
+    rows: usize,
+    cols: usize,
+    /// Columns that share a scale.
+    group: usize,
+    values: Values,
+    /// `[rows, cols / group]`, `f32`; `f64` of the codes of an `f64` tensor.
+    scale: Tensor,
+    /// Whole numbers, as many and of the same type; `None`: all are 0.
+    zero: Option<Tensor>,
+    /// Sums of codes over parts of a row: the length of the parts, and the sums, the last that were asked for.
+    sums: Arc<Mutex<Option<(usize, Sums)>>>,
+}
+
+#[derive(Clone, Debug)]
+enum Values {
+    Cpu(Arc<Vec<i8>>),
+    Cuda(Arc<CudaBuffer>),
+}
+
+/// Sums of codes over parts of rows, `[rows, cols / part]`.
+#[derive(Clone, Debug)]
+pub(crate) enum Sums {
+    Cpu(Arc<Vec<i32>>),
+    Cuda(Arc<CudaBuffer>),
+}
+
+impl Codes {
+    /// The codes that [`Var::fake_quant`](crate::Var::fake_quant) would use, on the device of x. The leading axes of x are rows.
+    ///
+    /// # Errors
+    /// A group that does not divide the columns; bits that a byte has no room for; a failed launch.
+    pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Self> {
+        let group = spec.group_size(x.cols())?;
+        match x.device() {
+            Device::Cuda(device) if spec.clip != Clip::Search && spec.stored.is_none() => {
+                let x = x.clone().aligned()?;
+                let shape = [x.rows(), x.cols().div_ceil(group)];
+                let values = device.buffer(x.len(), Kind::I8, "codes")?;
+                let scale = Tensor::on(&device, &shape, DType::F32)?;
+                let zero = (!spec.symmetric).then(|| Tensor::on(&device, &shape, DType::F32)).transpose()?;
+                let zeros = zero.as_ref().map(Tensor::view).transpose()?;
+                launch_quantize(device.queue(), values.view(), scale.view()?, zeros, x.view()?, x.cols(), spec)?;
+                let values = Values::Cuda(Arc::new(values));
+                Ok(Self { rows: x.rows(), cols: x.cols(), group, values, scale, zero, sums: Arc::default() })
+            }
+            device => Self::new(&quantize(x, spec)?, spec)?.to_device(&device),
+        }
+    }
+
+    /// What a quantiser found, as bytes, on the CPU. The specification says which codes there are.
+    ///
+    /// # Errors
+    /// Codes that the specification does not have, or as many scales as do not belong to them.
+    pub fn new(q: &Quantized, spec: &QuantSpec) -> Result<Self> {
+        let cols = q.shape.last().copied().unwrap_or(1);
+        let (rows, shift) = (q.codes.len() / cols.max(1), if spec.symmetric { 0 } else { spec.max_code() / 2 + 1 });
+        let (min, max, grids) = (spec.min_code(), spec.max_code(), rows * cols.div_ceil(q.group.max(1)));
+        if spec.group_size(cols)? != q.group || q.scale.len() != grids || q.zero.len() != grids {
+            let message = format!("expected {rows} rows of {cols} with a scale for each {}, got {}", q.group, q.scale.len());
+            return Err(Error::argument("codes", message));
+        }
+        if let Some(odd) = q.codes.iter().find(|&&c| i32::from(c) < min || i32::from(c) > max) {
+            return Err(Error::argument("codes", format!("expected {min} to {max}, got {odd}")));
+        }
+        let values = q.codes.par_iter().map(|&c| (i32::from(c) - shift) as i8).collect();
+        let (shape, cpu) = ([rows, cols.div_ceil(q.group)], Device::Cpu);
+        let scale = q.scale.to_device(&cpu)?.reshape(shape)?;
+        let zero = if spec.symmetric { None } else { Some(shifted(&q.zero.to_device(&cpu)?, shift)?.reshape(shape)?) };
+        Ok(Self { rows, cols, group: q.group, values: Values::Cpu(Arc::new(values)), scale, zero, sums: Arc::default() })
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Columns that share a scale.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Scales, `[rows, cols / group]`.
+    pub fn scale(&self) -> &Tensor {
+        &self.scale
+    }
+
+    /// Zero points of the signed codes, `[rows, cols / group]`; `None`: all are 0.
+    pub fn zero(&self) -> Option<&Tensor> {
+        self.zero.as_ref()
+    }
+
+    /// Where they are.
+    pub fn device(&self) -> Device {
+        self.scale.device()
+    }
+
+    /// Bytes of codes, scales and zero points.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.cols + self.scale.bytes() + self.zero.as_ref().map_or(0, Tensor::bytes)
+    }
+
+    /// The codes, row by row, brought to the CPU.
+    ///
+    /// # Errors
+    /// A failing copy.
+    pub fn to_vec(&self) -> Result<Vec<i8>> {
+        match &self.values {
+            Values::Cpu(v) => Ok(v.to_vec()),
+            Values::Cuda(buffer) => {
+                let mut v = vec![0i8; buffer.len()];
+                buffer.download(0, bytemuck::cast_slice_mut(&mut v))?;
+                Ok(v)
+            }
+        }
+    }
+
+    /// The same on another device, where scales are `f32`.
+    ///
+    /// # Errors
+    /// A failing copy, or no memory on the device.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        if self.device() == *device {
+            return Ok(self.clone());
+        }
+        let values = match device {
+            Device::Cpu => Values::Cpu(Arc::new(self.to_vec()?)),
+            Device::Cuda(cuda) => Values::Cuda(Arc::new(cuda.upload(bytemuck::cast_slice(&self.to_vec()?), Kind::I8)?)),
+        };
+        let place = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(device);
+        let zero = self.zero.as_ref().map(place).transpose()?;
+        Ok(Self { values, scale: place(&self.scale)?, zero, sums: Arc::default(), ..*self })
+    }
+
+    /// The values that the codes stand for, `[rows, cols]` in the type of the scales, on the CPU.
+    ///
+    /// # Errors
+    /// A failing copy.
+    pub fn dequantize(&self) -> Result<Tensor> {
+        let (codes, cpu) = (self.to_vec()?, Device::Cpu);
+        let scale = self.scale.to_device(&cpu)?;
+        let zero = match &self.zero {
+            Some(zero) => zero.to_device(&cpu)?,
+            None => Tensor::zeros(scale.shape(), scale.dtype(), &cpu)?,
+        };
+        let quantized = Quantized {
+            shape: vec![self.rows, self.cols],
+            group: self.group,
+            codes: codes.into_iter().map(i16::from).collect(),
+            scale,
+            zero,
+        };
+        quantized.dequantize()
+    }
+
+    /// The codes on the CPU.
+    pub(crate) fn as_slice(&self) -> Result<&[i8]> {
+        match &self.values {
+            Values::Cpu(v) => Ok(v),
+            Values::Cuda(_) => Err(Error::device("codes", format!("expected them on the CPU, they are on {}", self.device()))),
+        }
+    }
+
+    /// The codes on a GPU.
+    pub(crate) fn view(&self) -> Result<View<'_>> {
+        match &self.values {
+            Values::Cuda(buffer) => Ok(buffer.view()),
+            Values::Cpu(_) => Err(Error::device("codes", "expected them on a GPU, they are on the CPU")),
+        }
+    }
+
+    /// Sums of the codes over parts of `part` columns, which divides a row.
+    pub(crate) fn sums(&self, part: usize) -> Result<Sums> {
+        let mut last = self.sums.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, sums)) = last.as_ref().filter(|(length, _)| *length == part) {
+            return Ok(sums.clone());
+        }
+        let sums = match &self.values {
+            Values::Cpu(v) => {
+                let sum = |codes: &[i8]| codes.iter().map(|&c| i32::from(c)).sum::<i32>();
+                Sums::Cpu(Arc::new(v.par_chunks(part).map(sum).collect()))
+            }
+            Values::Cuda(codes) => {
+                let device = codes.device();
+                let sums = device.buffer(codes.len() / part.max(1), Kind::I32, "sums of codes")?;
+                launch_sums(device.queue(), sums.view(), codes.view(), self.cols, part)?;
+                Sums::Cuda(Arc::new(sums))
+            }
+        };
+        *last = Some((part, sums.clone()));
+        Ok(sums)
+    }
+}
+
+/// Zero points of codes that are `shift` less.
+fn shifted(zero: &Tensor, shift: i32) -> Result<Tensor> {
+    match zero.dtype() {
+        DType::F64 => {
+            let less = zero.as_slice::<f64>()?.iter().map(|z| z - f64::from(shift)).collect();
+            Tensor::from_vec::<f64>(less, zero.shape())
+        }
+        _ => Tensor::from_vec(zero.as_slice::<f32>()?.iter().map(|z| z - shift as f32).collect(), zero.shape()),
+    }
+}
+
+/// The codes of every row of `cols` values of x, as bytes, and their grids; `zero` for specifications that have zero points.
+pub(crate) fn launch_quantize(
+    queue: Queue<'_>,
+    codes: View<'_>,
+    scale: View<'_>,
+    zero: Option<View<'_>>,
+    x: View<'_>,
+    cols: usize,
+    spec: &QuantSpec,
+) -> Result<()> {
+    let c = Check::new("quantise to codes", queue);
+    if let Some(dtype) = spec.stored {
+        return Err(Error::argument("quantise to codes", format!("expected scales as computed, got scales stored as {dtype}")));
+    }
+    if spec.clip == Clip::Search {
+        return Err(Error::argument("quantise to codes", "expected a clip ratio, got a search"));
+    }
+    let (n, kind, work) = (x.len(), x.kind(), Work::moving("quantise", x.bytes() + codes.bytes()));
+    // Ranges that include 0 are those of whole rows to the kernel: every group is one.
+    let (cols, spec) = match spec.group {
+        Some(_) if spec.includes_zero() => (spec.group_size(cols)?, &QuantSpec { group: None, ..*spec }),
+        _ => (cols, spec),
+    };
+    let rows = c.rows(n, cols)?;
+    let groups = c.product(&[rows, cols.div_ceil(spec.group_size(cols)?)])?;
+    let (codes, x) = (c.operand("codes", codes, Kind::I8, n)?, c.operand("x", x, kind, n)?);
+    let (scale, zero) = (c.operand("scale", scale, Kind::F32, groups)?, c.optional("zero", zero, Kind::F32, groups)?);
+    let (rows, cols, quant, dtype) = (c.long(rows)?, c.long(cols)?, launch_spec(spec)?, c.code(kind)?);
+    // SAFETY: x and codes have rows · cols values, scale and zero (or null) one a group.
+    c.launch(work, |s| unsafe { ffi!(sq_quantise(codes, scale, zero, x, rows, cols, quant, dtype, s)) })
+}
+
+/// Sums of codes in rows of `cols` over parts of `part` of them.
+pub(crate) fn launch_sums(queue: Queue<'_>, sums: View<'_>, codes: View<'_>, cols: usize, part: usize) -> Result<()> {
+    let c = Check::new("sums of codes", queue);
+    let (n, work) = (codes.len(), Work::moving("sums of codes", codes.bytes()));
+    let (rows, parts) = (c.rows(n, cols)?, c.rows(cols, part)?);
+    let (sums, codes) =
+        (c.operand("sums", sums, Kind::I32, c.product(&[rows, parts])?)?, c.operand("codes", codes, Kind::I8, n)?);
+    let (rows, cols, part) = (c.long(rows)?, c.long(cols)?, c.int(part)?);
+    // SAFETY: codes has rows · cols values, sums one a part.
+    c.launch(work, |s| unsafe { ffi!(sq_code_sums(sums, codes, rows, cols, part, s)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::randn;
+    use crate::{Tape, grid};
+
+    /// What the codes stand for is what the operation makes, bit for bit, whatever the specification.
+    #[test]
+    fn codes_are_those_of_fake_quantisation() {
+        for (bits, symmetric) in [(2, true), (4, false), (4, true), (8, false), (8, true)] {
+            for group in [None, Some(8)] {
+                let spec = QuantSpec { group, ..QuantSpec::activation(bits, symmetric) };
+                for dtype in [DType::F64, DType::F32, DType::BF16] {
+                    let x = randn([2, 3, 24], 1).to_dtype(dtype).unwrap();
+                    let wide = if dtype == DType::BF16 { x.to_dtype(DType::F32).unwrap() } else { x.clone() };
+                    let want = Tape::new().constant(wide).fake_quant(&spec).unwrap().into_value();
+                    let got = Codes::quantize(&x, &spec).unwrap();
+                    assert_eq!((got.rows(), got.cols(), got.group()), (6, 24, group.unwrap_or(24)));
+                    assert_eq!(got.dequantize().unwrap().to_f64_vec().unwrap(), want.to_f64_vec().unwrap());
+                    assert_eq!(got.zero().is_none(), symmetric);
+                    let codes = got.to_vec().unwrap();
+                    let (min, max) = (codes.iter().min().unwrap(), codes.iter().max().unwrap());
+                    assert!(i32::from(*min) >= -(1 << (bits - 1)) && i32::from(*max) < 1 << (bits - 1), "{min} {max}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_the_parts_asked_for() {
+        let codes = Codes::quantize(&randn([3, 24], 2), &QuantSpec::weight(4, true)).unwrap();
+        let all = codes.to_vec().unwrap();
+        for part in [24, 8, 24] {
+            let Sums::Cpu(sums) = codes.sums(part).unwrap() else { panic!("on the CPU") };
+            let want: Vec<i32> = all.chunks(part).map(|c| c.iter().map(|&c| i32::from(c)).sum()).collect();
+            assert_eq!(*sums, want);
+        }
+    }
+
+    #[test]
+    fn codes_that_do_not_fit_are_refused() {
+        let spec = QuantSpec::weight(4, true);
+        let mut q = grid::Quantized {
+            shape: vec![1, 2],
+            group: 2,
+            codes: vec![-8, 7],
+            scale: Tensor::from_vec(vec![1f32], [1]).unwrap(),
+            zero: Tensor::from_vec(vec![0f32], [1]).unwrap(),
+        };
+        Codes::new(&q, &spec).unwrap();
+        q.codes[1] = 8;
+        assert!(Codes::new(&q, &spec).unwrap_err().to_string().contains("expected -8 to 7, got 8"));
+        q.codes[1] = 7;
+        assert!(Codes::new(&q, &spec.grouped(1)).is_err());
+    }
+}
