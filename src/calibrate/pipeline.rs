@@ -17,8 +17,9 @@ use crate::data::{self, Windows};
 use crate::device::cpu;
 use crate::llama::{Affine, Block, LayerWeights, Linears, Llama, Merged, Rotated};
 use crate::quant::{QuantizedLinear, Scheme, Site, WeightQuantizer, quantize_by};
+use crate::ranks::Group;
 use crate::rotation::Rotations;
-use crate::{DType, Device, Error, Result, Tensor};
+use crate::{DType, Device, Error, Result, Tensor, io};
 
 /// Tokens that go through a layer at once.
 const TOKENS_AT_ONCE: usize = 4096;
@@ -37,6 +38,9 @@ pub struct Calibration<'a> {
     pub at_once: usize,
     /// What is learned of every layer once its weights are quantised. Activations, K and V are then quantised while calibrating.
     pub reconstruct: Option<Reconstruct>,
+    /// The processes that share the windows: each runs some through the network, Hessians are summed, and all quantise all weights, to the
+    /// same bits. Rank 0's [`LayerStore`] alone is asked and told. Nothing is reconstructed then.
+    pub ranks: Group,
 }
 
 impl<'a> Calibration<'a> {
@@ -50,7 +54,14 @@ impl<'a> Calibration<'a> {
             return Err(Error::argument("calibration", format!("{message}; the text has no more")));
         }
         let at_once = (TOKENS_AT_ONCE / text.seq_len()).max(1);
-        Ok(Self { text, windows: (0..count).collect(), quantize_activations: false, at_once, reconstruct: None })
+        Ok(Self {
+            text,
+            windows: (0..count).collect(),
+            quantize_activations: false,
+            at_once,
+            reconstruct: None,
+            ranks: Group::alone(),
+        })
     }
 
     /// `count` different windows of a text, drawn by `seed`.
@@ -65,6 +76,11 @@ impl<'a> Calibration<'a> {
     /// The same with activations, K and V quantised or not.
     pub fn quantize_activations(self, on: bool) -> Self {
         Self { quantize_activations: on, ..self }
+    }
+
+    /// The same with the windows shared by ranks.
+    pub fn among(self, ranks: Group) -> Self {
+        Self { ranks, ..self }
     }
 
     /// The same with something to learn of every layer, or nothing.
@@ -174,8 +190,42 @@ pub fn quantize_weights(
 /// `progress` hears of every layer and may stop the run, after the layer was saved.
 ///
 /// # Errors
-/// No calibration text where it is needed; what the quantiser and the store report; [`Error::Interrupted`] when stopped.
+/// No calibration text where it is needed; what the quantiser and the store report; [`Error::Interrupted`] when stopped; [`Error::Rank`] of
+/// another of [`Calibration::ranks`].
 pub fn quantize_layers(
+    rotated: &Rotated<'_>,
+    quantizer: &dyn WeightQuantizer,
+    calibration: Option<&Calibration<'_>>,
+    store: &mut dyn LayerStore,
+    progress: impl FnMut(&LayerReport) -> ControlFlow<()>,
+    keep: impl FnMut(Block),
+) -> Result<()> {
+    let ranks = calibration.map_or(Group::nobody(), |c| &c.ranks);
+    layers_among(ranks, rotated, quantizer, calibration, store, progress, keep).inspect_err(|e| ranks.fail(e))
+}
+
+/// A layer that rank 0 has, with its weights at every rank.
+fn handed_on(ranks: &Group, rotated: &Rotated<'_>, index: usize, layer: Option<QuantizedLayer>) -> Result<QuantizedLayer> {
+    let bytes = |w: &Tensor| Ok(io::bytes(&w.to_device(&Device::Cpu)?)?.to_vec());
+    if let Some(layer) = layer {
+        if ranks.world() > 1 {
+            layer
+                .linears
+                .iter()
+                .try_for_each(|(_, l)| ranks.broadcast("weights of a layer", bytes(&l.weight.weight)?).map(drop))?;
+        }
+        return Ok(layer);
+    }
+    let linears = rotated.block(index)?.weights.each(|_, l| {
+        let bytes = ranks.broadcast("weights of a layer", vec![])?;
+        let weight = io::from_bytes(l.weight.dtype(), l.weight.shape(), &bytes)?.to_device(rotated.device())?;
+        Ok(l.with_weight(QuantizedLinear::exact(&weight)))
+    })?;
+    Ok(QuantizedLayer { index, linears, clips: Default::default() })
+}
+
+fn layers_among(
+    ranks: &Group,
     rotated: &Rotated<'_>,
     quantizer: &dyn WeightQuantizer,
     calibration: Option<&Calibration<'_>>,
@@ -185,8 +235,15 @@ pub fn quantize_layers(
 ) -> Result<()> {
     let layers = rotated.config().layers;
     let spec = rotated.scheme().sites(rotated.config().head_dim).weight;
-    let saved = (0..layers).take_while(|&i| store.has(i)).count();
+    ranks.attach(rotated.device())?;
+    let saved = if ranks.is_first() { (0..layers).take_while(|&i| store.has(i)).count() } else { 0 };
+    let saved = ranks.broadcast("how many layers are kept", saved.to_string().into())?;
+    let saved = String::from_utf8_lossy(&saved).parse().unwrap_or(0);
     let reconstruct = calibration.and_then(|c| c.reconstruct.as_ref());
+    if reconstruct.is_some() && ranks.world() > 1 {
+        let message = format!("layers are reconstructed by one process, got {} ranks", ranks.world());
+        return Err(Error::argument("reconstruct", message));
+    }
     reconstruct.map_or(Ok(()), |by| by.check(rotated.scheme()))?;
     let sweeps = quantizer.needs_hessian() && spec.is_active();
     let mut streams = match calibration {
@@ -200,7 +257,8 @@ pub fn quantize_layers(
         let exact = if loaded && !streams.as_ref().is_some_and(Streams::are_two) { None } else { Some(rotated.block(index)?) };
         let inputs = streams.as_ref().filter(|_| !loaded && reconstruct.is_some()).map(Streams::inputs);
         let (mut layer, mut block) = if loaded {
-            let layer = store.load(index, rotated.dtype(), rotated.device())?;
+            let kept = ranks.is_first().then(|| store.load(index, rotated.dtype(), rotated.device())).transpose()?;
+            let layer = handed_on(ranks, rotated, index, kept)?;
             let block = layer.block(&rotated.block_of(index, layer.weights())?);
             (layer, block)
         } else {
@@ -235,12 +293,13 @@ pub fn quantize_layers(
             _ => {}
         }
         drop(exact);
-        if !loaded {
+        if !loaded && ranks.is_first() {
             store.save(&layer)?;
         }
         let damping = layer.linears.iter().filter_map(|(_, l)| l.weight.damping).reduce(f64::max);
         let seconds = start.elapsed().as_secs_f64();
-        if progress(&LayerReport { done: index + 1, layers, loaded, damping, reconstruction, seconds }).is_break() && !last {
+        let stop = progress(&LayerReport { done: index + 1, layers, loaded, damping, reconstruction, seconds }).is_break();
+        if ranks.any("whether to stop behind a layer", stop)? && !last {
             return Err(Error::Interrupted { step: index + 1 });
         }
         keep(block);

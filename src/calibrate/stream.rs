@@ -4,12 +4,15 @@ use super::reconstruct::{Student, squares};
 use super::{Calibration, QuantizedLayer, Reconstruct};
 use crate::llama::{Affine, Around, Block, LayerWeights, Linear, LinearVars, Linears, Rotated, Run, plus};
 use crate::quant::{Drift, Hessian, Moments, QuantSpec, QuantizedLinear, Scheme, Site, WeightQuantizer, quantize_by};
+use crate::ranks::Group;
 use crate::{DType, Error, Result, Tape, Tensor, Var};
 
 /// The text in the network that is being quantised, and in full precision where a quantiser wants drifts or layers are reconstructed.
 pub(super) struct Streams {
     quantized: Stream,
     exact: Option<Stream>,
+    /// Who else has windows of the text.
+    ranks: Group,
 }
 
 impl Streams {
@@ -19,7 +22,7 @@ impl Streams {
         let two = learns || Site::ALL.into_iter().any(|site| quantizer.wants_drift(site));
         let exact = if two { Some(Stream::new(rotated, c, false)?) } else { None };
         let on = c.quantize_activations || quantizer.reads_quantized() || learns;
-        Ok(Self { quantized: Stream::new(rotated, c, on)?, exact })
+        Ok(Self { quantized: Stream::new(rotated, c, on)?, exact, ranks: c.ranks.clone() })
     }
 
     /// True where the full-precision stream is there.
@@ -55,7 +58,7 @@ impl Streams {
 
     /// Moves on inside a layer to the input of the linears at `site`, and measures it.
     fn moments(&mut self, site: Site, block: &Block, w: &LayerWeights, n: usize, with_drift: bool) -> Result<Moments> {
-        let Self { quantized, exact } = self;
+        let Self { quantized, exact, ranks } = self;
         if let Some(exact) = exact.as_mut() {
             exact.reach(site, block, &block.weights)?;
         }
@@ -70,7 +73,8 @@ impl Streams {
             }
         }
         let sequences = quantized.sequences;
-        Ok(Moments { hessian: hessian.finish(sequences)?, drift: drift.map(|d| d.finish(sequences)).transpose()? })
+        let drift = drift.map(|d| d.over(ranks)?.finish(sequences)).transpose()?;
+        Ok(Moments { hessian: hessian.over(ranks)?.finish(sequences)?, drift })
     }
 
     /// The hidden states of the quantised network in front of the current layer.
@@ -135,6 +139,7 @@ impl Streams {
 #[derive(Clone)]
 struct Stream {
     run: Run,
+    /// Of all ranks.
     sequences: usize,
     /// The hidden states `[tokens, C]` in front of the current layer, behind attention once o is quantised.
     x: Vec<Tensor>,
@@ -150,6 +155,10 @@ impl Stream {
             let message = format!("expected windows below {}, at least one and one at once", c.text.len());
             return Err(Error::argument("calibration", message));
         }
+        if c.windows.len() < c.ranks.world() {
+            let message = format!("expected at least a window for each of {} ranks, got {}", c.ranks.world(), c.windows.len());
+            return Err(Error::argument("calibration", message));
+        }
         let scheme = match quantized {
             true => *rotated.scheme(),
             false => Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..*rotated.scheme() },
@@ -159,7 +168,7 @@ impl Stream {
             let tape = Tape::new();
             Ok(tape.constant(table.clone()).embedding(c.text.batch(windows).into())?.into_value())
         };
-        let x = c.windows.chunks(c.at_once).map(embed).collect::<Result<_>>()?;
+        let x = c.windows[c.ranks.share(c.windows.len())].chunks(c.at_once).map(embed).collect::<Result<_>>()?;
         let run = Run::new(rotated.config(), &scheme, seq, rotated.dtype(), rotated.device())?;
         Ok(Self { run, sequences: c.windows.len(), x, inner: vec![] })
     }

@@ -8,10 +8,12 @@ use super::{Format, Output, Stored, Writer};
 use crate::calibrate::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers};
 use crate::llama::{Affine, Linears, Llama, LlamaConfig, Rotated, Source};
 use crate::quant::{QuantizedLinear, Rtn, Scheme, WeightQuantizer};
+use crate::ranks::Group;
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result};
 
-/// Quantises a rotated model layer by layer and writes it. A run that was interrupted continues, and ends in the same bytes.
+/// Quantises a rotated model layer by layer and writes it. A run that was interrupted continues, and ends in the same bytes. Of
+/// [`Calibration::ranks`] rank 0 writes.
 ///
 /// # Errors
 /// Those of [`Writer`] and [`quantize_layers`]; a model whose RMSNorm gains are not folded into its weights; clip constants to be learned
@@ -35,9 +37,14 @@ pub fn write_quantized(
         }
     }
     let (dtype, rotations) = (rotated.dtype(), rotated.rotations());
-    let writer = Writer::create(output, rotated.config(), rotated.scheme(), dtype, rotations, &rotated.sha256()?)?;
     let with_stored_scales = WithStoredScales { quantizer, dtype };
-    let quantizer = if writer.output.format == Format::CompressedTensors { &with_stored_scales } else { quantizer };
+    let quantizer = if output.format == Format::CompressedTensors { &with_stored_scales } else { quantizer };
+    let ranks = calibration.map_or(Group::nobody(), |c| &c.ranks);
+    if !ranks.is_first() {
+        return quantize_layers(rotated, quantizer, calibration, &mut (), progress, drop);
+    }
+    let create = || Writer::create(output, rotated.config(), rotated.scheme(), dtype, rotations, &rotated.sha256()?);
+    let writer = create().inspect_err(|e| ranks.fail(e))?;
     quantize_layers(rotated, quantizer, calibration, &mut Layers(&writer), progress, drop)?;
     writer.finish(&rotated.embedding()?, &rotated.head()?)
 }

@@ -6,6 +6,7 @@
 use crate::device::cpu::{self, Real, Strides};
 use crate::quant::gptq_gpu as gpu;
 use crate::quant::hessian::{ROWS, Sum};
+use crate::ranks::Group;
 use crate::tensor::room;
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -77,6 +78,14 @@ impl Drift {
             }
             Sum::Empty => unreachable!("just begun"),
         }
+    }
+
+    /// With the inputs of all ranks, which each have added some.
+    ///
+    /// # Errors
+    /// A rank without inputs; those of [`Group::all_reduce`].
+    pub fn over(self, ranks: &Group) -> Result<Self> {
+        Ok(Self { sum: self.sum.over(ranks, "drift", self.cols)?, ..self })
     }
 
     /// D `[in, in]` in `f64`, for inputs from `sequences` sequences (the same as for the Hessian), on the device of the inputs.

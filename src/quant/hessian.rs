@@ -3,6 +3,7 @@
 use crate::device::cpu::{self, Real, Strides};
 use crate::device::cuda::CudaDevice;
 use crate::quant::gptq_gpu as gpu;
+use crate::ranks::Group;
 use crate::tensor::room;
 use crate::{DType, Device, Error, Result, Tensor};
 
@@ -57,6 +58,18 @@ impl Sum {
     }
 }
 
+impl Sum {
+    /// The sum of what all ranks have.
+    pub(super) fn over(self, ranks: &Group, what: &str, n: usize) -> Result<Self> {
+        match self {
+            _ if ranks.world() == 1 => Ok(self),
+            Self::Host(sum) => Ok(Self::Host(ranks.all_reduce(what, Tensor::from_vec(sum, [n, n])?)?.into_vec()?)),
+            Self::Gpu(device, sum) => Ok(Self::Gpu(device, ranks.all_reduce(what, sum)?)),
+            Self::Empty => Err(Error::argument(what, "expected inputs at every rank, got none")),
+        }
+    }
+}
+
 impl std::fmt::Debug for Hessian {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Hessian of {} channels", self.cols)
@@ -84,6 +97,14 @@ impl Hessian {
             }
             Sum::Empty => unreachable!("just begun"),
         }
+    }
+
+    /// With the inputs of all ranks, which each have added some.
+    ///
+    /// # Errors
+    /// A rank without inputs; those of [`Group::all_reduce`].
+    pub fn over(self, ranks: &Group) -> Result<Self> {
+        Ok(Self { sum: self.sum.over(ranks, "Hessian", self.cols)?, ..self })
     }
 
     /// H `[in, in]` in `f64`, both triangles, for inputs from `sequences` sequences (of any length; it is only a scale), on the

@@ -90,6 +90,38 @@ fn several_processes_score_what_one_does_to_the_same_bits() {
     assert_eq!(two["hadamard"], one["hadamard"]);
 }
 
+#[test]
+fn several_processes_calibrate_what_one_does_and_go_on_together() {
+    let place = Place::new();
+    let quantize = "quantize --model ../in/model --device cpu --seq-len 8 --rotations hadamard:0 --weights gptaq:0.25 \
+                    --calibration ../in/text.txt --calibration-windows 9 --dtype f64 --out q";
+    place.succeeds(quantize);
+    let strip = |mut files: Contents| {
+        files.retain(|name, _| name.ends_with(".safetensors"));
+        files
+    };
+    let one = strip(place.read("q").unwrap());
+    for count in [2, 3] {
+        place.clear();
+        place.succeeds(&format!("{quantize} --ranks {count}"));
+        // In f64 the rounding of a sum moves no weight to another code.
+        assert!(strip(place.read("q").unwrap()) == one, "{count} ranks");
+    }
+    let calls = place.calls(&format!("{quantize} --overwrite --ranks 2"));
+    for at in [calls / 3, 2 * calls / 3] {
+        place.clear();
+        let out = place.faulty(&format!("{quantize} --ranks 2"), at, "before");
+        assert!(error(&String::from_utf8_lossy(&out.stderr)).contains("rank 0: was killed by signal 9"), "{out:?}");
+        place.succeeds(&format!("{quantize} --ranks 3"));
+        assert!(strip(place.read("q").unwrap()) == one, "call {at} of {calls}");
+    }
+    for args in ["--weights rtn", "--weights gptq --reconstruct scales"] {
+        let out = place.run(&format!("{} {args} --ranks 2", quantize.replace("--weights gptaq:0.25", "")));
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && error(&said).contains("share the calibration text"), "{said}");
+    }
+}
+
 /// The steps of the state that is there, which is whole.
 fn state(place: &Place) -> Option<u64> {
     let path = place.path("out/R.safetensors.state");

@@ -10,6 +10,7 @@ mod hadamard_sizes;
 mod kernels;
 mod networks;
 mod parity;
+mod ranks;
 mod reconstruct;
 mod scale;
 mod streaming;

@@ -125,7 +125,7 @@ impl Args {
             return if reconstruct.is_some() { missing() } else { Ok(vec![]) };
         }
         let sample = self.gptq_args.calibration(text)?;
-        let plain = sample.clone().reconstruct(None);
+        let plain = sample.clone().reconstruct(None).among(ranks::group());
         Ok(if reconstruct.is_some() { vec![plain, sample] } else { vec![plain] })
     }
 }

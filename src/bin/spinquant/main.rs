@@ -106,6 +106,7 @@ impl Command {
             Self::Learn(args) => args.shared().map(Shared::Sums),
             Self::Eval(args) => Some(Shared::Scores(&args.ranks)),
             Self::Compare(args) => Some(Shared::Sums(&args.ranks)),
+            Self::Quantize(args) => Some(Shared::Sums(&args.ranks)),
             _ => None,
         }
     }

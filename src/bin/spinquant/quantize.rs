@@ -11,6 +11,7 @@ use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
 use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, SchemeArgs, note, open_model, rotations};
+use crate::ranks::{self, RanksArgs};
 use crate::stop;
 use crate::weights::{GptqArgs, Method};
 
@@ -18,6 +19,8 @@ use crate::weights::{GptqArgs, Method};
 pub struct Args {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ranks: RanksArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]
@@ -55,6 +58,11 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn quantize(args: &Args, progress: &Progress) -> Result<()> {
+    let several = ranks::group().world() > 1;
+    if several && (args.gptq.reconstruct().is_some() || !args.gptq.reads_text(args.weights)) {
+        let message = "several processes share the calibration text of --weights gptq and its successors, without --reconstruct";
+        return Err(Error::argument("--weights", format!("{message}; got {}", args.gptq.described(args.weights))));
+    }
     let hf_device = match args.format {
         Format::Hf => Some(args.model.device_in_file_type("--format hf")?),
         Format::CompressedTensors => Some(args.model.device_in_file_type("--format compressed-tensors")?),

@@ -10,9 +10,11 @@ use spinquant::calibrate::{Calibration, Reconstruct};
 use spinquant::data::Windows;
 use spinquant::llama::LlamaConfig;
 use spinquant::quant::{Correction, Gptq, Scheme, WeightQuantizer};
+use spinquant::ranks::Group;
 use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, at_least_one};
+use crate::ranks;
 
 /// How weights are quantised.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,9 +85,11 @@ impl GptqArgs {
         Gptq { damping: self.damping, act_order: self.act_order, correction, ..Gptq::default() }
     }
 
-    /// What it is calibrated on.
+    /// What it is calibrated on, and by which ranks.
     pub fn calibration<'a>(&self, text: &'a Windows) -> Result<Calibration<'a>> {
-        let calibration = Calibration::first(text, self.calibration_windows)?;
+        // What is learned of a layer every rank learns by itself.
+        let ranks = if self.reconstruct.is_some() { Group::alone() } else { ranks::group() };
+        let calibration = Calibration::first(text, self.calibration_windows)?.among(ranks);
         Ok(calibration.quantize_activations(self.calibrate_quantized).reconstruct(self.reconstruct()))
     }
 
