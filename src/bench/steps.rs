@@ -9,7 +9,7 @@ use crate::device::cuda::Phase;
 use crate::learn::{LearnOptions, Settings, StepReport, learn};
 use crate::linalg::matmul::product;
 use crate::llama::Llama;
-use crate::memory::{Planned, predict};
+use crate::memory::{Planned, Work, predict};
 use crate::optim::Optimizer;
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -34,6 +34,8 @@ pub struct Steps {
     pub peak_bytes: Option<u64>,
     /// Time and memory as [`predict`] has them; on the CPU, for an H100.
     pub predicted: Planned,
+    /// Bytes of layers that the last step but one copied from main memory.
+    pub copied_bytes: usize,
     /// max|RᵀR − I| over all rotations at the end.
     pub orthogonality_error: f64,
     /// Tokens of a step.
@@ -89,13 +91,14 @@ pub fn profile(
     let options =
         &LearnOptions { micro_batch: Some(settings.micro_batch), recompute: Some(settings.recompute), ..options.clone() };
     let card = device.card()?.unwrap_or_else(Card::h100);
-    let work = options.work(config, windows.seq_len(), model.dtype())?;
+    let work = Work { placement: Some(model.placement()), ..options.work(config, windows.seq_len(), model.dtype())? };
     let predicted = predict(config, &work, settings.recompute.plan(), settings.micro_batch, &card)?;
     let start = Rotations::random_hadamard(config.hidden_size, config.head_dim, config.layers, 0)?;
-    let (mut seconds, mut losses, mut phases) = (vec![], vec![], Ok(vec![]));
+    let (mut seconds, mut losses, mut phases, mut copied) = (vec![], vec![], Ok(vec![]), vec![]);
     let learned = learn(model, windows, start, optimizer, options, |step| {
         losses.push(step.loss);
         seconds.push(step.seconds);
+        copied.push(model.copied());
         told(step);
         if let Device::Cuda(gpu) = &device {
             if step.step + 1 == options.steps {
@@ -106,6 +109,7 @@ pub fn profile(
         }
         ControlFlow::Continue(())
     })?;
+    let layer = model.blocks.first().map_or(0, |b| b.weights.tensors().map(Tensor::bytes).sum());
     Ok(Steps {
         settings,
         watched: seconds.pop().unwrap_or(f64::NAN),
@@ -114,6 +118,7 @@ pub fn profile(
         losses,
         peak_bytes: device.peak_bytes(),
         predicted,
+        copied_bytes: (copied[copied.len() - 2] - copied[copied.len() - 3]) * layer,
         orthogonality_error: learned.orthogonality_error,
         tokens: options.batch * windows.seq_len(),
     })

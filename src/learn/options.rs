@@ -9,8 +9,8 @@ use std::sync::atomic::AtomicBool;
 use crate::calibrate::ClipGoal;
 use crate::data::{Sampler, Windows, split_held_out};
 use crate::device::Card;
-use crate::llama::{Llama, LlamaConfig, Recompute};
-use crate::memory::{self, Budget, Needs, Planned, Work};
+use crate::llama::{Llama, LlamaConfig, Placement, Recompute};
+use crate::memory::{self, Budget, Needs, Planned, Room, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
 use crate::quant::{ClipRatios, Scheme};
@@ -361,15 +361,31 @@ impl LearnOptions {
         Sampler::new(train, self.batch, self.seed).map(drop)
     }
 
-    /// How a step runs within `self.memory` of `free` bytes on a card; `None` where `micro_batch` or `recompute` says how.
+    /// How a step runs within `self.memory` of `free` bytes on a card, and what is free of main memory now; `None` where `micro_batch` or
+    /// `recompute` says how.
     ///
     /// # Errors
     /// Those of [`Transforms::of`] and [`memory::plan`].
     pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, free: usize, card: &Card) -> Result<Option<Planned>> {
+        self.plan_placed(config, (seq, dtype), None, Room::here(self.memory, free), card)
+    }
+
+    /// The same with the layers where a model has them, or where that is best.
+    ///
+    /// # Errors
+    /// Those of [`LearnOptions::plan`].
+    pub fn plan_placed(
+        &self,
+        config: &LlamaConfig,
+        (seq, dtype): (usize, DType),
+        placement: Option<Placement>,
+        room: Room,
+        card: &Card,
+    ) -> Result<Option<Planned>> {
         if self.recompute.is_some() || self.micro_batch.is_some() {
             return Ok(None);
         }
-        memory::plan(config, &self.work(config, seq, dtype)?, self.memory.bytes(free), card).map(Some)
+        memory::plan(config, &Work { placement, ..self.work(config, seq, dtype)? }, room, card).map(Some)
     }
 
     /// What a step of a model is for a plan, of the rank with the largest share.
@@ -395,8 +411,12 @@ impl LearnOptions {
     /// Those of [`LearnOptions::plan`], on a GPU.
     pub fn settle(&self, model: &Llama, windows: &Windows, optimizer: &dyn Optimizer) -> Result<Settings> {
         let planned = match model.device().card()? {
-            // The model is there already.
-            Some(card) => self.plan(&model.config, windows.seq_len(), model.dtype(), card.free + model.bytes(), &card)?,
+            // The model is there already, on the card and in main memory.
+            Some(card) => {
+                let placement = model.placement();
+                let room = Room { card: self.memory.bytes(card.free + model.bytes_on_device()), host: usize::MAX };
+                self.plan_placed(&model.config, (windows.seq_len(), model.dtype()), Some(placement), room, &card)?
+            }
             None => None,
         };
         Ok(Settings {

@@ -342,6 +342,12 @@ impl Llama {
         self.tensors().map(Tensor::bytes).sum()
     }
 
+    /// Those of them that are on the device to stay.
+    pub fn bytes_on_device(&self) -> usize {
+        let streamed = self.blocks.iter().filter(|b| b.is_streamed()).flat_map(|b| b.weights.tensors());
+        self.bytes() - streamed.map(Tensor::bytes).sum::<usize>()
+    }
+
     /// The embedding, the head, and every layer's weights and biases.
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let layers = self.blocks.iter().flat_map(|b| b.weights.tensors());

@@ -27,13 +27,26 @@ use crate::data::Windows;
 use crate::device::cuda::Queue;
 use crate::device::ffi;
 use crate::device::launch::{Check, Kind, View, Work};
-use crate::llama::{Affine, Block, Family, Linear, Linears, Llama, LlamaConfig, RopeScaling, RotatedWeights};
+use crate::llama::{
+    Affine, Block, Family, Linear, Linears, Llama, LlamaConfig, Placement, Placer, RopeScaling, RotatedWeights, Run,
+};
 use crate::quant::Scheme;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The names that [`shape`] knows.
-pub const NAMES: [&str; 9] =
-    ["llama-2-7b", "llama-2-13b", "llama-3-8b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "tiny"];
+pub const NAMES: [&str; 11] = [
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-2-70b",
+    "llama-3-8b",
+    "llama-3-70b",
+    "llama-3.2-1b",
+    "llama-3.2-3b",
+    "mistral-7b",
+    "qwen2.5-7b",
+    "qwen3-8b",
+    "tiny",
+];
 
 /// The configuration of a published model, or `tiny` for tests; `name:LAYERS` is the same with fewer or more layers.
 ///
@@ -84,7 +97,9 @@ pub fn shape(name: &str) -> Result<LlamaConfig> {
     let mut config = match base {
         "llama-2-7b" => llama2(4096, 11_008, 32, 32),
         "llama-2-13b" => llama2(5120, 13_824, 40, 40),
+        "llama-2-70b" => LlamaConfig { kv_heads: 8, ..llama2(8192, 28_672, 80, 64) },
         "llama-3-8b" => llama3(4096, 14_336, 32, 32, 128),
+        "llama-3-70b" => llama3(8192, 28_672, 80, 64, 128),
         "llama-3.2-1b" => small(llama3(2048, 8192, 16, 32, 64)),
         "llama-3.2-3b" => small(llama3(3072, 8192, 28, 24, 128)),
         "mistral-7b" => LlamaConfig {
@@ -152,6 +167,15 @@ pub fn text(config: &LlamaConfig, windows: usize, seq_len: usize, seed: u64) -> 
 /// # Errors
 /// Those of [`LlamaConfig::validate`]; f64 on a GPU; out of memory.
 pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> Result<Llama> {
+    placed(config, seed, dtype, device, Placement::RESIDENT)
+}
+
+/// The same with some layers in main memory ([`Llama::streamed`]). Each is made on the device and goes straight to its place, so that the
+/// device needs room for one of them.
+///
+/// # Errors
+/// Those of [`model`] and [`Llama::streamed`].
+pub fn placed(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device, placement: Placement) -> Result<Llama> {
     config.validate()?;
     let config = &config.folded();
     let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
@@ -199,13 +223,18 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
             };
             Ok(Affine { weight, bias: linear.has_bias(config).then(bias).transpose()?, norm: normed.then(gain).transpose()? })
         })?;
-        Ok(Arc::new(Block::new(config, l, weights)))
+        Ok(Block::new(config, l, weights))
     };
-    let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
-    let head = embedding.clone();
-    let mut model = Llama { config: config.clone(), embedding, head, blocks };
-    model.head = fitted_head(&model, &stream)?;
-    Ok(model)
+    let placer = Placer::new(device, placement, config.layers)?;
+    let mut vocabulary = Vocabulary::new(config, &embedding)?;
+    let place = |l| {
+        let block = block(l)?;
+        vocabulary.pass(&block)?;
+        placer.place(l, &block).map(Arc::new)
+    };
+    let blocks = (0..config.layers).map(place).collect::<Result<_>>()?;
+    let head = vocabulary.head(&stream)?;
+    Ok(Llama { config: config.clone(), embedding, head, blocks })
 }
 
 /// Standard deviation of biases, beside the outputs that they are added to.
@@ -216,27 +245,47 @@ const BIASES: u64 = 1 << 32;
 /// Tokens whose rows of the head are made at once.
 const TOKENS_AT_ONCE: usize = 2048;
 
-/// Row t + 1: the final hidden state of token t, read by a channel as far as the channel is no outlier, and of a size that gives the
-/// token that follows a logit of ln V.
-fn fitted_head(model: &Llama, stream: &[f32]) -> Result<Tensor> {
-    let (c, vocab) = (model.config.hidden_size, model.config.vocab_size);
-    let energy = stream.iter().map(|g| f64::from(g * g)).sum::<f64>() / c as f64;
-    let size = (vocab as f64).ln() * energy / c as f64;
-    let gain = stream.iter().map(|g| size / f64::from(g * g)).collect();
-    let gain = Tensor::from_vec::<f64>(gain, [c])?.to_dtype(model.dtype())?.to_device(&model.device())?;
-    let mut parts = vec![];
-    for first in (0..vocab).step_by(TOKENS_AT_ONCE) {
-        let tokens = TOKENS_AT_ONCE.min(vocab - first);
-        let run = model.run(&Scheme::FULL_PRECISION.unrotated(), tokens)?;
-        let tape = Tape::new();
-        let mut x = tape.constant(Tensor::concat(&[model.embedding.slice(first, tokens)?])?);
-        for block in &model.blocks {
-            x = block.forward(x, RotatedWeights::constants(&tape, &block.weights), &run)?;
-        }
-        parts.push(x.rms_norm_gain(model.config.rms_norm_eps, Some(&gain))?.into_value());
+/// Every token of the vocabulary on its way through the full-precision network, in parts, all of them through a layer before the next.
+struct Vocabulary<'a> {
+    config: &'a LlamaConfig,
+    parts: Vec<(Tensor, Run)>,
+}
+
+impl<'a> Vocabulary<'a> {
+    fn new(config: &'a LlamaConfig, embedding: &Tensor) -> Result<Self> {
+        let vocab = config.vocab_size;
+        let part = |first| {
+            let tokens = TOKENS_AT_ONCE.min(vocab - first);
+            let scheme = Scheme::FULL_PRECISION.unrotated();
+            let run = Run::new(config, &scheme, tokens, embedding.dtype(), &embedding.device())?;
+            Ok((embedding.slice(first, tokens)?, run))
+        };
+        Ok(Self { config, parts: (0..vocab).step_by(TOKENS_AT_ONCE).map(part).collect::<Result<_>>()? })
     }
-    let rows = Tensor::concat(&parts)?;
-    Tensor::concat(&[rows.slice(vocab - 1, 1)?, rows.slice(0, vocab - 1)?])
+
+    fn pass(&mut self, block: &Block) -> Result<()> {
+        for (x, run) in &mut self.parts {
+            let tape = Tape::new();
+            let y = block.forward(tape.constant(x.clone()), RotatedWeights::constants(&tape, &block.weights), run)?;
+            *x = y.into_value();
+        }
+        Ok(())
+    }
+
+    /// Row t + 1: the final hidden state of token t, read by a channel as far as the channel is no outlier, and of a size that gives the
+    /// token that follows a logit of ln V.
+    fn head(self, stream: &[f32]) -> Result<Tensor> {
+        let (c, vocab, eps) = (self.config.hidden_size, self.config.vocab_size, self.config.rms_norm_eps);
+        let energy = stream.iter().map(|g| f64::from(g * g)).sum::<f64>() / c as f64;
+        let size = (vocab as f64).ln() * energy / c as f64;
+        let gain: Vec<f64> = stream.iter().map(|g| size / f64::from(g * g)).collect();
+        let normed = |(x, _): &(Tensor, Run)| {
+            let gain = Tensor::from_vec(gain.clone(), [c])?.to_dtype(x.dtype())?.to_device(&x.device())?;
+            Ok(Tape::new().constant(x.clone()).rms_norm_gain(eps, Some(&gain))?.into_value())
+        };
+        let rows = Tensor::concat(&self.parts.iter().map(normed).collect::<Result<Vec<_>>>()?)?;
+        Tensor::concat(&[rows.slice(vocab - 1, 1)?, rows.slice(0, vocab - 1)?])
+    }
 }
 
 /// `n` factors, 1 but for `count` of them, log-uniform between √most and `most`, at random places.

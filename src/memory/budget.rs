@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::device::cpu::available_bytes;
 use crate::{Error, Result};
 
 /// The memory that a run may take.
@@ -32,6 +33,30 @@ impl Budget {
             Self::Free => free - free / 25,
             Self::Bytes(bytes) => bytes,
         }
+    }
+}
+
+/// Bytes that a plan may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// On the card.
+    pub card: usize,
+    /// Of main memory, for layers that do not stay on the card.
+    pub host: usize,
+}
+
+impl Room {
+    /// Of a card with so many bytes free within a budget, and of what is free of main memory now, less a little.
+    pub fn here(budget: Budget, free: usize) -> Self {
+        let host = available_bytes().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
+        Self { card: budget.bytes(free), host: Budget::Free.bytes(host) }
+    }
+}
+
+impl From<usize> for Room {
+    /// Of a card alone.
+    fn from(card: usize) -> Self {
+        Self { card, host: 0 }
     }
 }
 

@@ -26,7 +26,9 @@ fn names() {
     for (name, billions) in [
         ("llama-2-7b", 6.74),
         ("llama-2-13b", 13.02),
+        ("llama-2-70b", 68.98),
         ("llama-3-8b", 8.03),
+        ("llama-3-70b", 70.55),
         ("llama-3.2-1b", 1.24),
         ("llama-3.2-3b", 3.21),
         ("mistral-7b", 7.24),

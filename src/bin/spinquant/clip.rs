@@ -60,7 +60,9 @@ pub fn run(args: &Args) -> Result<()> {
         .ok_or_else(|| Error::argument("--rotations", "clip ratios are kept with rotations; none has no file"))?;
     scheme.online = args.scheme.scheme_online(Some(&file), &config)?.online;
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;
-    let model = args.model.load(&progress)?;
+    // By error a layer at a time is rotated; by loss the network is there beside the model.
+    let networks = if args.goal == ClipGoal::Error { 1 } else { 2 };
+    let model = args.model.load_placed(&progress, args.model.placement_of(networks, false)?)?;
     let how = (args.goal, args.windows);
     let found = search_clips_watched(&model, &file.rotations, &scheme, &windows, how, &mut progress.watch())?;
     scheme.activation_clip = found.ratios;

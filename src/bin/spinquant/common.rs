@@ -11,9 +11,11 @@ use crate::ranks::{self, Wanted};
 use crate::{console, hub, stop};
 use indicatif::{ProgressBar, ProgressStyle};
 use spinquant::data::{self, Bos, Tokenizer, Windows};
+use spinquant::device::Card;
 use spinquant::export;
 use spinquant::learn::{StepReport, Watch};
-use spinquant::llama::{Llama, LlamaConfig, Source, synthetic};
+use spinquant::llama::{Llama, LlamaConfig, Placement, Source, synthetic};
+use spinquant::memory::{self, Budget, Room};
 use spinquant::quant::{ClipRatios, Online, Scheme};
 use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start, TOLERANCE};
 use spinquant::{DType, Device, Error, Result};
@@ -22,8 +24,8 @@ use spinquant::{DType, Device, Error, Result};
 #[derive(clap::Args, Clone)]
 pub struct ModelArgs {
     /// Hugging Face folder: config.json, *.safetensors, tokenizer.json. org/name or org/name@revision: a model of the Hugging Face
-    /// hub, from its cache or downloaded (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). synthetic:NAME (llama-2-7b, llama-2-13b, llama-3-8b,
-    /// llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen2.5-7b, qwen3-8b, tiny; NAME:LAYERS for another depth): seeded weights of that shape,
+    /// hub, from its cache or downloaded (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). synthetic:NAME (llama-2-7b, llama-2-13b, llama-2-70b, llama-3-8b,
+    /// llama-3-70b, llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen2.5-7b, qwen3-8b, tiny; NAME:LAYERS for another depth): seeded weights of that shape,
     /// whose text is `synthetic` or `synthetic:WINDOWS`.
     #[arg(long, value_name = "DIR|NAME")]
     pub model: PathBuf,
@@ -36,6 +38,10 @@ pub struct ModelArgs {
     /// Arithmetic: f32, bf16, f16 (or f64 on the CPU). Default: f32 on the CPU, bf16 on a GPU.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<DType>,
+    /// Layers whose weights stay on the device, from the last; the others are in main memory and are copied to it when it is their turn: the
+    /// same numbers with less memory. Default: all on the CPU, as many as fit on a GPU.
+    #[arg(long, value_name = "LAYERS")]
+    resident: Option<usize>,
     /// The token that a text starts with: auto (what the tokenizer's post-processor adds), none, or its id.
     #[arg(long, value_name = "auto|none|ID", default_value = "auto")]
     bos: Bos,
@@ -243,7 +249,7 @@ pub fn at_least_one(s: &str) -> Result<usize, String> {
 impl ModelArgs {
     /// A model's folder and where to run it, for commands that do not need one.
     pub fn new(model: PathBuf, device: String, dtype: Option<DType>, bos: Bos) -> Self {
-        Self { model, named: None, device, dtype, bos }
+        Self { model, named: None, device, dtype, resident: None, bos }
     }
 
     /// Another folder, read in the same way.
@@ -331,24 +337,72 @@ impl ModelArgs {
         self.dtype
     }
 
-    pub fn load(&self, progress: &Progress) -> Result<Llama> {
+    /// Where the layers are: as given, on the CPU all there, otherwise as `plan` says for a card.
+    pub fn placement(&self, plan: impl FnOnce(&Card, DType) -> Result<Placement>) -> Result<Placement> {
         let (device, dtype) = self.place()?;
-        if let Some(name) = self.synthetic() {
-            progress.say(&format!("making {} as {dtype} on {device}", self.model.display()));
-            return synthetic::model(&synthetic::shape(name)?, 0, dtype, &device);
+        match (self.given_placement(), device.card()?) {
+            (Some(given), _) => Ok(given),
+            (None, None) => Ok(Placement::RESIDENT),
+            (None, Some(card)) => plan(&card, dtype),
         }
-        progress.say(&format!("loading {} as {dtype} on {device}", self.model.display()));
-        Llama::read(&open_model(&self.model)?, dtype, &device)
+    }
+
+    /// Where the layers are, if that is given.
+    pub fn given_placement(&self) -> Option<Placement> {
+        self.resident.map(|resident| Placement { resident, ..Placement::RESIDENT })
+    }
+
+    /// Where the layers are for work without gradients on `count` networks of the model's size at once; `hessians`: for quantisers that
+    /// need some.
+    pub fn placement_of(&self, count: usize, hessians: bool) -> Result<Placement> {
+        self.placement(|card, dtype| {
+            let config = self.config()?;
+            // Those of the widest input, in f64: its factor, inverse and their workspace beside it.
+            let wide = if hessians { 6 * config.intermediate_size.pow(2) * 8 } else { 0 };
+            memory::networks(&config, dtype, count, wide + (2 << 30), Room::here(Budget::Free, card.free))
+        })
+    }
+
+    /// The model, for networks of its size beside it.
+    pub fn load(&self, progress: &Progress) -> Result<Llama> {
+        self.load_placed(progress, self.placement_of(2, false)?)
+    }
+
+    /// The model with its layers where they are to be.
+    pub fn load_placed(&self, progress: &Progress, placement: Placement) -> Result<Llama> {
+        let (device, dtype) = self.place()?;
+        let beside = self.beside(placement)?;
+        if let Some(name) = self.synthetic() {
+            progress.say(&format!("making {} as {dtype} on {device}{beside}", self.model.display()));
+            return synthetic::placed(&synthetic::shape(name)?, 0, dtype, &device, placement);
+        }
+        progress.say(&format!("loading {} as {dtype} on {device}{beside}", self.model.display()));
+        Llama::read_placed(&open_model(&self.model)?, dtype, &device, placement)
     }
 
     /// The model as it is, for running it without rotations: RMSNorm gains not folded into the weights.
     pub fn load_plain(&self, progress: &Progress) -> Result<Llama> {
+        self.load_plain_placed(progress, self.placement_of(2, false)?)
+    }
+
+    /// The same with its layers where they are to be.
+    pub fn load_plain_placed(&self, progress: &Progress, placement: Placement) -> Result<Llama> {
         if self.synthetic().is_some() {
-            return self.load(progress); // has no gains to fold
+            return self.load_placed(progress, placement); // has no gains to fold
         }
         let (device, dtype) = self.place()?;
-        progress.say(&format!("loading {} as {dtype} on {device}, unrotated", self.model.display()));
-        Llama::read_plain(&open_model(&self.model)?, dtype, &device)
+        let beside = self.beside(placement)?;
+        progress.say(&format!("loading {} as {dtype} on {device}{beside}, unrotated", self.model.display()));
+        Llama::read_plain_placed(&open_model(&self.model)?, dtype, &device, placement)
+    }
+
+    /// Which layers are elsewhere, in words.
+    fn beside(&self, placement: Placement) -> Result<String> {
+        let layers = self.config()?.layers;
+        Ok(match placement.streamed(layers) {
+            0 => String::new(),
+            streamed => format!(", {streamed} of {layers} layers in main memory"),
+        })
     }
 
     /// SHA-256 of a text that [`ModelArgs::windows`] was given: of the file, or of a synthetic model's tokens.

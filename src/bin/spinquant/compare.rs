@@ -11,6 +11,7 @@ use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
 use spinquant::learn::{ClipChoice, LearnOptions, WeightClip};
+use spinquant::llama::Placement;
 use spinquant::quant::{Correction, Gptq, Online, Scheme};
 use spinquant::{Error, Result};
 
@@ -179,14 +180,19 @@ pub fn run(args: &Args) -> Result<()> {
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
     let unrotated = {
-        let plain = args.model.load_plain(&progress)?;
+        let place = args.model.placement_of(2, !quantizers.is_empty())?;
+        let plain = args.model.load_plain_placed(&progress, place)?;
         let mut unrotated = Unrotated::score(&plain, &scheme, test, &quantizers, &mut watch)?;
         if let Some(qat) = &qat {
             unrotated.train(&plain, &scheme, test, qat, &mut watch)?;
         }
         unrotated
     };
-    let model = args.model.load(&progress)?;
+    let learns = args.learn_seeds > 0 || args.baselines;
+    let two = args.model.placement_of(2, !quantizers.is_empty())?;
+    let learning = if learns { args.recipe.placement(&args.model, &options, &config, args.seq_len)? } else { two };
+    let resident = two.resident.min(learning.resident);
+    let model = args.model.load_placed(&progress, Placement { resident, ..two })?;
     let comparison = Comparison {
         model: &model,
         unrotated,

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
 use spinquant::learn::{self, ClipChoice, LearnOptions, StepReport, Watch, WeightClip, learn_watched};
-use spinquant::llama::Recompute;
-use spinquant::memory::{Budget, Needs, Planned};
+use spinquant::llama::{LlamaConfig, Placement, Recompute};
+use spinquant::memory::{Budget, Needs, Planned, Room};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
 use spinquant::quant::{ClipRatios, Online, R4, Scheme};
@@ -85,8 +85,8 @@ pub struct Recipe {
     /// Keep only each layer's input and compute the rest again: less memory, more time.
     #[arg(long)]
     recompute: bool,
-    /// GPU memory to stay within, such as 24GiB: the fastest way of running a step that fits is planned, unless --micro-batch or
-    /// --recompute say how to. auto: what is free.
+    /// GPU memory to stay within, such as 24GiB: the fastest way of running a step that fits is planned, perhaps with layers in main memory,
+    /// unless --micro-batch or --recompute say how to. auto: what is free.
     #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
     memory: Budget,
 }
@@ -177,6 +177,20 @@ impl Recipe {
         optim::by_name(&self.optimizer)
     }
 
+    /// Where the layers of a model are for learning, once the options are complete.
+    pub fn placement(
+        &self,
+        model: &ModelArgs,
+        options: &LearnOptions,
+        config: &LlamaConfig,
+        seq_len: usize,
+    ) -> Result<Placement> {
+        model.placement(|card, dtype| {
+            let planned = options.plan(config, seq_len, dtype, free(card), card)?;
+            Ok(planned.map_or(Placement::RESIDENT, |planned| planned.placement))
+        })
+    }
+
     /// Prints the plan; allocates nothing.
     fn dry_run(&self, args: &Args) -> Result<()> {
         let scheme = args.scheme.scheme();
@@ -193,8 +207,9 @@ impl Recipe {
             say!("no GPU here: planned for an H100");
             Card::h100()
         });
-        let budget = self.memory.bytes(card.free);
-        let Some(planned) = options.plan(&config, args.seq_len, dtype, card.free, &card)? else {
+        let room = Room::here(self.memory, free(&card));
+        let place = args.model.given_placement();
+        let Some(planned) = options.plan_placed(&config, (args.seq_len, dtype), place, room, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
         let (objective, of_clips) = (options.objective.name(), options.clip_objective.as_ref());
@@ -207,10 +222,11 @@ impl Recipe {
                 "{}",
                 json!({
                     "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": options.batch, "seq_len": args.seq_len,
-                    "dtype": dtype.to_string(), "device": card.name, "budget_bytes": budget,
+                    "dtype": dtype.to_string(), "device": card.name, "budget_bytes": room.card, "main_memory_free_bytes": room.host,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
-                        "sequences": plan.sequences, "micro_batch": planned.micro_batch},
-                    "bytes": items, "peak_bytes": planned.bytes(), "seconds_per_step": planned.seconds, "steps": options.steps,
+                        "sequences": plan.sequences, "micro_batch": planned.micro_batch,
+                        "layers_in_main_memory": planned.placement.streamed(config.layers)},
+                    "bytes": items, "peak_bytes": planned.bytes(), "main_memory_bytes": planned.host, "copied_bytes_per_step": planned.moved, "seconds_per_step": planned.seconds, "steps": options.steps,
                 })
             );
             return Ok(());
@@ -221,7 +237,7 @@ impl Recipe {
             of_clips.map(|o| format!(" (clip ratios: {})", o.name())).unwrap_or_default(),
             options.batch,
             args.seq_len,
-            gib(budget),
+            gib(room.card),
             card.name
         );
         out!("plan: {}", describe(&planned, config.layers, needs));
@@ -229,6 +245,19 @@ impl Recipe {
             out!("{what:<46} {:>8.2} GiB", gib(*bytes));
         }
         out!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
+        let streamed = planned.placement.streamed(config.layers);
+        if streamed > 0 {
+            out!("{:<46} {:>8.2} GiB of {:.1} free", "main memory", gib(planned.host), gib(room.host));
+            out!(
+                "layers {} to {} on the card, 0 to {} in main memory; {:.1} GiB copied a step, {:.2} s at {:.0} GB/s",
+                streamed.min(config.layers - 1),
+                config.layers - 1,
+                streamed - 1,
+                gib(planned.moved),
+                planned.moved as f64 / card.uploads,
+                card.uploads / 1e9
+            );
+        }
         out!(
             "predicted: {:.2} s a step, {:.0} s for {} steps",
             planned.seconds,
@@ -239,19 +268,28 @@ impl Recipe {
     }
 }
 
+/// Bytes to plan with before a model is loaded; some go to what the driver loads with the first kernels.
+fn free(card: &Card) -> usize {
+    card.free - card.free / 50
+}
+
 /// A plan in words.
 fn describe(planned: &Planned, layers: usize, needs: Needs) -> String {
     if needs == Needs::Rows {
         return format!("rows of {} sequences captured at once; no backward pass through the layers", planned.micro_batch);
     }
     let plan = planned.plan;
-    let recompute = plan.recompute.min(layers);
+    let streamed = planned.placement.streamed(layers);
+    let recompute = plan.recompute.max(streamed).min(layers);
     let at_once = if plan.sequences == 0 { planned.micro_batch } else { plan.sequences };
     let mut words = vec![format!("{} sequences through the network at once", planned.micro_batch)];
     if recompute > 0 {
         words.push(format!("{recompute} of {layers} layers computed again for their gradients, {at_once} sequences at a time"));
     } else {
         words.push("every layer keeps its values".into());
+    }
+    if streamed > 0 {
+        words.push(format!("{streamed} layers in main memory"));
     }
     words.push(format!("rotated weights {}", if plan.keep_weights || recompute == 0 { "kept" } else { "made twice" }));
     words.join("; ")
@@ -394,7 +432,8 @@ pub fn run(args: &Args) -> Result<()> {
     options.stop = Some(stop::flag());
 
     options.ranks.attach(&args.model.device()?)?;
-    let model = args.model.load(&progress)?;
+    let complete = options.clone().with_clips_of(&from)?;
+    let model = args.model.load_placed(&progress, args.recipe.placement(&args.model, &complete, &config, args.seq_len)?)?;
     // From here on there is something to keep, until it is written.
     let _careful = stop::AfterStep::new();
     let mut watch = Logged {

@@ -196,7 +196,12 @@ impl Network<'_> {
 
     fn load_model(&self, progress: &Progress) -> Result<Llama> {
         let files = &self.args.model;
-        if matches!(self.from, From::Model { plain: true, .. }) { files.load_plain(progress) } else { files.load(progress) }
+        let hessians = matches!(self.from, From::Model { calibration: Some((Method::Gptq(_), _)), .. });
+        let place = files.placement_of(2, hessians)?;
+        match self.from {
+            From::Model { plain: true, .. } => files.load_plain_placed(progress, place),
+            _ => files.load_placed(progress, place),
+        }
     }
 
     fn quantize(&self, model: &Llama, progress: &Progress) -> Result<Merged> {

@@ -68,7 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
     let ceilings = ceilings(&device)?.unwrap_or(Ceilings { copy: f64::NAN, product: f64::NAN });
 
     let start = Instant::now();
-    let model = args.model.load(&progress)?;
+    let model = args.model.load_placed(&progress, args.recipe.placement(&args.model, &options, &config, args.seq_len)?)?;
     device.synchronize()?;
     let loading = start.elapsed().as_secs_f64();
     let settings = options.settle(&model, &windows, optimizer.as_ref())?;
@@ -91,7 +91,8 @@ pub fn run(args: &Args) -> Result<()> {
     let report = json!({
         "scheme": scheme.to_string(), "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,
         "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights, "sequences": plan.sequences,
-            "micro_batch": settings.micro_batch},
+            "micro_batch": settings.micro_batch, "layers_in_main_memory": model.placement().streamed(config.layers)},
+        "copied_bytes_per_step": steps.copied_bytes, "predicted_copied_bytes": steps.predicted.moved,
         "seconds": steps.median(), "predicted_seconds": steps.predicted.seconds,
         "predicted_gib": steps.predicted.bytes() as f64 / GIB, "all_seconds": steps.seconds, "losses": steps.losses,
         "peak_gib": steps.peak_bytes.unwrap_or(0) as f64 / GIB, "loading_seconds": loading,
@@ -114,6 +115,14 @@ fn print(steps: &Steps, ceilings: &Ceilings, loading: f64, rows: usize) {
     );
     let predicted = &steps.predicted;
     out!("predicted: {:.3} s a step, peak memory {:.2} GiB", predicted.seconds, predicted.bytes() as f64 / GIB);
+    if steps.copied_bytes > 0 {
+        out!(
+            "{:.1} GiB of layers copied from main memory a step (predicted: {:.1}), {:.1} GB/s of the step",
+            steps.copied_bytes as f64 / GIB,
+            predicted.moved as f64 / GIB,
+            steps.copied_bytes as f64 / median / 1e9
+        );
+    }
     out!("ceilings in this run: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s", ceilings.copy / 1e9, ceilings.product / 1e12);
     let (sum, watched) = (steps.busy_ms(), 1e3 * steps.watched);
     out!("one step under watch: {watched:.0} ms, of which {:.0} ms idle", watched - sum);

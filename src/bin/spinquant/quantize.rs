@@ -84,7 +84,8 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
         let source = open_model(&args.model.model)?;
         write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, text.as_ref(), progress)?;
     } else {
-        let model = args.model.load(progress)?;
+        // A layer at a time is quantised and written.
+        let model = args.model.load_placed(progress, args.model.placement_of(1, args.gptq.reads_text(args.weights))?)?;
         write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, text.as_ref(), progress)?;
     }
     let written = args.format.holds(&scheme);

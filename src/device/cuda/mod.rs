@@ -207,6 +207,7 @@ impl CudaDevice {
             free: self.memory()?.0,
             products: 0.64 * processors * clock * per_clock,
             bandwidth: 0.9 * 2.0 * memory_clock * bus,
+            uploads: super::UPLOADS,
         })
     }
 
