@@ -9,7 +9,7 @@ use super::parts::{Part, Raw};
 use super::{RECORD, SiteClips, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
-use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS, layer_clips};
+use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS, Placement, Placer, layer_clips};
 use crate::quant::{QuantSpec, R4, Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
@@ -316,6 +316,14 @@ impl Record {
 /// [`Error::Io`]; [`Error::Format`] and others for a folder that does not follow the layout: another version, missing tensors or
 /// tensors of another shape, numbers that are not finite, codes off the grid, rotations that are not orthogonal.
 pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
+    load_native_placed(dir, device, Placement::RESIDENT)
+}
+
+/// The same with some layers in main memory ([`Llama::streamed`](crate::llama::Llama::streamed)): each goes straight to its place.
+///
+/// # Errors
+/// Those of [`load_native`] and of [`Llama::streamed`](crate::llama::Llama::streamed).
+pub fn load_native_placed(dir: &Path, device: &Device, placement: Placement) -> Result<Native> {
     let Record { config, scheme, dtype, json: record, .. } = Record::read(dir)?;
     let path = dir.join(RECORD);
     let bad = |message: String| Error::format(&path, message);
@@ -348,8 +356,7 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
     };
     let block = |l: usize| {
         let stored = read_layer(&part, &config, &sites.weight, dtype, l)?;
-        let weights = stored.each(|_, l| Ok(l.with_weight(l.weight.values(dtype)?)))?.map(|w| w.to_device(device))?;
-        let block = Block::new(&config, l, weights);
+        let block = Block::new(&config, l, stored.each(|_, l| Ok(l.with_weight(l.weight.values(dtype)?)))?);
         let block = match &rotations {
             Some(r) if !r.clips.is_empty() => block.with_clips(layer_clips(&r.clips, l, dtype, device)?),
             _ => block,
@@ -366,6 +373,7 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
             .map(|norm| part.tensor(&format!("model.layers.{l}.{norm}.weight"), dtype, &[config.hidden_size])?.to_device(device));
         Ok(block.with_gains([first?, second?]))
     };
-    let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
+    let placer = Placer::new(device, placement, config.layers)?;
+    let blocks = (0..config.layers).map(|l| placer.place(l, &block(l)?)).collect::<Result<_>>()?;
     Ok(Native { model: Merged { config, scheme, embedding, head, blocks }, rotations, record })
 }

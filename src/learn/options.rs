@@ -46,6 +46,8 @@ pub struct LearnOptions {
     pub recompute: Option<Recompute>,
     /// GPU memory that a plan stays within. A step is planned where neither `micro_batch` nor `recompute` is given.
     pub memory: Budget,
+    /// Main memory that the same plan stays within, for layers that do not stay on the GPU.
+    pub main_memory: Budget,
     /// Where the clip ratios of activations, K and V come from.
     pub clip: ClipChoice,
     /// Windows to search them on, spread evenly over the text; all where there are fewer.
@@ -96,6 +98,7 @@ impl Default for LearnOptions {
             held_out_every: 25,
             recompute: None,
             memory: Budget::Free,
+            main_memory: Budget::Free,
             clip: ClipChoice::Auto,
             clip_windows: 8,
             transforms: Transforms::PUBLISHED,
@@ -361,13 +364,19 @@ impl LearnOptions {
         Sampler::new(train, self.batch, self.seed).map(drop)
     }
 
-    /// How a step runs within `self.memory` of `free` bytes on a card, and what is free of main memory now; `None` where `micro_batch` or
-    /// `recompute` says how.
+    /// How a step runs within `self.memory` of `free` bytes on a card and `self.main_memory`; `None` where `micro_batch` or `recompute`
+    /// says how.
     ///
     /// # Errors
     /// Those of [`Transforms::of`] and [`memory::plan`].
     pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, free: usize, card: &Card) -> Result<Option<Planned>> {
-        self.plan_placed(config, (seq, dtype), None, Room::here(self.memory, free), card)
+        self.plan_placed(config, (seq, dtype), None, self.room(free), card)
+    }
+
+    /// What a plan may use of a card with so many bytes free, and of main memory, which every rank takes its share of.
+    pub fn room(&self, free: usize) -> Room {
+        let room = Room::here(self.memory, free, self.main_memory);
+        Room { host: room.host / self.ranks.world(), ..room }
     }
 
     /// The same with the layers where a model has them, or where that is best.

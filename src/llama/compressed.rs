@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value};
 
-use super::{Checkpoint, Linear, Llama, LlamaConfig, Merged, Source};
+use super::{Checkpoint, Linear, Llama, LlamaConfig, Merged, Placement, Source};
 use crate::compressed_tensors::{Packed, Place, Quantization, Weights, words};
 use crate::quant::{Online, R4, Rule, Scheme, Site};
 use crate::{DType, Device, Error, Result, Tensor, io};
@@ -135,9 +135,17 @@ impl Compressed {
     /// # Errors
     /// Those of [`Source::new`]; packed tensors that are missing or of other types or shapes.
     pub fn load(&self, dtype: DType, device: &Device) -> Result<Merged> {
+        self.load_placed(dtype, device, Placement::RESIDENT)
+    }
+
+    /// The same with some layers in main memory ([`Llama::streamed`]): each goes straight to its place.
+    ///
+    /// # Errors
+    /// Those of [`Compressed::load`] and [`Llama::streamed`].
+    pub fn load_placed(&self, dtype: DType, device: &Device, placement: Placement) -> Result<Merged> {
         let source = Source::of(Checkpoint::open(&self.dir)?, &self.config, Some(self.quantization.weights))?;
-        let model = Llama::read_plain(&source, dtype, device)?;
-        let network = model.merge(None, &self.scheme.unquantized_weights())?;
+        let model = Llama::read_plain_placed(&source, dtype, device, placement)?;
+        let network = model.merge_exact(None, &self.scheme.unquantized_weights())?;
         Ok(Merged { scheme: self.scheme, ..network })
     }
 }

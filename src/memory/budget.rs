@@ -46,10 +46,10 @@ pub struct Room {
 }
 
 impl Room {
-    /// Of a card with so many bytes free within a budget, and of what is free of main memory now, less a little.
-    pub fn here(budget: Budget, free: usize) -> Self {
-        let host = available_bytes().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
-        Self { card: budget.bytes(free), host: Budget::Free.bytes(host) }
+    /// Of a card with so many bytes free, and of main memory with what is free of it now, within a budget of each.
+    pub fn here(card: Budget, free: usize, main: Budget) -> Self {
+        let available = available_bytes().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
+        Self { card: card.bytes(free), host: main.bytes(available) }
     }
 }
 

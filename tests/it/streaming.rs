@@ -158,3 +158,38 @@ fn networks_are_the_same() {
     };
     assert!(of_weights(&s) == of_weights(&m));
 }
+
+/// The option of every command that loads a model; what is learned and scored is the same.
+#[cfg(feature = "cli")]
+#[test]
+fn commands_take_the_number_of_layers_that_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |command: &str, resident: &str| {
+        let args = command.split_whitespace().chain(["--model", "synthetic:tiny:6", "--device", "cpu", "--resident", resident]);
+        let out =
+            std::process::Command::new(env!("CARGO_BIN_EXE_spinquant")).args(args).current_dir(folder.path()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{command}: {said}");
+        assert_eq!(said.contains("of 6 layers in main memory"), resident != "6", "{said}");
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let learn = "learn --recipe published --text synthetic:16 --seq-len 16 --steps 2 --batch 4";
+    let rotations = |resident: &str| {
+        run(&format!("{learn} --out R{resident}.safetensors"), resident);
+        std::fs::read(folder.path().join(format!("R{resident}.safetensors"))).unwrap()
+    };
+    assert!(rotations("1") == rotations("6"));
+    for command in [
+        "eval --text synthetic:4 --seq-len 16 --rotations R1.safetensors --json",
+        "eval --text synthetic:4 --seq-len 16 --weights gptq --calibration synthetic:4 --rotations hadamard --json",
+        "clip --text synthetic:4 --seq-len 16 --rotations R1.safetensors --windows 2 --out C.safetensors --json",
+    ] {
+        assert_eq!(run(command, "2"), run(command, "6"), "{command}");
+    }
+    let profile = "profile --recipe published --steps 3 --seq-len 16 --batch 2 --text synthetic:8 --json";
+    let said = run(profile, "1");
+    let report: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(report["plan"]["layers_in_main_memory"], 5);
+    assert_eq!(report["copied_bytes_per_step"], report["predicted_copied_bytes"]);
+    assert!(report["copied_bytes_per_step"].as_u64().unwrap() > 0);
+}

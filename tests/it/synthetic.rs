@@ -150,22 +150,29 @@ fn on_the_command_line() {
 #[cfg(feature = "cli")]
 #[test]
 fn plans_before_anything_is_allocated() {
-    let plan = |memory: &str| {
-        let fixed = ["learn", "--dry-run", "--model", "synthetic:llama-2-7b", "--text", "synthetic", "--out", "R"];
-        spinquant(&[&fixed[..], &["--memory", memory, "--device", "cpu"]].concat())
+    let of_model = |model: &str, memory: &str, more: &[&str]| {
+        let model = format!("synthetic:{model}");
+        let fixed = ["learn", "--dry-run", "--model", &model, "--text", "synthetic", "--out", "R", "--device", "cpu"];
+        spinquant(&[&fixed[..], &["--memory", memory], more].concat())
     };
+    let plan = |memory: &str| of_model("llama-2-7b", memory, &["--resident", "32"]);
     let (done, said) = plan("24GiB");
     assert!(done && said.contains("layers computed again") && said.contains("made twice") && said.contains("s a step"), "{said}");
     let (done, said) = plan("auto");
     assert!(done && said.contains("rotated weights kept"), "{said}");
     let (done, said) = plan("12GiB");
     assert!(!done && said.contains("the weights alone are 12.6 GiB"), "{said}");
+    // What the card has no room for may be in main memory.
+    let (done, said) = of_model("llama-2-7b", "12GiB", &["--main-memory", "64GiB"]);
+    assert!(done && said.contains("GiB copied a step") && said.contains("GB/s") && said.contains("of 64.0 free"), "{said}");
+    let (done, said) = of_model("llama-2-7b", "12GiB", &["--main-memory", "1GiB"]);
+    assert!(!done && said.contains("main memory is short by") && said.contains("1.0 are free"), "{said}");
+    let (done, said) = of_model("llama-2-70b", "76GiB", &["--main-memory", "120GiB", "--json"]);
+    assert!(done && said.contains("\"layers_in_main_memory\"") && said.contains("\"copied_bytes_per_step\""), "{said}");
+    let (done, said) = of_model("llama-2-70b", "6GiB", &["--main-memory", "120GiB"]);
+    assert!(!done && said.contains("of the card, 6.0 are allowed"), "{said}");
     // What another objective keeps is another plan.
-    let of = |objective: &str, memory: &str| {
-        let fixed =
-            ["learn", "--dry-run", "--model", "synthetic:llama-2-7b", "--text", "synthetic", "--out", "R", "--device", "cpu"];
-        spinquant(&[&fixed[..], &["--objective", objective, "--memory", memory]].concat())
-    };
+    let of = |objective: &str, memory: &str| of_model("llama-2-7b", memory, &["--resident", "32", "--objective", objective]);
     let (done, said) = of("kl", "32GiB");
     assert!(done && said.contains("logits of both models") && said.contains("W4A4KV4, kl, 8 x 2048"), "{said}");
     for (memory, sequences) in [("24GiB", 1), ("48GiB", 4)] {

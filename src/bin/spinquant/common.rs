@@ -355,11 +355,22 @@ impl ModelArgs {
     /// Where the layers are for work without gradients on `count` networks of the model's size at once; `hessians`: for quantisers that
     /// need some.
     pub fn placement_of(&self, count: usize, hessians: bool) -> Result<Placement> {
+        self.placement_like(|| self.config(), None, count, hessians)
+    }
+
+    /// The same of networks of this configuration, and perhaps type.
+    pub fn placement_like(
+        &self,
+        config: impl FnOnce() -> Result<LlamaConfig>,
+        stored: Option<DType>,
+        count: usize,
+        hessians: bool,
+    ) -> Result<Placement> {
         self.placement(|card, dtype| {
-            let config = self.config()?;
+            let (config, dtype) = (config()?, stored.unwrap_or(dtype));
             // Those of the widest input, in f64: its factor, inverse and their workspace beside it.
             let wide = if hessians { 6 * config.intermediate_size.pow(2) * 8 } else { 0 };
-            memory::networks(&config, dtype, count, wide + (2 << 30), Room::here(Budget::Free, card.free))
+            memory::networks(&config, dtype, count, wide + (2 << 30), Room::here(Budget::Free, card.free, Budget::Free))
         })
     }
 

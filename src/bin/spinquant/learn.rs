@@ -89,6 +89,9 @@ pub struct Recipe {
     /// unless --micro-batch or --recompute say how to. auto: what is free.
     #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
     memory: Budget,
+    /// Main memory that such a plan may use for layers that do not stay on the GPU. auto: what is free.
+    #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
+    main_memory: Budget,
 }
 
 /// The gradient of a value that is clamped.
@@ -160,6 +163,7 @@ impl Recipe {
             held_out_every: self.held_out_every,
             recompute: self.recompute.then_some(Recompute::All),
             memory: self.memory,
+            main_memory: self.main_memory,
             transforms: self.transforms.unwrap_or(named.transforms),
             scale_rate: self.scale_lr.unwrap_or(named.scale_rate),
             clip_rate: self.clip_lr.unwrap_or(named.clip_rate),
@@ -207,7 +211,8 @@ impl Recipe {
             say!("no GPU here: planned for an H100");
             Card::h100()
         });
-        let room = Room::here(self.memory, free(&card));
+        let room = options.room(free(&card));
+        let room = Room { host: room.host / args.ranks.count(), ..room };
         let place = args.model.given_placement();
         let Some(planned) = options.plan_placed(&config, (args.seq_len, dtype), place, room, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));

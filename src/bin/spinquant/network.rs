@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use spinquant::calibrate::{LayerReport, quantize_weights};
 use spinquant::compare::{LayerWatch, quantized};
 use spinquant::data::Windows;
-use spinquant::export::{Record, is_native, load_native};
+use spinquant::export::{Record, is_native, load_native_placed};
 use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged};
 use spinquant::quant::{Online, Rtn, Scheme};
 use spinquant::rotation::{Rotations, Start};
@@ -189,9 +189,12 @@ impl Network<'_> {
         let files = &self.args.model;
         if let From::Compressed(read) = &self.from {
             let (device, dtype) = files.place()?;
-            return read.load(dtype, &device);
+            let place = files.placement_like(|| Ok(self.config.clone()), Some(dtype), 1, false)?;
+            return read.load_placed(dtype, &device, place);
         }
-        Ok(load_native(&files.model, &files.device()?)?.model)
+        let stored = Record::read(&files.model)?.dtype;
+        let place = files.placement_like(|| Ok(self.config.clone()), Some(stored), 1, false)?;
+        Ok(load_native_placed(&files.model, &files.device()?, place)?.model)
     }
 
     fn load_model(&self, progress: &Progress) -> Result<Llama> {
