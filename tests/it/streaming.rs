@@ -181,7 +181,7 @@ fn commands_take_the_number_of_layers_that_stay() {
     assert!(rotations("1") == rotations("6"));
     for command in [
         "eval --text synthetic:4 --seq-len 16 --rotations R1.safetensors --json",
-        "eval --text synthetic:4 --seq-len 16 --weights gptq --calibration synthetic:4 --rotations hadamard --json",
+        "eval --text synthetic:4 --seq-len 16 --weights gptq --calibration synthetic:4 --calibration-windows 4 --rotations hadamard --json",
         "clip --text synthetic:4 --seq-len 16 --rotations R1.safetensors --windows 2 --out C.safetensors --json",
     ] {
         let outcome = |resident: &str| {
