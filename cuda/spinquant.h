@@ -92,6 +92,36 @@ spinquant_status spinquant_quantize(int16_t *codes, float *scale, float *zero, c
 spinquant_status spinquant_fake_quant_search(void *y, int32_t *best, const void *x, int64_t rows, int64_t cols, spinquant_quant quant,
                                              spinquant_dtype dtype, spinquant_stream stream);
 
+/* Linear layers on integers ----------------------------------------------------------------------------------- */
+
+/* The codes of a matrix of k columns, values scale * (code - zero).
+ *   codes   [rows, k], signed bytes: unsigned codes less 2^(bits-1), and so are their zero points
+ *   scale   [rows, k / group]
+ *   zero    [rows, k / group], whole numbers; NULL: all 0
+ *   group   columns that share a scale; 0: the whole row */
+typedef struct {
+  const int8_t *codes;
+  const float *scale;
+  const float *zero;
+  int32_t group;
+} spinquant_codes;
+
+/* The codes of spinquant_quantize as such bytes; `zero` is NULL for symmetric quantisers. */
+spinquant_status spinquant_quantize_codes(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols,
+                                          spinquant_quant quant, spinquant_dtype dtype, spinquant_stream stream);
+
+/* sums[rows, cols / part] of codes[rows, cols]: once for a weight. */
+spinquant_status spinquant_code_sums(int32_t *sums, const int8_t *codes, int64_t rows, int64_t cols, int64_t part,
+                                     spinquant_stream stream);
+
+/* y[m, n] = x_hat w_hat^T (+ bias[n]) (+ residual[m, n]): sums of codes exact in integers, then (sum * x.scale) * w.scale in float, groups
+ * in order, then bias and residual, rounded once. w has no zero points; w_sums are the sums of its codes over the smaller of the two groups,
+ * needed where x has zero points. k <= 65536; groups of less than a row are multiples of 32, and one divides the other. bias and residual
+ * (NULL: none) are of the type of y; y may be the residual. */
+spinquant_status spinquant_integer_linear(void *y, spinquant_codes x, spinquant_codes w, const int32_t *w_sums, const void *bias,
+                                          const void *residual, int64_t m, int64_t n, int64_t k, spinquant_dtype dtype,
+                                          spinquant_stream stream);
+
 /* Parts of a LLaMA layer -------------------------------------------------------------------------------------- */
 
 /* y[rows, cols] = x / sqrt(mean(x^2) + eps), and inverse[rows] that factor; in place allowed. */

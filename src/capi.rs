@@ -17,6 +17,9 @@ use crate::ops::hadamard::Tables;
 use crate::ops::{fake_quant, hadamard, rms_norm, rope, swiglu};
 use crate::{Error, Result};
 
+mod integers;
+use integers::{spinquant_code_sums, spinquant_integer_linear, spinquant_quantize_codes};
+
 /// The header, as Rust declares it.
 #[allow(non_camel_case_types, missing_docs)]
 mod header {
@@ -440,7 +443,8 @@ as_declared! {
     spinquant_hadamard_create(a, b, c), spinquant_hadamard_destroy(a), spinquant_hadamard_table(a, b, c),
     spinquant_hadamard(a, b, c, d, e, f, g, h, i), spinquant_hadamard_fake_quant(a, b, c, d, e, f, g, h, i),
     spinquant_fake_quant(a, b, c, d, e, f, g), spinquant_quantize(a, b, c, d, e, f, g, h, i),
-    spinquant_fake_quant_search(a, b, c, d, e, f, g, h),
+    spinquant_fake_quant_search(a, b, c, d, e, f, g, h), spinquant_quantize_codes(a, b, c, d, e, f, g, h, i),
+    spinquant_code_sums(a, b, c, d, e, f), spinquant_integer_linear(a, b, c, d, e, f, g, h, i, j, k),
     spinquant_rms_norm(a, b, c, d, e, f, g, h), spinquant_swiglu(a, b, c, d, e, f),
     spinquant_rope(a, b, c, d, e, f, g, h, i, j, k),
     spinquant_normalize_rows(a, b, c, d, e), spinquant_skew(a, b, c, d, e), spinquant_step_size(a, b, c, d, e, f),

@@ -50,7 +50,7 @@ mod place;
 mod write;
 
 pub use compressed::{Target, notes};
-pub use native::{Native, Record, is_native, load_native, load_native_placed};
+pub use native::{Native, Record, is_native, load_codes, load_native, load_native_placed};
 pub use write::{write_hf, write_quantized, write_rtn};
 
 use std::collections::BTreeMap;

@@ -10,6 +10,7 @@ use super::{RECORD, SiteClips, Stored, StoredLayer};
 use crate::grid::Quantized;
 use crate::hadamard::Hadamard;
 use crate::llama::{Affine, Block, EMBEDDING, HEAD, Linear, Linears, LlamaConfig, Merged, NORMS, Placement, Placer, layer_clips};
+use crate::ops::codes::Codes;
 use crate::quant::{QuantSpec, R4, Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
 use crate::{DType, Device, Error, Result, Tensor, io};
@@ -308,6 +309,26 @@ impl Record {
         let text = |name: &str| json["provenance"][name].as_str().unwrap_or_default().to_string();
         Ok(Self { config, scheme, dtype, rotations: text("rotations"), weights: text("weights"), json })
     }
+}
+
+/// The codes of the weights of a native output, layer by layer: for [`Merged::on_integers`].
+///
+/// # Errors
+/// Those of [`load_native`]; weights that are not quantised.
+pub fn load_codes(dir: &Path, device: &Device) -> Result<Vec<Linears<Codes>>> {
+    let Record { config, scheme, dtype, .. } = Record::read(dir)?;
+    let spec = scheme.sites(config.head_dim).weight;
+    if !spec.is_active() {
+        return Err(Error::argument("integer products", format!("expected weights in 2 to 8 bits, got {} bits", spec.bits)));
+    }
+    let part = Part::open(&dir.join("model.safetensors"))?;
+    let layer = |l: usize| {
+        read_layer(&part, &config, &spec, dtype, l)?.each(|linear, stored| match &stored.weight {
+            Stored::Codes(q) => Codes::new(q, &spec)?.to_device(device),
+            Stored::Values(_) => Err(Error::format(part.path(), format!("{}: expected codes", linear.path(l)))),
+        })
+    };
+    (0..config.layers).map(layer).collect()
 }
 
 /// Loads a native output.

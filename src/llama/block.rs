@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::hadamard::Hadamard;
 use crate::llama::host::Parked;
+use crate::llama::integers::Integers;
 use crate::llama::rotate::{Around, LinearVars, RotatedWeights};
 use crate::llama::{LayerWeights, Linears, LlamaConfig};
 use crate::ops::attention::attention;
@@ -35,6 +36,8 @@ pub struct Block {
     clips: [Option<Tensor>; Site::ALL.len()],
     /// Where the weights come from when the layer is at work, if they are in main memory.
     parked: Option<Parked>,
+    /// The codes of the weights, of linears whose products are of integers.
+    pub(super) integers: Option<Arc<Integers>>,
 }
 
 /// What the layers need besides their weights.
@@ -78,6 +81,9 @@ impl Block {
     /// # Errors
     /// Values of another shape than the layer's.
     pub fn forward<'t>(&self, x: Var<'t>, w: RotatedWeights<'t>, run: &Run) -> Result<Var<'t>> {
+        if let Some(codes) = &self.integers {
+            return self.forward_on_integers(x, w, codes, run);
+        }
         let Linears([q, k, v, o, gate, up, down]) = w.linears;
         let part = enter("attention");
         let around = &w.around;
@@ -109,23 +115,37 @@ impl Block {
     /// # Errors
     /// Values of another shape than the layer's.
     pub fn attend<'t>(&self, h: Var<'t>, [q, k, v]: [LinearVars<'t>; 3], around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
-        let Run { sites: Sites { online, .. }, seq, .. } = run;
-        let r3 = if online.r3 { Some(Hadamard::new(self.head_dim)?) } else { None };
-        let q = self.heads(q, h.clone(), run)?;
-        let q = if let Some(r3) = &r3 { q.hadamard_by(r3)? } else { q };
-        let k = self.rotated(Site::Key, r3, self.heads(k, h.clone(), run)?, around, run)?; // R3
-        let v = self.quantized(Site::Value, v.of(h)?, around, run)?.heads(self.head_dim)?; // in R2's basis
-        let a = match &run.attend {
-            None => attention(q, k, v, *seq, self.window.filter(|w| w < seq))?,
-            Some(attend) => without_gradient(self.index, [q, k, v], attend.as_ref())?,
-        };
+        let norms = [q.norm.clone(), k.norm.clone()];
+        let (to_q, to_k) = (h.clone(), h.clone());
+        let a = self.attend_by(norms, || q.of(to_q), || k.of(to_k), || v.of(h), around, run)?;
         self.quantized(Site::AttentionOutput, a, around, run)
     }
 
-    /// `rope(normed(h Wᵀ + b))` `[tokens, heads, D]`, as far as this layer has them.
-    fn heads<'t>(&self, l: LinearVars<'t>, h: Var<'t>, run: &Run) -> Result<Var<'t>> {
-        let norm = l.norm.clone();
-        let x = l.of(h)?.heads(self.head_dim)?;
+    /// Attention of the outputs of q, k and v, each made when it is its turn; `norms` are the gains of q's and k's heads.
+    pub(super) fn attend_by<'t>(
+        &self,
+        [q_norm, k_norm]: [Option<Var<'t>>; 2],
+        q: impl FnOnce() -> Result<Var<'t>>,
+        k: impl FnOnce() -> Result<Var<'t>>,
+        v: impl FnOnce() -> Result<Var<'t>>,
+        around: &Around<'t>,
+        run: &Run,
+    ) -> Result<Var<'t>> {
+        let Run { sites: Sites { online, .. }, seq, .. } = run;
+        let r3 = if online.r3 { Some(Hadamard::new(self.head_dim)?) } else { None };
+        let q = self.heads(q()?, q_norm, run)?;
+        let q = if let Some(r3) = &r3 { q.hadamard_by(r3)? } else { q };
+        let k = self.rotated(Site::Key, r3, self.heads(k()?, k_norm, run)?, around, run)?; // R3
+        let v = self.quantized(Site::Value, v()?, around, run)?.heads(self.head_dim)?; // in R2's basis
+        match &run.attend {
+            None => attention(q, k, v, *seq, self.window.filter(|w| w < seq)),
+            Some(attend) => without_gradient(self.index, [q, k, v], attend.as_ref()),
+        }
+    }
+
+    /// `rope(normed(x))` `[tokens, heads, D]`, as far as this layer has them.
+    fn heads<'t>(&self, x: Var<'t>, norm: Option<Var<'t>>, run: &Run) -> Result<Var<'t>> {
+        let x = x.heads(self.head_dim)?;
         let x = match norm {
             Some(gain) => x.rms_norm_gain(self.eps, Some(gain.value()))?,
             None => x,
@@ -147,13 +167,18 @@ impl Block {
     /// Values of another shape than the layer's.
     pub fn gated<'t>(&self, h: Var<'t>, [gate, up]: [LinearVars<'t>; 2], around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
         let (gate, up) = (gate.of(h.clone())?, up.of(h)?);
+        let m = self.gate(gate, up, around)?;
+        let r4 = run.sites.online.r4.map(m.value().cols())?;
+        self.rotated(Site::DownInput, r4, m, around, run) // R4
+    }
+
+    /// `silu(gate) · up`, up divided by scales where its rows are not.
+    pub(super) fn gate<'t>(&self, gate: Var<'t>, up: Var<'t>, around: &Around<'t>) -> Result<Var<'t>> {
         let up = match &around.up {
             Some(a) => up.log_scale(a.clone(), Along::Columns, true)?,
             None => up,
         };
-        let m = gate.swiglu(up)?;
-        let r4 = run.sites.online.r4.map(m.value().cols())?;
-        self.rotated(Site::DownInput, r4, m, around, run) // R4
+        gate.swiglu(up)
     }
 }
 
@@ -162,12 +187,12 @@ impl Block {
     pub fn new(config: &LlamaConfig, index: usize, weights: LayerWeights) -> Self {
         let LlamaConfig { head_dim, rms_norm_eps: eps, .. } = *config;
         let (rope, window) = (config.has_rope(index), config.window(index));
-        Self { weights, index, head_dim, eps, rope, window, gains: None, clips: Default::default(), parked: None }
+        Self { weights, index, head_dim, eps, rope, window, gains: None, clips: Default::default(), parked: None, integers: None }
     }
 
     /// The same layer with other weights.
     pub fn with_weights(&self, weights: LayerWeights) -> Self {
-        Self { weights, parked: None, ..self.clone() }
+        Self { weights, parked: None, integers: None, ..self.clone() }
     }
 
     /// The same layer, whose weights are in main memory.
@@ -226,7 +251,7 @@ impl Block {
         self.gains.as_ref()
     }
 
-    fn norm<'t>(&self, x: Var<'t>, which: usize, around: &Around<'t>) -> Result<Var<'t>> {
+    pub(super) fn norm<'t>(&self, x: Var<'t>, which: usize, around: &Around<'t>) -> Result<Var<'t>> {
         let y = x.rms_norm_gain(self.eps, self.gains.as_ref().map(|g| &g[which]))?;
         match &around.norms[which] {
             Some(a) => y.log_scale(a.clone(), Along::Columns, true),
@@ -235,7 +260,7 @@ impl Block {
     }
 
     /// The clip constants of a site, learned ones first.
-    fn clips<'t>(&self, site: Site, around: &Around<'t>, x: &Var<'t>) -> Option<Var<'t>> {
+    pub(super) fn clips<'t>(&self, site: Site, around: &Around<'t>, x: &Var<'t>) -> Option<Var<'t>> {
         let own = || self.clips[site as usize].as_ref().map(|t| x.tape().constant(t.clone()));
         around.clips[site as usize].clone().or_else(own)
     }
@@ -258,7 +283,14 @@ impl Block {
     }
 
     /// Transformed where there is a map, then quantised; in one pass when nobody watches and no clip constants are the layer's own.
-    fn rotated<'t>(&self, site: Site, map: Option<Hadamard>, x: Var<'t>, around: &Around<'t>, run: &Run) -> Result<Var<'t>> {
+    pub(super) fn rotated<'t>(
+        &self,
+        site: Site,
+        map: Option<Hadamard>,
+        x: Var<'t>,
+        around: &Around<'t>,
+        run: &Run,
+    ) -> Result<Var<'t>> {
         let alone = run.observer.is_none() && run.patch.is_none() && self.clips(site, around, &x).is_none();
         match map {
             Some(map) if alone => x.hadamard_fake_quant_by(&map, run.sites.at(site)),

@@ -8,6 +8,7 @@ mod decoder;
 mod fit;
 mod folder;
 mod host;
+mod integers;
 mod inventory;
 mod layer;
 mod linear;

@@ -16,7 +16,30 @@ struct Quant {
     clip: f32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Codes {
+    codes: *const i8,
+    scale: *const f32,
+    zero: *const f32,
+    group: i32,
+}
+
 unsafe extern "C" {
+    fn spinquant_integer_linear(
+        y: *mut c_void,
+        x: Codes,
+        w: Codes,
+        sums: *const i32,
+        bias: *const c_void,
+        residual: *const c_void,
+        m: i64,
+        n: i64,
+        k: i64,
+        dtype: u32,
+        stream: *mut c_void,
+    ) -> u32;
+    fn spinquant_code_sums(sums: *mut i32, codes: *const i8, rows: i64, cols: i64, part: i64, stream: *mut c_void) -> u32;
     fn spinquant_version() -> *const c_char;
     fn spinquant_last_error() -> *const c_char;
     fn spinquant_hadamard_create(map: *mut *mut c_void, n: i64, block: i64) -> u32;
@@ -101,6 +124,16 @@ fn arguments_that_cannot_be_are_refused_with_words() {
         let odd = at.cast::<u8>().wrapping_add(4).cast();
         refused(spinquant_hadamard(map, at.cast(), null(), at, odd, 1, 0, 0, null_mut()), &["x", "16-byte boundary"]);
         spinquant_hadamard_destroy(map);
+        let x = Codes { codes: at.cast(), scale: at.cast(), zero: at.cast(), group: 0 };
+        let w = Codes { zero: null(), ..x };
+        let linear = |x, w, sums, k| spinquant_integer_linear(at, x, w, sums, null(), null(), 4, 8, k, 0, null_mut());
+        refused(linear(x, x, at.cast(), 64), &["no zero points of w"]);
+        refused(linear(x, w, null(), 64), &["sums where x has some"]);
+        refused(linear(Codes { group: 48, ..x }, w, at.cast(), 64), &["x.group", "a divisor of 64", "got 48"]);
+        refused(linear(Codes { group: 16, ..x }, w, at.cast(), 64), &["in 32s", "got 16 and 64"]);
+        refused(linear(Codes { scale: null(), ..x }, w, at.cast(), 64), &["x.scale", "NULL"]);
+        refused(linear(x, w, at.cast(), 1 << 17), &["1 to 65536 columns"]);
+        refused(spinquant_code_sums(at.cast(), at.cast(), 4, 64, 48, null_mut()), &["part", "a divisor of 64"]);
         let fake = |cols, quant| spinquant_fake_quant(at, at, 2, cols, quant, 0, null_mut());
         refused(fake(64, Quant { bits: 9, ..quant }), &["quant.bits", "2 to 8", "got 9"]);
         refused(fake(64, Quant { group: 48, ..quant }), &["48", "64"]);

@@ -42,9 +42,22 @@ pub struct Args {
     /// Score perplexity alone, in half the time.
     #[arg(long)]
     no_fidelity: bool,
+    /// How quantised linear layers are computed, for a folder that `quantize` wrote: by products of the values that codes stand for, or of
+    /// the codes.
+    #[arg(long, value_enum, default_value_t = Engine::Simulated)]
+    engine: Engine,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// How quantised linear layers are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Engine {
+    /// On values.
+    Simulated,
+    /// On integers.
+    Integer,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -59,10 +72,16 @@ pub fn run(args: &Args) -> Result<()> {
         let message = format!("{} is quantised: expected --full-precision DIR for fidelity", args.network.model.model.display());
         return Err(Error::argument(format!("--fidelity-text {}", text.display()), message));
     }
+    let codes = (args.engine == Engine::Integer).then(|| network.codes()).transpose()?;
     let (merged, full) = match args.no_fidelity {
         true => (network.load(&progress)?, None),
         false => network.load_with_full(args.full_precision.as_ref(), &progress)?,
     };
+    let merged = match codes {
+        None => merged,
+        Some(codes) => merged.on_integers(codes)?,
+    };
+    let [integer, linears] = merged.integer_linears();
     let start = Instant::now();
     let scored = score(&merged, full.as_ref(), &windows, &progress, &network.scheme.to_string())?;
     let seconds = start.elapsed().as_secs_f64();
@@ -83,6 +102,7 @@ pub fn run(args: &Args) -> Result<()> {
             "{}",
             json!({
                 "perplexity": perplexity, "windows": count, "tokens": tokens, "seconds": seconds,
+                "engine": if args.engine == Engine::Integer { "integer" } else { "simulated" }, "integer_linears": integer,
                 "starts_with": windows.first_token(), "fidelity": fidelity.as_ref().map(self::fidelity),
                 "fidelity_other": other.as_ref().map(self::fidelity),
             })
@@ -91,6 +111,9 @@ pub fn run(args: &Args) -> Result<()> {
         let speed = score.tokens as f64 / seconds;
         out!("{}, {}: perplexity {:.4}", network.scheme, network.how(), score.perplexity);
         out!("{} windows, {} tokens in {seconds:.1} s ({speed:.0} tokens/s)", score.windows, score.tokens);
+        if args.engine == Engine::Integer {
+            out!("{integer} of {linears} linear layers on integers");
+        }
         for (what, fidelity) in [("", fidelity), (" on the other text", other)] {
             let Some(fidelity) = fidelity else { continue };
             let (divergence, agreement) = (fidelity.divergence(), fidelity.agreement());

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use spinquant::calibrate::{LayerReport, quantize_weights};
 use spinquant::compare::{LayerWatch, quantized};
 use spinquant::data::Windows;
-use spinquant::export::{Record, is_native, load_native_placed};
-use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged};
+use spinquant::export::{Record, is_native, load_codes, load_native_placed};
+use spinquant::llama::{Compressed, Linears, Llama, LlamaConfig, Merged};
+use spinquant::ops::codes::Codes;
 use spinquant::quant::{Online, Rtn, Scheme};
 use spinquant::rotation::{Rotations, Start};
 use spinquant::{Error, Result};
@@ -183,6 +184,19 @@ impl Network<'_> {
                 Ok((self.quantize(&model, progress)?, Some(model.merge_exact(None, &exact)?)))
             }
         }
+    }
+
+    /// The codes of the weights as they were written, for products of integers.
+    ///
+    /// # Errors
+    /// A network that is not from a folder of `quantize`; those of [`load_codes`].
+    pub fn codes(&self) -> Result<Vec<Linears<Codes>>> {
+        let files = &self.args.model;
+        if !matches!(self.from, From::Written) {
+            let message = format!("expected a folder that `quantize` wrote in its own format, got {}", files.model.display());
+            return Err(Error::argument("--engine integer", message));
+        }
+        load_codes(&files.model, &files.device()?)
     }
 
     fn load_written(&self) -> Result<Merged> {

@@ -29,6 +29,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("learn", "--dry-run --batch 18446744073709551615", "18446744073709551615 sequences of 16 tokens a step"),
     ("learn", "--dry-run --batch 0", "at least 1"),
     ("learn", "--dry-run --lr nan", "learning rate"),
+    ("eval", "--engine integer", "expected a folder that `quantize` wrote in its own format"),
     ("eval", "--weight-group 5", "quantisation group: 5 does not divide rows of 24"),
     ("eval", "--rotations hadamrd", "there is no file \"hadamrd\""),
     ("eval", "--rotations none:1", "none has no seed"),

@@ -1,6 +1,7 @@
 //! Quantised models and rotations as files: what is written comes back, what is damaged or hostile is refused.
 
 mod compressed;
+mod engines;
 mod folders;
 mod hugging_face;
 mod native;
