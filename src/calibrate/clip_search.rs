@@ -7,10 +7,11 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
 use crate::data::Windows;
-use crate::eval::perplexity;
+use crate::eval::perplexity_among;
 use crate::llama::{Llama, Merged, Rotated, Walk};
 use crate::ops::mean_square::square;
 use crate::quant::{Clip, ClipRatios, Scheme, Site};
+use crate::ranks::Group;
 use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result, Tape, Tensor};
 
@@ -78,6 +79,22 @@ pub fn search_clips(
     text: &Windows,
     windows: &[usize],
     goal: ClipGoal,
+    progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<ClipFound> {
+    search_clips_among(Group::nobody(), model, rotations, scheme, (text, windows), goal, progress)
+}
+
+/// [`search_clips`] with the windows shared by ranks; all find the same, what one rank finds.
+///
+/// # Errors
+/// Those of [`search_clips`] and of [`Group::gather`].
+pub fn search_clips_among(
+    ranks: &Group,
+    model: &Llama,
+    rotations: Option<&Rotations>,
+    scheme: &Scheme,
+    (text, windows): (&Windows, &[usize]),
+    goal: ClipGoal,
     mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<ClipFound> {
     if windows.is_empty() {
@@ -97,8 +114,8 @@ pub fn search_clips(
         return Ok(ClipFound { ratios: ClipRatios::NONE, layers, goal: (0.0, 0.0), tried: 0 });
     }
     match goal {
-        ClipGoal::Error => by_error(&rotated, text, windows, &sites, &mut progress),
-        ClipGoal::Loss => by_loss(model.merge(rotations, &start)?, text, windows, &sites, &mut progress),
+        ClipGoal::Error => by_error(ranks, &rotated, (text, windows), &sites, &mut progress),
+        ClipGoal::Loss => by_loss(ranks, model.merge(rotations, &start)?, (text, windows), &sites, &mut progress),
     }
 }
 
@@ -112,9 +129,29 @@ fn told(progress: Report<'_>, done: usize, total: usize) -> Result<()> {
     if progress(done, total.max(done)).is_break() { Err(Error::Interrupted { step: done }) } else { Ok(()) }
 }
 
-fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
-    // The relative error of every candidate, by site, window and layer: summed in that order, in whichever they come.
-    type Errors = BTreeMap<(Site, usize, usize), [f64; CANDIDATES]>;
+/// The relative error of every candidate, by site, window and layer: summed in that order, in whichever they come.
+type Errors = BTreeMap<(Site, usize, usize), [f64; CANDIDATES]>;
+
+/// The errors on the windows of all ranks.
+fn gathered(ranks: &Group, own: Errors) -> Result<Errors> {
+    let mut numbers = vec![];
+    for ((site, window, layer), errors) in own {
+        let site = Site::ALL.into_iter().position(|s| s == site).expect("one of all");
+        numbers.extend([site, window, layer].map(|i| i as f64));
+        numbers.extend(errors);
+    }
+    let all = ranks.gather_numbers("errors of clip ratios", &numbers)?.concat();
+    let one = |x: &[f64]| ((Site::ALL[x[0] as usize], x[1] as usize, x[2] as usize), std::array::from_fn(|i| x[3 + i]));
+    Ok(all.chunks_exact(3 + CANDIDATES).map(one).collect())
+}
+
+fn by_error(
+    ranks: &Group,
+    rotated: &Rotated<'_>,
+    (text, windows): (&Windows, &[usize]),
+    sites: &[Site],
+    progress: Report<'_>,
+) -> Result<ClipFound> {
     let seen: Arc<Mutex<Errors>> = Arc::default();
     let (config, specs) = (rotated.config(), rotated.scheme().sites(rotated.config().head_dim));
     let measure = move |site: Site, x: &Tensor| -> Result<[f64; CANDIDATES]> {
@@ -127,14 +164,15 @@ fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[S
         }
         Ok(errors)
     };
-    let parts: Vec<&[u32]> = windows.iter().map(|&w| text.get(w)).collect();
+    let share = ranks.share(windows.len());
+    let parts: Vec<&[u32]> = windows[share.clone()].iter().map(|&w| text.get(w)).collect();
     let mut walk = Walk::new(rotated, &parts, text.seq_len())?;
-    for layer in 0..config.layers {
+    for layer in (0..config.layers).filter(|_| !parts.is_empty()) {
         let (seen, sites) = (seen.clone(), sites.to_vec());
         walk.layer(move |window, site, x| {
             if sites.contains(&site) {
                 let errors = measure(site, x)?;
-                seen.lock().unwrap_or_else(|e| e.into_inner()).insert((site, window, layer), errors);
+                seen.lock().unwrap_or_else(|e| e.into_inner()).insert((site, share.start + window, layer), errors);
             }
             Ok(())
         })?;
@@ -142,7 +180,8 @@ fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[S
     }
     let mut sums: BTreeMap<Site, [f64; CANDIDATES]> = BTreeMap::new();
     let mut by_layer: BTreeMap<(usize, Site), [f64; CANDIDATES]> = BTreeMap::new();
-    for ((site, _, layer), errors) in std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner())) {
+    let seen = std::mem::take(&mut *seen.lock().unwrap_or_else(|e| e.into_inner()));
+    for ((site, _, layer), errors) in gathered(ranks, seen)? {
         for sum in [sums.entry(site).or_default(), by_layer.entry((layer, site)).or_default()] {
             sum.iter_mut().zip(errors).for_each(|(sum, e)| *sum += e);
         }
@@ -165,15 +204,23 @@ fn by_error(rotated: &Rotated<'_>, text: &Windows, windows: &[usize], sites: &[S
     Ok(ClipFound { ratios, layers, goal, tried: CANDIDATES * sums.len() })
 }
 
-fn by_loss(mut network: Merged, text: &Windows, windows: &[usize], sites: &[Site], progress: Report<'_>) -> Result<ClipFound> {
+fn by_loss(
+    ranks: &Group,
+    mut network: Merged,
+    (text, windows): (&Windows, &[usize]),
+    sites: &[Site],
+    progress: Report<'_>,
+) -> Result<ClipFound> {
     let text = Windows::new(text.batch(windows), text.seq_len())?;
     let (mut tried, about) = (0, 1 + sites.len() * (CANDIDATES + 2));
     let mut loss = |ratios: ClipRatios| -> Result<f64> {
         network.scheme.activation_clip = ratios;
-        let mean = perplexity(&network, &text, |_| ControlFlow::Continue(()))
-            .map_err(|e| Error::numeric(format!("clip ratios {ratios}"), e))?
-            .perplexity
-            .ln();
+        let scored = perplexity_among(ranks, &network, None, &text, |_| ControlFlow::Continue(()));
+        let failed = |e| match e {
+            e @ Error::Rank { .. } => e,
+            e => Error::numeric(format!("clip ratios {ratios}"), e),
+        };
+        let mean = scored.map_err(failed)?.0.perplexity.ln();
         tried += 1;
         told(progress, tried, about)?;
         Ok(mean)

@@ -7,7 +7,7 @@ mod stream;
 mod timed;
 mod weight_clips;
 
-pub use clip_search::{ClipFound, ClipGoal, search_clips};
+pub use clip_search::{ClipFound, ClipGoal, search_clips, search_clips_among};
 pub use pipeline::{Calibration, LayerReport, LayerStore, QuantizedLayer, quantize_layers, quantize_weights};
 pub use reconstruct::Reconstruct;
 pub use timed::cases;

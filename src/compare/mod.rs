@@ -383,7 +383,7 @@ impl Comparison<'_> {
         if let Some(how) = self.clip {
             for seed in 0..self.seeds.max(self.learn_seeds) {
                 let (start, begun) = (self.hadamard(seed)?, Instant::now());
-                let found = search_clips_watched(self.model, &start, &scheme, self.calibration, how, watch)?;
+                let found = search_clips_watched(&self.options.ranks, self.model, &start, &scheme, self.calibration, how, watch)?;
                 // By error the windows are read once, whatever is tried on them.
                 let times = if how.0 == ClipGoal::Loss { found.tried } else { 1 };
                 let tokens = times * self.calibration.spread(how.1).len() * self.calibration.seq_len();

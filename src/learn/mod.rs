@@ -26,12 +26,13 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use crate::calibrate::{ClipFound, ClipGoal, search_clips, search_weight_clips_among};
+use crate::calibrate::{ClipFound, ClipGoal, search_clips_among, search_weight_clips_among};
 use crate::data::{Sampler, Windows, split_held_out};
 use crate::llama::{Llama, LlamaConfig, check_weight_clips};
 use crate::optim::{Optimizer, Product, Rates, State};
 use crate::profile::{enter, enter_pass};
 use crate::quant::{ClipRatios, Scheme};
+use crate::ranks::Group;
 use crate::rotation::{ClipEnds, RotationFile, Rotations, WeightClips};
 use crate::{DType, Device, Error, Result};
 
@@ -92,11 +93,12 @@ impl Faithful {
     const UNKNOWN: Self = Self { divergence: f64::NAN, agreement: f64::NAN };
 }
 
-/// Searches clip ratios on `count` windows spread over a text ([`search_clips`]).
+/// Searches clip ratios on `count` windows spread over a text, which ranks share ([`search_clips_among`]).
 ///
 /// # Errors
-/// Those of [`search_clips`].
+/// Those of [`search_clips_among`].
 pub fn search_clips_watched(
+    ranks: &Group,
     model: &Llama,
     rotations: &Rotations,
     scheme: &Scheme,
@@ -105,7 +107,8 @@ pub fn search_clips_watched(
     watch: &mut dyn Watch,
 ) -> Result<ClipFound> {
     let mut begun = false;
-    search_clips(model, Some(rotations), scheme, windows, &windows.spread(count), goal, |done, total| {
+    let text = (windows, &windows.spread(count)[..]);
+    search_clips_among(ranks, model, Some(rotations), scheme, text, goal, |done, total| {
         if !std::mem::replace(&mut begun, true) {
             watch.begin("searching clip ratios", total);
         }
@@ -195,7 +198,7 @@ fn learn_among(
     let mut clip = None;
     // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
     if let Some(goal) = options.clip.goal(&scheme, optimizer).filter(|_| rotations.clips.is_empty()) {
-        let found = search_clips_watched(model, &rotations, &scheme, windows, (goal, options.clip_windows), watch)?;
+        let found = search_clips_watched(ranks, model, &rotations, &scheme, windows, (goal, options.clip_windows), watch)?;
         watch.clipped(&found, goal);
         scheme.activation_clip = found.ratios;
         clip = Some((found, goal));

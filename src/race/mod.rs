@@ -50,6 +50,7 @@ use crate::data::Windows;
 use crate::learn::{ClipChoice, LearnOptions, Named, Point, Watch, WeightClip, learn_watched, search_clips_watched};
 use crate::llama::Llama;
 use crate::quant::{ClipRatios, Online, Scheme};
+use crate::ranks::Group;
 use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result};
 
@@ -240,7 +241,7 @@ impl Course {
         let mut scheme = Scheme { activation_clip: ClipRatios::NONE, ..*scheme };
         if let Some(goal) = entry.clip {
             let how = (goal, self.learn.clip_windows);
-            let found = search_clips_watched(&track.model, &start, &scheme, &track.calibration, how, spectator)?;
+            let found = search_clips_watched(Group::nobody(), &track.model, &start, &scheme, &track.calibration, how, spectator)?;
             scheme.activation_clip = found.ratios;
             if entry.learned_clips {
                 start.clips = ClipEnds::of_ratios(&scheme.active_sites(), &found.layers, track.model.config.kv_heads)?;

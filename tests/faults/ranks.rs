@@ -80,6 +80,19 @@ fn several_processes_score_what_one_does_to_the_same_bits() {
     for count in [2, 3] {
         assert_eq!(scores(&format!("{eval} --ranks {count}"), &["seconds"]), one);
     }
+    let file = |args: &str| {
+        place.succeeds(&format!(
+            "clip --model ../in/model --device cpu --seq-len 8 --text ../in/text.txt --windows 4 \
+                                 --scheme W4A3KV3 --rotations hadamard:0 --out C.safetensors {args}"
+        ));
+        place.read("C.safetensors").unwrap()
+    };
+    for goal in ["error", "loss"] {
+        let one = file(&format!("--goal {goal}"));
+        for count in [2, 5] {
+            assert!(file(&format!("--goal {goal} --ranks {count}")) == one, "{goal}, {count} ranks");
+        }
+    }
     // A table without learning is the same too; with it, it is there.
     let compare = "compare --model ../in/model --device cpu --seq-len 8 --calibration ../in/text.txt --text ../in/long.txt \
                    --recipe published --seeds 2 --held-out 2 --batch 2 --steps 2";
@@ -294,6 +307,11 @@ fn ranks_that_another_launcher_starts_find_one_another() {
     assert!(both[0].stdout.is_empty() && both[0].stderr.is_empty(), "rank 1 speaks");
     assert!(String::from_utf8_lossy(&both[1].stdout).contains("rotations written"));
     assert!(place.read("R.safetensors").unwrap() == expected);
+    // A port that somebody else has.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let out = rank(&place, &args, (0, 2), taken.local_addr().unwrap().port()).wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && error(&said).contains("SPINQUANT_MASTER_PORT sets another port"), "{said}");
     // Texts that differ are seen before anything is learned.
     std::fs::write(place.path("in/other.txt"), "w1 w2 w3 ".repeat(200)).unwrap();
     let other = args.replace("text.txt", "other.txt");

@@ -12,11 +12,14 @@ use spinquant::{Error, Result};
 
 use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, note, rotations};
 use crate::outputs;
+use crate::ranks::{self, RanksArgs};
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub ranks: RanksArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     /// Calibration text.
@@ -52,7 +55,10 @@ pub fn report(found: &ClipFound, goal: ClipGoal) -> (String, Value) {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
-    outputs::check(&[("--out", &args.out)], Some(&args.model.model), &[("--text", &args.text)])?;
+    let ranks = ranks::group();
+    if ranks.is_first() {
+        outputs::check(&[("--out", &args.out)], Some(&args.model.model), &[("--text", &args.text)])?;
+    }
     RotationFile::check_holds_clips(&args.out)?;
     let mut scheme = args.scheme.scheme();
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
@@ -64,7 +70,10 @@ pub fn run(args: &Args) -> Result<()> {
     let networks = if args.goal == ClipGoal::Error { 1 } else { 2 };
     let model = args.model.load_placed(&progress, args.model.placement_of(networks, false)?)?;
     let how = (args.goal, args.windows);
-    let found = search_clips_watched(&model, &file.rotations, &scheme, &windows, how, &mut progress.watch())?;
+    let found = search_clips_watched(&ranks, &model, &file.rotations, &scheme, &windows, how, &mut progress.watch())?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
     scheme.activation_clip = found.ratios;
     if !file.rotations.clips.is_empty() {
         note(&format!("the ratios stand in place of the clip constants that were learned with {}", args.rotations));

@@ -104,6 +104,7 @@ impl Command {
         use ranks::Shared;
         match self {
             Self::Learn(args) => args.shared().map(Shared::Sums),
+            Self::Clip(args) => Some(Shared::Scores(&args.ranks)),
             Self::Eval(args) => Some(Shared::Scores(&args.ranks)),
             Self::Compare(args) => Some(Shared::Sums(&args.ranks)),
             Self::Quantize(args) => Some(Shared::Sums(&args.ranks)),
