@@ -1,17 +1,98 @@
 //! Sums over the GPUs of several processes, by NVIDIA's NCCL, which is loaded when it is first wanted.
 
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
+use std::sync::OnceLock;
 
-use cudarc::nccl::{result, sys};
+use cudarc::driver::sys::CUstream;
+use libloading::Library;
 
 use super::{CudaDevice, driver_error};
 use crate::device::launch::{Kind, View};
 use crate::{Error, Result};
 
+/// What its packages install. cudarc looks for `libnccl.so` alone, which is for building against it.
+const NAMES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
+/// `ncclUniqueId`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Id([c_char; 128]);
+
+/// `ncclComm_t`
+type Comm = *mut c_void;
+/// `ncclFloat32`, `ncclFloat64` and `ncclSum`
+const F32: c_int = 7;
+const F64: c_int = 8;
+const SUM: c_int = 0;
+
+/// The functions of NCCL 2 that are used, with the types that its documentation gives.
+struct Nccl {
+    id: unsafe extern "C" fn(*mut Id) -> c_int,
+    connect: unsafe extern "C" fn(*mut Comm, c_int, Id, c_int) -> c_int,
+    all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, CUstream) -> c_int,
+    abort: unsafe extern "C" fn(Comm) -> c_int,
+    words: unsafe extern "C" fn(c_int) -> *const c_char,
+    /// Keeps them loaded.
+    _library: Library,
+}
+
+impl Nccl {
+    /// The library, loaded once.
+    fn get() -> Result<&'static Self> {
+        static LOADED: OnceLock<Result<Nccl, String>> = OnceLock::new();
+        LOADED.get_or_init(Self::load).as_ref().map_err(|why| {
+            let (first, help) =
+                (NAMES[0], "install it (package libnccl2; or nvidia-nccl-cu13 of PyPI, its folder in LD_LIBRARY_PATH)");
+            Error::Cuda(format!(
+                "several GPUs need NVIDIA's NCCL ({first}), which cannot be loaded: {why}; {help}, or use one GPU"
+            ))
+        })
+    }
+
+    fn load() -> Result<Self, String> {
+        // SAFETY: NCCL's initialisation has no requirements.
+        let open = |name| unsafe { Library::new(name) }.map_err(|e| e.to_string());
+        let library = open(NAMES[0]).or_else(|first| open(NAMES[1]).map_err(|_| first))?;
+        // SAFETY: the functions have the types above, and are used while the library is loaded.
+        let found = unsafe {
+            (|| {
+                Ok((
+                    *library.get(b"ncclGetUniqueId\0")?,
+                    *library.get(b"ncclCommInitRank\0")?,
+                    *library.get(b"ncclAllReduce\0")?,
+                    *library.get(b"ncclCommAbort\0")?,
+                    *library.get(b"ncclGetErrorString\0")?,
+                ))
+            })()
+        };
+        let (id, connect, all_reduce, abort, words) = found.map_err(|e: libloading::Error| e.to_string())?;
+        Ok(Self { id, connect, all_reduce, abort, words, _library: library })
+    }
+
+    /// An error where a call of NCCL did not succeed.
+    fn check(&self, what: &str, status: c_int) -> Result<()> {
+        if status == 0 {
+            return Ok(());
+        }
+        // SAFETY: it gives a string that stays.
+        let words = unsafe { CStr::from_ptr((self.words)(status)) }.to_string_lossy();
+        Err(Error::Cuda(format!("NCCL: {what} failed: {words} ({status}); NCCL_DEBUG=WARN says more")))
+    }
+}
+
+/// Checks that NCCL is on this machine.
+///
+/// # Errors
+/// Says what is missing.
+pub fn check_nccl() -> Result<()> {
+    Nccl::get().map(drop)
+}
+
 /// A GPU and those of other processes, connected.
 pub(crate) struct Communicator {
-    comm: sys::ncclComm_t,
+    nccl: &'static Nccl,
+    comm: Comm,
     device: CudaDevice,
 }
 
@@ -26,26 +107,6 @@ impl fmt::Debug for Communicator {
     }
 }
 
-/// An error of NCCL, by its own name.
-fn failed(what: &'static str) -> impl FnOnce(result::NcclError) -> Error {
-    move |e| Error::Cuda(format!("NCCL: {what} failed ({:?}); NCCL_DEBUG=WARN says more", e.0))
-}
-
-/// Checks that NCCL is on this machine.
-///
-/// # Errors
-/// Says what is missing.
-pub fn check_nccl() -> Result<()> {
-    // cudarc panics when it cannot load a library, so look first.
-    // SAFETY: loads a shared library and looks at it.
-    if unsafe { sys::is_culib_present() } {
-        return Ok(());
-    }
-    let message = "several GPUs need NVIDIA's NCCL (libnccl.so.2), which was not found: install it (package libnccl2; or \
-                   nvidia-nccl-cu13 of PyPI, with its folder in LD_LIBRARY_PATH), or use one GPU";
-    Err(Error::Cuda(message.into()))
-}
-
 impl CudaDevice {
     /// Connects this GPU with those of the other ranks, which all do the same; `broadcast` gives all of them the bytes that rank 0 has.
     ///
@@ -56,23 +117,22 @@ impl CudaDevice {
         (rank, world): (usize, usize),
         broadcast: &mut dyn FnMut(Vec<u8>) -> Result<Vec<u8>>,
     ) -> Result<Communicator> {
-        check_nccl()?;
-        let id = match rank {
-            0 => result::get_uniqueid().map_err(failed("making an id"))?.internal.map(|c| c as u8).to_vec(),
-            _ => vec![],
-        };
-        let id = broadcast(id)?;
-        let mut internal: [c_char; 128] = [0; 128];
-        if id.len() != internal.len() {
-            return Err(Error::argument("NCCL", format!("expected an id of {} bytes, got {}", internal.len(), id.len())));
+        let nccl = Nccl::get()?;
+        let mut id = Id([0; 128]);
+        if rank == 0 {
+            // SAFETY: writes one id.
+            nccl.check("making an id", unsafe { (nccl.id)(&mut id) })?;
         }
-        internal.iter_mut().zip(id).for_each(|(to, from)| *to = from as c_char);
+        let bytes = broadcast(id.0.map(|c| c as u8).to_vec())?;
+        if bytes.len() != id.0.len() {
+            return Err(Error::argument("NCCL", format!("expected an id of {} bytes, got {}", id.0.len(), bytes.len())));
+        }
+        id.0.iter_mut().zip(bytes).for_each(|(to, from)| *to = from as c_char);
         self.bind()?;
         let mut comm = std::ptr::null_mut();
         // SAFETY: writes one pointer; this rank's GPU is current, and the id is rank 0's.
-        unsafe { result::comm_init_rank(&mut comm, world as i32, sys::ncclUniqueId { internal }, rank as i32) }
-            .map_err(failed("connecting the GPUs"))?;
-        Ok(Communicator { comm, device: self.clone() })
+        nccl.check("connecting the GPUs", unsafe { (nccl.connect)(&mut comm, world as c_int, id, rank as c_int) })?;
+        Ok(Communicator { nccl, comm, device: self.clone() })
     }
 }
 
@@ -83,8 +143,8 @@ impl Communicator {
     /// Other kinds or lengths, memory of another GPU, or a failing call of NCCL.
     pub(crate) fn sum(&self, to: View<'_>, from: View<'_>) -> Result<()> {
         let dtype = match (from.kind(), to.kind()) {
-            (Kind::F32, Kind::F32) => sys::ncclDataType_t::ncclFloat32,
-            (Kind::F64, Kind::F64) => sys::ncclDataType_t::ncclFloat64,
+            (Kind::F32, Kind::F32) => F32,
+            (Kind::F64, Kind::F64) => F64,
             (from, to) => return Err(Error::argument("sum over ranks", format!("expected f32 or f64, got {from} into {to}"))),
         };
         if from.len() != to.len() {
@@ -99,9 +159,7 @@ impl Communicator {
         let stream = self.device.0.stream.cu_stream();
         let (to, from, n) = (to.address() as *mut c_void, from.address() as *const c_void, from.len());
         // SAFETY: both are n values of the type, live and on this GPU, equal or apart, and are released in the order of the stream.
-        unsafe { result::all_reduce(from, to, n, dtype, sys::ncclRedOp_t::ncclSum, self.comm, stream.cast()) }
-            .map(drop)
-            .map_err(failed("a sum"))
+        self.nccl.check("a sum", unsafe { (self.nccl.all_reduce)(from, to, n, dtype, SUM, self.comm, stream) })
     }
 }
 
@@ -111,6 +169,6 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         let _ = self.device.0.stream.synchronize().map_err(driver_error("a kernel failed"));
         // SAFETY: the communicator was made by NCCL, and this is its last use.
-        let _ = unsafe { result::comm_abort(self.comm) };
+        let _ = unsafe { (self.nccl.abort)(self.comm) };
     }
 }
