@@ -77,7 +77,7 @@ impl Nccl {
         }
         // SAFETY: it gives a string that stays.
         let words = unsafe { CStr::from_ptr((self.words)(status)) }.to_string_lossy();
-        Err(Error::Cuda(format!("NCCL: {what} failed: {words} ({status}); NCCL_DEBUG=WARN says more")))
+        Err(Error::Cuda(format!("NCCL: {what} failed: {words} ({status})")))
     }
 }
 
