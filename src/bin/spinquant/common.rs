@@ -370,7 +370,10 @@ impl ModelArgs {
             let (config, dtype) = (config()?, stored.unwrap_or(dtype));
             // Those of the widest input, in f64: its factor, inverse and their workspace beside it.
             let wide = if hessians { 6 * config.intermediate_size.pow(2) * 8 } else { 0 };
-            memory::networks(&config, dtype, count, wide + (2 << 30), Room::here(Budget::Free, card.free, Budget::Free))
+            // Every rank takes its share of main memory.
+            let room = Room::here(Budget::Free, card.free, Budget::Free);
+            let room = Room { host: room.host / ranks::group().world(), ..room };
+            memory::networks(&config, dtype, count, wide + (2 << 30), room)
         })
     }
 

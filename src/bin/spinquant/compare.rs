@@ -11,7 +11,7 @@ use spinquant::eval::exam::{Exam, Report};
 use spinquant::eval::fidelity::Fidelity;
 use spinquant::eval::marks::Mean;
 use spinquant::learn::{ClipChoice, LearnOptions, WeightClip};
-use spinquant::llama::Placement;
+use spinquant::llama::{LlamaConfig, Placement};
 use spinquant::quant::{Correction, Gptq, Online, Scheme};
 use spinquant::{Error, Result};
 
@@ -180,7 +180,7 @@ pub fn run(args: &Args) -> Result<()> {
     let mut watch = progress.watch();
     // One model at a time: the plain one is gone before the one that is rotated comes.
     let unrotated = {
-        let place = args.model.placement_of(2, !quantizers.is_empty())?;
+        let place = args.all_there(args.model.placement_of(2, !quantizers.is_empty())?, &config)?;
         let plain = args.model.load_plain_placed(&progress, place)?;
         let mut unrotated = Unrotated::score(&plain, &scheme, test, &quantizers, &mut watch)?;
         if let Some(qat) = &qat {
@@ -192,7 +192,7 @@ pub fn run(args: &Args) -> Result<()> {
     let two = args.model.placement_of(2, !quantizers.is_empty())?;
     let learning = if learns { args.recipe.placement(&args.model, &options, &config, args.seq_len)? } else { two };
     let resident = two.resident.min(learning.resident);
-    let model = args.model.load_placed(&progress, Placement { resident, ..two })?;
+    let model = args.model.load_placed(&progress, args.all_there(Placement { resident, ..two }, &config)?)?;
     let comparison = Comparison {
         model: &model,
         unrotated,
@@ -220,6 +220,22 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     Ok(())
+}
+
+impl Args {
+    /// A placement, which must be of all layers on the device where weights themselves are learned.
+    fn all_there(&self, placement: Placement, config: &LlamaConfig) -> Result<Placement> {
+        match placement.streamed(config.layers) {
+            streamed if self.baselines && streamed > 0 => {
+                let message = format!(
+                    "learns weights, and needs every layer on the device; {streamed} of {} are in main memory",
+                    config.layers
+                );
+                Err(Error::argument("--baselines", message))
+            }
+            _ => Ok(placement),
+        }
+    }
 }
 
 /// How far a network's answers are from those in full precision, task by task, question by question.

@@ -45,6 +45,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("eval", "--weights awq", "expected one of gptq, gptaq:0.25, qep:0.5, qronos, foem:0.2, got \"awq\""),
     ("eval", "--seq-len 0", "window length: expected at least 2 tokens"),
     ("eval", "--device tpu", "expected auto, cpu or cuda"),
+    ("compare", "--baselines --resident 0", "learns weights, and needs every layer on the device"),
     ("compare", "--optimizer adam", "expected one of cayley, cayley-parity"),
     ("compare", "--lr nan", "learning rate"),
     ("compare", "--batch 100", "batch: expected"),
