@@ -1,5 +1,5 @@
 // A row added to every row, and its gradient: y[i, j] = x[i, j] + b[j], db[j] = sum over i of dy[i, j].
-#include "common.cuh"
+#include "columns.cuh"
 
 namespace {
 
@@ -36,20 +36,10 @@ int add_bias(T *y, const T *x, const T *b, int64_t rows, int64_t cols, sq_stream
   return launched();
 }
 
-// A block has 32 columns. Warp w sums rows w, w + 32, ...; the first warp adds up the sums in order.
-template <typename T>
-__global__ void __launch_bounds__(1024) column_sums_kernel(T *sums, const T *x, int64_t rows, int64_t cols) {
-  __shared__ float parts[32][32];
-  const int64_t j = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  float sum = 0.0f;
-  if (j < cols)
-    for (int64_t i = threadIdx.y; i < rows; i += 32) sum += to_float(x[i * cols + j]);
-  parts[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || j >= cols) return;
-  sum = 0.0f;
-  for (int warp = 0; warp < 32; ++warp) sum += parts[warp][threadIdx.x];
-  sums[j] = from_float<T>(sum);
+template <typename T, int N>
+__global__ void __launch_bounds__(kColumnThreads) column_sums_kernel(T *sums, const T *x, int64_t rows, int64_t cols) {
+  auto term = [&](int64_t at, float(&out)[N]) { widen(out, load_pack<T, N>(x + at)); };
+  sum_columns<N>(rows, cols, term, [&](int64_t j, float sum) { sums[j] = from_float<T>(sum); });
 }
 
 }  // namespace
@@ -70,13 +60,17 @@ int sq_add_bias(void *y, const void *x, const void *b, int64_t rows, int64_t col
 }
 
 int sq_column_sums(void *sums, const void *x, int64_t rows, int64_t cols, sq_dtype dtype, sq_stream stream) {
-  if (rows < 0 || cols < 1 || ceil_div(cols, int64_t(32)) > kMaxGridX) return cudaErrorInvalidValue;
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const unsigned blocks = unsigned(ceil_div(cols, int64_t(32)));
-    column_sums_kernel<<<blocks, dim3(32, 32), 0, cuda_stream(stream)>>>(static_cast<T *>(sums), static_cast<const T *>(x),
-                                                                         rows, cols);
-    return launched();
+    return by_neighbours<T>(cols, [&](auto n) -> int {
+      constexpr int N = decltype(n)::count;
+      const int64_t blocks = column_blocks<N>(cols);
+      if (blocks > kMaxGridX) return cudaErrorInvalidValue;
+      column_sums_kernel<T, N><<<unsigned(blocks), column_block<N>(cols), 0, cuda_stream(stream)>>>(
+          static_cast<T *>(sums), static_cast<const T *>(x), rows, cols);
+      return launched();
+    });
   });
 }
 

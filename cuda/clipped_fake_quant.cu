@@ -1,5 +1,5 @@
 // Fake quantisation with learned clip ratios of both ends of every row's range, and its gradient (formulas:
-// src/ops/clipped_fake_quant.rs). A row or group has kThreads threads, which read it twice.
+// src/ops/clipped_fake_quant.rs). A row or group is read by a warp or a block, and stays in registers where it is not too long.
 #include "common.cuh"
 #include "quantise.cuh"
 
@@ -9,15 +9,54 @@ using namespace sq;
 
 constexpr int kWarpRows = 8;  // rows to a block where a row has a warp
 
-// The row that a thread works on and its place among the row's threads.
-template <int kThreads>
-struct Team {
+// How a row is read: by kThreads threads (a warp or a block), N neighbours at a time. With kHeld > 0 the row has at most
+// kHeld such packs a thread, which stay in registers; with 0 it is read again where it is needed.
+template <typename T, int threads, int packed, int held>
+struct Reading {
+  using Value = T;
+  static constexpr int kThreads = threads, N = packed, kHeld = held;
+  static constexpr int kBlock = threads == 32 ? 32 * kWarpRows : threads;
+  Pack<T, N> packs[kHeld > 0 ? kHeld : 1];
   int64_t row;
   int thread;
-  __device__ __forceinline__ Team() {
+
+  __device__ __forceinline__ Reading() {
     const int teams = kThreads == 32 ? kWarpRows : 1;
     row = int64_t(blockIdx.x) * teams + (kThreads == 32 ? threadIdx.x / 32 : 0);
     thread = kThreads == 32 ? threadIdx.x % 32 : threadIdx.x;
+  }
+
+  // f(place of a pack in the row, the pack), for every pack of this thread.
+  template <typename F>
+  __device__ __forceinline__ void each(const T *x, int64_t cols, F f) const {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int64_t j = int64_t(i * kThreads + thread) * N;
+        if (j < cols) f(j, packs[i]);
+      }
+    } else {
+      for (int64_t j = int64_t(thread) * N; j < cols; j += int64_t(kThreads) * N) f(j, load_pack<T, N>(x + j));
+    }
+  }
+
+  // Reads the row of x, holds it, and returns its range.
+  __device__ __forceinline__ Range read(const T *x, int64_t cols, Range *scratch) {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int64_t j = int64_t(i * kThreads + thread) * N;
+        if (j < cols) packs[i] = load_pack<T, N>(x + j);
+      }
+    }
+    Range range = Range::empty();
+    each(x, cols, [&](int64_t, const Pack<T, N> &pack) {
+      float v[N];
+      widen(v, pack);
+#pragma unroll
+      for (int i = 0; i < N; ++i) range.add(v[i]);
+    });
+    return kThreads == 32 ? warp_range(range) : block_range(range, scratch);
   }
 };
 
@@ -26,71 +65,83 @@ struct Clipped {
   Range range;
   float lower, upper;
   Step step;
+  __device__ __forceinline__ Clipped(const Quantiser &q, const float *a, int64_t kind, Range range)
+      : range(range), lower(expf(a[2 * kind])), upper(expf(a[2 * kind + 1])), step(find_step(q, range, lower, upper)) {}
 };
 
-template <typename T, int kThreads>
-__device__ __forceinline__ Clipped clip_row(const Quantiser &q, const T *x, const float *a, int64_t cols, int64_t kind,
-                                            int thread, Range *scratch) {
-  Range range = Range::empty();
-  for (int64_t j = thread; j < cols; j += kThreads) range.add(to_float(x[j]));
-  range = kThreads == 32 ? warp_range(range) : block_range(range, scratch);
-  const float lower = expf(a[2 * kind]), upper = expf(a[2 * kind + 1]);
-  return {range, lower, upper, find_step(q, range, lower, upper)};
-}
-
-template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
-    forward_kernel(T *y, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds, Quantiser q) {
+template <typename R>
+__global__ void __launch_bounds__(R::kBlock)
+    forward_kernel(typename R::Value *y, const typename R::Value *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
+                   Quantiser q) {
   __shared__ Range scratch[32];
-  const Team<kThreads> team;
-  if (team.row >= rows) return;  // whole warps, or the whole block
-  const T *from = x + team.row * cols;
-  const Clipped c = clip_row<T, kThreads>(q, from, a, cols, team.row % kinds, team.thread, scratch);
+  R reading;
+  if (reading.row >= rows) return;  // whole warps, or the whole block
+  const int64_t start = reading.row * cols;
+  const Clipped c(q, a, reading.row % kinds, reading.read(x + start, cols, scratch));
   const Coder coder(q, c.step, fminf(c.lower, c.upper));
-  for (int64_t j = team.thread; j < cols; j += kThreads) {
-    float v[1] = {to_float(from[j])};
+  reading.each(x + start, cols, [&](int64_t j, const auto &pack) {
+    float v[R::N];
+    widen(v, pack);
     coder.fake_quant(v);
-    y[team.row * cols + j] = from_float<T>(v[0]);
-  }
+    store_pack(y + start + j, narrow<typename R::Value>(v));
+  });
 }
 
-template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
-    grids_kernel(float *scale, float *zero, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds, Quantiser q) {
+template <typename R>
+__global__ void __launch_bounds__(R::kBlock)
+    grids_kernel(float *scale, float *zero, const typename R::Value *x, const float *a, int64_t rows, int64_t cols,
+                 int64_t kinds, Quantiser q) {
   __shared__ Range scratch[32];
-  const Team<kThreads> team;
-  if (team.row >= rows) return;  // whole warps, or the whole block
-  const Clipped c = clip_row<T, kThreads>(q, x + team.row * cols, a, cols, team.row % kinds, team.thread, scratch);
-  if (team.thread != 0) return;
-  scale[team.row] = c.step.scale;
-  zero[team.row] = c.step.zero;
+  R reading;
+  if (reading.row >= rows) return;  // whole warps, or the whole block
+  const Clipped c(q, a, reading.row % kinds, reading.read(x + reading.row * cols, cols, scratch));
+  if (reading.thread != 0) return;
+  scale[reading.row] = c.step.scale;
+  zero[reading.row] = c.step.zero;
+}
+
+// dy/ds of the values of a pack times dy, summed; dx in the place of dy.
+template <bool kQuick, int N>
+__device__ __forceinline__ float pack_gradient(const Quantiser &q, const Coder &coder, const float (&x)[N], float (&dy)[N],
+                                               bool blocked) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float ratio = coder.quotient<kQuick>(x[i]);
+    const float code = rintf(ratio) + coder.step.zero, clamped = fminf(fmaxf(code, q.lowest), q.highest);
+    const bool inside = code == clamped;
+    sum += dy[i] * (clamped - coder.step.zero - (inside ? ratio : 0.0f));
+    if (blocked && !inside) dy[i] = 0.0f;
+  }
+  return sum;
 }
 
 // dy/ds of every value times dy, summed; dx on the way.
-template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
-    backward_kernel(T *dx, float *sums, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
-                    Quantiser q, bool blocked) {
+template <typename R>
+__global__ void __launch_bounds__(R::kBlock)
+    backward_kernel(typename R::Value *dx, float *sums, const typename R::Value *dy, const typename R::Value *x, const float *a,
+                    int64_t rows, int64_t cols, int64_t kinds, Quantiser q, bool blocked) {
   __shared__ Range scratch[32];
   __shared__ float sum_scratch[32];
-  const Team<kThreads> team;
-  if (team.row >= rows) return;
-  const int64_t start = team.row * cols;
-  const Clipped c = clip_row<T, kThreads>(q, x + start, a, cols, team.row % kinds, team.thread, scratch);
-  const Step step = c.step;
+  R reading;
+  if (reading.row >= rows) return;
+  const int64_t start = reading.row * cols;
+  const Clipped c(q, a, reading.row % kinds, reading.read(x + start, cols, scratch));
+  const Coder coder(q, c.step, fminf(c.lower, c.upper));
   float sum = 0.0f;
-  for (int64_t j = team.thread; j < cols; j += kThreads) {
-    const float ratio = to_float(x[start + j]) / step.scale, gradient = to_float(dy[start + j]);
-    const float code = rintf(ratio) + step.zero, clamped = fminf(fmaxf(code, q.lowest), q.highest);
-    const bool inside = code == clamped;
-    sum += gradient * (clamped - step.zero - (inside ? ratio : 0.0f));
-    dx[start + j] = from_float<T>(blocked && !inside ? 0.0f : gradient);
-  }
-  sum = kThreads == 32 ? warp_sum(sum) : block_sum(sum, sum_scratch);
-  if (team.thread != 0) return;
+  reading.each(x + start, cols, [&](int64_t j, const auto &pack) {
+    float values[R::N], gradient[R::N];
+    widen(values, pack);
+    widen(gradient, load_pack<typename R::Value, R::N>(dy + start + j));
+    sum += coder.quick ? pack_gradient<true>(q, coder, values, gradient, blocked)
+                       : pack_gradient<false>(q, coder, values, gradient, blocked);
+    store_pack(dx + start + j, narrow<typename R::Value>(gradient));
+  });
+  sum = R::kThreads == 32 ? warp_sum(sum) : block_sum(sum, sum_scratch);
+  if (reading.thread != 0) return;
   float lower = 0.0f, upper = 0.0f;
   if (q.symmetric) {
-    upper = fmaxf(-c.range.lo, c.range.hi) == 0.0f ? 0.0f : sum * step.scale;
+    upper = fmaxf(-c.range.lo, c.range.hi) == 0.0f ? 0.0f : sum * c.step.scale;
   } else {
     const float lo = c.lower * (q.with_zero ? fminf(c.range.lo, 0.0f) : c.range.lo);
     const float hi = c.upper * (q.with_zero ? fmaxf(c.range.hi, 0.0f) : c.range.hi);
@@ -99,48 +150,26 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kWarpRows : kThreads)
       upper = sum * hi / q.maxq;
     }
   }
-  sums[2 * team.row] = lower;
-  sums[2 * team.row + 1] = upper;
+  sums[2 * reading.row] = lower;
+  sums[2 * reading.row + 1] = upper;
 }
 
-// Short rows have a warp, long ones a block.
-constexpr int64_t kWarpCols = 1024;
-
-inline unsigned blocks_for(int64_t rows, int64_t cols) {
-  return unsigned(cols <= kWarpCols ? ceil_div(rows, int64_t(kWarpRows)) : rows);
+// Calls f(reading) with the way that rows of T of this length are read: short ones by a warp, long ones by a block.
+template <typename T, typename F>
+int by_reading(int64_t cols, F &&f) {
+  constexpr int N = kPack<T>;
+  const int64_t packs = cols / N;
+  if (cols % N != 0) return cols <= 1024 ? f(Type<Reading<T, 32, 1, 0>>{}) : f(Type<Reading<T, 512, 1, 0>>{});
+  if (packs <= 32) return f(Type<Reading<T, 32, N, 1>>{});
+  if (packs <= 32 * 4) return f(Type<Reading<T, 32, N, 4>>{});
+  if (packs <= 256 * 2) return f(Type<Reading<T, 256, N, 2>>{});
+  if (packs <= 512 * 4) return f(Type<Reading<T, 512, N, 4>>{});
+  return f(Type<Reading<T, 512, N, 0>>{});
 }
 
-template <typename T>
-int forward(T *y, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds, const Quantiser &q,
-            cudaStream_t stream) {
-  const unsigned blocks = blocks_for(rows, cols);
-  if (cols <= kWarpCols)
-    forward_kernel<T, 32><<<blocks, 32 * kWarpRows, 0, stream>>>(y, x, a, rows, cols, kinds, q);
-  else
-    forward_kernel<T, 512><<<blocks, 512, 0, stream>>>(y, x, a, rows, cols, kinds, q);
-  return launched();
-}
-
-template <typename T>
-int grids(float *scale, float *zero, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds, const Quantiser &q,
-          cudaStream_t stream) {
-  const unsigned blocks = blocks_for(rows, cols);
-  if (cols <= kWarpCols)
-    grids_kernel<T, 32><<<blocks, 32 * kWarpRows, 0, stream>>>(scale, zero, x, a, rows, cols, kinds, q);
-  else
-    grids_kernel<T, 512><<<blocks, 512, 0, stream>>>(scale, zero, x, a, rows, cols, kinds, q);
-  return launched();
-}
-
-template <typename T>
-int backward(T *dx, float *sums, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
-             const Quantiser &q, bool blocked, cudaStream_t stream) {
-  const unsigned blocks = blocks_for(rows, cols);
-  if (cols <= kWarpCols)
-    backward_kernel<T, 32><<<blocks, 32 * kWarpRows, 0, stream>>>(dx, sums, dy, x, a, rows, cols, kinds, q, blocked);
-  else
-    backward_kernel<T, 512><<<blocks, 512, 0, stream>>>(dx, sums, dy, x, a, rows, cols, kinds, q, blocked);
-  return launched();
+template <typename R>
+unsigned blocks_for(int64_t rows) {
+  return unsigned(R::kThreads == 32 ? ceil_div(rows, int64_t(kWarpRows)) : rows);
 }
 
 // Rows of one scale each: as many as there are groups. False where the arguments make no sense.
@@ -164,7 +193,12 @@ int sq_clipped_fake_quant(void *y, const void *x, const float *a, int64_t rows, 
   if (rows == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    return forward(static_cast<T *>(y), static_cast<const T *>(x), a, rows, cols, kinds, q, cuda_stream(stream));
+    return by_reading<T>(cols, [&](auto way) {
+      using R = typename decltype(way)::type;
+      forward_kernel<R><<<blocks_for<R>(rows), R::kBlock, 0, cuda_stream(stream)>>>(
+          static_cast<T *>(y), static_cast<const T *>(x), a, rows, cols, kinds, q);
+      return launched();
+    });
   });
 }
 
@@ -175,7 +209,12 @@ int sq_clipped_grids(float *scale, float *zero, const void *x, const float *a, i
   if (rows == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    return grids(scale, zero, static_cast<const T *>(x), a, rows, cols, kinds, q, cuda_stream(stream));
+    return by_reading<T>(cols, [&](auto way) {
+      using R = typename decltype(way)::type;
+      grids_kernel<R><<<blocks_for<R>(rows), R::kBlock, 0, cuda_stream(stream)>>>(scale, zero, static_cast<const T *>(x), a,
+                                                                                 rows, cols, kinds, q);
+      return launched();
+    });
   });
 }
 
@@ -187,8 +226,13 @@ int sq_clipped_fake_quant_backward(void *dx, float *sums, const void *dy, const 
   if (rows == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    return backward(static_cast<T *>(dx), sums, static_cast<const T *>(dy), static_cast<const T *>(x), a, rows, cols, kinds,
-                    q, blocked != 0, cuda_stream(stream));
+    return by_reading<T>(cols, [&](auto way) {
+      using R = typename decltype(way)::type;
+      backward_kernel<R><<<blocks_for<R>(rows), R::kBlock, 0, cuda_stream(stream)>>>(
+          static_cast<T *>(dx), sums, static_cast<const T *>(dy), static_cast<const T *>(x), a, rows, cols, kinds, q,
+          blocked != 0);
+      return launched();
+    });
   });
 }
 

@@ -1,7 +1,7 @@
 // Rows or columns times exponentials of their logarithms a, and the gradient of a:
 //   y[i, j] = x[i, j] exp(sign a[e]),   da[e] = sign exp(sign a[e]) sum of x dy,   e = i (by rows) or j (by columns).
 // In the sums a may be null: x is y then, which has the factor in it.
-#include "common.cuh"
+#include "columns.cuh"
 
 namespace {
 
@@ -44,31 +44,33 @@ int log_scale(T *y, const T *x, const float *a, int64_t rows, int64_t cols, bool
 
 __device__ __forceinline__ float factor_of(const float *a, int64_t e, float sign) { return a ? sign * expf(sign * a[e]) : sign; }
 
-// A block has 32 columns. Warp w sums rows w, w + 32, ...; the first warp adds up the sums in order.
-template <typename T>
-__global__ void __launch_bounds__(1024)
+template <typename T, int N>
+__global__ void __launch_bounds__(kColumnThreads)
     column_products_kernel(float *da, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, float sign) {
-  __shared__ float parts[32][32];
-  const int64_t j = int64_t(blockIdx.x) * 32 + threadIdx.x;
-  float sum = 0.0f;
-  if (j < cols)
-    for (int64_t i = threadIdx.y; i < rows; i += 32) sum += to_float(x[i * cols + j]) * to_float(dy[i * cols + j]);
-  parts[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || j >= cols) return;
-  sum = 0.0f;
-  for (int warp = 0; warp < 32; ++warp) sum += parts[warp][threadIdx.x];
-  da[j] = factor_of(a, j, sign) * sum;
+  auto term = [&](int64_t at, float(&out)[N]) {
+    float other[N];
+    widen(out, load_pack<T, N>(x + at));
+    widen(other, load_pack<T, N>(dy + at));
+#pragma unroll
+    for (int v = 0; v < N; ++v) out[v] *= other[v];
+  };
+  sum_columns<N>(rows, cols, term, [&](int64_t j, float sum) { da[j] = factor_of(a, j, sign) * sum; });
 }
 
 // A row per block.
-template <typename T>
+template <typename T, int N>
 __global__ void __launch_bounds__(256)
     row_products_kernel(float *da, const T *dy, const T *x, const float *a, int64_t rows, int64_t cols, float sign) {
   __shared__ float scratch[32];
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     float sum = 0.0f;
-    for (int64_t j = threadIdx.x; j < cols; j += blockDim.x) sum += to_float(x[i * cols + j]) * to_float(dy[i * cols + j]);
+    for (int64_t j = threadIdx.x * N; j < cols; j += blockDim.x * N) {
+      float from[N], gradient[N];
+      widen(from, load_pack<T, N>(x + i * cols + j));
+      widen(gradient, load_pack<T, N>(dy + i * cols + j));
+#pragma unroll
+      for (int v = 0; v < N; ++v) sum += from[v] * gradient[v];
+    }
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) da[i] = factor_of(a, i, sign) * sum;
   }
@@ -112,19 +114,24 @@ int sq_log_scale(void *y, const void *x, const float *a, int64_t rows, int64_t c
 
 int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
                       float sign, sq_dtype dtype, sq_stream stream) {
-  if (rows < 0 || cols < 1 || ceil_div(cols, int64_t(32)) > kMaxGridX) return cudaErrorInvalidValue;
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
   if (by_rows && rows == 0) return cudaSuccess;
-  return dispatch(dtype, [&](auto t) {
+  return dispatch(dtype, [&](auto t) -> int {
     using T = typename decltype(t)::type;
     const T *from = static_cast<const T *>(x), *gradient = static_cast<const T *>(dy);
-    if (by_rows) {
-      const unsigned blocks = unsigned(rows < kMaxGridX ? rows : kMaxGridX);
-      row_products_kernel<<<blocks, 256, 0, cuda_stream(stream)>>>(da, gradient, from, a, rows, cols, sign);
-    } else {
-      const unsigned blocks = unsigned(ceil_div(cols, int64_t(32)));
-      column_products_kernel<<<blocks, dim3(32, 32), 0, cuda_stream(stream)>>>(da, gradient, from, a, rows, cols, sign);
-    }
-    return launched();
+    return by_neighbours<T>(cols, [&](auto n) -> int {
+      constexpr int N = decltype(n)::count;
+      if (by_rows) {
+        const unsigned blocks = unsigned(rows < kMaxGridX ? rows : kMaxGridX);
+        row_products_kernel<T, N><<<blocks, 256, 0, cuda_stream(stream)>>>(da, gradient, from, a, rows, cols, sign);
+        return launched();
+      }
+      const int64_t blocks = column_blocks<N>(cols);
+      if (blocks > kMaxGridX) return cudaErrorInvalidValue;
+      column_products_kernel<T, N>
+          <<<unsigned(blocks), column_block<N>(cols), 0, cuda_stream(stream)>>>(da, gradient, from, a, rows, cols, sign);
+      return launched();
+    });
   });
 }
 

@@ -200,18 +200,20 @@ struct Coder {
     quick = is_quick(s, clip);
   }
 
+  // x / s.
+  template <bool kQuick>
+  __device__ __forceinline__ float quotient(float x) const {
+    if (!kQuick) return __fdiv_rn(x, step.scale);
+    float t = __fmul_rn(x, reciprocal);
+    t = __fmaf_rn(__fmaf_rn(-t, step.scale, x), reciprocal, t);
+    return __fmaf_rn(__fmaf_rn(-t, step.scale, x), reciprocal, t);
+  }
+
   // The code of x, an integer in a float.
   template <bool kQuick>
   __device__ __forceinline__ float code(float x) const {
-    float rounded;
-    if (kQuick) {
-      float t = __fmul_rn(x, reciprocal);
-      t = __fmaf_rn(__fmaf_rn(-t, step.scale, x), reciprocal, t);
-      t = __fmaf_rn(__fmaf_rn(-t, step.scale, x), reciprocal, t);
-      rounded = __fsub_rn(__fadd_rn(t, kMagic), shift);
-    } else {
-      rounded = __fadd_rn(rintf(__fdiv_rn(x, step.scale)), step.zero);
-    }
+    const float t = quotient<kQuick>(x);
+    const float rounded = kQuick ? __fsub_rn(__fadd_rn(t, kMagic), shift) : __fadd_rn(rintf(t), step.zero);
     return fminf(fmaxf(rounded, lowest), highest);
   }
 

@@ -138,7 +138,8 @@ pub fn parity(case: &Case, dtype: DType, device: &Device) -> Result<()> {
         }
         let (exact, ours) = (exact.to_f64_vec()?, ours.to_f64_vec()?);
         let largest = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
-        let terms = if i == 0 && baseline.is_some() { 8.0 * f64::from(f32::EPSILON) * case.terms } else { 0.0 };
+        let terms = if i == 0 { case.terms } else { case.gradient_terms };
+        let terms = if baseline.is_some() { 8.0 * f64::from(f32::EPSILON) * terms } else { 0.0 };
         let slack = 8.0 * dtype.epsilon() * largest + terms + f64::MIN_POSITIVE;
         let base = base.as_ref().map(|b| b[i].to_f64_vec()).transpose()?;
         // NaN if there is one anywhere.

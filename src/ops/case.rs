@@ -123,6 +123,8 @@ pub struct Case {
     pub rounds: bool,
     /// The size of the terms that the value is a sum of, where they cancel: a device may round the value as it rounds them in `f32`.
     pub terms: f64,
+    /// The same of its gradients.
+    pub gradient_terms: f64,
     /// How to time it: of cases of [`Size::Timed`].
     pub timing: Option<Timing>,
     draw: Draw,
@@ -144,6 +146,7 @@ impl Case {
             size: Size::Small,
             rounds: false,
             terms: 0.0,
+            gradient_terms: 0.0,
             timing: None,
             draw,
         }
@@ -180,7 +183,8 @@ impl Case {
             shapes.iter().enumerate().map(one).collect()
         });
         let name = format!("{rows} rows of {n}");
-        Self { op, name, run, size: Size::Timed, rounds: false, terms: 0.0, timing: Some(timing), draw }
+        let timing = Some(timing);
+        Self { op, name, run, size: Size::Timed, rounds: false, terms: 0.0, gradient_terms: 0.0, timing, draw }
     }
 
     /// The case at every size of a table.
@@ -201,9 +205,9 @@ impl Case {
     pub fn rounds(self) -> Self {
         Self { rounds: true, ..self }
     }
-    /// Says how large the terms of the value are.
-    pub fn of_terms(self, terms: f64) -> Self {
-        Self { terms, ..self }
+    /// Says how large the terms of the value are, and those of the gradients.
+    pub fn of_terms(self, terms: f64, gradient_terms: f64) -> Self {
+        Self { terms, gradient_terms, ..self }
     }
     /// Times another part than the forward pass.
     pub fn pass(self, pass: Pass) -> Self {

@@ -268,7 +268,7 @@ pub(crate) fn cases() -> Vec<Case> {
                 x.kl_top(teacher, top, rest)
             },
         )
-        .of_terms(1.0) // logarithms of probabilities
+        .of_terms(1.0, 1.0 / rows as f64) // logarithms of probabilities; probabilities over rows
     };
     let mut all = vec![];
     for rest in [Rest::Event, Rest::Partial, Rest::Gathered] {
