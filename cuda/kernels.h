@@ -274,6 +274,20 @@ int sq_correction_lower(double *a, int64_t n, int32_t strict, sq_stream stream);
 int sq_correction_finish(float *y, const double *c, const double *d, const double *inverse, double first, double factor,
                          const uint32_t *order, int64_t n, sq_stream stream);
 
+/* microscaling.cu --------------------------------------------------------------------------------------------- */
+
+/* n values in blocks of 4-bit floating-point numbers (src/grid/floating.rs), as they are or Hadamard-transformed in blocks of
+ * `rotated` (16, 32, 64, ... 512; 0: not). Each output may be NULL.
+ *   y        elements times scales; in place allowed
+ *   codes    [n / 2], two elements a byte, the first in the low half
+ *   scales   [n / 16] E4M3 (nvfp4) or [n / 32] E8M0 (mxfp4)
+ *   largest  one float, the largest magnitude of the tensor that is encoded; NULL: scales are multiples of 1. nvfp4 alone
+ *   clip     multiplies a block's largest magnitude before its scale is found (1: none) */
+int sq_microscale(void *y, uint8_t *codes, uint8_t *scales, const float *largest, const void *x, int64_t n, int rotated,
+                  int nvfp4, float clip, sq_dtype dtype, sq_stream stream);
+/* The largest magnitude of n values, 0 of none. */
+int sq_largest(float *largest, const void *x, int64_t n, sq_dtype dtype, sq_stream stream);
+
 /* bias.cu ----------------------------------------------------------------------------------------------------- */
 
 /* y[i, j] = x[i, j] + b[j] for x, y [rows, cols] and b [cols]. In place allowed. */

@@ -291,6 +291,9 @@ impl<'a> Writer<'a> {
             (None, Format::Native) => scheme.unrotated(),
             (None, Format::Hf | Format::CompressedTensors) => scheme.online(Online::NONE),
         };
+        if output.format != Format::Hf {
+            scheme.check_integer(&format!("format {}", output.format.name()))?;
+        }
         if output.format == Format::CompressedTensors {
             compressed::check(config, &scheme)?;
         }

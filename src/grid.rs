@@ -4,11 +4,13 @@
 //! `q = clamp(round(x/s), -(maxq+1), maxq)`, `y = s q`. Asymmetric: `maxq = 2^bits - 1`, `s = (hi - lo) / maxq`,
 //! `z = round(-lo/s)`, `q = clamp(round(x/s) + z, 0, maxq)`, `y = s (q - z)`.
 
+pub mod floating;
 mod search;
 
 use crate::device::cpu::{self, LANES, Real};
 use crate::tensor::count;
 use crate::{DType, Error, Result, Tensor};
+use floating::{Format, snap};
 
 /// What kind of tensor is quantised; they differ in the scale of an all-zero symmetric group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,15 @@ pub enum Rule {
     /// As compressed-tensors does for activations: `s = 2 max|x| / (2^bits − 1)` symmetric, so that the largest magnitude lies half a
     /// step beyond the largest code; asymmetric ranges include 0. On a GPU the symmetric scale may differ in its last bit.
     CompressedTensors,
+    /// Floating-point codes with a scale a block ([`floating`]).
+    Floating(Format),
+}
+
+impl Rule {
+    /// The format of floating-point codes, where they are some.
+    pub fn floating(self) -> Option<Format> {
+        if let Self::Floating(format) = self { Some(format) } else { None }
+    }
 }
 
 /// How a tensor is quantised: along the last axis, a whole row or groups of it at a time.
@@ -65,6 +76,8 @@ pub struct QuantSpec {
     /// For files that keep scales in this type, and zero points in as many bits as codes: a scale is rounded to the type before codes
     /// are found, and an asymmetric range includes 0 in groups too, so that the zero point is one of the codes. `None`: neither.
     pub stored: Option<DType>,
+    /// What scales of blocks are multiples of, where the format has one such number a tensor ([`QuantSpec::of_tensor`]); else 1.
+    pub unit: f32,
 }
 
 impl QuantSpec {
@@ -77,7 +90,22 @@ impl QuantSpec {
         target: Target::Activation,
         rule: Rule::Published,
         stored: None,
+        unit: 1.0,
     };
+
+    /// Blocks of floating-point codes.
+    pub fn floating(format: Format, target: Target) -> Self {
+        let group = Some(format.block());
+        Self { bits: 4, symmetric: true, group, target, rule: Rule::Floating(format), ..Self::NONE }
+    }
+
+    /// The same for a tensor whose largest magnitude is this.
+    pub fn of_tensor(self, most: impl FnOnce() -> Result<f32>) -> Result<Self> {
+        match self.rule {
+            Rule::Floating(format) => Ok(Self { unit: format.unit(most)?, ..self }),
+            _ => Ok(self),
+        }
+    }
 
     /// Dynamic per-row activation quantisation.
     pub fn activation(bits: u32, symmetric: bool) -> Self {
@@ -110,6 +138,7 @@ impl QuantSpec {
         match self.rule {
             Rule::Published => f64::from(self.max_code()),
             Rule::CompressedTensors => f64::from(self.max_code()) + 0.5,
+            Rule::Floating(_) => f64::from(floating::LARGEST),
         }
     }
 
@@ -148,11 +177,17 @@ impl QuantSpec {
 
     /// Largest code: 2^(bits−1) − 1 symmetric, 2^bits − 1 asymmetric.
     pub fn max_code(&self) -> i32 {
+        if self.rule.floating().is_some() {
+            return floating::LARGEST;
+        }
         if self.symmetric { (1 << (self.code_bits() - 1)) - 1 } else { (1 << self.code_bits()) - 1 }
     }
 
     /// Smallest code: −2^(bits−1) symmetric, 0 asymmetric.
     pub fn min_code(&self) -> i32 {
+        if self.rule.floating().is_some() {
+            return -floating::LARGEST;
+        }
         if self.symmetric { -(1 << (self.code_bits() - 1)) } else { 0 }
     }
 
@@ -163,6 +198,19 @@ impl QuantSpec {
     pub fn group_size(&self, cols: usize) -> Result<usize> {
         if !(2..=8).contains(&self.bits) {
             return Err(Error::argument("bits", format!("expected 2 to 8, or 16 for none, got {}", self.bits)));
+        }
+        if let Some(format) = self.rule.floating() {
+            let block = Some(format.block());
+            if self.bits != 4 || !self.symmetric || self.group != block || self.stored.is_some() {
+                let message = format!("expected 4 symmetric bits in blocks of {}, got {self:?}", format.block());
+                return Err(Error::argument(format.name(), message));
+            }
+            if self.clip == Clip::Search {
+                return Err(Error::argument(
+                    format.name(),
+                    "expected a clip ratio, got a search: scales have steps of their own",
+                ));
+            }
         }
         match self.clip {
             Clip::Ratio(r) if !(r > 0.0 && r <= 1.0) => {
@@ -214,10 +262,10 @@ macro_rules! grid_float {
 grid_float!(f32, vector_grid);
 grid_float!(f64, reference_grid);
 
-/// A uniform grid: values `scale · (code − zero)` for codes in `[min, max]`. All arithmetic is in `T`.
+/// A grid: values `scale · (code − zero)` for codes in `[min, max]`, all integers or some of them. All arithmetic is in `T`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Grid<T> {
-    /// Distance of neighbouring values.
+    /// Distance of neighbouring values where all integers are codes.
     pub scale: T,
     /// The code of 0 (0 when symmetric).
     pub zero: T,
@@ -225,6 +273,8 @@ pub struct Grid<T> {
     pub min: T,
     /// Largest code.
     pub max: T,
+    /// Codes are twice the values of E2M1 ([`floating`]), not all integers.
+    pub floating: bool,
 }
 
 impl<T: GridFloat> Grid<T> {
@@ -247,19 +297,23 @@ impl<T: GridFloat> Grid<T> {
     fn between(spec: &QuantSpec, lo: T, hi: T, ratios: [T; 2]) -> Self {
         let (min, max) = (T::of(f64::from(spec.min_code())), T::of(f64::from(spec.max_code())));
         let (lo, hi) = spec.range(lo, hi);
+        if let Some(format) = spec.rule.floating() {
+            let scale = T::of(0.5 * f64::from(format.scale((ratios[1] * hi).to_f64() as f32, spec.unit)));
+            return Self { scale, zero: T::ZERO, min, max, floating: true };
+        }
         if spec.symmetric {
             let scale = match spec.target {
                 Target::Activation if hi == T::ZERO => T::ONE,
                 _ => ratios[1] * hi / T::of(spec.steps()),
             };
-            return Self { scale, zero: T::ZERO, min, max };
+            return Self { scale, zero: T::ZERO, min, max, floating: false };
         }
         let (lo, hi) = (ratios[0] * lo, ratios[1] * hi);
         // After clipping: an all-zero group is given [−1, 1] whatever the ratio.
         let (lo, hi) = if lo == T::ZERO && hi == T::ZERO { (-T::ONE, T::ONE) } else { (lo, hi) };
         // A degenerate range of one non-zero value cannot give a scale.
         let scale = if hi == lo { T::ONE } else { (hi - lo) / max };
-        Self { scale, zero: (-lo / scale).round(), min, max }
+        Self { scale, zero: (-lo / scale).round(), min, max, floating: false }
     }
 
     /// The same with its scale as it is used ([`QuantSpec::stored`]).
@@ -271,6 +325,10 @@ impl<T: GridFloat> Grid<T> {
     /// The code nearest to `x`, as a float.
     #[inline(always)]
     pub fn code(&self, x: T) -> T {
+        if self.floating {
+            // A block of zeros, or of values that its scale cannot reach, has scale 0.
+            return if self.scale == T::ZERO { T::ZERO } else { snap(x / self.scale) };
+        }
         let q = (x / self.scale).round() + self.zero;
         let q = if q < self.min { self.min } else { q };
         if q > self.max { self.max } else { q }
@@ -305,7 +363,8 @@ impl QuantSpec {
         let max = |a: T, b: T| if b > a { b } else { a };
         if self.symmetric {
             let most = max(lo.abs(), hi.abs());
-            return (T::ZERO, if self.target == Target::Weight { max(most, T::of(1e-5)) } else { most });
+            let least = self.target == Target::Weight && self.rule.floating().is_none();
+            return (T::ZERO, if least { max(most, T::of(1e-5)) } else { most });
         }
         if self.includes_zero() { (min(lo, T::ZERO), max(hi, T::ZERO)) } else { (lo, hi) }
     }

@@ -26,6 +26,7 @@ pub mod cayley;
 mod coded;
 mod hadamard_choice;
 mod learned;
+mod microscaling;
 mod turned;
 
 use std::sync::Arc;
@@ -49,6 +50,7 @@ use crate::{DType, Element, Error, Result};
 pub use coded::{CodedRows, code_sums, integer_linear, quantize_codes};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 pub use learned::{agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums};
+pub use microscaling::{encode, largest};
 pub use turned::{rope_pairs, rope_pairs_backward, swap_axes};
 
 /// What the kernels read and write: `f32`, `f16`, `bf16`.

@@ -277,6 +277,13 @@ impl LearnOptions {
             let message = format!("expected a finite number above 0, got {}", self.clip_rate);
             return Err(Error::argument("learning rate of clip ratios", message));
         }
+        let learned = [
+            ("clip", self.clip == ClipChoice::Learned, self.scheme.activation_format),
+            ("weight clip", self.weight_clip == WeightClip::Learned, self.scheme.weight_format),
+        ];
+        if let Some((name, _, Some(format))) = learned.into_iter().find(|(_, learned, format)| *learned && format.is_some()) {
+            return Err(Error::argument(name, format!("ratios are learned of grids of integers, got {format}")));
+        }
         if let Some(objective) = self.clip_objective.as_ref().filter(|o| o.needs() == Needs::Rows) {
             let message =
                 format!("expected one of the whole network, got {}, which does not depend on clip ratios", objective.name());

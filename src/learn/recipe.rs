@@ -66,15 +66,10 @@ impl Recipe {
         // What is told to keep the whole range of weights keeps it.
         let searches = scheme.weight_bits < 16 && scheme.weight_clip == Clip::Search;
         let weight_clip = if searches { WeightClip::Learned } else { WeightClip::Search };
-        let learned = LearnOptions {
-            clip: ClipChoice::Learned,
-            weight_clip,
-            steps: 300,
-            transforms,
-            scale_rate: 1e-2,
-            clip_rate: 3e-2,
-            ..published.clone()
-        };
+        // Ratios are learned of integer grids.
+        let clip = if scheme.activation_format.is_some() { ClipChoice::Keep } else { ClipChoice::Learned };
+        let learned =
+            LearnOptions { clip, weight_clip, steps: 300, transforms, scale_rate: 1e-2, clip_rate: 3e-2, ..published.clone() };
         match self {
             Self::Faithful => LearnOptions { objective: Arc::new(Kl), ..learned },
             Self::Perplexity => LearnOptions { objective: Arc::new(CrossEntropy), ..learned },

@@ -123,6 +123,9 @@ impl Op for ClippedFakeQuant {
     }
     fn check(&self, inputs: &[Tensor]) -> Result<()> {
         let [x, a] = operands(inputs)?;
+        if let Some(format) = self.spec.rule.floating() {
+            return Err(Error::argument("clipped_fake_quant", format!("expected integer codes, got {format}")));
+        }
         let rows = x.len() / self.spec.group_size(x.cols())?.max(1);
         match *a.shape() {
             [kinds, 2] if kinds > 0 && rows.is_multiple_of(kinds) => {}

@@ -11,6 +11,7 @@ use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work, int};
 use crate::device::{Device, cpu, ffi};
 use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, Rule, SEARCH_NORM, Target, fast_grid, reference_grid};
+use crate::ops::microscaling::{self, largest_magnitude};
 use crate::ops::{At, Case, Place, Run, exact, few_rows, randn};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
@@ -31,20 +32,24 @@ impl Op for FakeQuant {
         let [x] = inputs.take()?;
         let group = self.0.group_size(x.cols())?;
         let shape = x.shape().to_vec();
+        let spec = self.0.of_tensor(|| largest_magnitude(&x))?;
         if x.dtype() == DType::F64 {
             let mut y = x.into_owned::<f64>()?;
             for g in y.chunks_mut(group) {
-                let grid = reference_grid(&self.0, g);
+                let grid = reference_grid(&spec, g);
                 g.iter_mut().for_each(|v| *v = grid.nearest(*v));
             }
             return Tensor::from_vec(y, shape);
         }
         let mut y = x.into_owned::<f32>()?;
-        fast(&self.0, group, &mut y);
+        fast(&spec, group, &mut y);
         Tensor::from_vec(y, shape)
     }
     fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
+        if self.0.rule.floating().is_some() {
+            return microscaling::gpu(device, x, &self.0, None);
+        }
         let mut x = x.aligned()?;
         let y = x.or_new(device)?;
         launch(device.queue(), Outputs { y: Some(y.view()?), ..Outputs::default() }, x.view()?, x.cols(), &self.0)?;
@@ -74,9 +79,13 @@ impl Var<'_> {
 /// A group that does not divide the columns; a type that is not floating-point; a failed launch.
 pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Quantized> {
     let group = spec.group_size(x.cols())?;
+    if spec.rule.floating().is_some() && !x.device().is_cpu() {
+        return quantize(&x.to_device(&Device::Cpu)?, spec);
+    }
     if let Device::Cuda(device) = x.device() {
         return gpu_codes(&device, x, spec, group);
     }
+    let spec = &spec.of_tensor(|| largest_magnitude(x))?;
     match x.dtype() {
         DType::F64 => on_grids::<f64>(x, group, |_, g| f64::grid(spec, g)),
         _ => on_grids::<f32>(&x.to_dtype(DType::F32)?, group, |_, g| f32::grid(spec, g)),
@@ -110,10 +119,14 @@ pub(crate) fn on_grids<T: GridFloat>(
 /// Those of [`quantize`].
 pub(crate) fn scales(x: &Tensor, spec: &QuantSpec) -> Result<Tensor> {
     fn go<T: GridFloat>(x: &Tensor, group: usize, spec: &QuantSpec) -> Result<Tensor> {
+        let spec = &spec.of_tensor(|| largest_magnitude(x))?;
         let scales: Vec<T> = x.as_slice::<T>()?.par_chunks(group).map(|g| T::grid(spec, g).scale).collect();
         Tensor::from_vec(scales, [x.rows(), x.cols().div_ceil(group)])
     }
     let group = spec.group_size(x.cols())?;
+    if spec.rule.floating().is_some() && !x.device().is_cpu() {
+        return scales(&x.to_device(&Device::Cpu)?, spec)?.to_device(&x.device());
+    }
     match (x.device(), x.dtype()) {
         (Device::Cuda(device), _) => gpu_grids(&device, &x.clone().aligned()?, spec).map(|[scale, _]| scale),
         (_, DType::F64) => go::<f64>(x, group, spec),
@@ -161,7 +174,7 @@ pub(crate) fn with_grids(x: &Tensor, spec: &QuantSpec, group: usize, [scale, zer
     let wide = x.to_dtype(DType::F32)?;
     let grids = scale.as_slice::<f32>()?.par_iter().zip(zero.as_slice::<f32>()?);
     let codes = wide.as_slice::<f32>()?.par_chunks(group).zip(grids).flat_map_iter(|(x, (&scale, &zero))| {
-        let grid = Grid { scale, zero, min, max };
+        let grid = Grid { scale, zero, min, max, floating: false };
         x.iter().map(move |&v| grid.code(v) as i16)
     });
     let codes = codes.collect();
@@ -220,6 +233,9 @@ pub(crate) fn launch(queue: Queue<'_>, out: Outputs<'_>, x: View<'_>, cols: usiz
 
 /// A specification as the launchers take it.
 pub(crate) fn launch_spec(spec: &QuantSpec) -> Result<sq_quant> {
+    if let Some(format) = spec.rule.floating() {
+        return Err(Error::argument("quantiser", format!("expected integer codes, got {format}")));
+    }
     Ok(sq_quant {
         bits: spec.bits as i32,
         symmetric: spec.symmetric.into(),

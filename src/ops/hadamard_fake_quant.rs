@@ -6,6 +6,7 @@ use crate::grid::{Clip, QuantSpec};
 use crate::hadamard::Hadamard;
 use crate::ops::fake_quant::FakeQuant;
 use crate::ops::hadamard::{self, Transform};
+use crate::ops::microscaling;
 use crate::ops::{At, Case, Place, Run, exact, few_rows, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands, run};
 use crate::{DType, Error, Result, Tensor};
@@ -45,6 +46,9 @@ impl Op for HadamardFakeQuant {
     }
     fn gpu(&self, device: &CudaDevice, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
+        if self.spec.rule.floating().is_some() {
+            return microscaling::gpu(device, x, &self.spec, Some(&self.map));
+        }
         hadamard::gpu(device, x, &self.map, false, Some(&self.spec))
     }
     fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {

@@ -25,6 +25,7 @@ pub mod linear_cross_entropy;
 pub mod log_scale;
 pub mod matmul;
 pub mod mean_square;
+pub mod microscaling;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_pairs;
@@ -61,6 +62,7 @@ pub fn cases() -> Vec<Case> {
         log_scale::cases(),
         matmul::cases(),
         mean_square::cases(),
+        microscaling::cases(),
         rms_norm::cases(),
         rope::cases(),
         rope_pairs::cases(),

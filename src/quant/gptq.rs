@@ -20,6 +20,7 @@ use crate::device::cpu::{self, Strides};
 use crate::device::cuda::CudaDevice;
 use crate::grid::Quantized;
 use crate::linalg::factor;
+use crate::ops::microscaling::largest_magnitude;
 use crate::quant::correction::Terms;
 use crate::quant::sweep::{GridRule, Rows};
 use crate::quant::weight::{clips_for, moments_for};
@@ -139,22 +140,31 @@ impl Gptq {
         for (w, a) in weights.iter().zip(clips.unwrap_or_default()) {
             clips_for("GPTQ", w, spec, a)?;
         }
-        // On the GPU where the weights are; in f64 it has no kernels.
+        // On the GPU where the weights are; in f64 and on grids of floating-point numbers it has no kernels.
         let device = weights.first().map_or(Device::Cpu, |w| w.device());
-        let narrow = weights.iter().all(|w| w.device() == device && w.dtype() != DType::F64);
+        let integers = spec.rule.floating().is_none();
+        let narrow = integers && weights.iter().all(|w| w.device() == device && w.dtype() != DType::F64);
         let place = |t: &Tensor| t.to_device(if narrow { &device } else { &Device::Cpu });
         let hessian = place(&moments.hessian)?;
         let factor = self.factor(&Moments { hessian, drift: moments.drift.as_ref().map(place).transpose()? })?;
-        let sweep = |(i, w): (usize, &&Tensor)| match &factor.u {
+        let sweep = |(i, w): (usize, &&Tensor)| {
+            let spec = &spec.of_tensor(|| largest_magnitude(&w.to_device(&Device::Cpu)?))?;
+            self.swept_one(w, spec, clips.map(|clips| clips[i]), &factor)
+        };
+        weights.iter().enumerate().map(sweep).collect()
+    }
+
+    /// One of them.
+    fn swept_one(&self, w: &Tensor, spec: &QuantSpec, clips: Option<&Tensor>, factor: &Factor) -> Result<QuantizedLinear> {
+        match &factor.u {
             Upper::Host(u, terms) if w.dtype() == DType::F64 => {
-                self.sweep(w, &GridRule::<f64>::new(spec, clips.map(|clips| clips[i]))?, &factor, u, terms)
+                self.sweep(w, &GridRule::<f64>::new(spec, clips)?, factor, u, terms)
             }
-            Upper::Host(u, terms) => self.sweep(w, &GridRule::<f32>::new(spec, clips.map(|clips| clips[i]))?, &factor, u, terms),
+            Upper::Host(u, terms) => self.sweep(w, &GridRule::<f32>::new(spec, clips)?, factor, u, terms),
             Upper::Gpu(d, u, order, terms) => {
                 let on_the_way = self.grids_on_the_way(spec);
                 let ends = self.block_ends(factor.n, spec.group_size(factor.n)?, on_the_way);
                 let (dead, pull) = (&factor.dead[..], self.correction.pull());
-                let clips = clips.map(|clips| clips[i]);
                 let s = gpu::Sweep { u, order, dead, ends: &ends, grids_on_the_way: on_the_way, terms, pull, clips };
                 let swept = gpu::sweep(d, w, spec, &s)?;
                 Ok(QuantizedLinear {
@@ -163,8 +173,7 @@ impl Gptq {
                     ..swept
                 })
             }
-        };
-        weights.iter().enumerate().map(sweep).collect()
+        }
     }
 
     /// Checks the settings.
@@ -270,7 +279,7 @@ impl Gptq {
 
         let on_the_way = self.grids_on_the_way(rule.spec);
         let mut grids = if on_the_way {
-            vec![Grid { scale: T::ONE, zero: T::ZERO, min: T::ZERO, max: T::ZERO }; rows * groups]
+            vec![Grid { scale: T::ONE, zero: T::ZERO, min: T::ZERO, max: T::ZERO, floating: false }; rows * groups]
         } else {
             w.par_chunks(group).enumerate().map(|(i, g)| rule.grid(i, g)).collect()
         };

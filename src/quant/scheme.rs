@@ -5,11 +5,14 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::grid::Target;
+use crate::grid::floating::Format;
 use crate::quant::{Clip, ClipRatios, Online, QuantSpec, R4, Rule};
 use crate::{Error, Result};
 
 /// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised". An s after the bits of activations, W4A4sKV4, means that
-/// activations, K and V are symmetric.
+/// activations, K and V are symmetric. In the place of the bits of weights or of activations a format of
+/// [floating-point blocks](crate::grid::floating) may stand, WMXFP4ANVFP4KV4; MXFP4 and NVFP4 alone are that of both.
 ///
 /// ```
 /// use spinquant::quant::Scheme;
@@ -21,6 +24,9 @@ use crate::{Error, Result};
 /// let symmetric: Scheme = "W4A4sKV4".parse()?;
 /// assert_eq!(symmetric, Scheme { symmetric_activations: true, ..Scheme::new(4, 4, 4) });
 /// assert_eq!((symmetric.to_string(), symmetric.bits_name()), ("W4A4sKV4".into(), "W4A4KV4".into()));
+/// let blocks: Scheme = "MXFP4KV4".parse()?;
+/// assert_eq!((blocks.to_string(), blocks.weight_bits), ("WMXFP4AMXFP4KV4".into(), 4));
+/// assert_eq!("WNVFP4A16".parse::<Scheme>()?.to_string(), "WNVFP4A16KV16");
 /// # Ok::<(), spinquant::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -49,6 +55,12 @@ pub struct Scheme {
     /// How ranges of activations, K and V become grids.
     #[serde(default, skip_serializing_if = "is_published")]
     pub activation_rule: Rule,
+    /// Weights are blocks of floating-point numbers; `weight_bits` is 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_format: Option<Format>,
+    /// So are the inputs of linears; `activation_bits` is 4. K and V are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation_format: Option<Format>,
 }
 
 fn is_published(rule: &Rule) -> bool {
@@ -73,6 +85,11 @@ impl fmt::Debug for Scheme {
         if self.activation_rule != Rule::Published {
             fields.field("activation_rule", &self.activation_rule);
         }
+        for (name, format) in [("weight_format", self.weight_format), ("activation_format", self.activation_format)] {
+            if let Some(format) = format {
+                fields.field(name, &format);
+            }
+        }
         fields.finish()
     }
 }
@@ -91,6 +108,8 @@ impl Scheme {
         activation_clip: ClipRatios::NONE,
         online: Online::BOTH,
         activation_rule: Rule::Published,
+        weight_format: None,
+        activation_format: None,
     };
 
     /// The published settings at these bit widths.
@@ -111,20 +130,46 @@ impl Scheme {
 
     /// The same with weights left alone, as rotations for GPTQ are learned.
     pub fn unquantized_weights(self) -> Self {
-        Self { weight_bits: 16, ..self }
+        Self { weight_bits: 16, weight_format: None, ..self }
+    }
+
+    /// The same with weights in blocks of floating-point numbers, whose scales have steps of their own: no ratio is searched.
+    pub fn weights_in(self, format: Format) -> Self {
+        Self { weight_bits: 4, weight_format: Some(format), weight_clip: Clip::Ratio(1.0), weight_group: None, ..self }
+    }
+
+    /// The same with inputs of linears in blocks of floating-point numbers.
+    pub fn activations_in(self, format: Format) -> Self {
+        Self { activation_bits: 4, activation_format: Some(format), ..self }
+    }
+
+    /// Checks that codes are integers, for what knows no others.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] that names the scheme.
+    pub fn check_integer(&self, what: &str) -> Result<()> {
+        match (self.weight_format, self.activation_format) {
+            (None, None) => Ok(()),
+            _ => Err(Error::argument(what, format!("expected a scheme of integers, such as W4A4KV4, got {self}"))),
+        }
     }
 
     /// What clip ratios of activations, K and V depend on, such as `A4KV4 asymmetric`.
     pub fn activation_bits_name(&self) -> String {
         let grid = if self.symmetric_activations { "symmetric" } else { "asymmetric" };
-        format!("{} {grid}", self.bits_name().trim_start_matches(|c: char| c == 'W' || c.is_ascii_digit()))
+        // No format has an A in its name.
+        let name = self.bits_name();
+        format!("A{} {grid}", name.split_once('A').map_or("", |(_, rest)| rest))
     }
 
     /// What clip ratios of weights depend on, such as `W4 symmetric` or `W4 asymmetric, groups of 128`.
     pub fn weight_grid_name(&self) -> String {
         let grid = if self.symmetric_weights { "symmetric" } else { "asymmetric" };
         let group = self.weight_group.map_or_else(String::new, |group| format!(", groups of {group}"));
-        format!("W{} {grid}{group}", self.weight_bits)
+        match self.weight_format {
+            Some(format) => format!("W{format}"),
+            None => format!("W{} {grid}{group}", self.weight_bits),
+        }
     }
 
     /// The bits alone, such as `W4A4KV4`.
@@ -155,15 +200,29 @@ impl Scheme {
                 .clipped(Clip::Ratio(self.activation_clip.at(site)))
                 .by(self.activation_rule)
         };
-        let weight = QuantSpec::weight(self.weight_bits, self.symmetric_weights).clipped(self.weight_clip);
+        let input = |site, group| match self.activation_format {
+            Some(format) => QuantSpec::floating(format, Target::Activation).clipped(Clip::Ratio(self.activation_clip.at(site))),
+            None => QuantSpec { group, ..at(site, self.activation_bits) },
+        };
+        let weight = match self.weight_format {
+            Some(format) => {
+                let blocks = QuantSpec::floating(format, Target::Weight).clipped(self.weight_clip);
+                // Other groups and asymmetric weights are refused where rows are known.
+                QuantSpec { symmetric: self.symmetric_weights, group: self.weight_group.or(blocks.group), ..blocks }
+            }
+            None => {
+                let weight = QuantSpec::weight(self.weight_bits, self.symmetric_weights).clipped(self.weight_clip);
+                QuantSpec { group: self.weight_group, ..weight }
+            }
+        };
         Sites {
-            weight: QuantSpec { group: self.weight_group, ..weight },
-            attention_input: at(Site::AttentionInput, self.activation_bits),
+            weight,
+            attention_input: input(Site::AttentionInput, None),
             key: at(Site::Key, self.key_bits),
             value: at(Site::Value, self.value_bits).grouped(head_dim),
-            attention_output: at(Site::AttentionOutput, self.activation_bits).grouped(head_dim),
-            mlp_input: at(Site::MlpInput, self.activation_bits),
-            down_input: at(Site::DownInput, self.activation_bits),
+            attention_output: input(Site::AttentionOutput, Some(head_dim)),
+            mlp_input: input(Site::MlpInput, None),
+            down_input: input(Site::DownInput, None),
             online: self.online,
         }
     }
@@ -174,17 +233,29 @@ impl FromStr for Scheme {
     fn from_str(s: &str) -> Result<Self> {
         let bad = || {
             let expected = "expected W<bits>A<bits>KV<bits> or W<bits>A<bits>, bits 2 to 8 or 16, such as W4A4KV4 or W8A8, \
-                and an s after the bits of A where activations, K and V are symmetric, such as W4A4sKV4";
+                an s after the bits of A where activations, K and V are symmetric, such as W4A4sKV4, \
+                MXFP4 or NVFP4 in the place of the bits of weights or activations, such as WMXFP4AMXFP4KV4, or of both, such as MXFP4KV4";
             Error::argument("quantisation scheme", format!("{expected}, got {s:?}"))
         };
         let upper = s.to_ascii_uppercase();
+        // One format stands for both.
+        let both = Format::ALL.into_iter().map(|f| f.name().to_ascii_uppercase()).find(|f| upper.starts_with(f));
+        let upper = both.map_or(upper.clone(), |f| format!("W{f}A{upper}"));
         let rest = upper.strip_prefix('W').ok_or_else(bad)?;
         let (w, rest) = rest.split_once('A').ok_or_else(bad)?;
         // As others write it: a KV cache that is not named is not quantised.
         let (a, kv) = rest.split_once("KV").unwrap_or((rest, "16"));
         let (a, symmetric_activations) = a.strip_suffix('S').map_or((a, false), |a| (a, true));
         let bits = |t: &str| t.parse::<u32>().ok().filter(|b| (2..=8).contains(b) || *b == 16).ok_or_else(bad);
-        Ok(Self { symmetric_activations, ..Self::new(bits(w)?, bits(a)?, bits(kv)?) })
+        let part =
+            |t: &str| t.parse::<Format>().map_or_else(|_| Ok((bits(t)?, None)), |format| Ok::<_, Error>((4, Some(format))));
+        let ((w, weights), (a, activations)) = (part(w)?, part(a)?);
+        if activations.is_some() && symmetric_activations {
+            return Err(bad());
+        }
+        let scheme = Self { symmetric_activations, ..Self::new(w, a, bits(kv)?) };
+        let scheme = weights.map_or(scheme, |format| scheme.weights_in(format));
+        Ok(activations.map_or(scheme, |format| scheme.activations_in(format)))
     }
 }
 
@@ -195,7 +266,9 @@ impl fmt::Display for Scheme {
             (k, v) => format!("K{k}V{v}"),
         };
         let grid = if self.symmetric_activations && self.quantizes_activations() { "s" } else { "" };
-        f.pad(&format!("W{}A{}{grid}{kv}", self.weight_bits, self.activation_bits))
+        let part = |format: Option<Format>, bits: u32| format.map_or(bits.to_string(), |f| f.name().to_ascii_uppercase());
+        let (w, a) = (part(self.weight_format, self.weight_bits), part(self.activation_format, self.activation_bits));
+        f.pad(&format!("W{w}A{a}{grid}{kv}"))
     }
 }
 

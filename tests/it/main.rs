@@ -15,6 +15,7 @@ mod common;
 mod demo;
 mod export;
 mod families;
+mod formats;
 mod gptq;
 mod gradients;
 mod hadamard;

@@ -50,8 +50,8 @@ pub struct ModelArgs {
 /// How the network is quantised.
 #[derive(clap::Args, Clone)]
 pub struct SchemeArgs {
-    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised; W4A4sKV4: with --symmetric-activations)
-    /// [default: W4A4KV4].
+    /// Bits of weights, activations and KV cache, such as W4A4KV4 (16: not quantised; W4A4sKV4: with --symmetric-activations), or blocks
+    /// of floating-point numbers for weights and activations, such as MXFP4KV4, NVFP4 or WMXFP4A16 [default: W4A4KV4].
     #[arg(long, value_name = "W.A.KV.")]
     scheme: Option<Scheme>,
     /// Symmetric activations, K and V (published: asymmetric).
@@ -189,7 +189,9 @@ impl SchemeArgs {
 pub fn with_bits_of(given: &Scheme, scheme: Scheme) -> Scheme {
     let Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, .. } = *given;
     let symmetric_activations = symmetric_activations || scheme.symmetric_activations;
-    Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, ..scheme }
+    let scheme = Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, ..scheme };
+    let scheme = Scheme { activation_format: given.activation_format, weight_format: None, ..scheme };
+    given.weight_format.map_or(scheme, |format| scheme.weights_in(format))
 }
 
 /// An argument that says something else than the quantised model that it is about.

@@ -18,6 +18,7 @@ mod clip_objective;
 mod compressed;
 mod console;
 mod families;
+mod formats;
 mod generate;
 mod hub;
 mod input;
