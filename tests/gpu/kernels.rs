@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream};
 use half::bf16;
+use spinquant::grid::floating::Format;
 use spinquant::grid::{SEARCH_NORM, reference_grid};
 use spinquant::hadamard::Hadamard;
 use spinquant::kernels::{self, HadamardMap, Sizes};
 use spinquant::ops::clipped_fake_quant::ClippedFakeQuant;
 use spinquant::ops::log_scale::{Along, LogScale};
+use spinquant::ops::microscaling::encode;
 use spinquant::ops::rope_pairs::RopePairs;
 use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, rope_pairs, swap_axes, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
@@ -510,4 +512,52 @@ fn integer_linears_of_slices_replay_from_a_graph() {
         graph.launch().unwrap();
     }
     assert_eq!(s.clone_dtoh(&y).unwrap(), first);
+}
+
+/// Packed elements and scales are the CPU's: to the bit as they are, but for ties behind Hadamard matrices.
+#[test]
+#[ignore = "needs a GPU"]
+fn encoders_are_those_of_the_cpu() {
+    let s = &stream();
+    for format in Format::ALL {
+        for (rows, n) in [(1, 512), (37, 1024), (1001, 512)] {
+            let mut x = values(5, rows * n);
+            x.iter_mut().enumerate().for_each(|(i, x)| *x *= [1.0, 1e-3, 30.0, 0.0][i / 16 % 4]);
+            let x: Vec<bf16> = x.into_iter().map(bf16::from_f32).collect();
+            let gx = s.clone_htod(&x).unwrap();
+            let host = Tensor::from_vec(x, [rows, n]).unwrap();
+            let largest = host.to_f64_vec().unwrap().into_iter().fold(0f64, |m, x| m.max(x.abs()));
+            for rotated in [0usize, 16, 32, 64, 128, 256, 512] {
+                let want = encode(&host, format, (rotated > 0).then_some(rotated)).unwrap();
+                let (mut codes, mut scales) =
+                    (s.alloc_zeros::<u8>(rows * n / 2).unwrap(), s.alloc_zeros::<u8>(rows * n / format.block()).unwrap());
+                // NVFP4's scales are fractions of the largest magnitude of what is encoded.
+                let most = if rotated == 0 { largest as f32 } else { want.unit * (6.0 * 448.0) };
+                let most = s.clone_htod(&[most]).unwrap();
+                let most = (format == Format::Nvfp4).then_some(&most);
+                kernels::encode(s, &mut codes, &mut scales, &gx, most, format, rotated).unwrap();
+                let (codes, scales) = (s.clone_dtoh(&codes).unwrap(), s.clone_dtoh(&scales).unwrap());
+                s.synchronize().unwrap();
+                let off = |a: &[u8], b: &[u8]| a.iter().zip(b).filter(|(a, b)| a != b).count();
+                let differ = (off(&codes, &want.codes), off(&scales, &want.scales));
+                let allowed = if rotated == 0 { (0, 0) } else { (codes.len() / 200, scales.len() / 500) };
+                assert!(
+                    differ.0 <= allowed.0 && differ.1 <= allowed.1,
+                    "{format} {rows}x{n} {rotated}: {differ:?} of {}",
+                    codes.len()
+                );
+                let (tensor, map) = (host.to_device(&crate::common::need::gpu()).unwrap(), (rotated > 0).then_some(rotated));
+                let ours = encode(&tensor, format, map).unwrap();
+                assert!(off(&ours.codes, &want.codes) <= allowed.0 && off(&ours.scales, &want.scales) <= allowed.1);
+            }
+            let mut most = s.alloc_zeros::<f32>(1).unwrap();
+            kernels::largest(s, &mut most, &gx).unwrap();
+            assert_eq!(f64::from(s.clone_dtoh(&most).unwrap()[0]), largest);
+        }
+        let x = s.alloc_zeros::<bf16>(48).unwrap();
+        let (mut codes, mut scales) = (s.alloc_zeros::<u8>(24).unwrap(), s.alloc_zeros::<u8>(3).unwrap());
+        let none = None::<&CudaSlice<f32>>;
+        assert!(kernels::encode(s, &mut codes, &mut scales, &x, none, format, 32).is_err());
+        assert!(kernels::encode(s, &mut codes, &mut scales, &x, none, format, 48).is_err());
+    }
 }
