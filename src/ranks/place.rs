@@ -33,10 +33,13 @@ impl Place {
     /// The variable with a port in place of `MASTER_PORT`.
     pub const PORT: &'static str = "SPINQUANT_MASTER_PORT";
 
+    /// The variable with [`Place::patience`], in seconds.
+    pub const PATIENCE: &'static str = "SPINQUANT_RANKS_PATIENCE";
+
     /// A rank among others of this machine that meet at a port.
     pub fn local(rank: usize, world: usize, port: u16) -> Self {
         let address = Ipv4Addr::LOCALHOST.to_string();
-        Self { rank, world, local_rank: rank, address, port, token: String::new(), patience: Duration::from_secs(20) }
+        Self { rank, world, local_rank: rank, address, port, token: String::new(), patience: Duration::from_secs(15) }
     }
 
     /// What `torchrun`, or another launcher, has set: `RANK`, `WORLD_SIZE`, `LOCAL_RANK` (where it is missing: `RANK`), `MASTER_ADDR` and
@@ -67,8 +70,13 @@ impl Place {
             }
         };
         let local_rank = number(&get, "LOCAL_RANK")?.unwrap_or(rank);
+        let patience = match number::<u32>(&get, Self::PATIENCE)? {
+            Some(0) => return Err(Error::argument(Self::PATIENCE, "expected at least a second, got 0")),
+            Some(seconds) => Duration::from_secs(seconds.into()),
+            None => Self::local(rank, world, port).patience,
+        };
         let token = get(Self::TOKEN).or_else(|| get("TORCHELASTIC_RUN_ID")).unwrap_or_default();
-        Ok(Some(Self { rank, world, local_rank, token, ..Self { address, ..Self::local(rank, world, port) } }))
+        Ok(Some(Self { rank, world, local_rank, address, port, token, patience }))
     }
 
     /// Listens for the other ranks: at this machine alone where the address is its own name for itself, else at all its addresses.

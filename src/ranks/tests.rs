@@ -186,6 +186,9 @@ fn the_environment_of_a_launcher_is_understood() {
     let place = from(&agent).unwrap().unwrap();
     assert_eq!((place.port, place.token.as_str()), (29501, "a run"));
     assert_eq!(from(&[&agent[..], &[(Place::PORT, "7")]].concat()).unwrap().unwrap().port, 7);
+    let hurried = [&torchrun[..], &[(Place::PATIENCE, "3")]].concat();
+    assert_eq!(from(&hurried).unwrap().unwrap().patience, Duration::from_secs(3));
+    assert!(from(&[&torchrun[..], &[(Place::PATIENCE, "0")]].concat()).unwrap_err().to_string().contains(Place::PATIENCE));
     for (name, value, part) in [
         ("RANK", "4", "less than WORLD_SIZE"),
         ("RANK", "-1", "RANK"),

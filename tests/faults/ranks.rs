@@ -152,6 +152,7 @@ impl Run {
     fn start(place: &Place, args: &str, count: usize) -> Self {
         let _ = std::fs::remove_file(place.path("out/log"));
         let mut command = place.command(&format!("{args} --ranks {count} --log log"));
+        command.env("SPINQUANT_RANKS_PATIENCE", "4");
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut ranks = vec![];
         wait_for("a first step", || {
@@ -267,6 +268,19 @@ fn a_rank_that_is_killed_ends_all_and_the_state_stays_good() {
         assert_eq!(error(&said), format!("error: rank {victim}: was killed by signal 9"), "{said}");
         kept = state(&place).expect("a state");
     }
+}
+
+/// A rank that stands still, as one does whose machine hangs.
+#[test]
+fn a_rank_that_gives_no_sign_of_life_ends_all() {
+    let place = Place::new();
+    let run = Run::start(&place, &format!("{LEARN} --batch 4 --steps 1000000 --checkpoint-every 1"), 2);
+    wait_for("a state", || state(&place).is_some());
+    signal(run.rank(1), "STOP");
+    let (code, said) = run.ended("a silent rank");
+    assert_eq!(code, Some(1), "{said}");
+    assert_eq!(error(&said), "error: rank 1: gives no sign of life", "{said}");
+    assert!(state(&place).is_some());
 }
 
 #[test]

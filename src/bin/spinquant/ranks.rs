@@ -15,7 +15,7 @@ use crate::common::at_least_one;
 use crate::{console, launch};
 
 /// How long a rank that cannot go on without a lost one is given to end by itself.
-pub const GRACE: Duration = Duration::from_secs(10);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// Where the work of a command is done.
 #[derive(clap::Args, Clone, Default)]
