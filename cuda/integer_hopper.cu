@@ -372,7 +372,7 @@ int make_map(CUtensorMap &map, const int8_t *codes, int64_t rows, int64_t cols, 
 int integer_linear_hopper(const IntegerLinear &p, sq_dtype dtype, cudaStream_t stream) {
   const int64_t strips = ceil_div(p.m, int64_t(kTall * kRows)), cols = ceil_div(p.n, int64_t(kWide * kCols));
   if (!current_gpu().warpgroups || p.part != p.k || p.k % 16 != 0 || p.n % 8 != 0) return cudaErrorNotSupported;
-  if (p.m > (1ll << 31) - 1024 || p.n > (1ll << 31) - 1024 || strips * cols > (1ll << 31)) return cudaErrorNotSupported;
+  if (p.m > (1ll << 31) - 1024 || p.n > (1ll << 31) - 1024 || strips * cols > (1ll << 30)) return cudaErrorNotSupported;
   CUtensorMap x, w;
   if (const int status = make_map(x, p.x, p.m, p.k, kRows / kWide)) return status;
   if (const int status = make_map(w, p.w, p.n, p.k, kCols / kTall)) return status;
@@ -391,10 +391,14 @@ int integer_linear_hopper(const IntegerLinear &p, sq_dtype dtype, cudaStream_t s
     config.attrs = &cluster;
     config.numAttrs = 1;
     config.gridDim = dim3(kCluster);
-    int most = 0;  // clusters that run at once
-    if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&most, kernel, &config)) return int(error);
-    if (most < 1) return int(cudaErrorNotSupported);
-    config.gridDim = dim3((tiles.units < unsigned(most) ? tiles.units : unsigned(most)) * kCluster);
+    // Blocks stay: as many clusters as run at once, where there is work for more.
+    int clusters = int(tiles.units);
+    if (clusters > multiprocessors() / kCluster) {
+      if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return int(error);
+      if (clusters < 1) return int(cudaErrorNotSupported);
+      if (tiles.units < unsigned(clusters)) clusters = int(tiles.units);
+    }
+    config.gridDim = dim3(unsigned(clusters) * kCluster);
     return int(cudaLaunchKernelEx(&config, kernel, x, w, p, tiles));
   });
 }

@@ -35,6 +35,7 @@ const ORDER: &[&str] = &[
     "nvfp4-encode",
     "hadamard-mxfp4-encode",
     "hadamard-nvfp4-encode",
+    "quantize-codes",
     "rms-norm",
     "rms-norm-backward",
     "rope",
@@ -55,6 +56,7 @@ const ORDER: &[&str] = &[
     "kurtosis",
     "clip-search",
     "gemm",
+    "integer-linear",
 ];
 
 const COPIES: &[At] = &[

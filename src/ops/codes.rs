@@ -3,6 +3,8 @@
 //! `x̂[i, j] = s[i, g] (q[i, j] − z[i, g])`, g the group of column j, on the grids of [`QuantSpec`]. Unsigned codes are held less
 //! `2^(bits−1)`, which makes them signed, and zero points with them.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
@@ -12,6 +14,7 @@ use crate::device::cuda::{CudaBuffer, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{Device, ffi};
 use crate::grid::{Clip, QuantSpec, Quantized};
+use crate::ops::{At, Call, Case, Place, Run, exact};
 use crate::{DType, Error, Result, Tensor};
 
 /// Codes `[rows, cols]` of at most 8 bits, with their grids. Clones share the memory.
@@ -268,6 +271,39 @@ pub(crate) fn launch_sums(queue: Queue<'_>, sums: View<'_>, codes: View<'_>, col
     let (rows, cols, part) = (c.long(rows)?, c.long(cols)?, c.int(part)?);
     // SAFETY: codes has rows · cols values, sums one a part.
     c.launch(work, |s| unsafe { ffi!(sq_code_sums(sums, codes, rows, cols, part, s)) })
+}
+
+/// Worked cases: sizes for benches.
+pub(crate) fn cases() -> Vec<Case> {
+    Case::table(timed, SIZES)
+}
+
+const SIZES: &[At] = &[
+    (Place::Cpu, 4096, 4096, &[DType::F32]),
+    (Place::Gpu, 4096, 1 << 16, &[DType::BF16]),
+    (Place::Gpu, 11008, (1 << 28) / 11008, &[DType::BF16]),
+];
+
+fn timed(n: usize, rows: usize) -> Case {
+    let spec = QuantSpec::activation(4, false);
+    let call = move |x: &[Tensor]| {
+        let (x, last) = (x[0].clone(), Rc::new(RefCell::new(None)));
+        let codes = last.clone();
+        Ok(Call {
+            run: Box::new(move || {
+                *last.borrow_mut() = Some(Codes::quantize(&x, &spec)?);
+                Ok(())
+            }),
+            results: Box::new(move || codes.borrow().iter().map(Codes::dequantize).collect()),
+        })
+    };
+    let what =
+        ("codes", "quantize-codes", "Asymmetric 4-bit quantisation of rows of n to codes of a byte, scales and zero points");
+    Case::timed(what, (n, rows), vec![vec![rows, n]], Run::Call(Arc::new(call)), move |x, y| {
+        exact::rows(n, x, &y[0], |_, got, x| exact::quantised("quantize-codes", got, &x[0], &spec, y[0].dtype()))
+    })
+    // Of 16 bits; codes have half the bytes.
+    .moves(1.5 * n as f64 * rows as f64)
 }
 
 #[cfg(test)]

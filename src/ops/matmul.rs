@@ -233,6 +233,7 @@ const SIZES: &[At] = &[
     (Place::Cpu, 1024, 1024, &[DType::F32]),
     (Place::Gpu, 8192, 8192, &[DType::BF16]),
     (Place::Gpu, 4096, 16384, &[DType::BF16]),
+    (Place::Gpu, 11008, 16384, &[DType::BF16]),
     (Place::Gpu, 4096, 4096, &[DType::F32]),
 ];
 

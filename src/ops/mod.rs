@@ -50,6 +50,7 @@ pub fn cases() -> Vec<Case> {
         axpby_bf16::cases(),
         bias::cases(),
         clipped_fake_quant::cases(),
+        codes::cases(),
         cross_entropy::cases(),
         embedding::cases(),
         fake_quant::cases(),
