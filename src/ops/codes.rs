@@ -50,8 +50,9 @@ impl Codes {
     /// The codes that [`Var::fake_quant`](crate::Var::fake_quant) would use, on the device of x. The leading axes of x are rows.
     ///
     /// # Errors
-    /// A group that does not divide the columns; bits that a byte has no room for; a failed launch.
+    /// A grid without equal steps; a group that does not divide the columns; bits that a byte has no room for; a failed launch.
     pub fn quantize(x: &Tensor, spec: &QuantSpec) -> Result<Self> {
+        uniform(spec)?;
         let group = spec.group_size(x.cols())?;
         match x.device() {
             Device::Cuda(device) if spec.clip != Clip::Search && spec.stored.is_none() => {
@@ -72,8 +73,9 @@ impl Codes {
     /// What a quantiser found, as bytes, on the CPU. The specification says which codes there are.
     ///
     /// # Errors
-    /// Codes that the specification does not have, or as many scales as do not belong to them.
+    /// A grid without equal steps; codes that the specification does not have, or as many scales as do not belong to them.
     pub fn new(q: &Quantized, spec: &QuantSpec) -> Result<Self> {
+        uniform(spec)?;
         let cols = q.shape.last().copied().unwrap_or(1);
         let (rows, shift) = (q.codes.len() / cols.max(1), if spec.symmetric { 0 } else { spec.max_code() / 2 + 1 });
         let (min, max, grids) = (spec.min_code(), spec.max_code(), rows * cols.div_ceil(q.group.max(1)));
@@ -218,6 +220,14 @@ impl Codes {
     }
 }
 
+/// Floating-point codes have no products of integers.
+fn uniform(spec: &QuantSpec) -> Result<()> {
+    match spec.rule.floating() {
+        Some(format) => Err(Error::argument("codes", format!("expected a grid of equal steps, got {}", format.name()))),
+        None => Ok(()),
+    }
+}
+
 /// Zero points of codes that are `shift` less.
 fn shifted(zero: &Tensor, shift: i32) -> Result<Tensor> {
     match zero.dtype() {
@@ -240,6 +250,7 @@ pub(crate) fn launch_quantize(
     spec: &QuantSpec,
 ) -> Result<()> {
     let c = Check::new("quantise to codes", queue);
+    uniform(spec)?;
     if let Some(dtype) = spec.stored {
         return Err(Error::argument("quantise to codes", format!("expected scales as computed, got scales stored as {dtype}")));
     }
@@ -360,5 +371,7 @@ mod tests {
         assert!(Codes::new(&q, &spec).unwrap_err().to_string().contains("expected -8 to 7, got 8"));
         q.codes[1] = 7;
         assert!(Codes::new(&q, &spec.grouped(1)).is_err());
+        let floating = spec.by(grid::Rule::Floating(grid::floating::Format::Mxfp4));
+        assert!(Codes::quantize(&randn([1, 32], 1), &floating).unwrap_err().to_string().contains("equal steps"));
     }
 }
