@@ -99,7 +99,10 @@ impl QuantSpec {
         Self { bits: 4, symmetric: true, group, target, rule: Rule::Floating(format), ..Self::NONE }
     }
 
-    /// The same for a tensor whose largest magnitude is this.
+    /// The same for a tensor whose largest magnitude is `most`, which is called where the format depends on it.
+    ///
+    /// # Errors
+    /// Those of `most`.
     pub fn of_tensor(self, most: impl FnOnce() -> Result<f32>) -> Result<Self> {
         match self.rule {
             Rule::Floating(format) => Ok(Self { unit: format.unit(most)?, ..self }),

@@ -48,7 +48,7 @@ impl Encoded {
             Format::Mxfp4 => (f32::from(byte) - 127.0).exp2(),
             Format::Nvfp4 => from_e4m3(byte) * self.unit,
         };
-        let element = |i: usize| f32::from(from_e2m1(if i % 2 == 0 { self.codes[i / 2] & 15 } else { self.codes[i / 2] >> 4 }));
+        let element = |i: usize| f32::from(from_e2m1(if i.is_multiple_of(2) { self.codes[i / 2] & 15 } else { self.codes[i / 2] >> 4 }));
         let value = |i: usize| element(i) * (0.5 * scale(self.scales[i / block]));
         Tensor::from_vec((0..values).map(value).collect::<Vec<f32>>(), self.shape.clone())
     }
@@ -118,9 +118,11 @@ pub(crate) fn gpu(device: &CudaDevice, x: Tensor, spec: &QuantSpec, map: Option<
     let Clip::Ratio(clip) = spec.clip else { return Err(Error::argument(format.name(), "expected a clip ratio")) };
     // The largest magnitude of what is transformed is only known when it is.
     let fused = |map: &Hadamard| format == Format::Mxfp4 && map.k() == 1 && (16..=512).contains(&(map.n() / map.blocks()));
+    let (dtype, narrow) = (x.dtype(), x.dtype().is_half());
     let (x, rotated) = match map {
         Some(map) if fused(map) => (x, map.n() / map.blocks()),
-        Some(map) => (hadamard::transform(x, map, false)?, 0),
+        // What is transformed is not rounded before it is quantised.
+        Some(map) => (hadamard::transform(if narrow { x.to_dtype(DType::F32)? } else { x }, map, false)?, 0),
         None => (x, 0),
     };
     let mut x = x.aligned()?;
@@ -129,7 +131,7 @@ pub(crate) fn gpu(device: &CudaDevice, x: Tensor, spec: &QuantSpec, map: Option<
     let out = Outputs { y: Some(y.view()?), ..Outputs::default() };
     let view = most.as_ref().map(Tensor::view).transpose()?;
     launch(device.queue(), out, view, x.view()?, (format, clip as f32), rotated)?;
-    Ok(y)
+    y.to_dtype(dtype)
 }
 
 /// What the kernel writes, each where wanted.
