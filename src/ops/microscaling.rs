@@ -48,7 +48,8 @@ impl Encoded {
             Format::Mxfp4 => (f32::from(byte) - 127.0).exp2(),
             Format::Nvfp4 => from_e4m3(byte) * self.unit,
         };
-        let element = |i: usize| f32::from(from_e2m1(if i.is_multiple_of(2) { self.codes[i / 2] & 15 } else { self.codes[i / 2] >> 4 }));
+        let element =
+            |i: usize| f32::from(from_e2m1(if i.is_multiple_of(2) { self.codes[i / 2] & 15 } else { self.codes[i / 2] >> 4 }));
         let value = |i: usize| element(i) * (0.5 * scale(self.scales[i / block]));
         Tensor::from_vec((0..values).map(value).collect::<Vec<f32>>(), self.shape.clone())
     }

@@ -19,7 +19,7 @@ fn rotations_are_learned_for_blocks_of_floating_point_numbers() {
     place.fails(&format!("{EVAL} --scheme MXFP4"), &["32 does not divide rows of 24"]);
     place.fails(&format!("{EVAL} --scheme MXFP4 --weight-group 8"), &["blocks of 32"]);
     place.fails(
-        "quantize --model model --device cpu --scheme NVFP4 --out packed",
-        &["format native", "a scheme of integers", "WNVFP4ANVFP4KV16"],
+        "quantize --model synthetic:tiny --device cpu --rotations hadamard --scheme NVFP4 --out packed",
+        &["format spinquant-native", "a scheme of integers", "WNVFP4ANVFP4KV16"],
     );
 }
