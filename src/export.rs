@@ -116,6 +116,15 @@ impl Format {
         self != Self::Native
     }
 
+    /// Checks that the format has codes of a scheme, before a model is loaded.
+    ///
+    /// # Errors
+    /// [`Error::Argument`]: blocks of floating-point numbers, but for values of them.
+    pub fn check_codes(self, scheme: &Scheme) -> Result<()> {
+        let name = self.name().trim_start_matches("spinquant-");
+        if self == Self::Hf { Ok(()) } else { scheme.check_integer(&format!("format {name} (hf holds values of blocks)")) }
+    }
+
     /// What of a scheme an output in this format holds: a Hugging Face folder has weights only, and whoever runs it computes
     /// activations, K and V at 16 bits or as it likes; one of compressed-tensors says how inputs of linears are quantised, by a rule of its
     /// own.
@@ -123,14 +132,7 @@ impl Format {
         match self {
             Self::Native => *scheme,
             Self::CompressedTensors => compressed::holds(scheme),
-            Self::Hf => Scheme {
-                activation_bits: 16,
-                key_bits: 16,
-                value_bits: 16,
-                activation_clip: ClipRatios::NONE,
-                online: Online::NONE,
-                ..*scheme
-            },
+            Self::Hf => Scheme { activation_clip: ClipRatios::NONE, online: Online::NONE, ..scheme.unquantized_activations() },
         }
     }
 }
@@ -291,9 +293,7 @@ impl<'a> Writer<'a> {
             (None, Format::Native) => scheme.unrotated(),
             (None, Format::Hf | Format::CompressedTensors) => scheme.online(Online::NONE),
         };
-        if output.format != Format::Hf {
-            scheme.check_integer(&format!("format {}", output.format.name()))?;
-        }
+        output.format.check_codes(&scheme)?;
         if output.format == Format::CompressedTensors {
             compressed::check(config, &scheme)?;
         }

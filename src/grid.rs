@@ -205,7 +205,14 @@ impl QuantSpec {
         if let Some(format) = self.rule.floating() {
             let block = Some(format.block());
             if self.bits != 4 || !self.symmetric || self.group != block || self.stored.is_some() {
-                let message = format!("expected 4 symmetric bits in blocks of {}, got {self:?}", format.block());
+                let grid = if self.symmetric { "symmetric" } else { "asymmetric" };
+                let group = self.group.map_or("whole rows".into(), |group| format!("groups of {group}"));
+                let stored = self.stored.map_or(String::new(), |dtype| format!(", scales kept as {dtype}"));
+                let message = format!(
+                    "expected 4 symmetric bits in blocks of {}, got {} {grid} bits in {group}{stored}",
+                    format.block(),
+                    self.bits
+                );
                 return Err(Error::argument(format.name(), message));
             }
             if self.clip == Clip::Search {

@@ -88,7 +88,8 @@ impl Reconstruct {
     /// Checks the numbers, and that a scheme leaves something to learn of everything that is asked for.
     ///
     /// # Errors
-    /// [`Error::Argument`]: no steps, a rate that is not above 0, clips where only weights are quantised, scales where weights are not.
+    /// [`Error::Argument`]: no steps, a rate that is not above 0, clips where only weights are quantised, scales where weights are not;
+    /// either of blocks of floating-point numbers.
     pub fn check(&self, scheme: &Scheme) -> Result<()> {
         let wrong = |message: String| Err(Error::argument("reconstruct", message));
         if self.steps == 0 || !(self.rate > 0.0 && self.rate.is_finite()) {
@@ -102,6 +103,14 @@ impl Reconstruct {
         }
         if self.scales && scheme.weight_bits >= 16 {
             return wrong(format!("scales: expected weights of less than 16 bits, got {scheme}"));
+        }
+        for (what, asked, format) in [
+            ("clips: expected activations", self.clips, scheme.activation_format),
+            ("scales: expected weights", self.scales, scheme.weight_format),
+        ] {
+            if let (true, Some(_)) = (asked, format) {
+                return wrong(format!("{what} of integers, whose scales have no steps of their own, got {scheme}"));
+            }
         }
         Ok(())
     }

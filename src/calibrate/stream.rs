@@ -3,7 +3,7 @@
 use super::reconstruct::{Student, squares};
 use super::{Calibration, QuantizedLayer, Reconstruct};
 use crate::llama::{Affine, Around, Block, LayerWeights, Linear, LinearVars, Linears, Rotated, Run, plus};
-use crate::quant::{Drift, Hessian, Moments, QuantSpec, QuantizedLinear, Scheme, Site, WeightQuantizer, quantize_by};
+use crate::quant::{Drift, Hessian, Moments, QuantSpec, QuantizedLinear, Site, WeightQuantizer, quantize_by};
 use crate::ranks::Group;
 use crate::{DType, Error, Result, Tape, Tensor, Var};
 
@@ -161,7 +161,7 @@ impl Stream {
         }
         let scheme = match quantized {
             true => *rotated.scheme(),
-            false => Scheme { activation_bits: 16, key_bits: 16, value_bits: 16, ..*rotated.scheme() },
+            false => rotated.scheme().unquantized_activations(),
         };
         let table = rotated.embedding()?;
         let embed = |windows: &[usize]| {

@@ -248,6 +248,17 @@ impl LearnOptions {
         self.held_out.unwrap_or((windows / 8).clamp(1, 64))
     }
 
+    /// Checks that a step has a sequence for each of so many ranks.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] with both numbers.
+    pub fn check_batch(&self, ranks: usize) -> Result<()> {
+        if self.batch >= ranks {
+            return Ok(());
+        }
+        Err(Error::argument("batch", format!("expected at least a sequence for each of {ranks} ranks, got {}", self.batch)))
+    }
+
     /// Checks what needs neither text nor model: [`learn`](super::learn()) does it first, a program may do it before it loads anything.
     ///
     /// # Errors
@@ -257,10 +268,7 @@ impl LearnOptions {
         if self.steps == 0 || self.batch == 0 || self.micro_batch == Some(0) {
             return Err(Error::argument("learn", "steps, batch and micro-batch must be at least 1"));
         }
-        if self.batch < self.ranks.world() {
-            let message = format!("expected at least a sequence for each of {} ranks, got {}", self.ranks.world(), self.batch);
-            return Err(Error::argument("batch", message));
-        }
+        self.check_batch(self.ranks.world())?;
         let rate = self.rate(optimizer);
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::argument("learning rate", format!("expected a finite number above 0, got {rate}")));

@@ -5,15 +5,23 @@ use crate::quant::Scheme;
 use crate::{Error, Result};
 
 impl LlamaConfig {
-    /// Checks that a scheme's weight groups divide the rows of every linear, and the blocks of its R4 those of down.
+    /// Checks that a scheme's groups and blocks divide the rows of every linear, and the blocks of its R4 those of down.
     ///
     /// # Errors
-    /// [`Error::Argument`] with the group or block and the first row that it does not divide.
+    /// [`Error::Argument`] with the group or block and the first row that it does not divide; a clip ratio outside (0, 1].
     pub fn check_scheme(&self, scheme: &Scheme) -> Result<()> {
         scheme.online.r4.map(self.intermediate_size)?;
-        let spec = scheme.sites(self.head_dim).weight;
-        let rows = [self.hidden_size, self.heads * self.head_dim, self.intermediate_size];
-        if spec.is_active() { rows.into_iter().try_for_each(|cols| spec.group_size(cols).map(drop)) } else { Ok(()) }
+        let sites = scheme.sites(self.head_dim);
+        let (hidden, attention, mlp) = (self.hidden_size, self.heads * self.head_dim, self.intermediate_size);
+        let inputs = [
+            (sites.attention_input, hidden),
+            (sites.attention_output, attention),
+            (sites.mlp_input, hidden),
+            (sites.down_input, mlp),
+        ];
+        let weights = [hidden, attention, mlp].map(|cols| (sites.weight, cols));
+        let mut active = weights.into_iter().chain(inputs).filter(|(spec, _)| spec.is_active());
+        active.try_for_each(|(spec, cols)| spec.group_size(cols).map(drop))
     }
 
     /// Checks a length of sequences, in tokens.

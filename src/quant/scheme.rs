@@ -133,6 +133,11 @@ impl Scheme {
         Self { weight_bits: 16, weight_format: None, ..self }
     }
 
+    /// The same with activations, K and V left alone.
+    pub fn unquantized_activations(self) -> Self {
+        Self { activation_bits: 16, key_bits: 16, value_bits: 16, activation_format: None, ..self }
+    }
+
     /// The same with weights in blocks of floating-point numbers, whose scales have steps of their own: no ratio is searched.
     pub fn weights_in(self, format: Format) -> Self {
         Self { weight_bits: 4, weight_format: Some(format), weight_clip: Clip::Ratio(1.0), weight_group: None, ..self }
@@ -167,7 +172,7 @@ impl Scheme {
         let grid = if self.symmetric_weights { "symmetric" } else { "asymmetric" };
         let group = self.weight_group.map_or_else(String::new, |group| format!(", groups of {group}"));
         match self.weight_format {
-            Some(format) => format!("W{format}"),
+            Some(format) => format!("W{}", format.name().to_ascii_uppercase()),
             None => format!("W{} {grid}{group}", self.weight_bits),
         }
     }

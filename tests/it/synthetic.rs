@@ -165,6 +165,8 @@ fn plans_before_anything_is_allocated() {
     // What the card has no room for may be in main memory.
     let (done, said) = of_model("llama-2-7b", "12GiB", &["--main-memory", "64GiB"]);
     assert!(done && said.contains("GiB copied a step") && said.contains("GB/s") && said.contains("of 64.0 free"), "{said}");
+    let (done, said) = of_model("llama-2-7b", "24GiB", &["--main-memory", "64GiB", "--resident", "0"]);
+    assert!(done && said.contains("layers 0 to 31 in main memory, none on the card"), "{said}");
     let (done, said) = of_model("llama-2-7b", "12GiB", &["--main-memory", "1GiB"]);
     assert!(!done && said.contains("main memory is short by") && said.contains("1.0 are free"), "{said}");
     let (done, said) = of_model("llama-2-70b", "76GiB", &["--main-memory", "120GiB", "--json"]);

@@ -81,6 +81,12 @@ impl SchemeArgs {
         self.over(Scheme::new(4, 4, 4))
     }
 
+    /// The scheme with the bits of another: the other arguments are for both.
+    pub fn scheme_of(&self, given: Scheme) -> Scheme {
+        let symmetric_activations = self.scheme().symmetric_activations;
+        Self { scheme: Some(given), symmetric_activations, ..self.clone() }.scheme()
+    }
+
     /// `scheme` with what the arguments change in it.
     fn over(&self, mut scheme: Scheme) -> Scheme {
         if let Some(given) = self.scheme {
@@ -186,7 +192,7 @@ impl SchemeArgs {
 }
 
 /// A scheme with the bits of one that was given, and symmetric activations where that has them.
-pub fn with_bits_of(given: &Scheme, scheme: Scheme) -> Scheme {
+fn with_bits_of(given: &Scheme, scheme: Scheme) -> Scheme {
     let Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, .. } = *given;
     let symmetric_activations = symmetric_activations || scheme.symmetric_activations;
     let scheme = Scheme { weight_bits, activation_bits, key_bits, value_bits, symmetric_activations, ..scheme };

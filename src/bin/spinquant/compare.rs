@@ -16,7 +16,7 @@ use spinquant::quant::{Correction, Gptq, Online, Scheme};
 use spinquant::{Error, Result};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, with_bits_of};
+use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one};
 use crate::eval::{fidelity, file_name, limited};
 use crate::learn::Recipe;
 use crate::ranks::{self, RanksArgs};
@@ -135,7 +135,7 @@ pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     let scheme = args.scheme.scheme();
     args.gptq_args.reconstruct().map_or(Ok(()), |by| by.check(&scheme))?;
-    let learn_scheme = args.learn_scheme.map_or(scheme, |given| with_bits_of(&given, scheme));
+    let learn_scheme = args.learn_scheme.map_or(scheme, |given| args.scheme.scheme_of(given));
     let mut options = args.recipe.options(scheme, 0);
     options.ranks = ranks::group();
     options.clip = args.clip.unwrap_or(options.clip);

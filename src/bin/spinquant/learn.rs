@@ -199,9 +199,10 @@ impl Recipe {
     fn dry_run(&self, args: &Args) -> Result<()> {
         let scheme = args.scheme.scheme();
         let mut options = self.options(scheme, args.seed);
-        options.batch = options.batch.div_ceil(args.ranks.count()); // the largest share
         options.clip = args.clip.unwrap_or(options.clip);
         options.check(self.optimizer()?.as_ref())?;
+        options.check_batch(args.ranks.count())?;
+        options.batch = options.batch.div_ceil(args.ranks.count()); // the largest share
         if !matches!(args.start, Some(Start::File(_))) {
             options.check_clip_objective()?; // a file may hold some that are learned on
         }
@@ -253,11 +254,13 @@ impl Recipe {
         let streamed = planned.placement.streamed(config.layers);
         if streamed > 0 {
             out!("{:<46} {:>8.2} GiB of {:.1} free", "main memory", gib(planned.host), gib(room.host));
+            let last = config.layers - 1;
+            let layers = match streamed > last {
+                true => format!("layers 0 to {last} in main memory, none on the card"),
+                false => format!("layers {streamed} to {last} on the card, 0 to {} in main memory", streamed - 1),
+            };
             out!(
-                "layers {} to {} on the card, 0 to {} in main memory; {:.1} GiB copied a step, {:.2} s at {:.0} GB/s",
-                streamed.min(config.layers - 1),
-                config.layers - 1,
-                streamed - 1,
+                "{layers}; {:.1} GiB copied a step, {:.2} s at {:.0} GB/s",
                 gib(planned.moved),
                 planned.moved as f64 / card.uploads,
                 card.uploads / 1e9

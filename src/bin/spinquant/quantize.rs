@@ -71,6 +71,7 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
     if args.target.is_some() && args.format != Format::CompressedTensors {
         return Err(Error::argument("--target", "is for --format compressed-tensors"));
     }
+    args.format.check_codes(&args.scheme.scheme())?;
     let config = args.model.checked(&args.scheme.scheme(), args.gptq.reads_text(args.weights).then_some(args.seq_len))?;
     let rotations = rotations(&args.rotations, &config)?;
     let scheme = args.scheme.scheme_with(rotations.as_ref(), &config)?;

@@ -10,6 +10,7 @@ use crate::common::gptq::*;
 use crate::common::need::cases;
 use proptest::prelude::*;
 use spinquant::calibrate::{Calibration, quantize_weights};
+use spinquant::grid::floating::Format;
 use spinquant::linalg::matmul::product;
 use spinquant::llama::{Block, Linear, Llama, Merged, RotatedWeights, Run};
 use spinquant::ops::randn;

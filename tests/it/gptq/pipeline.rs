@@ -96,6 +96,19 @@ fn corrections_go_through_the_pipeline() {
     }
 }
 
+/// Calibration in full precision leaves activations in blocks of floating-point numbers alone too.
+#[test]
+fn blocks_are_not_quantised_while_calibrating_in_full_precision() {
+    let (model, text) = (model(DType::F64), text());
+    let calibration = Calibration::first(&text, 8).unwrap().quantize_activations(false);
+    let run = |scheme: Scheme| {
+        let ours = quantize_weights(&model, None, &scheme, &Gptq::default(), Some(&calibration), &mut (), go_on).unwrap();
+        ours.blocks.iter().flat_map(|block| values(&block.weights[Linear::Down].weight)).collect::<Vec<_>>()
+    };
+    let plain = Scheme::new(4, 16, 16);
+    assert_eq!(run(plain.activations_in(Format::Nvfp4)), run(plain));
+}
+
 #[test]
 fn biases_go_through_the_pipeline_as_they_are() {
     check_pipeline(&biased_model(DType::F64));
