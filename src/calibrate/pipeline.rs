@@ -83,6 +83,18 @@ impl<'a> Calibration<'a> {
         Self { ranks, ..self }
     }
 
+    /// Checks that every rank has a window.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] with both numbers.
+    pub fn check_shares(&self) -> Result<()> {
+        let (windows, ranks) = (self.windows.len(), self.ranks.world());
+        if windows >= ranks {
+            return Ok(());
+        }
+        Err(Error::argument("calibration", format!("expected at least a window for each of {ranks} ranks, got {windows}")))
+    }
+
     /// The same with something to learn of every layer, or nothing.
     pub fn reconstruct(self, reconstruct: Option<Reconstruct>) -> Self {
         Self { reconstruct, ..self }

@@ -155,10 +155,7 @@ impl Stream {
             let message = format!("expected windows below {}, at least one and one at once", c.text.len());
             return Err(Error::argument("calibration", message));
         }
-        if c.windows.len() < c.ranks.world() {
-            let message = format!("expected at least a window for each of {} ranks, got {}", c.ranks.world(), c.windows.len());
-            return Err(Error::argument("calibration", message));
-        }
+        c.check_shares()?;
         let scheme = match quantized {
             true => *rotated.scheme(),
             false => rotated.scheme().unquantized_activations(),

@@ -127,6 +127,7 @@ impl Args {
         }
         let sample = self.gptq_args.calibration(text)?;
         let plain = sample.clone().reconstruct(None).among(ranks::group());
+        plain.check_shares()?;
         Ok(if reconstruct.is_some() { vec![plain, sample] } else { vec![plain] })
     }
 }

@@ -142,6 +142,8 @@ pub fn begin(shared: Option<Shared<'_>>) -> Result<Option<usize>> {
         None => return Ok(None),
     };
     let get = |name: &str| std::env::var(name).ok();
+    // First of all, so that the launcher is told of all that is wrong.
+    let launcher = get("RANK").is_some() && launch::listen_to_launcher()?;
     let Some(mut place) = Place::from_env(get)? else {
         if args.count() == 1 {
             let _ = WANTED.set(args.wanted(None)?);
@@ -155,7 +157,6 @@ pub fn begin(shared: Option<Shared<'_>>) -> Result<Option<usize>> {
     if place.rank > 0 {
         console::silence();
     }
-    let launcher = launch::listen_to_launcher()?;
     let _ = WANTED.set(args.wanted(Some(place.local_rank))?);
     let listener = (place.rank == 0).then(|| place.listen()).transpose()?;
     if let (Some(listener), true) = (&listener, launcher) {

@@ -90,6 +90,7 @@ impl GptqArgs {
         // What is learned of a layer every rank learns by itself.
         let ranks = if self.reconstruct.is_some() { Group::alone() } else { ranks::group() };
         let calibration = Calibration::first(text, self.calibration_windows)?.among(ranks);
+        calibration.check_shares()?;
         Ok(calibration.quantize_activations(self.calibrate_quantized).reconstruct(self.reconstruct()))
     }
 

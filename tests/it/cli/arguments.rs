@@ -62,6 +62,11 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("inspect", "--layer 2", "expected one below 2, got 2"),
     ("inspect", "--rotations absent.safetensors", "absent.safetensors: No such file"),
     ("quantize", "--weights gptq", "needs --calibration FILE"),
+    (
+        "quantize",
+        "--weights gptq --calibration text.txt --calibration-windows 2 --ranks 3",
+        "calibration: expected at least a window for each of 3 ranks, got 2",
+    ),
     ("quantize", "--weight-group 5", "quantisation group: 5"),
     ("race", "--entries cayley@nan", "expected a positive learning rate"),
     ("race", "--batch 18446744073709551615", "as many as there are windows"),
@@ -109,6 +114,16 @@ fn sizes_beyond_memory_are_refused_by_arithmetic() {
     for seq in [huge.as_str(), "1099511627776", "2147483647"] {
         place.fails(&format!("eval --model synthetic:tiny --device cpu --text synthetic --seq-len {seq}"), &[seq]);
     }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_rank_that_cannot_begin_says_why_once() {
+    let place = Place::new();
+    let output = place.command(&format!("{EVAL} --ranks 2")).env("SPINQUANT_RANKS_PATIENCE", "x").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.matches("error:").count() == 1, "{said}");
+    assert!(said.contains("SPINQUANT_RANKS_PATIENCE: expected a number from 0 on, got \"x\""), "{said}");
 }
 
 #[test]
