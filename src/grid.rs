@@ -7,6 +7,8 @@
 pub mod floating;
 mod search;
 
+use rayon::prelude::*;
+
 use crate::device::cpu::{self, LANES, Real};
 use crate::tensor::count;
 use crate::{DType, Error, Result, Tensor};
@@ -461,8 +463,12 @@ impl Quantized {
         }
         fn go<T: GridFloat>(q: &Quantized) -> Result<Tensor> {
             let (scale, zero) = (q.scale.as_slice::<T>()?, q.zero.as_slice::<T>()?);
-            let value = |(i, &c): (usize, &i16)| scale[i / q.group] * (T::of(f64::from(c)) - zero[i / q.group]);
-            Tensor::from_vec(q.codes.iter().enumerate().map(value).collect(), q.shape.clone())
+            let mut values = vec![T::ZERO; q.codes.len()];
+            let groups = values.par_chunks_mut(q.group).zip(q.codes.par_chunks(q.group)).zip(scale.par_iter().zip(zero));
+            groups.with_min_len(cpu::rows_per_task(q.group)).for_each(|((values, codes), (&scale, &zero))| {
+                values.iter_mut().zip(codes).for_each(|(v, &c)| *v = scale * (T::of(f64::from(c)) - zero));
+            });
+            Tensor::from_vec(values, q.shape.clone())
         }
         if self.scale.dtype() == DType::F64 { go::<f64>(self) } else { go::<f32>(self) }
     }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -97,15 +98,15 @@ fn unpack(part: &Part, name: &str, shape: [usize; 2], spec: &QuantSpec, dtype: D
     let bytes = row_bytes(spec, cols);
     let packed = part.get(&format!("{name}.codes"), Dtype::U8, &[rows, bytes])?;
     let min = spec.min_code() as i16;
-    let mut codes = Vec::with_capacity(rows * cols);
-    for row in packed.chunks(bytes) {
-        match halves(spec) {
-            true => codes.extend((0..cols).map(|i| i16::from(row[i / 2] >> (4 * (i % 2)) & 15) + min)),
-            false => codes.extend(row.iter().map(|c| i16::from(*c) + min)),
+    let (halves, mut codes) = (halves(spec), vec![0i16; rows * cols]);
+    codes.par_chunks_mut(cols.max(1)).zip(packed.par_chunks(bytes.max(1))).for_each(|(codes, row)| {
+        for (i, code) in codes.iter_mut().enumerate() {
+            let unsigned = if halves { row[i / 2] >> (4 * (i % 2)) & 15 } else { row[i] };
+            *code = i16::from(unsigned) + min;
         }
-    }
+    });
     let max = spec.max_code() as i16;
-    if let Some(code) = codes.iter().find(|c| **c > max) {
+    if let Some(code) = codes.par_iter().find_first(|c| **c > max) {
         return Err(Error::format(part.path(), format!("{name}.codes: expected codes from {min} to {max}, got {code}")));
     }
     let grid = |part_name: &str| part.tensor(&format!("{name}.{part_name}"), grid_type(dtype), &[rows, cols / group]);
