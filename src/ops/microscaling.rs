@@ -276,7 +276,8 @@ fn timed_encoder(
     let written = 0.25 + 0.5 / format.block() as f64; // of a value of 16 bits
     Case::timed(("microscaling", kernel, about), (n, rows), vec![vec![rows, n]], run, move |x, y| {
         let map = rotated.map(|size| Hadamard::in_blocks(n, size)).transpose()?;
-        let whole = x[0].to_device(&Device::Cpu)?;
+        // In f32, as it is encoded: NVFP4's unit is that of the largest magnitude before any rounding.
+        let whole = x[0].to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         let turned = map.as_ref().map_or(Ok(whole.clone()), |map| hadamard::transform(whole, map, false))?;
         let spec = spec.of_tensor(|| largest_magnitude(&turned))?;
         exact::rows(n, x, &y[0], |_, got, x| {
