@@ -10,9 +10,10 @@ use spinquant::quant::Site;
 use spinquant::rotation::{ClipEnds, RotationFile, Start};
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, note, rotations};
+use crate::common::{ModelArgs, Progress, at_least_one, note, rotations};
 use crate::outputs;
 use crate::ranks::{self, RanksArgs};
+use crate::scheme::SchemeArgs;
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -16,10 +16,11 @@ use spinquant::quant::{Correction, Gptq, Online, Scheme};
 use spinquant::{Error, Result};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one};
+use crate::common::{ModelArgs, Progress, at_least_one};
 use crate::eval::{fidelity, file_name, limited};
-use crate::learn::Recipe;
 use crate::ranks::{self, RanksArgs};
+use crate::recipe::Recipe;
+use crate::scheme::SchemeArgs;
 use crate::weights::GptqArgs;
 use crate::zeroshot::{self, TaskArgs, exam, shown};
 

@@ -7,10 +7,11 @@ use serde_json::json;
 use spinquant::compare::{Comparison, Test, Unrotated};
 use spinquant::{Result, demo, inspect};
 
-use crate::common::{Progress, SchemeArgs};
+use crate::common::Progress;
 use crate::compare::{json, print};
 use crate::inspect::activations;
-use crate::learn::Recipe;
+use crate::recipe::Recipe;
+use crate::scheme::SchemeArgs;
 
 #[derive(clap::Args)]
 pub struct Args {

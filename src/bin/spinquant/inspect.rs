@@ -13,7 +13,8 @@ use spinquant::quant::{Scheme, Site};
 use spinquant::rotation::Start;
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, at_least_one, rotations};
+use crate::common::{ModelArgs, Progress, at_least_one, rotations};
+use crate::scheme::SchemeArgs;
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -4,197 +4,26 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
-use spinquant::learn::{self, ClipChoice, LearnOptions, StepReport, Watch, WeightClip, learn_watched};
-use spinquant::llama::{LlamaConfig, Placement, Recompute};
-use spinquant::memory::{Budget, Needs, Planned, Room};
-use spinquant::objective::{self, Objective};
-use spinquant::optim::{self, Optimizer, Schedule};
-use spinquant::quant::{ClipRatios, Online, R4, Scheme};
-use spinquant::rotation::{ClipEnds, RotationFile, Start, Transforms};
+use spinquant::learn::{ClipChoice, StepReport, Watch, WeightClip, learn_watched};
+use spinquant::memory::{Needs, Planned, Room};
+use spinquant::quant::{ClipRatios, Online, R4};
+use spinquant::rotation::{ClipEnds, RotationFile, Start};
 use spinquant::{DType, Error, Result};
 
 use crate::clip;
-use crate::common::{ModelArgs, Progress, SchemeArgs, Told, at_least_one, note, rotations};
+use crate::common::{ModelArgs, Progress, Told, at_least_one, note, rotations};
 use crate::eval::file_name;
 use crate::outputs;
 use crate::ranks::{self, RanksArgs};
+use crate::recipe::{Recipe, free};
+use crate::scheme::SchemeArgs;
 use crate::stop;
 
-/// How rotations are learned, and what with them.
-#[derive(clap::Args, Clone)]
-pub struct Recipe {
-    #[arg(long, value_name = "NAME", help = recipes())]
-    recipe: Option<learn::Recipe>,
-    /// Optimiser steps (default: the recipe's).
-    #[arg(long)]
-    steps: Option<usize>,
-    /// Sequences a step.
-    #[arg(long, default_value_t = 8)]
-    batch: usize,
-    /// Sequences that go through the network at once (default: the batch).
-    #[arg(long, value_name = "N")]
-    micro_batch: Option<usize>,
-    /// Learning rate of the first step (default: by optimiser and objective; 1.5 for cayley and cross-entropy).
-    #[arg(long)]
-    lr: Option<f64>,
-    /// constant, linear or cosine (default: by optimiser; cosine for all of these).
-    #[arg(long)]
-    schedule: Option<Schedule>,
-    #[arg(long, value_name = "NAME", default_value = "cayley", value_parser = optimizer_name, help = optimizers())]
-    optimizer: String,
-    #[arg(long, value_name = "NAME", value_parser = objective::by_name, help = objectives())]
-    objective: Option<Arc<dyn Objective>>,
-    /// What clip ratios that are learned minimise (--clip learned, --weight-clip learned), which change the network's function; what leaves
-    /// it alone minimises --objective. A second forward and backward pass a step (default: --objective for all).
-    #[arg(long, value_name = "NAME", value_parser = objective::by_name)]
-    clip_objective: Option<Arc<dyn Objective>>,
-    /// What is learned and leaves the full-precision network alone: published (r1,r2), all, or a list of r1, r2 or r2-heads, up-down,
-    /// values, norms, rope-pairs, values-general (docs/cli.md) (default: the recipe's).
-    #[arg(long, value_name = "LIST")]
-    transforms: Option<Transforms>,
-    /// Learning rate of the first step for logarithms of scales, and angles; it falls as --lr does (default: the recipe's).
-    #[arg(long, value_name = "RATE")]
-    scale_lr: Option<f64>,
-    /// Learning rate of the first step for logarithms of clip ratios that are learned (--clip learned); it falls as --lr does (default:
-    /// the recipe's).
-    #[arg(long, value_name = "RATE")]
-    clip_lr: Option<f64>,
-    /// Clip ratios of weights: search (found anew in every step) or learned (found on the start, then learned with the rotations, one for
-    /// every row or group of every weight, for the grid of --scheme alone).
-    /// Default: learned where a --start file has some, else the recipe's, which learns none with --no-clip-search.
-    #[arg(long, value_name = "search|learned")]
-    weight_clip: Option<WeightClip>,
-    /// Learning rate of the first step for logarithms of clip ratios of weights that are learned (--weight-clip learned); it falls as --lr
-    /// does (default: that of --clip-lr).
-    #[arg(long, value_name = "RATE")]
-    weight_clip_lr: Option<f64>,
-    /// What clip ratios that are learned do to the gradient of a value they clamp: blocked, or straight-through as others do.
-    #[arg(long, value_name = "WHICH", default_value = "blocked")]
-    clip_gradient: ClipGradient,
-    /// Windows held out of training to score progress on (default: an eighth of them, at most 64).
-    #[arg(long, value_name = "N")]
-    held_out: Option<usize>,
-    /// Steps between scores.
-    #[arg(long, default_value_t = 25)]
-    held_out_every: usize,
-    /// Keep only each layer's input and compute the rest again: less memory, more time.
-    #[arg(long)]
-    recompute: bool,
-    /// GPU memory to stay within, such as 24GiB: the fastest way of running a step that fits is planned, perhaps with layers in main memory,
-    /// unless --micro-batch or --recompute say how to. auto: what is free.
-    #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
-    memory: Budget,
-    /// Main memory that such a plan may use for layers that do not stay on the GPU. auto: what is free.
-    #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
-    main_memory: Budget,
-}
-
-/// The gradient of a value that is clamped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum ClipGradient {
-    Blocked,
-    StraightThrough,
-}
-
-fn recipes() -> String {
-    let each: Vec<String> = learn::Recipe::ALL.iter().map(|r| format!("{r} ({})", r.about())).collect();
-    format!(
-        "Options that go together, of which those that are given count more: {} [default: {}; of demo: {}]",
-        each.join("; "),
-        learn::Recipe::default(),
-        learn::Recipe::Published
-    )
-}
-
-/// An optimiser's name, known before anything is loaded.
-fn optimizer_name(name: &str) -> Result<String> {
-    optim::by_name(name).map(|optimizer| optimizer.name().to_string())
-}
-
-fn optimizers() -> String {
-    let names: Vec<String> = optim::all().iter().map(|o| o.name().to_string()).collect();
-    format!("{} (cayley-parity: the published code's arithmetic, drift included)", names.join(", "))
-}
-
-fn objectives() -> String {
-    let each: Vec<String> = objective::all().iter().map(|o| format!("{} ({})", o.name(), o.about())).collect();
-    format!("What to minimise: {}; or a mixture, as 0.5*cross-entropy+0.5*kl (default: the recipe's)", each.join(", "))
-}
-
 impl Recipe {
-    /// The options of the recipe that is named. Where none is it is the default one, but the paper's with an optimiser that repeats a published
-    /// run, and the paper's with clip ratios by error with an objective that sees R1 and R2 alone.
-    fn named(&self, scheme: Scheme) -> LearnOptions {
-        let local = self.objective.as_ref().is_some_and(|objective| objective.needs() == Needs::Rows);
-        let repeats = !optim::by_name(&self.optimizer).is_ok_and(|optimizer| optimizer.clips_by_default());
-        match self.recipe {
-            Some(recipe) => recipe.options(scheme),
-            None if local || repeats => LearnOptions { clip: ClipChoice::Auto, ..learn::Recipe::Published.options(scheme) },
-            None => learn::Recipe::default().options(scheme),
-        }
-    }
-
-    /// True where clip ratios of weights are to be learned by name, and not by a recipe.
-    pub fn asks_for_weight_clips(&self) -> bool {
-        self.weight_clip == Some(WeightClip::Learned)
-    }
-
-    /// The same with the paper's recipe where none is named.
-    pub fn or_published(self) -> Self {
-        Self { recipe: Some(self.recipe.unwrap_or(learn::Recipe::Published)), ..self }
-    }
-
-    /// What is asked for.
-    pub fn options(&self, scheme: Scheme, seed: u64) -> LearnOptions {
-        let named = self.named(scheme);
-        LearnOptions {
-            steps: self.steps.unwrap_or(named.steps),
-            batch: self.batch,
-            micro_batch: self.micro_batch,
-            learning_rate: self.lr,
-            schedule: self.schedule,
-            seed,
-            held_out: self.held_out,
-            held_out_every: self.held_out_every,
-            recompute: self.recompute.then_some(Recompute::All),
-            memory: self.memory,
-            main_memory: self.main_memory,
-            transforms: self.transforms.unwrap_or(named.transforms),
-            scale_rate: self.scale_lr.unwrap_or(named.scale_rate),
-            clip_rate: self.clip_lr.unwrap_or(named.clip_rate),
-            weight_clip: self.weight_clip.unwrap_or(named.weight_clip),
-            weight_clip_rate: self.weight_clip_lr,
-            straight: self.clip_gradient == ClipGradient::StraightThrough,
-            objective: self.objective.clone().unwrap_or_else(|| named.objective.clone()),
-            clip_objective: self.clip_objective.clone(),
-            ..named
-        }
-    }
-
-    /// A new optimiser.
-    pub fn optimizer(&self) -> Result<Box<dyn Optimizer>> {
-        optim::by_name(&self.optimizer)
-    }
-
-    /// Where the layers of a model are for learning, once the options are complete.
-    pub fn placement(
-        &self,
-        model: &ModelArgs,
-        options: &LearnOptions,
-        config: &LlamaConfig,
-        seq_len: usize,
-    ) -> Result<Placement> {
-        model.placement(|card, dtype| {
-            let planned = options.plan(config, seq_len, dtype, free(card), card)?;
-            Ok(planned.map_or(Placement::RESIDENT, |planned| planned.placement))
-        })
-    }
-
     /// Prints the plan; allocates nothing.
     fn dry_run(&self, args: &Args) -> Result<()> {
         let scheme = args.scheme.scheme();
@@ -274,11 +103,6 @@ impl Recipe {
         );
         Ok(())
     }
-}
-
-/// Bytes to plan with before a model is loaded; some go to what the driver loads with the first kernels.
-fn free(card: &Card) -> usize {
-    card.free - card.free / 50
 }
 
 /// A plan in words.

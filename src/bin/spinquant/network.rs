@@ -12,7 +12,8 @@ use spinquant::quant::{Online, Rtn, Scheme};
 use spinquant::rotation::{Rotations, Start};
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, check_length, contradicts, rotations};
+use crate::common::{ModelArgs, Progress, check_length, contradicts, rotations};
+use crate::scheme::SchemeArgs;
 use crate::weights::{GptqArgs, Method};
 
 /// A model, its rotations and how its weights are quantised.

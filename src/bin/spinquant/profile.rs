@@ -10,8 +10,9 @@ use spinquant::device::cuda::Phase;
 use spinquant::quant::Scheme;
 use spinquant::{Device, Error, Result, io};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs};
-use crate::learn::Recipe;
+use crate::common::{ModelArgs, Progress};
+use crate::recipe::Recipe;
+use crate::scheme::SchemeArgs;
 
 const GIB: f64 = (1u64 << 30) as f64;
 

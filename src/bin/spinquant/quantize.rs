@@ -10,8 +10,9 @@ use spinquant::quant::{ClipRatios, Rtn, Scheme, WeightQuantizer};
 use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
 use spinquant::{Error, Result};
 
-use crate::common::{ModelArgs, Progress, SchemeArgs, note, open_model, rotations};
+use crate::common::{ModelArgs, Progress, note, open_model, rotations};
 use crate::ranks::{self, RanksArgs};
+use crate::scheme::SchemeArgs;
 use crate::stop;
 use crate::weights::{GptqArgs, Method};
 
