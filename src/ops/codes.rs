@@ -153,7 +153,10 @@ impl Codes {
         }
         let values = match device {
             Device::Cpu => Values::Cpu(Arc::new(self.to_vec()?)),
-            Device::Cuda(cuda) => Values::Cuda(Arc::new(cuda.upload(bytemuck::cast_slice(&self.to_vec()?), Kind::I8)?)),
+            Device::Cuda(cuda) => {
+                let host = if let Values::Cpu(v) = &self.values { v.clone() } else { Arc::new(self.to_vec()?) };
+                Values::Cuda(Arc::new(cuda.upload(bytemuck::cast_slice(&host), Kind::I8)?))
+            }
         };
         let place = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(device);
         let zero = self.zero.as_ref().map(place).transpose()?;

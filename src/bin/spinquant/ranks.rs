@@ -20,7 +20,7 @@ pub const GRACE: Duration = Duration::from_secs(5);
 /// Where the work of a command is done.
 #[derive(clap::Args, Clone, Default)]
 pub struct RanksArgs {
-    /// GPUs that share the work, a process each: how many, or which, such as 0,2 (one of them: 2,). Needs NCCL.
+    /// GPUs that share the work, a process each: how many (2: the first two), or which (0,2; number 2 alone is 2,). Needs NCCL.
     #[arg(long, value_name = "N|LIST", conflicts_with = "ranks")]
     gpus: Option<Gpus>,
     /// Processes on the CPU that share the work.
