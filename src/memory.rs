@@ -14,11 +14,13 @@
 //! step within 24 GiB, measured).
 
 mod budget;
+mod layerwise;
 mod search;
 mod sizes;
 mod time;
 
 pub use budget::{Budget, Room, parse_bytes};
+pub use layerwise::{Layerwise, OneLayer, layerwise};
 pub use search::{networks, plan};
 
 use crate::device::Card;

@@ -1,7 +1,8 @@
 //! Rotations merged into weights: in float64, a layer at a time, rounded once.
 
 use crate::llama::{
-    Block, LayerScales, LayerTransforms, LayerWeights, Linears, Llama, LlamaConfig, Placement, Placer, Source, weight_clips,
+    Block, LayerScales, LayerTransforms, LayerWeights, Linears, Llama, LlamaConfig, Placement, Placer, Source, Supply,
+    weight_clips,
 };
 use crate::quant::{Scheme, Site};
 use crate::rotation::{ClipEnds, Rotations, Scale, TOLERANCE};
@@ -25,6 +26,7 @@ pub struct Rotated<'a> {
 enum From<'a> {
     Memory(&'a Llama),
     Files(&'a Source),
+    Supply(&'a Supply),
 }
 
 impl<'a> Rotated<'a> {
@@ -44,6 +46,15 @@ impl<'a> Rotated<'a> {
     pub fn open(source: &'a Source, rotations: Option<&'a Rotations>, scheme: &Scheme, device: &Device) -> Result<Self> {
         let place = (source.dtype()?, device.clone());
         Self::from(From::Files(source), source.config(), rotations, scheme, place)
+    }
+
+    /// Of a model whose parts come when asked for, in its type, on its device: the values of [`Rotated::new`] of the whole model.
+    ///
+    /// # Errors
+    /// Those of [`Rotated::new`].
+    pub fn of(supply: &'a Supply, rotations: Option<&'a Rotations>, scheme: &Scheme) -> Result<Self> {
+        let place = (supply.dtype(), supply.device().clone());
+        Self::from(From::Supply(supply), supply.config(), rotations, scheme, place)
     }
 
     fn from(
@@ -103,7 +114,7 @@ impl<'a> Rotated<'a> {
     pub(crate) fn placer(&self) -> Result<Placer> {
         let placement = match self.from {
             From::Memory(model) => model.placement(),
-            From::Files(_) => Placement::RESIDENT,
+            From::Files(_) | From::Supply(_) => Placement::RESIDENT,
         };
         Placer::new(&self.device, placement, self.config.layers)
     }
@@ -116,6 +127,7 @@ impl<'a> Rotated<'a> {
         match self.from {
             From::Memory(model) => model.sha256(),
             From::Files(source) => Ok(source.sha256()),
+            From::Supply(supply) => supply.sha256(),
         }
     }
 
@@ -127,6 +139,7 @@ impl<'a> Rotated<'a> {
         match self.from {
             From::Memory(model) => self.table(&model.embedding),
             From::Files(source) => self.table(&source.embedding(DType::F64)?),
+            From::Supply(supply) => self.table(&supply.embedding()?),
         }
     }
 
@@ -139,6 +152,7 @@ impl<'a> Rotated<'a> {
         match self.from {
             From::Memory(model) => self.table(&rows(model.embedding.clone())?),
             From::Files(source) => self.table(&rows(source.embedding(DType::F64)?)?),
+            From::Supply(supply) => self.table(&rows(supply.embedding()?)?),
         }
     }
 
@@ -150,6 +164,7 @@ impl<'a> Rotated<'a> {
         match self.from {
             From::Memory(model) => self.table(&model.head),
             From::Files(source) => self.table(&source.head(DType::F64)?),
+            From::Supply(supply) => self.table(&supply.head()?),
         }
     }
 
@@ -161,6 +176,10 @@ impl<'a> Rotated<'a> {
         match self.from {
             From::Memory(model) => self.complete(i, model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
             From::Files(source) => self.complete(i, Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
+            From::Supply(supply) => {
+                let block = supply.block(i)?;
+                self.complete(i, block.with_weights(self.rotate(i, &block.weights)?))
+            }
         }
     }
 
@@ -217,7 +236,7 @@ impl<'a> Rotated<'a> {
     pub fn block_of(&self, i: usize, weights: LayerWeights) -> Result<Block> {
         match self.from {
             From::Memory(model) => self.complete(i, model.blocks[i].with_weights(weights)),
-            From::Files(_) => self.complete(i, Block::new(self.config, i, weights)),
+            From::Files(_) | From::Supply(_) => self.complete(i, Block::new(self.config, i, weights)),
         }
     }
 

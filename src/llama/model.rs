@@ -353,14 +353,25 @@ fn placement<'a>(blocks: impl Iterator<Item = &'a Block>) -> Placement {
 
 /// SHA-256 of the types, shapes and values of tensors.
 fn sha256(all: &[&Tensor]) -> Result<String> {
-    // Tensors in parallel; the digest of their digests.
+    Ok(digest_of(&digests(all)?))
+}
+
+/// SHA-256 of the type, shape and values of each of some tensors, in parallel.
+///
+/// # Errors
+/// Weights that cannot be copied from their device.
+pub(super) fn digests(all: &[&Tensor]) -> Result<Vec<[u8; 32]>> {
     let digest = |t: &&Tensor| -> Result<[u8; 32]> {
         let t = t.to_device(&Device::Cpu)?;
         let head = format!("{} {:?}\n", t.dtype(), t.shape());
         Ok(Sha256::new().chain_update(head).chain_update(io::bytes(&t)?).finalize().into())
     };
-    let digests = all.par_iter().map(digest).collect::<Result<Vec<_>>>()?;
-    Ok(io::hex(&Sha256::digest(digests.concat())))
+    all.par_iter().map(digest).collect()
+}
+
+/// The digest of the digests of tensors.
+pub(super) fn digest_of(digests: &[[u8; 32]]) -> String {
+    io::hex(&Sha256::digest(digests.concat()))
 }
 
 /// Whole sequences, and R2 for every layer.

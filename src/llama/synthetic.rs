@@ -176,18 +176,82 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
 /// # Errors
 /// Those of [`model`] and [`Llama::streamed`].
 pub fn placed(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device, placement: Placement) -> Result<Llama> {
-    config.validate()?;
-    let config = &config.folded();
-    let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
-    let std = |inputs: usize| 1.0 / (inputs as f64).sqrt();
-    let out = |inputs: usize| 3.0 / ((config.layers * inputs) as f64).sqrt();
-    let stream = outliers(c, 4, 30.0, seed, 0);
-    let readers = inverse(&stream);
-    let make = |shape, tensor, std, row: Option<&[f32]>, col: Option<&[f32]>| {
-        random(shape, (seed, tensor), std, row, col, dtype, device)
+    let maker = Maker::new(config, seed, dtype, device)?;
+    let config = maker.config();
+    let embedding = maker.embedding()?;
+    let placer = Placer::new(device, placement, config.layers)?;
+    let mut vocabulary = Vocabulary::new(config, &embedding)?;
+    let place = |l| {
+        let block = maker.block(l)?;
+        vocabulary.pass(&block)?;
+        placer.place(l, &block).map(Arc::new)
     };
-    let embedding = make([config.vocab_size, c], 0, 1.0, None, Some(&stream))?;
-    let block = |l: usize| {
+    let blocks = (0..config.layers).map(place).collect::<Result<_>>()?;
+    let head = vocabulary.head(&maker.stream)?;
+    Ok(Llama { config: config.clone(), embedding, head, blocks })
+}
+
+/// The parts of a synthetic model, each made when asked for and the same every time.
+#[derive(Debug)]
+pub(crate) struct Maker {
+    config: LlamaConfig,
+    seed: u64,
+    dtype: DType,
+    device: Device,
+    /// Factors of the channels of the residual stream.
+    stream: Vec<f32>,
+    readers: Vec<f32>,
+}
+
+impl Maker {
+    /// Of a model of this shape.
+    ///
+    /// # Errors
+    /// Those of [`LlamaConfig::validate`].
+    pub fn new(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        config.validate()?;
+        let stream = outliers(config.hidden_size, 4, 30.0, seed, 0);
+        let readers = inverse(&stream);
+        Ok(Self { config: config.folded(), seed, dtype, device: device.clone(), stream, readers })
+    }
+
+    /// Sizes.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// Weight number `tensor`.
+    fn make(&self, shape: [usize; 2], tensor: u64, std: f64, row: Option<&[f32]>, col: Option<&[f32]>) -> Result<Tensor> {
+        random(shape, (self.seed, tensor), std, row, col, self.dtype, &self.device)
+    }
+
+    /// `[V, C]`.
+    ///
+    /// # Errors
+    /// f64 on a GPU; out of memory.
+    pub fn embedding(&self) -> Result<Tensor> {
+        self.make([self.config.vocab_size, self.config.hidden_size], 0, 1.0, None, Some(&self.stream))
+    }
+
+    /// `[V, C]`: every token of the vocabulary goes through every layer, one of which is there at a time.
+    ///
+    /// # Errors
+    /// Those of [`Maker::block`] and of running it.
+    pub fn head(&self) -> Result<Tensor> {
+        let mut vocabulary = Vocabulary::new(&self.config, &self.embedding()?)?;
+        (0..self.config.layers).try_for_each(|l| vocabulary.pass(&self.block(l)?))?;
+        vocabulary.head(&self.stream)
+    }
+
+    /// Layer `l`.
+    ///
+    /// # Errors
+    /// f64 on a GPU; out of memory.
+    pub fn block(&self, l: usize) -> Result<Block> {
+        let Self { config, seed, stream, readers, .. } = self;
+        let (seed, f, d) = (*seed, config.intermediate_size, config.head_dim);
+        let std = |inputs: usize| 1.0 / (inputs as f64).sqrt();
+        let out = |inputs: usize| 3.0 / ((config.layers * inputs) as f64).sqrt();
         let per = |index: u64| 1 + 4 * l as u64 + index;
         let inner = outliers(f, 4, 32.0, seed, per(0));
         let pairs = (0..config.kv_heads as u64).flat_map(|h| {
@@ -204,37 +268,27 @@ pub fn placed(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device, pl
             // A norm of heads undoes what comes before it: there its gain, which all heads share, has the outliers.
             let normed = linear.has_norm(config);
             let (std, row, col) = match linear {
-                Linear::Q | Linear::K if normed => (std(inputs), None, &readers),
-                Linear::Q => (std(inputs), Some(&queries), &readers),
-                Linear::K => (std(inputs), Some(&keys), &readers),
-                Linear::V => (std(inputs), Some(&values), &readers),
-                Linear::O => (out(inputs), Some(&stream), &outputs),
-                Linear::Gate => (std(inputs), None, &readers),
-                Linear::Up => (std(inputs), Some(&inner), &readers),
-                Linear::Down => (out(inputs), Some(&stream), &after),
+                Linear::Q | Linear::K if normed => (std(inputs), None, readers),
+                Linear::Q => (std(inputs), Some(&queries), readers),
+                Linear::K => (std(inputs), Some(&keys), readers),
+                Linear::V => (std(inputs), Some(&values), readers),
+                Linear::O => (out(inputs), Some(stream), &outputs),
+                Linear::Gate => (std(inputs), None, readers),
+                Linear::Up => (std(inputs), Some(&inner), readers),
+                Linear::Down => (out(inputs), Some(stream), &after),
             };
             let (tensor, row) = (1 + 7 * l as u64 + linear as u64, row.map(|v| &v[..]));
-            let weight = make([rows, inputs], tensor, std, row, Some(col))?;
+            let weight = self.make([rows, inputs], tensor, std, row, Some(col))?;
             let size = BIAS * std * (inputs as f64).sqrt();
-            let bias = || make([rows, 1], BIASES + tensor, size, row, None)?.reshape([rows]);
+            let bias = || self.make([rows, 1], BIASES + tensor, size, row, None)?.reshape([rows]);
             let gain = || {
                 let of_heads = if linear == Linear::Q { &queries } else { &keys };
-                Tensor::from_vec(of_heads[..d].to_vec(), [d])?.to_dtype(dtype)?.to_device(device)
+                Tensor::from_vec(of_heads[..d].to_vec(), [d])?.to_dtype(self.dtype)?.to_device(&self.device)
             };
             Ok(Affine { weight, bias: linear.has_bias(config).then(bias).transpose()?, norm: normed.then(gain).transpose()? })
         })?;
         Ok(Block::new(config, l, weights))
-    };
-    let placer = Placer::new(device, placement, config.layers)?;
-    let mut vocabulary = Vocabulary::new(config, &embedding)?;
-    let place = |l| {
-        let block = block(l)?;
-        vocabulary.pass(&block)?;
-        placer.place(l, &block).map(Arc::new)
-    };
-    let blocks = (0..config.layers).map(place).collect::<Result<_>>()?;
-    let head = vocabulary.head(&stream)?;
-    Ok(Llama { config: config.clone(), embedding, head, blocks })
+    }
 }
 
 /// Standard deviation of biases, beside the outputs that they are added to.

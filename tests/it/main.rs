@@ -38,6 +38,7 @@ mod scale;
 #[cfg(feature = "serve")]
 mod serve;
 mod streaming;
+mod supply;
 mod synthetic;
 #[cfg(unix)]
 mod toolkit;

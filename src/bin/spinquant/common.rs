@@ -14,8 +14,8 @@ use spinquant::data::{self, Bos, Tokenizer, Windows};
 use spinquant::device::Card;
 use spinquant::export;
 use spinquant::learn::{StepReport, Watch};
-use spinquant::llama::{Llama, LlamaConfig, Placement, Source, synthetic};
-use spinquant::memory::{self, Budget, Room};
+use spinquant::llama::{Llama, LlamaConfig, Placement, Source, Supply, synthetic};
+use spinquant::memory::{self, Budget, Layerwise, OneLayer, Room};
 use spinquant::quant::Scheme;
 use spinquant::rotation::{RotationFile, Start, TOLERANCE};
 use spinquant::{DType, Device, Error, Result};
@@ -247,6 +247,31 @@ impl ModelArgs {
         }
         progress.say(&format!("loading {} as {dtype} on {device}{beside}", self.model.display()));
         Llama::read_placed(&open_model(&self.model)?, dtype, &device, placement)
+    }
+
+    /// The model, a layer at a time.
+    pub fn supply(&self, progress: &Progress) -> Result<Supply> {
+        let (device, dtype) = self.place()?;
+        if self.resident.is_some() {
+            note("--resident changes nothing here: a layer at a time is on the device, and no other is in main memory");
+        }
+        let how = format!("{} as {dtype} on {device}, a layer at a time", self.model.display());
+        if let Some(name) = self.synthetic() {
+            progress.say(&format!("making {how}"));
+            return Supply::synthetic(&synthetic::shape(name)?, 0, dtype, &device);
+        }
+        progress.say(&format!("loading {how}"));
+        Ok(Supply::files(open_model(&self.model)?, dtype, &device))
+    }
+
+    /// What quantising a layer at a time takes, in the type that it is done in; refuses what a card or main memory has no room for.
+    pub fn one_layer(&self, config: &LlamaConfig, dtype: DType, how: Layerwise) -> Result<OneLayer> {
+        let needs = memory::layerwise(config, dtype, how);
+        if let Some(card) = self.device()?.card()? {
+            let room = Room::here(Budget::Free, card.free, Budget::Free);
+            needs.check(room.card, room.host / ranks::group().world())?;
+        }
+        Ok(needs)
     }
 
     /// The model as it is, for running it without rotations: RMSNorm gains not folded into the weights.

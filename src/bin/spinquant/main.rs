@@ -109,7 +109,7 @@ impl Command {
             Self::Clip(args) => Some(Shared::Scores(&args.ranks)),
             Self::Eval(args) => Some(Shared::Scores(&args.ranks)),
             Self::Compare(args) => Some(Shared::Sums(&args.ranks)),
-            Self::Quantize(args) => Some(Shared::Sums(&args.ranks)),
+            Self::Quantize(args) => args.shared().map(Shared::Sums),
             _ => None,
         }
     }

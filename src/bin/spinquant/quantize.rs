@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use spinquant::compare::LayerWatch;
 use spinquant::data::Windows;
 use spinquant::export::{self, Format, Output, Provenance, Target, write_quantized};
-use spinquant::llama::{LlamaConfig, Rotated};
+use spinquant::llama::{LlamaConfig, Rotated, Source};
+use spinquant::memory;
 use spinquant::quant::{ClipRatios, Rtn, Scheme, WeightQuantizer};
 use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
-use spinquant::{Error, Result};
+use spinquant::{DType, Error, Result};
 
 use crate::common::{ModelArgs, Progress, note, open_model, rotations};
 use crate::ranks::{self, RanksArgs};
@@ -21,7 +22,7 @@ pub struct Args {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
-    pub ranks: RanksArgs,
+    ranks: RanksArgs,
     #[command(flatten)]
     scheme: SchemeArgs,
     #[command(flatten)]
@@ -52,6 +53,9 @@ pub struct Args {
     /// Replace the quantised model that is in the folder, if spinquant wrote it.
     #[arg(long)]
     overwrite: bool,
+    /// Print what memory a layer takes, and stop there.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -81,14 +85,18 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
         _ => scheme,
     };
     let rotations = rotations.map(|file| args.learned(&file, &scheme)).transpose()?;
+    if args.dry_run {
+        return args.print_plan(&config);
+    }
     let text = args.gptq.text(args.weights, &args.model, (&config, &scheme), args.calibration.as_ref(), args.seq_len)?;
+    args.model.one_layer(&config, args.dtype()?, args.gptq.layerwise(args.weights, args.seq_len))?;
+    // A layer at a time is read or made, quantised and written.
     if let Some(device) = hf_device {
         let source = open_model(&args.model.model)?;
         write(args, &Rotated::open(&source, rotations.as_ref(), &scheme, &device)?, text.as_ref(), progress)?;
     } else {
-        // A layer at a time is quantised and written.
-        let model = args.model.load_placed(progress, args.model.placement_of(1, args.gptq.reads_text(args.weights))?)?;
-        write(args, &Rotated::new(&model, rotations.as_ref(), &scheme)?, text.as_ref(), progress)?;
+        let supply = args.model.supply(progress)?;
+        write(args, &Rotated::of(&supply, rotations.as_ref(), &scheme)?, text.as_ref(), progress)?;
     }
     let written = args.format.holds(&scheme);
     if written.to_string() != scheme.to_string() {
@@ -106,6 +114,32 @@ fn quantize(args: &Args, progress: &Progress) -> Result<()> {
 }
 
 impl Args {
+    /// How the work is shared; a plan is made by one process.
+    pub fn shared(&self) -> Option<&RanksArgs> {
+        (!self.dry_run).then_some(&self.ranks)
+    }
+
+    /// The element type of the arithmetic.
+    fn dtype(&self) -> Result<DType> {
+        if self.format.is_hugging_face() { Source::from_dir(&self.model.model)?.dtype() } else { Ok(self.model.place()?.1) }
+    }
+
+    /// Says what a layer takes.
+    fn print_plan(&self, config: &LlamaConfig) -> Result<()> {
+        let (dtype, how) = (self.dtype()?, self.gptq.layerwise(self.weights, self.seq_len));
+        let needs = memory::layerwise(config, dtype, how);
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        let method = self.gptq.described(self.weights);
+        out!("{} in {dtype}, {method}, {} layers one at a time", self.model.name(), config.layers);
+        for (what, items, sum) in
+            [("on the device", &needs.card, needs.on_card()), ("in main memory", &needs.host, needs.in_main_memory())]
+        {
+            out!("{what}, at the worst moment: {:.2} GiB", gib(sum));
+            items.iter().for_each(|(name, bytes)| out!("  {:8.2} GiB  {name}", gib(*bytes)));
+        }
+        self.model.one_layer(config, dtype, how).map(drop)
+    }
+
     /// The rotations of a file, with clip constants where the format holds them.
     fn learned(&self, file: &RotationFile, scheme: &Scheme) -> Result<Rotations> {
         let rotations = self.scheme.learned_for(file, scheme)?;

@@ -9,7 +9,8 @@ use serde_json::Value;
 use spinquant::calibrate::{Calibration, Reconstruct};
 use spinquant::data::Windows;
 use spinquant::llama::LlamaConfig;
-use spinquant::quant::{Correction, Gptq, Scheme, WeightQuantizer};
+use spinquant::memory::Layerwise;
+use spinquant::quant::{Correction, Gptq, Scheme, Site, WeightQuantizer};
 use spinquant::ranks::Group;
 use spinquant::{Error, Result};
 
@@ -98,6 +99,21 @@ impl GptqArgs {
     pub fn reconstruct(&self) -> Option<Reconstruct> {
         let (steps, rate) = (self.reconstruct_steps, self.reconstruct_lr);
         self.reconstruct.map(|what| Reconstruct { steps, rate, ..what })
+    }
+
+    /// What decides how much memory a method takes on windows of so many tokens.
+    pub fn layerwise(&self, method: Method, seq_len: usize) -> Layerwise {
+        if !self.reads_text(method) {
+            return Layerwise::default();
+        }
+        let gptq = match method {
+            Method::Gptq(correction) => Some(self.quantizer(correction)),
+            Method::Rtn => None,
+        };
+        let drifts = gptq.as_ref().is_some_and(|gptq| Site::ALL.into_iter().any(|site| gptq.wants_drift(site)));
+        let ranks = if self.reconstruct.is_some() { 1 } else { ranks::group().world() };
+        let tokens = self.calibration_windows.div_ceil(ranks) * seq_len;
+        Layerwise { tokens, hessians: gptq.is_some(), twice: drifts || self.reconstruct.is_some() }
     }
 
     /// A method and what comes behind it, in words.
