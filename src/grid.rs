@@ -112,6 +112,11 @@ impl QuantSpec {
         }
     }
 
+    /// True where a row's grids depend on no other row ([`QuantSpec::of_tensor`]).
+    pub fn is_by_row(&self) -> bool {
+        self.rule.floating() != Some(Format::Nvfp4)
+    }
+
     /// Dynamic per-row activation quantisation.
     pub fn activation(bits: u32, symmetric: bool) -> Self {
         Self { bits, symmetric, ..Self::NONE }

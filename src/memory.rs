@@ -76,6 +76,8 @@ pub struct Work {
     pub weight_clips: bool,
     /// Where the layers are, where that is given; otherwise a plan may have some in main memory.
     pub placement: Option<Placement>,
+    /// Ranks that share the rows of weights, this one among them: 1 where it makes all.
+    pub ranks: usize,
 }
 
 impl Work {
@@ -84,7 +86,7 @@ impl Work {
         let transforms = Transforms::PUBLISHED;
         let needs = Needs::Network;
         let (clips, weight_clips) = (false, false);
-        Self { needs, clip_needs: None, batch, seq, scheme, dtype, transforms, clips, weight_clips, placement: None }
+        Self { needs, clip_needs: None, batch, seq, scheme, dtype, transforms, clips, weight_clips, placement: None, ranks: 1 }
     }
 
     /// Checks that every number of bytes that a plan may add up fits a machine word.

@@ -108,6 +108,8 @@ never! {
     }
     impl Communicator {
         pub(crate) fn sum(&self, to: View<'_>, from: View<'_>) -> Result<()>;
+        pub(crate) fn gather(&self, to: View<'_>, from: View<'_>) -> Result<()>;
+        pub(crate) fn scatter_sums(&self, to: View<'_>, from: View<'_>) -> Result<()>;
     }
     impl Queue<'_> {
         pub(crate) fn context(&self) -> usize;

@@ -29,13 +29,14 @@ pub(super) fn gradients(
     rotations: &Rotations,
     (options, settings): (&LearnOptions, &Settings),
 ) -> Result<(f64, Gradients)> {
+    let rows = if settings.share_rows { &options.ranks } else { ranks::Group::nobody() };
     let mut total: Option<(f64, Gradients)> = None;
     for part in batch[options.ranks.share(batch.len())].chunks(settings.micro_batch) {
         let weight = part.len() as f64 / batch.len() as f64;
         let tokens = windows.batch(part);
         let Settings { scheme, recompute, .. } = settings;
         let batch = Batch { model, tokens: &tokens, seq: windows.seq_len(), scheme, recompute: *recompute };
-        let of = |group, objective: &dyn Objective| pass(group, objective, rotations, options.straight, weight, &batch);
+        let of = |group, objective: &dyn Objective| pass(group, objective, rotations, (options.straight, rows), weight, &batch);
         let (value, grads) = match &options.clip_objective {
             None => of(Group::Everything, options.objective.as_ref())?,
             Some(of_clips) => {
@@ -73,7 +74,7 @@ fn pass(
     group: Group,
     objective: &dyn Objective,
     rotations: &Rotations,
-    straight: bool,
+    (straight, rows): (bool, &ranks::Group),
     weight: f64,
     batch: &Batch<'_>,
 ) -> Result<(f64, Gradients)> {
@@ -83,7 +84,7 @@ fn pass(
         Group::Transforms => RotationVars::of_transforms(&tape, rotations)?,
         Group::Clips => RotationVars::of_clips(&tape, rotations)?,
     };
-    let vars = RotationVars { straight, ..vars };
+    let vars = RotationVars { straight, rows: rows.clone(), ..vars };
     let loss = objective.loss(&vars, batch)?;
     let loss = if weight == 1.0 { loss } else { loss.scale(weight)? };
     let value = loss.value().clone();

@@ -13,7 +13,7 @@ use held_out::Set;
 pub use held_out::held_out_loss;
 pub use options::{ClipChoice, LearnOptions, Settings, WeightClip};
 pub use recipe::Recipe;
-use shared::{after_step, agree};
+use shared::{after_step, agree, alike};
 use state::{Progress, fingerprint, resume, save};
 pub(crate) use watch::Named;
 use watch::Steps;
@@ -221,6 +221,7 @@ fn learn_among(
     };
     check_weight_clips(&rotations, config, &scheme)?;
     let settings = Settings { scheme, ..options.settle(model, windows, optimizer)? };
+    let settings = Settings { share_rows: alike(options, model, &settings)?, ..settings };
     let (train, held_out) = split_held_out(windows, settings.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
     // Reads the whole model, so only where there is a state to read or to write.

@@ -234,6 +234,9 @@ pub struct Settings {
     pub held_out: usize,
     /// What is computed again.
     pub recompute: Recompute,
+    /// Ranks make the rows of rotated, quantised weights together, which otherwise each of them makes for itself: where they have as many
+    /// sequences of a step ([`LearnOptions::shares_rows`]) and all run it in the same way.
+    pub share_rows: bool,
 }
 
 impl LearnOptions {
@@ -379,13 +382,24 @@ impl LearnOptions {
         Sampler::new(train, self.batch, self.seed).map(drop)
     }
 
-    /// How a step runs within `self.memory` of `free` bytes on a card and `self.main_memory`; `None` where `micro_batch` or `recompute`
-    /// says how.
+    /// How a step runs within `self.memory` of `free` bytes on a card and `self.main_memory`, at all ranks within the least that one has;
+    /// `None` where `micro_batch` or `recompute` says how.
     ///
     /// # Errors
-    /// Those of [`Transforms::of`] and [`memory::plan`].
+    /// Those of [`Transforms::of`], [`memory::plan`] and [`Group::gather`].
     pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, free: usize, card: &Card) -> Result<Option<Planned>> {
-        self.plan_placed(config, (seq, dtype), None, self.room(free), card)
+        self.plan_among(self.ranks.world(), config, (seq, dtype), None, self.agreed(self.room(free))?, card)
+    }
+
+    /// The least that any rank has, so that all of them plan the same.
+    fn agreed(&self, room: Room) -> Result<Room> {
+        let here = [room.card, room.host].map(|bytes| (bytes as u64).to_le_bytes()).concat();
+        let all = self.ranks.gather("memory to plan with", here)?;
+        let least = |of: usize| {
+            let bytes = |rank: &Vec<u8>| rank.get(of..)?.first_chunk().map(|bytes| u64::from_le_bytes(*bytes) as usize);
+            all.iter().filter_map(bytes).min().unwrap_or(0)
+        };
+        Ok(Room { card: least(0), host: least(8) })
     }
 
     /// What a plan may use of a card with so many bytes free, and of main memory, which every rank takes its share of.
@@ -394,12 +408,13 @@ impl LearnOptions {
         Room { host: room.host / self.ranks.world(), ..room }
     }
 
-    /// The same with the layers where a model has them, or where that is best.
+    /// The same, for each of so many ranks, with the layers where a model has them, or where that is best.
     ///
     /// # Errors
-    /// Those of [`LearnOptions::plan`].
-    pub fn plan_placed(
+    /// Those of [`Transforms::of`] and [`memory::plan`].
+    pub fn plan_among(
         &self,
+        ranks: usize,
         config: &LlamaConfig,
         (seq, dtype): (usize, DType),
         placement: Option<Placement>,
@@ -409,7 +424,7 @@ impl LearnOptions {
         if self.recompute.is_some() || self.micro_batch.is_some() {
             return Ok(None);
         }
-        memory::plan(config, &Work { placement, ..self.work(config, seq, dtype)? }, room, card).map(Some)
+        memory::plan(config, &Work { placement, ..self.work_among(ranks, config, seq, dtype)? }, room, card).map(Some)
     }
 
     /// What a step of a model is for a plan, of the rank with the largest share.
@@ -417,6 +432,15 @@ impl LearnOptions {
     /// # Errors
     /// Those of [`Transforms::of`].
     pub fn work(&self, config: &LlamaConfig, seq: usize, dtype: DType) -> Result<Work> {
+        self.work_among(self.ranks.world(), config, seq, dtype)
+    }
+
+    /// Whether so many ranks can share the rows of weights in a step: those run it alike who have as many sequences.
+    pub fn shares_rows(&self, ranks: usize) -> bool {
+        ranks > 1 && self.batch.is_multiple_of(ranks)
+    }
+
+    fn work_among(&self, ranks: usize, config: &LlamaConfig, seq: usize, dtype: DType) -> Result<Work> {
         let transforms = self.transforms.of(&config.scale_sizes())?;
         let (clips, weight_clips) = (self.learns_clips(), self.weight_clip == WeightClip::Learned);
         Ok(Work {
@@ -425,7 +449,8 @@ impl LearnOptions {
             transforms,
             clips,
             weight_clips,
-            ..Work::new(self.scheme, self.ranks.largest_share(self.batch), seq, dtype)
+            ranks: if self.shares_rows(ranks) { ranks } else { 1 },
+            ..Work::new(self.scheme, self.batch.div_ceil(ranks), seq, dtype)
         })
     }
 
@@ -439,7 +464,8 @@ impl LearnOptions {
             Some(card) => {
                 let placement = model.placement();
                 let room = Room { card: self.memory.bytes(card.free + model.bytes_on_device()), host: usize::MAX };
-                self.plan_placed(&model.config, (windows.seq_len(), model.dtype()), Some(placement), room, &card)?
+                let (sizes, room) = ((windows.seq_len(), model.dtype()), self.agreed(room)?);
+                self.plan_among(self.ranks.world(), &model.config, sizes, Some(placement), room, &card)?
             }
             None => None,
         };
@@ -453,6 +479,7 @@ impl LearnOptions {
             schedule: self.schedule.unwrap_or_else(|| optimizer.default_schedule()),
             held_out: self.held_out_of(windows.len()),
             recompute: self.recompute.or(planned.map(|p| Recompute::Planned(p.plan))).unwrap_or(Recompute::None),
+            share_rows: false,
         })
     }
 }

@@ -1,7 +1,8 @@
 //! What ranks that share a run tell one another besides gradients: that they do the same, have the same rotations, and whether to stop.
 
-use super::{Progress, Settings};
+use super::{LearnOptions, Progress, Settings};
 use crate::data::Windows;
+use crate::llama::Llama;
 use crate::ranks::Group;
 use crate::rotation::Rotations;
 use crate::{Error, Result, io};
@@ -21,6 +22,18 @@ pub(super) fn agree(ranks: &Group, windows: &Windows, settings: &Settings, now: 
     ranks.same("the windows of the text", windows.checksum().into_bytes())?;
     ranks.same("the steps already done", now.step.to_le_bytes().to_vec())?;
     ranks.same("the rotations to begin with", checksum(&now.rotations)?.to_vec())
+}
+
+/// Whether all ranks run a step in the same way, and can share what does not shrink with its batch.
+pub(super) fn alike(options: &LearnOptions, model: &Llama, settings: &Settings) -> Result<bool> {
+    let ranks = &options.ranks;
+    if !options.shares_rows(ranks.world()) {
+        return Ok(false);
+    }
+    let Settings { micro_batch, recompute, .. } = settings;
+    let how = format!("{micro_batch} {recompute:?} {:?} {}", model.placement(), model.device().is_cpu());
+    let all = ranks.gather("how a step runs", how.into_bytes())?;
+    Ok(all.iter().all(|of| *of == all[0]))
 }
 
 /// Fails unless all ranks have the same rotations, bit by bit; whether any of them is to stop.

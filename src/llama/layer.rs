@@ -9,6 +9,7 @@ use crate::llama::Heading;
 use crate::llama::block::{Block, Run};
 use crate::llama::rotate::{LayerLearned, RotatedWeights};
 use crate::profile::enter_pass;
+use crate::ranks::Group;
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Tape, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -40,13 +41,13 @@ impl Plan {
         if block.index >= self.recompute && !streamed {
             return block.forward(x, rotate()?, run);
         }
-        let (tape, straight) = (x.tape(), by.straight);
+        let (tape, straight, shared) = (x.tape(), by.straight, by.rows.clone());
         let rotated = self.keep_weights && !streamed;
         let slots = if rotated { rotate()?.into_slots() } else { by.into_slots() };
         let learns = x.requires_grad() || slots.iter().flatten().any(Var::requires_grad);
         let heading = if learns { Heading::Forth } else { Heading::Around };
         let (rows, filled) = (self.sequences * run.seq, slots.iter().map(Option::is_some).collect());
-        let layer = Layer { block: block.clone(), run: run.clone(), heading, rows, rotated, filled, tokens, straight };
+        let layer = Layer { block: block.clone(), run: run.clone(), heading, rows, rotated, filled, tokens, straight, shared };
         tape.record(layer, [x].into_iter().chain(slots.into_iter().flatten()).collect())
     }
 }
@@ -64,6 +65,8 @@ struct Layer {
     tokens: usize,
     /// As in [`Around`](crate::llama::Around).
     straight: bool,
+    /// As in [`LayerLearned::rows`].
+    shared: Group,
 }
 
 /// Values back into the slots that are filled.
@@ -79,7 +82,7 @@ impl Layer {
         if self.rotated {
             return RotatedWeights::from_slots(slots, self.straight);
         }
-        LayerLearned::from_slots(slots, self.straight)?.weights(block, &self.run.sites, self.tokens)
+        LayerLearned::from_slots(slots, self.straight, &self.shared)?.weights(block, &self.run.sites, self.tokens)
     }
 
     /// First row and number of rows of every part.

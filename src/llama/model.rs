@@ -255,7 +255,8 @@ impl Llama {
             let r2b = rotations.r2b.get(l).map(|r| r.clone().fork()).transpose()?;
             let transforms = LayerTransforms { r1, r2, r2b, scales: scales.clone() };
             let weight_clips = rotations.weight_clips.as_ref().and_then(|w| w.layers.get(l)).cloned();
-            let by = LayerLearned { transforms, clips: clips.clone(), weight_clips, straight: rotations.straight };
+            let (straight, rows) = (rotations.straight, rotations.rows.clone());
+            let by = LayerLearned { transforms, clips: clips.clone(), weight_clips, straight, rows };
             x = plan.run(block, x, by, &run)?;
             see(l, &x)?;
         }

@@ -1,9 +1,10 @@
 //! A layer's weights in the bases of R1, R2 and R4, quantised, on a tape.
 
-use crate::llama::turn::Rotation;
+use crate::llama::turn::{Rotation, Share};
 use crate::llama::{Affine, Basis, Block, LayerWeights, Linear, Linears};
 use crate::profile::enter;
 use crate::quant::{Site, Sites};
+use crate::ranks::Group;
 use crate::rotation::{ClipEnds, Scale, Scales};
 use crate::{Error, Result, Tape, Tensor, Var};
 
@@ -136,6 +137,8 @@ pub(crate) struct LayerLearned<'t> {
     pub weight_clips: Option<Linears<Var<'t>>>,
     /// As in [`Around`].
     pub straight: bool,
+    /// Ranks that share the rows of weights.
+    pub rows: Group,
 }
 
 /// Logarithms of the scales of one layer, where there are some; see [`Scale`](crate::rotation::Scale).
@@ -209,13 +212,13 @@ impl<'t> LayerLearned<'t> {
     ///
     /// # Errors
     /// [`Error::Tape`] for another number of slots, or a rotation that is missing.
-    pub fn from_slots(mut slots: Vec<Option<Var<'t>>>, straight: bool) -> Result<Self> {
+    pub fn from_slots(mut slots: Vec<Option<Var<'t>>>, straight: bool, rows: &Group) -> Result<Self> {
         let mut last = |count: usize| slots.split_off(slots.len().saturating_sub(count));
         let weights: Option<Vec<_>> = last(Linear::ALL.len()).into_iter().collect();
         let clips = last(Site::ALL.len());
         let clips = LayerClips::try_from(clips).map_err(|_| Error::Tape("layer: expected slots of clip constants".into()))?;
         let weight_clips = weights.map(Linears::from_vec).transpose()?;
-        Ok(Self { transforms: LayerTransforms::from_slots(slots)?, clips, weight_clips, straight })
+        Ok(Self { transforms: LayerTransforms::from_slots(slots)?, clips, weight_clips, straight, rows: rows.clone() })
     }
 
     /// The weights that a layer runs with ([`Block::transform`]), on grids that learned ratios clip where there are some; its clip constants
@@ -224,11 +227,11 @@ impl<'t> LayerLearned<'t> {
     /// # Errors
     /// Those of [`Block::transform`].
     pub fn weights(&self, block: &Block, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
-        let quantized = |linear, w: Var<'t>| match &self.weight_clips {
-            Some(a) => w.clipped_fake_quant(&s.weight, a[linear].clone(), !self.straight),
+        let quantized = |linear, w: Var<'t>, share: Share| match &self.weight_clips {
+            Some(a) => w.clipped_fake_quant(&s.weight, share.rows(a[linear].clone())?, !self.straight),
             None => w.fake_quant(&s.weight),
         };
-        let mut w = block.transform_by(&self.transforms, s, Some(tokens), quantized)?;
+        let mut w = block.transform_by(&self.transforms, s, (Some(tokens), &self.rows), quantized)?;
         (w.around.clips, w.around.straight) = (self.clips.clone(), self.straight);
         Ok(w)
     }
@@ -252,16 +255,17 @@ impl Block {
     /// # Errors
     /// Those of [`Block::rotate`]; scales of another size.
     pub fn transform<'t>(&self, by: &LayerTransforms<'t>, s: &Sites, tokens: Option<usize>) -> Result<RotatedWeights<'t>> {
-        self.transform_by(by, s, tokens, |_, w| w.fake_quant(&s.weight))
+        self.transform_by(by, s, (tokens, Group::nobody()), |_, w, _| w.fake_quant(&s.weight))
     }
 
-    /// [`Block::transform`] with weights quantised by `quantized`.
+    /// [`Block::transform`] with weights quantised by `quantized`. Ranks each make their rows of them and give them to one another: all ranks
+    /// call this with as many tokens, and get the same bits as one.
     fn transform_by<'t>(
         &self,
         by: &LayerTransforms<'t>,
         s: &Sites,
-        tokens: Option<usize>,
-        quantized: impl Fn(Linear, Var<'t>) -> Result<Var<'t>>,
+        (tokens, ranks): (Option<usize>, &Group),
+        quantized: impl Fn(Linear, Var<'t>, Share) -> Result<Var<'t>>,
     ) -> Result<RotatedWeights<'t>> {
         let LayerTransforms { r1, scales, .. } = by;
         if self.gains().is_some() {
@@ -270,7 +274,9 @@ impl Block {
         let _part = enter("weights");
         let tape = r1.tape();
         let inner = self.weights[Linear::Down].weight.cols();
-        let rotations = Rotation::new(by, s.online.r4.map(inner)?)?;
+        // A grid that depends on the whole weight is found by who has it.
+        let share = if s.weight.is_by_row() { Share::of(ranks) } else { Share::WHOLE };
+        let rotations = Rotation::new(by, s.online.r4.map(inner)?, share)?;
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
         let leave = !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
 
@@ -285,7 +291,9 @@ impl Block {
                 true => (w, b),
                 false => {
                     let b = b.map(|b| rotations.bias(linear, b)).transpose()?;
-                    (quantized(linear, rotations.weight(linear, w)?.to_dtype(weight.dtype())?)?, b)
+                    let share = rotations.share(linear, weight.rows());
+                    let w = quantized(linear, rotations.weight(linear, w)?.to_dtype(weight.dtype())?, share)?;
+                    (share.gathered(w, ranks)?, b)
                 }
             };
             let norm = norm.as_ref().map(|g| tape.constant(g.clone()));

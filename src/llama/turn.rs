@@ -1,10 +1,49 @@
-//! The weight and the bias of a linear in the bases of its layer's rotations and scales, on a tape.
+//! The weight and the bias of a linear in the bases of its layer's rotations and scales, on a tape. Rows of a weight depend on no others:
+//! ranks may share them.
 
 use crate::hadamard::Hadamard;
 use crate::llama::rotate::LayerTransforms;
 use crate::llama::{Basis, Linear};
 use crate::ops::log_scale::{Along, Keeps};
+use crate::ranks::Group;
 use crate::{DType, Error, Result, Tensor, Var};
+
+/// Which rows of a weight a process makes: one of equal parts, in the order of the ranks; all of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Share {
+    part: usize,
+    of: usize,
+}
+
+impl Share {
+    pub const WHOLE: Self = Self { part: 0, of: 1 };
+
+    /// That of a rank.
+    pub fn of(ranks: &Group) -> Self {
+        Self { part: ranks.rank(), of: ranks.world() }
+    }
+
+    /// This part, where so many units can be shared evenly; else all.
+    fn of_units(self, units: usize) -> Self {
+        if units.is_multiple_of(self.of) { self } else { Self::WHOLE }
+    }
+
+    /// The part of the first axis of what belongs to rows.
+    pub fn rows<'t>(self, v: Var<'t>) -> Result<Var<'t>> {
+        let count = v.value().shape().first().map_or(0, |n| n / self.of);
+        if self == Self::WHOLE { Ok(v) } else { v.part(self.part * count, count) }
+    }
+
+    fn columns<'t>(self, v: Var<'t>) -> Result<Var<'t>> {
+        let count = v.value().cols() / self.of;
+        if self == Self::WHOLE { Ok(v) } else { v.part_of_columns(self.part * count, count) }
+    }
+
+    /// All rows of what has this part of them.
+    pub fn gathered<'t>(self, rows: Var<'t>, ranks: &Group) -> Result<Var<'t>> {
+        if self == Self::WHOLE { Ok(rows) } else { rows.gathered(ranks) }
+    }
+}
 
 /// The rotations and scales of one layer.
 pub(super) struct Rotation<'a, 't> {
@@ -12,19 +51,34 @@ pub(super) struct Rotation<'a, 't> {
     r4: Option<Hadamard>,
     /// R1 for what reads the first and the second norm: its columns times the scales that the norm's output is divided by.
     entering: [Var<'t>; 2],
+    /// The columns of R1 that make this process's rows of what writes the stream.
+    leaving: Var<'t>,
+    share: Share,
 }
 
 impl<'a, 't> Rotation<'a, 't> {
     /// `W R1 diag(eᵃ)` is `W (R1 diag(eᵃ))`: the scales of a norm are multiplied into R1 once, not into every weight that reads the norm,
     /// and their gradient comes from that of R1.
-    pub fn new(by: &'a LayerTransforms<'t>, r4: Option<Hadamard>) -> Result<Self> {
+    ///
+    /// `share` is this process's part of all weights that can be shared.
+    pub fn new(by: &'a LayerTransforms<'t>, r4: Option<Hadamard>, share: Share) -> Result<Self> {
         let enter = |a: &Option<Var<'t>>| match a {
             // Every layer keeps the same R1.
             Some(a) => by.r1.clone().log_scale_keeping(a.clone(), Along::Columns, false, Keeps::Input),
             None => Ok(by.r1.clone()),
         };
         let [first, second] = &by.scales.norms;
-        Ok(Self { by, r4, entering: [enter(first)?, enter(second)?] })
+        let leaving = share.of_units(by.r1.value().cols()).columns(by.r1.clone())?;
+        Ok(Self { by, r4, entering: [enter(first)?, enter(second)?], leaving, share })
+    }
+
+    /// The part of a linear's `out` rows that this process makes: of whole heads where heads are turned.
+    pub fn share(&self, linear: Linear, out: usize) -> Share {
+        match (linear, self.of_pairs(linear)) {
+            (Linear::V, _) => self.share.of_units(out / self.d()),
+            (_, Some(pairs)) => self.share.of_units(pairs.value().shape()[0]),
+            _ => self.share.of_units(out),
+        }
     }
 
     /// R1 for what reads a norm, 0 or 1: `[C, C]`, its columns times the scales of the norm.
@@ -34,23 +88,27 @@ impl<'a, 't> Rotation<'a, 't> {
 }
 
 impl<'t> Rotation<'_, 't> {
-    /// `Bᵀ W A`, R1's product first; in `f32` at least where that is not the last.
+    /// The rows of `Bᵀ W A` that are this process's ([`Rotation::share`]), R1's product first; in `f32` at least where that is not the last.
     pub fn weight(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
         let row = linear.row();
+        let share = self.share(linear, w.value().rows());
         let dtype = w.value().dtype();
         let twice = row.reads == Basis::Values || row.writes == Basis::Values || (row.reads == Basis::Inner && self.r4.is_some());
         let scaled = self.of_rows(linear).is_some() || self.of_columns(linear).is_some() || self.of_pairs(linear).is_some();
         let twice = twice || scaled;
         let between = if twice { wide(dtype) } else { dtype };
         let w = match row.reads {
-            Basis::Stream => w.matmul_as(self.entering(row.norm.expect("what reads the stream reads a norm")), between)?,
-            _ => self.by.r1.clone().transpose_matmul_as(w, between)?,
+            Basis::Stream => {
+                share.rows(w)?.matmul_as(self.entering(row.norm.expect("what reads the stream reads a norm")), between)?
+            }
+            // Its rows are as many as R1's columns.
+            _ => self.leaving.clone().transpose_matmul_as(w, between)?,
         };
         // R2 keeps what it multiplies; the others keep nothing else of this width.
         let keeps = if matches!(linear, Linear::Up | Linear::Down) { Keeps::Rounded(dtype) } else { Keeps::Output };
-        let w = self.scaled(linear, w, keeps)?;
+        let w = self.scaled(linear, w, keeps, share)?;
         match (row.reads, row.writes, &self.r4) {
-            (_, Basis::Values, _) => self.values_out(w),
+            (_, Basis::Values, _) => self.values_out(w, share),
             (Basis::Values, ..) => self.values_in(w),
             (Basis::Inner, _, Some(r4)) => w.hadamard_by(r4),
             _ => Ok(w),
@@ -63,12 +121,15 @@ impl<'t> Rotation<'_, 't> {
     }
 
     /// The rows of v's weight `[K·D, in]` into the basis of values: `R2ᵀ W`, and where there is R2b `R2bᵀ diag(e⁻ᵃ) R2ᵀ W`.
-    fn values_out(&self, w: Var<'t>) -> Result<Var<'t>> {
+    fn values_out(&self, w: Var<'t>, share: Share) -> Result<Var<'t>> {
         let (d, [out, inputs]) = (self.d(), [w.value().rows(), w.value().cols()]);
-        let by = |w: Var<'t>, r: &Var<'t>| r.clone().transpose_matmul(w.reshape([out / d, d, inputs])?)?.reshape([out, inputs]);
+        let by = |w: Var<'t>, r: &Var<'t>| {
+            let r = if r.value().shape().len() == 2 { r.clone() } else { share.rows(r.clone())? };
+            r.transpose_matmul(w.reshape([out / d, d, inputs])?)?.reshape([out, inputs])
+        };
         let w = by(w, &self.by.r2)?;
         let w = match &self.by.scales.values_general {
-            Some(a) => w.log_scale(a.clone(), Along::Rows, true)?,
+            Some(a) => w.log_scale(share.rows(a.clone())?, Along::Rows, true)?,
             None => w,
         };
         self.by.r2b.iter().try_fold(w, by)
@@ -85,12 +146,12 @@ impl<'t> Rotation<'_, 't> {
     }
 
     /// Rows divided or turned and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
-    fn scaled(&self, linear: Linear, w: Var<'t>, keeps: Keeps) -> Result<Var<'t>> {
+    fn scaled(&self, linear: Linear, w: Var<'t>, keeps: Keeps, share: Share) -> Result<Var<'t>> {
         let w = match self.of_rows(linear) {
-            Some(a) => w.log_scale_keeping(a.clone(), Along::Rows, true, keeps)?,
+            Some(a) => w.log_scale_keeping(share.rows(a.clone())?, Along::Rows, true, keeps)?,
             None => w,
         };
-        let w = self.turned(linear, w)?;
+        let w = self.turned(linear, w, share)?;
         match self.of_columns(linear) {
             Some(a) => self.scaled_columns(w, a, keeps),
             None => Ok(w),
@@ -118,9 +179,9 @@ impl<'t> Rotation<'_, 't> {
     }
 
     /// Pairs of rows turned: those of q are divided by the scales, those of k multiplied.
-    fn turned(&self, linear: Linear, w: Var<'t>) -> Result<Var<'t>> {
+    fn turned(&self, linear: Linear, w: Var<'t>, share: Share) -> Result<Var<'t>> {
         match self.of_pairs(linear) {
-            Some(p) => w.rope_pairs(p.clone(), self.d(), linear == Linear::Q),
+            Some(p) => w.rope_pairs(share.rows(p.clone())?, self.d(), linear == Linear::Q),
             None => Ok(w),
         }
     }
@@ -157,7 +218,7 @@ impl<'t> Rotation<'_, 't> {
         let b = match self.of_pairs(linear) {
             Some(_) => {
                 let n = b.value().len();
-                self.turned(linear, b.reshape([n, 1])?)?.reshape([n])?
+                self.turned(linear, b.reshape([n, 1])?, Share::WHOLE)?.reshape([n])?
             }
             None => b,
         };

@@ -3,6 +3,7 @@
 use crate::llama::WeightClipVars;
 use crate::llama::rotate::{LayerClips, LayerScales, clips_of};
 use crate::quant::Site;
+use crate::ranks::Group;
 use crate::rotation::{ClipEnds, Rotations, Scale, Scales, WeightClips};
 use crate::{Result, Tape, Tensor, Var};
 
@@ -23,6 +24,10 @@ pub struct RotationVars<'t> {
     pub weight_clips: Option<WeightClipVars<'t>>,
     /// The gradient passes straight through where a value was clamped by clip constants ([`Around`](crate::llama::Around)); no by default.
     pub straight: bool,
+    /// Ranks that make the rows of the rotated, quantised weights together, each its own; alone by default. All of them run the network as often
+    /// and in the same way (scheme, tokens, [`Recompute`](crate::llama::Recompute)), forward and back, and sum the gradients of rotations, scales
+    /// and clip ratios: a rank has those of its rows of weights by all ranks' tokens.
+    pub rows: Group,
 }
 
 impl<'t> RotationVars<'t> {
@@ -61,13 +66,13 @@ impl<'t> RotationVars<'t> {
         let clips = (0..rotations.layers()).map(|i| clips_of(&rotations.clips, i, &clip)).collect::<Result<_>>()?;
         let weights = |clips| WeightClipVars::of(clips, rotations.layers(), &clip);
         let weight_clips = rotations.weight_clips.as_ref().map(weights).transpose()?;
-        Ok(Self { r1: enter(rotations.r1.clone()), r2, r2b, scales, clips, weight_clips, straight: false })
+        Ok(Self { r1: enter(rotations.r1.clone()), r2, r2b, scales, clips, weight_clips, straight: false, rows: Group::alone() })
     }
     /// R1 and R2 on a tape, without scales and clip constants.
     pub fn without_scales(r1: Var<'t>, r2: Vec<Var<'t>>) -> Self {
         let scales = vec![LayerScales::default(); r2.len()];
         let clips = vec![LayerClips::default(); r2.len()];
-        Self { r1, r2, r2b: vec![], scales, clips, weight_clips: None, straight: false }
+        Self { r1, r2, r2b: vec![], scales, clips, weight_clips: None, straight: false, rows: Group::alone() }
     }
     /// Their values.
     ///

@@ -5,6 +5,8 @@ use super::{Needs, Work};
 use crate::device::Card;
 use crate::llama::{LlamaConfig, Plan};
 
+/// Bytes that a GPU gets from others of its host through NVLink, each second, when all gather: below the 329 GB/s that two H100 reach in sums.
+const LINKS: f64 = 280e9;
 /// The forward pass's part of the work on a layer that is computed again.
 const FORWARD: f64 = 0.3;
 
@@ -37,16 +39,19 @@ impl Sizes {
         let inside = if self.quantized { 1.0 } else { 1.0 - 2.0 * (self.c * self.f) as f64 / layer };
         let outside = if self.quantized { 0.0 } else { 2.0 * tokens * c * c };
         let again = if plan.keep_weights { self.streamed as f64 } else { recomputed };
+        // Ranks make a part of the rows of weights each, gather them, and give one another the sums of their gradients.
+        let ranks = work.ranks.max(1) as f64;
+        let gathered = rounds * (2.0 * layers + again) * layer * inside * self.e as f64 * (1.0 - 1.0 / ranks) / LINKS;
         let products = layers * (linear * (2.0 + inside) + 3.0 * outside)
             + recomputed * (linear * (1.0 - (self.c * self.f) as f64 / layer) + outside)
-            + rounds * (2.0 * layers + again) * rotation * inside
+            + rounds * (2.0 * layers + again) * rotation * inside / ranks
             + 4.0 * tokens * c * self.vocab as f64
             + 8.0 * tokens * c * c;
         let scores = attention * (layers * 3.5 + recomputed) * 1.4;
         // Activations read and written around the products: so many passes over [tokens, C] and [tokens, F] a layer.
         let passes = |c: f64, f: f64| tokens * self.e as f64 * (c * self.c as f64 + f * self.f as f64);
         let moved = layers * (passes(34.0, 6.0) + passes(36.0, 11.0)) + recomputed * passes(32.0, 6.0);
-        let weights = rounds * (layers + again) * layer * (14.0 + 8.0) + rounds * layers * 7.0 * 16.0 * c * c;
+        let weights = rounds * (layers + again) * layer * (14.0 + 8.0);
         // Products in f32 written, scaled, and read twice on the way back; outputs of norms and of up likewise.
         let weights = weights + rounds * (layers + again) * 4.0 * self.multiplied as f64;
         let moved = moved + if self.scaled_norms { layers * passes(10.0, 0.0) } else { 0.0 };
@@ -56,8 +61,10 @@ impl Sizes {
         // 80 candidates a value, or by ratios that are learned one, and the unquantised weights read again on the way back.
         let weights =
             weights + if self.weight_rows > 0 { rounds * (2.0 * layers + again) * 3.0 * layer * self.e as f64 } else { 0.0 };
+        // Gradients of R1 are added by every rank.
+        let weights = weights / ranks + rounds * layers * 7.0 * 16.0 * c * c;
         let search = if self.quantized && self.weight_rows == 0 {
-            rounds * (layers + again) * layer * 1.8e-11 * (2.8e12 / card.bandwidth)
+            rounds * (layers + again) * layer * 1.8e-11 * (2.8e12 / card.bandwidth) / ranks
         } else {
             0.0
         };
@@ -76,7 +83,7 @@ impl Sizes {
             }
             _ => 0.0,
         };
-        (products + scores) / card.products + (moved + weights) / card.bandwidth + search + more
+        (products + scores) / card.products + (moved + weights) / card.bandwidth + search + gathered + more
     }
 
     /// Seconds of a step of a local objective: a pass of the full-precision model, and every row turned once and multiplied by its

@@ -26,6 +26,7 @@ pub mod log_scale;
 pub mod matmul;
 pub mod mean_square;
 pub mod microscaling;
+mod part;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_pairs;
@@ -64,6 +65,7 @@ pub fn cases() -> Vec<Case> {
         matmul::cases(),
         mean_square::cases(),
         microscaling::cases(),
+        part::cases(),
         rms_norm::cases(),
         rope::cases(),
         rope_pairs::cases(),

@@ -16,6 +16,7 @@
 
 mod link;
 mod place;
+mod rows;
 mod wire;
 
 pub use place::Place;
@@ -165,10 +166,9 @@ impl Group {
         let device = x.device();
         match (&device, x.dtype()) {
             (Device::Cuda(device), DType::F32 | DType::F64) => {
-                let missing = || Error::device(what, "expected GPUs that were attached to the group of ranks");
-                let (gpus, mut x) = (inner.gpus.get().ok_or_else(missing)?, x);
+                let mut x = x;
                 let sum = x.or_new(device)?;
-                gpus.sum(sum.view()?, x.view()?)?;
+                self.gpus(what)?.sum(sum.view()?, x.view()?)?;
                 Ok(sum)
             }
             (Device::Cpu, DType::F32) => {

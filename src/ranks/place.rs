@@ -61,7 +61,7 @@ impl Place {
         let missing =
             |name: &str| Error::argument(name, format!("expected it beside RANK={rank} and WORLD_SIZE={world}, got nothing"));
         let address = get("MASTER_ADDR").ok_or_else(|| missing("MASTER_ADDR"))?;
-        let port = match number::<u16>(&get, Self::PORT)? {
+        let port = match Self::port_of(&get)? {
             Some(port) => port,
             None => {
                 let port = number::<u16>(&get, "MASTER_PORT")?.ok_or_else(|| missing("MASTER_PORT"))?;
@@ -77,6 +77,14 @@ impl Place {
         };
         let token = get(Self::TOKEN).or_else(|| get("TORCHELASTIC_RUN_ID")).unwrap_or_default();
         Ok(Some(Self { rank, world, local_rank, address, port, token, patience }))
+    }
+
+    /// The port that [`Place::PORT`] names; nothing where it is not set.
+    ///
+    /// # Errors
+    /// A value that is no port.
+    pub fn port_of(get: impl Fn(&str) -> Option<String>) -> Result<Option<u16>> {
+        number(get, Self::PORT)
     }
 
     /// Listens for the other ranks: at this machine alone where the address is its own name for itself, else at all its addresses.

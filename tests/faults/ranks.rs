@@ -307,6 +307,23 @@ fn free_port() -> u16 {
 }
 
 #[test]
+fn ranks_meet_at_the_port_that_is_named() {
+    let place = Place::new();
+    let args = format!("{LEARN} --batch 4 --steps 1 --ranks 2");
+    let run = |port: &str| place.command(&args).env("SPINQUANT_MASTER_PORT", port).output().unwrap();
+    let out = run(&free_port().to_string());
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for (given, expected) in [(port.as_str(), format!("cannot listen at 127.0.0.1:{port}")), ("x", "got \"x\"".into())] {
+        let out = run(given);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let one = error(&said);
+        assert!(!out.status.success() && one.contains("SPINQUANT_MASTER_PORT") && one.contains(&expected), "{said}");
+    }
+}
+
+#[test]
 fn ranks_that_another_launcher_starts_find_one_another() {
     let place = Place::new();
     let args = format!("{LEARN} --batch 4 --steps 4");

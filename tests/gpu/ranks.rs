@@ -5,8 +5,11 @@ use std::process::Command;
 use std::time::Instant;
 
 use serde_json::Value;
+use spinquant::llama::{Llama, Plan, Recompute, RotationVars, synthetic};
+use spinquant::quant::Scheme;
 use spinquant::ranks::{Group, Place};
-use spinquant::{DType, Device, Tensor, ops};
+use spinquant::rotation::Rotations;
+use spinquant::{DType, Device, Tape, Tensor, ops};
 
 /// The first two GPUs.
 #[track_caller]
@@ -69,6 +72,108 @@ fn sums_over_gpus_are_those_of_the_cpu() {
             best
         });
         println!("all-reduce of {n} f32: {:.2} ms", 1e3 * times[0]);
+    }
+}
+
+#[test]
+#[ignore = "needs two GPUs and NCCL"]
+fn rows_over_gpus_are_those_of_the_cpu() {
+    let of = |rank: u64, n: usize, dtype: DType| ops::randn([2 * n, 24], 10 * n as u64 + rank).to_dtype(dtype).unwrap();
+    let values = |t: Tensor| t.to_f64_vec().unwrap();
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for n in [1, 3, 1001] {
+            let found = on_both(|group, device| {
+                let x = of(group.rank() as u64, n, dtype).to_device(&device).unwrap();
+                let part = x.slice(0, n).unwrap();
+                (values(group.all_gather("rows", part).unwrap()), values(group.reduce_scatter("sums", x).unwrap()))
+            });
+            let (a, b) = (of(0, n, dtype), of(1, n, dtype));
+            let all = [a.slice(0, n).unwrap(), b.slice(0, n).unwrap()].map(values).concat();
+            // Of two numbers there is one sum.
+            let sums = values(Tensor::axpby(1.0, a, 1.0, b).unwrap());
+            for (rank, (gathered, part)) in found.iter().enumerate() {
+                assert!(*gathered == all, "{dtype}, {n} rows gathered at rank {rank}");
+                assert!(*part == sums[24 * n * rank..][..24 * n], "{dtype}, sums of {n} rows at rank {rank}");
+            }
+        }
+    }
+    // gate of LLaMA-2-7B and of 70B.
+    for [rows, cols] in [[11008, 4096], [28672, 8192]] {
+        let times = on_both(|group, device| {
+            let mut best = [f64::INFINITY; 2];
+            let x = Tensor::zeros([rows, cols], DType::BF16, &device).unwrap();
+            let mut timed = |which: usize, f: &dyn Fn(&Tensor) -> Tensor| {
+                for _ in 0..10 {
+                    group.any("a start", false).unwrap();
+                    let start = Instant::now();
+                    f(&x).slice(0, 1).unwrap().to_f64_vec().unwrap(); // waits
+                    best[which] = best[which].min(start.elapsed().as_secs_f64());
+                }
+            };
+            timed(0, &|x| group.all_gather("rows", x.slice(0, rows / 2).unwrap()).unwrap());
+            timed(1, &|x| group.reduce_scatter("sums", x.clone()).unwrap());
+            best
+        });
+        let [gather, scatter] = times[0];
+        let rate = |seconds: f64| (rows * cols) as f64 / seconds / 1e9; // 2 bytes a value, of which one half comes from elsewhere
+        println!(
+            "[{rows}, {cols}] bf16: gathered in {:.3} ms ({:.0} GB/s), summed and shared out in {:.3} ms ({:.0} GB/s)",
+            1e3 * gather,
+            rate(gather),
+            1e3 * scatter,
+            rate(scatter)
+        );
+    }
+}
+
+/// Loss and gradients of R1 and R2 summed over ranks, of each rank's tokens, rows of weights shared by `rows`.
+fn pass(m: &Llama, r: &Rotations, (scheme, plan): (&Scheme, Plan), (ranks, rows): (&Group, &Group)) -> (f64, Vec<Tensor>) {
+    let tokens = synthetic::text(&m.config, 4, 512, 5).unwrap();
+    let tape = Tape::new();
+    let vars = RotationVars { rows: rows.clone(), ..RotationVars::variables(&tape, r).unwrap() };
+    let loss = m.loss(&vars, &tokens.batch(&[ranks.rank(), 2 + ranks.rank()]), 512, scheme, Recompute::Planned(plan)).unwrap();
+    let value = loss.value().item().unwrap();
+    let grads = vars.gradients(&mut tape.backward(loss).unwrap()).unwrap();
+    (value, ranks.all_reduce_packed("gradients", grads).unwrap())
+}
+
+#[test]
+#[ignore = "needs two GPUs and NCCL"]
+fn rows_that_gpus_share_make_the_network_and_the_gradients_of_one() {
+    let bits = |all: &[Tensor]| all.iter().flat_map(|t| t.to_f64_vec().unwrap()).map(f64::to_bits).collect::<Vec<_>>();
+    for (dtype, plan) in [
+        (DType::F32, Plan::KEEP_ALL),
+        (DType::BF16, Plan::KEEP_ALL),
+        (DType::BF16, Plan::INPUTS),
+        (DType::BF16, Plan { recompute: 1, keep_weights: true, sequences: 1 }),
+    ] {
+        for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
+            let found = on_both(|group, device| {
+                let config = synthetic::shape("llama-3.2-1b:2").unwrap();
+                let m = synthetic::model(&config, 3, dtype, &device).unwrap();
+                let r = Rotations::random_hadamard(m.config.hidden_size, m.config.head_dim, m.config.layers, 7).unwrap();
+                let r = r.to_device(&device).unwrap().to_dtype(DType::F32).unwrap();
+                let of = |rows| pass(&m, &r, (&scheme, plan), (&group, rows));
+                let (whole, shared, again) = (of(Group::nobody()), of(&group), of(&group));
+                assert!(bits(&shared.1) == bits(&again.1), "{dtype}, {scheme}: two passes differ");
+                // Relative distances of the gradients.
+                let far = |a: &Tensor, b: &Tensor| {
+                    let (a, b) = (a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
+                    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+                    norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied())
+                };
+                let distances: Vec<f64> = shared.1.iter().zip(&whole.1).map(|(a, b)| far(a, b)).collect();
+                (whole.0, shared.0, distances, bits(&shared.1))
+            });
+            println!("{dtype}, {scheme}, {plan:?}: loss {} and {}, gradients apart by {:?}", found[0].0, found[0].1, found[0].2);
+            assert!(found[0].3 == found[1].3, "{dtype}, {scheme}: ranks have different gradients");
+            for (whole, shared, distances, _) in &found {
+                // A product of fewer rows may be another kernel's, whose sums have another order.
+                assert!((whole - shared).abs() <= 2e-3 * whole.abs(), "{dtype}, {scheme}: {whole} and {shared}");
+                let tolerance = if dtype == DType::F32 { 2e-3 } else { 2e-2 };
+                assert!(distances.iter().all(|d| *d <= tolerance), "{dtype}, {scheme}: {distances:?}");
+            }
+        }
     }
 }
 

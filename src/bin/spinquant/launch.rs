@@ -158,7 +158,9 @@ mod unix {
 
     fn watch(count: usize, ranks: &mut Vec<Rank>, events: &Sender<Event>, heard: &Receiver<Event>) -> Result<ExitCode> {
         let token = token();
-        ranks.push(start(0, count, 0, &token, events)?);
+        // Any free port, where none is named.
+        let named = Place::port_of(|name| std::env::var(name).ok())?.unwrap_or(0);
+        ranks.push(start(0, count, named, &token, events)?);
         let (mut causes, mut signal, mut deadline): (Causes, Option<i32>, Option<Instant>) = Default::default();
         loop {
             match heard.recv_timeout(Duration::from_millis(20)) {

@@ -31,7 +31,6 @@ impl Recipe {
         options.clip = args.clip.unwrap_or(options.clip);
         options.check(self.optimizer()?.as_ref())?;
         options.check_batch(args.ranks.count())?;
-        options.batch = options.batch.div_ceil(args.ranks.count()); // the largest share
         if !matches!(args.start, Some(Start::File(_))) {
             options.check_clip_objective()?; // a file may hold some that are learned on
         }
@@ -44,11 +43,14 @@ impl Recipe {
         let room = options.room(free(&card));
         let room = Room { host: room.host / args.ranks.count(), ..room };
         let place = args.model.given_placement();
-        let Some(planned) = options.plan_placed(&config, (args.seq_len, dtype), place, room, &card)? else {
+        let (ranks, sizes) = (args.ranks.count(), (args.seq_len, dtype));
+        let share = options.batch.div_ceil(ranks); // the largest
+        let Some(planned) = options.plan_among(ranks, &config, sizes, place, room, &card)? else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
         let (objective, of_clips) = (options.objective.name(), options.clip_objective.as_ref());
         let needs = of_clips.unwrap_or(&options.objective).needs(); // a local objective plans nothing where another runs the network
+        let together = options.shares_rows(ranks) && needs != Needs::Rows;
         if args.json {
             let items: serde_json::Map<String, Value> =
                 planned.items.iter().map(|(what, bytes)| (what.to_string(), (*bytes).into())).collect();
@@ -56,7 +58,7 @@ impl Recipe {
             out!(
                 "{}",
                 json!({
-                    "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": options.batch, "seq_len": args.seq_len,
+                    "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": share, "ranks_share_rows": together, "seq_len": args.seq_len,
                     "dtype": dtype.to_string(), "device": card.name, "budget_bytes": room.card, "main_memory_free_bytes": room.host,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch,
@@ -70,12 +72,20 @@ impl Recipe {
         out!(
             "{scheme}, {objective}{}, {} x {} tokens a step, {dtype}, within {:.1} GiB on {}",
             of_clips.map(|o| format!(" (clip ratios: {})", o.name())).unwrap_or_default(),
-            options.batch,
+            share,
             args.seq_len,
             gib(room.card),
             card.name
         );
         out!("plan: {}", describe(&planned, config.layers, needs));
+        if ranks > 1 {
+            let how = if together {
+                "rotates and quantises a part of the rows of weights"
+            } else {
+                "rotates and quantises all weights"
+            };
+            out!("each of {ranks} ranks {how}");
+        }
         for (what, bytes) in &planned.items {
             out!("{what:<46} {:>8.2} GiB", gib(*bytes));
         }

@@ -1,4 +1,4 @@
-//! Sums over the GPUs of several processes, by NVIDIA's NCCL, which is loaded when it is first wanted.
+//! Sums and gathered values over the GPUs of several processes, by NVIDIA's NCCL, which is loaded when it is first wanted.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
@@ -8,7 +8,7 @@ use cudarc::driver::sys::CUstream;
 use libloading::Library;
 
 use super::{CudaDevice, driver_error};
-use crate::device::launch::{Kind, View};
+use crate::device::launch::{Kind, View, Work};
 use crate::{Error, Result};
 
 /// What its packages install. cudarc looks for `libnccl.so` alone, which is for building against it.
@@ -21,16 +21,32 @@ struct Id([c_char; 128]);
 
 /// `ncclComm_t`
 type Comm = *mut c_void;
-/// `ncclFloat32`, `ncclFloat64` and `ncclSum`
+/// `ncclUint8`, `ncclFloat16`, `ncclFloat32`, `ncclFloat64`, `ncclBfloat16` and `ncclSum`
+const U8: c_int = 1;
+const F16: c_int = 6;
 const F32: c_int = 7;
 const F64: c_int = 8;
+const BF16: c_int = 9;
 const SUM: c_int = 0;
+
+/// A type that NCCL sums.
+fn summed(what: &str, kind: Kind) -> Result<c_int> {
+    match kind {
+        Kind::F16 => Ok(F16),
+        Kind::F32 => Ok(F32),
+        Kind::F64 => Ok(F64),
+        Kind::BF16 => Ok(BF16),
+        other => Err(Error::argument(what, format!("expected floating-point values, got {other}"))),
+    }
+}
 
 /// The functions of NCCL 2 that are used, with the types that its documentation gives.
 struct Nccl {
     id: unsafe extern "C" fn(*mut Id) -> c_int,
     connect: unsafe extern "C" fn(*mut Comm, c_int, Id, c_int) -> c_int,
     all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, CUstream) -> c_int,
+    all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, CUstream) -> c_int,
+    reduce_scatter: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, CUstream) -> c_int,
     abort: unsafe extern "C" fn(Comm) -> c_int,
     words: unsafe extern "C" fn(c_int) -> *const c_char,
     /// Keeps them loaded.
@@ -61,13 +77,16 @@ impl Nccl {
                     *library.get(b"ncclGetUniqueId\0")?,
                     *library.get(b"ncclCommInitRank\0")?,
                     *library.get(b"ncclAllReduce\0")?,
+                    *library.get(b"ncclAllGather\0")?,
+                    *library.get(b"ncclReduceScatter\0")?,
                     *library.get(b"ncclCommAbort\0")?,
                     *library.get(b"ncclGetErrorString\0")?,
                 ))
             })()
         };
-        let (id, connect, all_reduce, abort, words) = found.map_err(|e: libloading::Error| e.to_string())?;
-        Ok(Self { id, connect, all_reduce, abort, words, _library: library })
+        let (id, connect, all_reduce, all_gather, reduce_scatter, abort, words) =
+            found.map_err(|e: libloading::Error| e.to_string())?;
+        Ok(Self { id, connect, all_reduce, all_gather, reduce_scatter, abort, words, _library: library })
     }
 
     /// An error where a call of NCCL did not succeed.
@@ -93,6 +112,7 @@ pub fn check_nccl() -> Result<()> {
 pub(crate) struct Communicator {
     nccl: &'static Nccl,
     comm: Comm,
+    world: usize,
     device: CudaDevice,
 }
 
@@ -132,7 +152,7 @@ impl CudaDevice {
         let mut comm = std::ptr::null_mut();
         // SAFETY: writes one pointer; this rank's GPU is current, and the id is rank 0's.
         nccl.check("connecting the GPUs", unsafe { (nccl.connect)(&mut comm, world as c_int, id, rank as c_int) })?;
-        Ok(Communicator { nccl, comm, device: self.clone() })
+        Ok(Communicator { nccl, comm, world, device: self.clone() })
     }
 }
 
@@ -142,25 +162,73 @@ impl Communicator {
     /// # Errors
     /// Other kinds or lengths, memory of another GPU, or a failing call of NCCL.
     pub(crate) fn sum(&self, to: View<'_>, from: View<'_>) -> Result<()> {
-        let dtype = match (from.kind(), to.kind()) {
-            (Kind::F32, Kind::F32) => F32,
-            (Kind::F64, Kind::F64) => F64,
-            (from, to) => return Err(Error::argument("sum over ranks", format!("expected f32 or f64, got {from} into {to}"))),
-        };
-        if from.len() != to.len() {
-            return Err(Error::argument("sum over ranks", format!("{} values into {}", from.len(), to.len())));
-        }
-        self.device.owns("sum over ranks", &[to, from])?;
+        let what = "sum over ranks";
+        fits(what, to, from, from.len())?;
+        let (n, kind) = (from.len(), summed(what, from.kind())?);
+        self.enqueue("a sum", "sum over ranks", to, from, |nccl, (to, from), comm, stream| {
+            // SAFETY: both are n values of the type, live and on this GPU, equal or apart, and are released in the order of the stream.
+            unsafe { (nccl.all_reduce)(from, to, n, kind, SUM, comm, stream) }
+        })
+    }
+
+    /// `to ←` the values of every rank's `from` behind one another, in the order of the ranks; of one kind, apart.
+    ///
+    /// # Errors
+    /// Other kinds or lengths, memory of another GPU, or a failing call of NCCL.
+    pub(crate) fn gather(&self, to: View<'_>, from: View<'_>) -> Result<()> {
+        fits("values of all ranks", to, from, self.world * from.len())?;
+        let bytes = from.bytes();
+        self.enqueue("gathering", "gather over ranks", to, from, |nccl, (to, from), comm, stream| {
+            // SAFETY: `from` is so many bytes and `to` as many of every rank, live and on this GPU, apart, released in the stream's order.
+            unsafe { (nccl.all_gather)(from, to, bytes, U8, comm, stream) }
+        })
+    }
+
+    /// `to ←` this rank's part, of equal ones in the order of the ranks, of the sum over ranks of `from`; floating-point values of one
+    /// kind, in which every sum of two is rounded; apart.
+    ///
+    /// # Errors
+    /// Other kinds or lengths, memory of another GPU, or a failing call of NCCL.
+    pub(crate) fn scatter_sums(&self, to: View<'_>, from: View<'_>) -> Result<()> {
+        let what = "parts of a sum over ranks";
+        fits(what, from, to, self.world * to.len())?;
+        let (n, kind) = (to.len(), summed(what, from.kind())?);
+        self.enqueue("parts of a sum", "sum over ranks", to, from, |nccl, (to, from), comm, stream| {
+            // SAFETY: `to` is n values and `from` as many for every rank, live and on this GPU, apart, released in the stream's order.
+            unsafe { (nccl.reduce_scatter)(from, to, n, kind, SUM, comm, stream) }
+        })
+    }
+
+    /// Enqueues a call of NCCL on the device's stream, timed where somebody watches.
+    fn enqueue(
+        &self,
+        what: &str,
+        work: &'static str,
+        to: View<'_>,
+        from: View<'_>,
+        call: impl FnOnce(&Nccl, (*mut c_void, *const c_void), Comm, CUstream) -> c_int,
+    ) -> Result<()> {
+        self.device.owns(what, &[to, from])?;
         if from.len() == 0 {
             return Ok(());
         }
         self.device.bind()?;
         let _alone = self.device.libraries();
         let stream = self.device.0.stream.cu_stream();
-        let (to, from, n) = (to.address() as *mut c_void, from.address() as *const c_void, from.len());
-        // SAFETY: both are n values of the type, live and on this GPU, equal or apart, and are released in the order of the stream.
-        self.nccl.check("a sum", unsafe { (self.nccl.all_reduce)(from, to, n, dtype, SUM, self.comm, stream) })
+        let memory = (to.address() as *mut c_void, from.address() as *const c_void);
+        self.device.profiled(Work::moving(work, to.bytes().max(from.bytes())), || {
+            self.nccl.check(what, call(self.nccl, memory, self.comm, stream))
+        })
     }
+}
+
+/// Fails unless `long` has so many values, of the kind of `short`.
+fn fits(what: &str, long: View<'_>, short: View<'_>, len: usize) -> Result<()> {
+    if (long.len(), long.kind()) == (len, short.kind()) {
+        return Ok(());
+    }
+    let message = format!("expected {len} values of {}, got {} of {}", short.kind(), long.len(), long.kind());
+    Err(Error::argument(what, message))
 }
 
 impl Drop for Communicator {

@@ -4,9 +4,11 @@ use std::net::TcpListener;
 use std::ops::ControlFlow;
 
 use spinquant::calibrate::search_weight_clips;
+use spinquant::grid::floating::Format;
 use spinquant::learn::{LearnOptions, Learned, Recipe, learn};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, State};
 use spinquant::ranks::{Group, Place};
+use spinquant::rotation::Transforms;
 use spinquant::{Error, Result};
 
 use super::learning::{Averaged, learnable, options};
@@ -39,6 +41,8 @@ fn shares_of_a_batch_give_the_gradients_of_the_whole() {
             let mut o = Averaged::default();
             let options = LearnOptions { micro_batch: None, ranks, ..options(Scheme::new(16, 8, 8), 1) };
             let learned = whole_run(&m, &w, &mut o, &options).unwrap();
+            // Those who have as many sequences.
+            assert_eq!(learned.settings.share_rows, [2, 8].contains(&options.ranks.world()));
             (learned.loss_first, learned.held_out_first, learned.fidelity_first.divergence, o.seen.remove(0))
         };
         let whole = one_step(Group::alone());
@@ -55,6 +59,86 @@ fn shares_of_a_batch_give_the_gradients_of_the_whole() {
             }
         }
     }
+}
+
+/// The loss of some tokens and the gradients of everything that is learned, summed over ranks; rows of weights are shared by `rows`.
+fn pass(
+    m: &Llama,
+    r: &Rotations,
+    run: (&Scheme, Recompute),
+    tokens: &[u32],
+    (ranks, rows): (&Group, &Group),
+) -> (f64, Vec<Tensor>) {
+    let tape = Tape::new();
+    let vars = RotationVars { rows: rows.clone(), ..RotationVars::variables(&tape, r).unwrap() };
+    let loss = m.loss(&vars, tokens, SEQ, run.0, run.1).unwrap();
+    let value = loss.value().item().unwrap();
+    let mut found = tape.backward(loss).unwrap();
+    let mut all = vars.gradients(&mut found).unwrap();
+    all.extend(vars.scale_gradients(&mut found).unwrap().iter().map(|(_, t)| t.clone()));
+    all.extend(vars.clip_gradients(&mut found).unwrap().iter().map(|(_, t)| t.clone()));
+    all.extend(vars.weight_clip_gradients(&mut found).unwrap().iter().flat_map(|w| w.iter().map(|(_, t)| t.clone())));
+    (value, ranks.all_reduce_packed("gradients", all).unwrap())
+}
+
+const SEQ: usize = 12;
+
+/// Rows depend on no others: a network of shared ones has the bits of one that was made whole, and the gradients of all ranks' tokens.
+#[test]
+fn rows_that_ranks_share_are_those_of_one() {
+    let plans = [Recompute::None, Recompute::All, Recompute::Planned(Plan { recompute: 1, keep_weights: true, sequences: 1 })];
+    let c = config([4, 2], 8, 32, 64);
+    for (dtype, scheme, tolerance) in [
+        (DType::F64, Scheme::new(4, 4, 4), 1e-12),
+        (DType::F32, Scheme::new(4, 16, 16), 1e-4),
+        (DType::BF16, Scheme::new(4, 16, 16), 2e-2),
+        (DType::F32, Scheme::new(4, 16, 16).weights_in(Format::Nvfp4), 1e-4),
+    ] {
+        let m = cast(&model(&c, 5), dtype);
+        let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let mut starts = vec![hadamard(&m, 1).to_dtype(wide).unwrap()];
+        if scheme.weight_format.is_none() {
+            let sizes = m.config.scale_sizes();
+            let full = hadamard(&m, 1).with_transforms(&Transforms::ALL.of(&sizes).unwrap(), &sizes, Some(3)).unwrap();
+            let clips = search_weight_clips(&m, &full, &scheme, |_, _| ControlFlow::Continue(())).unwrap();
+            starts.push(full.with_weight_clips(Some(clips)).to_dtype(wide).unwrap());
+        }
+        for (r, plan) in starts.iter().flat_map(|r| plans.map(|plan| (r, plan))) {
+            for world in [2, 4] {
+                let found = at_each(world, |ranks| {
+                    let tokens = tokens(&m, 2 * SEQ, ranks.rank() as u64);
+                    let whole = pass(&m, r, (&scheme, plan), &tokens, (&ranks, Group::nobody()));
+                    (whole, pass(&m, r, (&scheme, plan), &tokens, (&ranks, &ranks)))
+                });
+                for (rank, (whole, shared)) in found.iter().enumerate() {
+                    let which = format!("{dtype}, {scheme}, {plan:?}, rank {rank} of {world}");
+                    assert_eq!(whole.0.to_bits(), shared.0.to_bits(), "{which}: another network");
+                    assert_eq!(whole.1.len(), shared.1.len());
+                    for (i, (a, b)) in whole.1.iter().zip(&shared.1).enumerate() {
+                        let off = relative(b, a);
+                        assert!(off <= tolerance, "{which}: gradient {i} differs by {off:e}");
+                        assert!(bits(b) == bits(&found[0].1.1[i]), "{which}: gradient {i} is not that of rank 0");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A rank that runs the network while another does not is named, as every other operation is.
+#[test]
+fn rows_are_shared_by_all_ranks_or_none() {
+    let (m, w) = learnable(DType::F32);
+    let r = hadamard(&m, 1).to_dtype(DType::F32).unwrap();
+    let found = at_each(2, |ranks| {
+        let tape = Tape::new();
+        let rows = if ranks.is_first() { ranks.clone() } else { Group::alone() };
+        let vars = RotationVars { rows, ..RotationVars::variables(&tape, &r).unwrap() };
+        let loss = m.loss(&vars, &w.batch(&[0]), SEQ, &Scheme::new(4, 16, 16), Recompute::None);
+        loss.and_then(|_| ranks.any("a question", true)).unwrap_err().to_string()
+    });
+    let expected = "rank 1: is at a question (0), where rank 0 is at rows of all ranks (0)";
+    assert!(found.iter().all(|e| e == expected), "{found:?}");
 }
 
 /// Everything that is learned crosses ranks: scales, heads' R2, clip ratios, those of weights, by two objectives.
