@@ -56,6 +56,19 @@ fn less_memory_takes_longer_until_nothing_fits() {
 }
 
 #[test]
+fn ranks_that_share_rows_take_less_time_and_not_half() {
+    let config = shape("llama-2-7b").unwrap();
+    let card = Card { free: 139 << 30, ..Card::h100() };
+    for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
+        let at = |batch, ranks| plan(&config, &Work { batch, ranks, ..work(scheme) }, 130 << 30, &card).unwrap().seconds;
+        let (alone, two, four) = (at(8, 1), at(4, 2), at(2, 4));
+        assert!(two < at(4, 1) && four < at(2, 1) && four < at(2, 2), "{scheme}: {two} {four}");
+        assert!(alone / two < 2.0 && alone / four < 4.0, "{scheme}: {alone} {two} {four}");
+        println!("{scheme}: {:.2} times as fast on two, {:.2} on four", alone / two, alone / four);
+    }
+}
+
+#[test]
 fn objectives_need_different_things() {
     let (card, scheme) = (Card::h100(), Scheme::new(4, 4, 4));
     for name in ["llama-2-7b", "llama-3-8b", "llama-3.2-1b"] {

@@ -1,6 +1,7 @@
 /* Preloaded into a program, counts the system calls that change files under FAULT_PREFIX, and at the FAULT_AT-th fails or kills:
  * FAULT_ACTION is eio, enospc, before (SIGKILL instead of the call) or after (SIGKILL behind it). Each call is a line of FAULT_LOG.
- * Calls are counted where the C library makes them, so those of every crate are seen. */
+ * Calls are counted where the C library makes them, so those of every crate are seen.
+ * And memory of a page and more runs out for rank FAULT_RANK once there is a file FAULT_STARVE. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -128,3 +129,16 @@ int open(const char *path, int flags, ...) { OPEN(open, AT_FDCWD, path); }
 int open64(const char *path, int flags, ...) { OPEN(open64, AT_FDCWD, path); }
 int openat(int dir, const char *path, int flags, ...) { OPEN(openat, dir, dir, path); }
 int openat64(int dir, const char *path, int flags, ...) { OPEN(openat64, dir, dir, path); }
+
+static int starved(size_t size) {
+    if (size < 4096) return 0;
+    const char *file = getenv("FAULT_STARVE"), *wanted = getenv("FAULT_RANK"), *rank = getenv("RANK");
+    return file && wanted && rank && strcmp(wanted, rank) == 0 && syscall(SYS_faccessat, AT_FDCWD, file, F_OK) == 0;
+}
+
+extern void *__libc_malloc(size_t size);
+void *malloc(size_t size) {
+    if (!starved(size)) return __libc_malloc(size);
+    errno = ENOMEM;
+    return NULL;
+}

@@ -1,6 +1,7 @@
 //! Runs that several processes share, on the CPU: they learn what one does, and one that dies ends all of them.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Stdio};
@@ -150,9 +151,14 @@ struct Run {
 impl Run {
     /// Starts a run of so many ranks, and waits until all are there and the log has a line.
     fn start(place: &Place, args: &str, count: usize) -> Self {
+        Self::start_with(place, args, count, &[])
+    }
+
+    /// The same with variables in its environment.
+    fn start_with(place: &Place, args: &str, count: usize, variables: &[(&str, &OsStr)]) -> Self {
         let _ = std::fs::remove_file(place.path("out/log"));
         let mut command = place.command(&format!("{args} --ranks {count} --log log"));
-        command.env("SPINQUANT_RANKS_PATIENCE", "4");
+        command.env("SPINQUANT_RANKS_PATIENCE", "4").envs(variables.iter().copied());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut ranks = vec![];
         wait_for("a first step", || {
@@ -267,6 +273,28 @@ fn a_rank_that_is_killed_ends_all_and_the_state_stays_good() {
         assert_eq!(code, Some(1), "{said}");
         assert_eq!(error(&said), format!("error: rank {victim}: was killed by signal 9"), "{said}");
         kept = state(&place).expect("a state");
+    }
+}
+
+#[test]
+fn a_rank_without_memory_ends_all_with_its_message_and_the_state_stays_good() {
+    let place = Place::new();
+    let args = format!("{LEARN} --batch 4 --steps 1000000 --checkpoint-every 1");
+    let starve = place.path("starve");
+    for rank in ["1", "0"] {
+        let _ = std::fs::remove_file(&starve);
+        let (shim, file) = (SHIM.as_os_str(), starve.as_os_str());
+        let run =
+            Run::start_with(&place, &args, 2, &[("LD_PRELOAD", shim), ("FAULT_STARVE", file), ("FAULT_RANK", OsStr::new(rank))]);
+        wait_for("a state", || state(&place).is_some());
+        std::fs::write(&starve, "").unwrap();
+        let (code, said) = run.ended("a rank without memory");
+        assert_eq!(code, Some(1), "{said}");
+        assert_eq!(error(&said), format!("error: rank {rank}: was killed by signal 6"), "{said}");
+        let own = if rank == "0" { "memory allocation of " } else { "rank 1: memory allocation of " };
+        assert!(said.lines().any(|line| line.starts_with(own) && line.contains("bytes failed")), "{said}");
+        assert!(state(&place).is_some());
+        std::fs::remove_file(place.path("out/R.safetensors.state")).unwrap();
     }
 }
 

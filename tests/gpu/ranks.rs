@@ -209,3 +209,30 @@ fn two_gpus_learn_what_one_does_and_repeat_it() {
         }
     }
 }
+
+#[test]
+#[ignore = "needs two GPUs and NCCL"]
+fn a_gpu_without_memory_ends_all_ranks_with_its_message() {
+    let [_, second] = two();
+    // All but a little of the second one is taken.
+    let mut taken = vec![];
+    for size in [8usize << 30, 1 << 30, 128 << 20] {
+        while second.card().unwrap().unwrap().free > size + (512 << 20) {
+            taken.push(Tensor::zeros([size / 4], DType::F32, &second).unwrap());
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("R.safetensors");
+    let args = "learn --model synthetic:llama-3.2-1b --text synthetic:64 --seq-len 512 --batch 8 --micro-batch 4 --steps 9 --gpus 2 \
+                --recipe published";
+    let start = Instant::now();
+    let ran = Command::new(env!("CARGO_BIN_EXE_spinquant")).args(args.split_whitespace()).arg("--out").arg(&out).output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+    println!("{:.1} s: {said}", start.elapsed().as_secs_f64());
+    let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error:")).collect();
+    assert!(!ran.status.success() && !out.exists(), "{said}");
+    assert!(errors.len() == 1 && errors[0].starts_with("error: rank 1: ") && errors[0].contains("memory"), "{said}");
+    // The start of both, and no longer than the end of all may take.
+    assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+    drop(taken);
+}

@@ -173,6 +173,16 @@ fn plans_before_anything_is_allocated() {
     assert!(done && said.contains("\"layers_in_main_memory\"") && said.contains("\"copied_bytes_per_step\""), "{said}");
     let (done, said) = of_model("llama-2-70b", "6GiB", &["--main-memory", "120GiB"]);
     assert!(!done && said.contains("of the card, 6.0 are allowed"), "{said}");
+    // Ranks with as many sequences share the rows of weights.
+    for (more, expected) in [
+        (&["--ranks", "2"][..], "each of 2 ranks rotates and quantises a part of the rows of weights"),
+        (&["--ranks", "3"], "each of 3 ranks rotates and quantises all weights"),
+        (&["--ranks", "4", "--json"], "\"ranks_share_rows\":true"),
+        (&["--json"], "\"ranks_share_rows\":false"),
+    ] {
+        let (done, said) = of_model("llama-2-7b", "76GiB", more);
+        assert!(done && said.contains(expected), "{more:?}: {said}");
+    }
     // What another objective keeps is another plan.
     let of = |objective: &str, memory: &str| of_model("llama-2-7b", memory, &["--resident", "32", "--objective", objective]);
     let (done, said) = of("kl", "32GiB");
