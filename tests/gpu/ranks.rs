@@ -226,7 +226,8 @@ fn a_gpu_without_memory_ends_all_ranks_with_its_message() {
     let args = "learn --model synthetic:llama-3.2-1b --text synthetic:64 --seq-len 512 --batch 8 --micro-batch 4 --steps 9 --gpus 2 \
                 --recipe published";
     let start = Instant::now();
-    let ran = Command::new(env!("CARGO_BIN_EXE_spinquant")).args(args.split_whitespace()).arg("--out").arg(&out).output().unwrap();
+    let ran =
+        Command::new(env!("CARGO_BIN_EXE_spinquant")).args(args.split_whitespace()).arg("--out").arg(&out).output().unwrap();
     let said = String::from_utf8_lossy(&ran.stderr).into_owned();
     println!("{:.1} s: {said}", start.elapsed().as_secs_f64());
     let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error:")).collect();
