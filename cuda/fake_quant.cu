@@ -421,7 +421,36 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
     float v[1] = {staged ? held[i] * back : to_float(values[i])};
     coder.codes(v);
     if (out.codes) out.codes[row * cols + i] = int16_t(v[0]);
+    if (out.bytes) out.bytes[row * cols + i] = int8_t(v[0] - out.shift);
     if (y) y[row * cols + i] = from_float<T>(coder.decode(v[0]));
+  }
+}
+
+// ---- Back from codes: a block per kDecodeThreads packs of a group. ----
+
+constexpr int kDecodeThreads = 256;
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kDecodeThreads)
+    dequantise_kernel(T *y, const int8_t *codes, const float *scale, const float *zero, int64_t cols, int64_t parts) {
+  const int64_t group = blockIdx.x / parts;
+  const int64_t col = (blockIdx.x % parts * kDecodeThreads + threadIdx.x) * N;
+  if (col >= cols) return;
+  const float s = scale[group], z = zero ? zero[group] : 0.0f;
+  const int64_t at = group * cols + col;
+  Pack<int8_t, N> from;
+  if constexpr (N > 1) {
+    from = load_pack<int8_t, N>(codes + at);
+  } else {
+    from.v[0] = codes[at];
+  }
+  Pack<T, N> to;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to.v[i] = from_float<T>(__fmul_rn(s, __fsub_rn(float(from.v[i]), z)));
+  if constexpr (N > 1) {
+    store_global(y + at, to);
+  } else {
+    y[at] = to.v[0];
   }
 }
 
@@ -509,6 +538,11 @@ int quantise(void *y, const sq::Outputs &out, const void *x, int64_t rows, int64
   });
 }
 
+// What makes codes signed.
+float byte_shift(sq_quant quant) {
+  return quant.symmetric || quant.bits < 2 || quant.bits > 8 ? 0.0f : float(1 << (quant.bits - 1));
+}
+
 }  // namespace
 
 extern "C" int sq_fake_quant(void *y, int16_t *codes, float *scale, float *zero, const void *x, int64_t rows,
@@ -518,19 +552,47 @@ extern "C" int sq_fake_quant(void *y, int16_t *codes, float *scale, float *zero,
 
 extern "C" int sq_quantise(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols, sq_quant quant,
                            sq_dtype dtype, sq_stream stream) {
-  const float shift = quant.symmetric || quant.bits < 2 || quant.bits > 8 ? 0.0f : float(1 << (quant.bits - 1));
-  return quantise(nullptr, {nullptr, scale, zero, codes, shift}, x, rows, cols, quant, dtype, stream);
+  return quantise(nullptr, {nullptr, scale, zero, codes, byte_shift(quant)}, x, rows, cols, quant, dtype, stream);
 }
 
-extern "C" int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int32_t *best, const void *x,
-                                    int64_t rows, int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream) {
+extern "C" int sq_dequantise(void *y, const int8_t *codes, const float *scale, const float *zero, int64_t groups, int64_t cols,
+                             sq_dtype dtype, sq_stream stream) {
+  if (groups < 0 || cols < 1) return cudaErrorInvalidValue;
+  if (groups == 0) return cudaSuccess;
+  return sq::dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    constexpr int N = sq::kPack<T>;
+    const bool packs = cols % N == 0;
+    const int64_t parts = sq::ceil_div(packs ? cols / N : cols, int64_t(sq::kDecodeThreads));
+    const auto kernel = packs ? sq::dequantise_kernel<T, N> : sq::dequantise_kernel<T, 1>;
+    return sq::launch(kernel, groups * parts, sq::kDecodeThreads, 0, sq::cuda_stream(stream), static_cast<T *>(y), codes, scale,
+                      zero, cols, parts);
+  });
+}
+
+namespace {
+
+int search(void *y, const sq::Outputs &out, int32_t *best, const void *x, int64_t rows, int64_t cols, sq_quant quant,
+           sq_dtype dtype, sq_stream stream) {
   sq::Quantiser q;
   if (rows < 0 || cols < 1 || !sq::make_quantiser(&q, quant, cols)) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   const int64_t length = quant.group > 0 ? quant.group : cols;
   return sq::dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    return sq::search_rows(static_cast<T *>(y), sq::Outputs{codes, scale, zero}, best, static_cast<const T *>(x),
-                           rows * (cols / length), length, q, sq::cuda_stream(stream));
+    return sq::search_rows(static_cast<T *>(y), out, best, static_cast<const T *>(x), rows * (cols / length), length, q,
+                           sq::cuda_stream(stream));
   });
+}
+
+}  // namespace
+
+extern "C" int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int32_t *best, const void *x,
+                                    int64_t rows, int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream) {
+  return search(y, {codes, scale, zero}, best, x, rows, cols, quant, dtype, stream);
+}
+
+extern "C" int sq_quantise_search(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols,
+                                  sq_quant quant, sq_dtype dtype, sq_stream stream) {
+  return search(nullptr, {nullptr, scale, zero, codes, byte_shift(quant)}, nullptr, x, rows, cols, quant, dtype, stream);
 }

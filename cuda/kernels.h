@@ -138,6 +138,15 @@ int sq_quantise(int8_t *codes, float *scale, float *zero, const void *x, int64_t
 int sq_fake_quant_search(void *y, int16_t *codes, float *scale, float *zero, int32_t *best, const void *x, int64_t rows,
                          int64_t cols, sq_quant quant, sq_dtype dtype, sq_stream stream);
 
+/* sq_quantise with the clip ratios of sq_fake_quant_search. */
+int sq_quantise_search(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols, sq_quant quant,
+                       sq_dtype dtype, sq_stream stream);
+
+/* y[groups, cols] = scale (codes - zero), one scale and one zero (NULL: 0) a group: from the bytes of sq_quantise what sq_fake_quant
+ * writes. */
+int sq_dequantise(void *y, const int8_t *codes, const float *scale, const float *zero, int64_t groups, int64_t cols, sq_dtype dtype,
+                  sq_stream stream);
+
 /* integer.cu, integer_hopper.cu --------------------------------------------------------------------------------- */
 
 /* The codes of a matrix of k columns.

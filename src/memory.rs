@@ -25,7 +25,7 @@ pub use search::{networks, plan};
 
 use crate::device::Card;
 use crate::llama::{LlamaConfig, Placement, Plan};
-use crate::quant::Scheme;
+use crate::quant::{Engine, Scheme};
 use crate::rotation::Transforms;
 use crate::{DType, Error, Result};
 use sizes::Sizes;
@@ -74,6 +74,8 @@ pub struct Work {
     pub clips: bool,
     /// Those of weights are.
     pub weight_clips: bool,
+    /// How products are computed whose operands are both quantised.
+    pub engine: Engine,
     /// Where the layers are, where that is given; otherwise a plan may have some in main memory.
     pub placement: Option<Placement>,
     /// Ranks that share the rows of weights, this one among them: 1 where it makes all.
@@ -86,7 +88,8 @@ impl Work {
         let transforms = Transforms::PUBLISHED;
         let needs = Needs::Network;
         let (clips, weight_clips) = (false, false);
-        Self { needs, clip_needs: None, batch, seq, scheme, dtype, transforms, clips, weight_clips, placement: None, ranks: 1 }
+        let (engine, placement, ranks) = (Engine::default(), None, 1);
+        Self { needs, clip_needs: None, batch, seq, scheme, dtype, transforms, clips, weight_clips, engine, placement, ranks }
     }
 
     /// Checks that every number of bytes that a plan may add up fits a machine word.
@@ -140,6 +143,8 @@ pub struct Planned {
     pub moved: usize,
     /// Predicted wall-clock time of a step.
     pub seconds: f64,
+    /// Linears of a layer, of seven, whose products are of integers, on a GPU that has a fast kernel for them.
+    pub on_integers: usize,
 }
 
 impl Planned {
@@ -166,7 +171,8 @@ fn predict_checked(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: u
         let work = &Work { needs, ..*work };
         let seconds = penalty * sizes.seconds(config, work, &plan, micro_batch, card);
         let (items, moved) = (sizes.items(work, &plan, micro_batch), sizes.moved(work, micro_batch));
-        Planned { plan, micro_batch, placement, items, host, moved, seconds }
+        let on_integers = sizes.on_integers.len();
+        Planned { plan, micro_batch, placement, items, host, moved, seconds, on_integers }
     };
     let first = of(work.needs);
     // One pass after the other: the larger counts, and the times add up. Each wants fewer gradients than is counted here.

@@ -3,6 +3,7 @@
 //! There are no strides: a reshape is free, a slice of the first axis is free, a transpose is a flag of [`matmul`](crate::ops::matmul).
 //! Cloning bumps a reference count; an operation that consumes the last reference may reuse the memory in place.
 
+mod coded;
 mod gpu;
 mod host;
 
@@ -16,11 +17,14 @@ use crate::device::cuda::CudaBuffer;
 use crate::device::{Device, cpu};
 use crate::dtype::{DType, Element};
 use crate::{Error, Result};
+pub(crate) use coded::Coded;
 
 #[derive(Debug)]
 pub(crate) enum Storage {
     Cpu(CpuBuffer),
     Cuda(CudaBuffer),
+    /// Values that only their codes are kept of.
+    Coded(Box<dyn Coded>),
 }
 
 /// A contiguous, row-major array on one device.
@@ -161,6 +165,7 @@ impl Tensor {
         match &*self.storage {
             Storage::Cpu(b) => b.dtype(),
             Storage::Cuda(b) => b.dtype(),
+            Storage::Coded(c) => c.dtype(),
         }
     }
 
@@ -169,6 +174,7 @@ impl Tensor {
         match &*self.storage {
             Storage::Cpu(_) => Device::Cpu,
             Storage::Cuda(b) => Device::Cuda(b.device().clone()),
+            Storage::Coded(c) => c.device(),
         }
     }
 
@@ -224,6 +230,9 @@ impl Tensor {
         }
         let shape = [&[parts.len()], first.shape()].concat();
         count("stack", &shape)?;
+        if parts.iter().any(Self::is_coded) {
+            return Err(coded::unread("stack"));
+        }
         if let Device::Cuda(device) = first.device() {
             return gpu::stack(&device, parts, shape);
         }
@@ -246,6 +255,9 @@ impl Tensor {
         let entries = parts.iter().try_fold(0usize, |sum, p| sum.checked_add(p.shape[0]));
         let shape = [&[entries.unwrap_or(usize::MAX)], inner].concat();
         count("concat", &shape)?;
+        if parts.iter().any(Self::is_coded) {
+            return Err(coded::unread("stack"));
+        }
         if let Device::Cuda(device) = first.device() {
             return gpu::stack(&device, parts, shape);
         }
@@ -278,6 +290,7 @@ impl Tensor {
                 .map(|v| &v[self.start..self.start + self.len()])
                 .ok_or_else(|| Error::dtype("as_slice", T::DTYPE, self.dtype())),
             Storage::Cuda(_) => Err(Error::device("as_slice", "expected a CPU tensor, got one on a GPU (use to_device)")),
+            Storage::Coded(_) => Err(coded::unread("as_slice")),
         }
     }
 
@@ -286,6 +299,9 @@ impl Tensor {
     /// # Errors
     /// [`Error::DType`] for another type; a failing copy from a GPU.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        if self.is_coded() {
+            return self.decoded()?.to_vec();
+        }
         match self.device() {
             Device::Cpu => Ok(self.as_slice::<T>()?.to_vec()),
             Device::Cuda(_) => self.to_device(&Device::Cpu)?.into_vec(),
@@ -353,6 +369,7 @@ impl Tensor {
                 )
             }
             Storage::Cuda(b) => gpu::cast(b.device(), self, dtype),
+            Storage::Coded(_) => self.decoded()?.to_dtype(dtype),
         }
     }
 
@@ -367,6 +384,7 @@ impl Tensor {
         if a.dtype() != b.dtype() {
             return Err(Error::dtype("axpby", a.dtype(), b.dtype()));
         }
+        let (a, b) = (a.decoded()?, b.decoded()?);
         let shape = a.shape().to_vec();
         match (a.device(), a.dtype()) {
             (Device::Cpu, DType::F64) => {
@@ -394,7 +412,7 @@ impl Tensor {
     /// Integers.
     pub fn scale(self, factor: f64) -> Result<Self> {
         if let Device::Cuda(device) = self.device() {
-            return gpu::axpby(&device, factor, self, 0.0, None);
+            return gpu::axpby(&device, factor, self.decoded()?, 0.0, None);
         }
         Self::axpby(factor, self.clone(), 0.0, self)
     }
@@ -405,6 +423,8 @@ impl Tensor {
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         match (&*self.storage, device) {
+            (Storage::Coded(c), device) if c.device() == *device => Ok(self.clone()),
+            (Storage::Coded(_), device) => self.decoded()?.to_device(device),
             (Storage::Cpu(_), Device::Cpu) => Ok(self.clone()),
             (Storage::Cpu(_), Device::Cuda(device)) => {
                 Self::from_cuda(device.upload(self.as_bytes()?, self.dtype().into())?, self.shape.clone())
@@ -502,6 +522,7 @@ impl Tensor {
             && Arc::get_mut(&mut self.storage).is_some_and(|s| match s {
                 Storage::Cuda(b) => b.len() == n,
                 Storage::Cpu(_) => true,
+                Storage::Coded(_) => false,
             })
     }
 }

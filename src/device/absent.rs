@@ -79,6 +79,7 @@ never! {
         pub fn synchronize(&self) -> Result<()>;
         pub fn memory(&self) -> Result<(usize, usize)>;
         pub fn card(&self) -> Result<Card>;
+        pub(crate) fn warpgroups(&self) -> Result<bool>;
         pub fn peak_bytes(&self) -> Result<u64>;
         pub fn reset_peak(&self) -> Result<()>;
         pub fn start_profile(&self) -> ();

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fmt;
 
-use crate::device::cuda::ffi;
+use crate::device::cuda::{current_gpu, ffi};
 use crate::device::launch::code;
 use crate::grid::QuantSpec;
 use crate::hadamard::Hadamard;
@@ -29,12 +29,8 @@ impl Gpu {
     /// # Errors
     /// CUDA's, with its code: no device, or a driver that is too old.
     pub fn current() -> Result<Self> {
-        let mut gpu = ffi::sq_gpu { shared_bytes: 0, warpgroups: 0 };
-        // SAFETY: gpu is valid for writes.
-        match unsafe { ffi::sq_current_gpu(&raw mut gpu) } {
-            0 => Ok(Self { shared_bytes: gpu.shared_bytes, warpgroups: gpu.warpgroups != 0 }),
-            status => Err(Error::Cuda(format!("the current device cannot be asked: CUDA error {status}"))),
-        }
+        let gpu = current_gpu()?;
+        Ok(Self { shared_bytes: gpu.shared_bytes, warpgroups: gpu.warpgroups != 0 })
     }
 }
 

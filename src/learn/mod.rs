@@ -182,6 +182,7 @@ fn learn_among(
     options.check(optimizer)?;
     options.check_text(windows)?;
     let LearnOptions { steps, batch, ref ranks, .. } = *options;
+    let model = &model.clone().by(options.engine);
     ranks.attach(&model.device())?;
     let config = &model.config;
     let rotations = rotations.with_transforms(&options.transforms, &config.scale_sizes(), Some(options.seed))?;

@@ -13,7 +13,7 @@ use crate::llama::{Llama, LlamaConfig, Placement, Recompute};
 use crate::memory::{self, Budget, Needs, Planned, Room, Work};
 use crate::objective::{CrossEntropy, Objective};
 use crate::optim::{Optimizer, Schedule};
-use crate::quant::{ClipRatios, Scheme};
+use crate::quant::{ClipRatios, Engine, Scheme};
 use crate::ranks::Group;
 use crate::rotation::{Rotations, Transforms};
 use crate::{DType, Error, Result};
@@ -71,6 +71,8 @@ pub struct LearnOptions {
     /// What clip ratios that are learned follow, those of weights too; rotations and scales then follow [`LearnOptions::objective`] alone.
     /// `None`: the one objective for all. It costs a second forward and backward pass a step.
     pub clip_objective: Option<Arc<dyn Objective>>,
+    /// How products are computed whose operands are both quantised. The engines differ by rounding alone.
+    pub engine: Engine,
     /// Where to keep a resumable state, and every how many steps.
     pub checkpoint: Option<(PathBuf, usize)>,
     /// Continue from that state if it exists.
@@ -109,6 +111,7 @@ impl Default for LearnOptions {
             straight: false,
             objective: Arc::new(CrossEntropy),
             clip_objective: None,
+            engine: Engine::default(),
             checkpoint: None,
             resume: false,
             ranks: Group::alone(),
@@ -449,6 +452,7 @@ impl LearnOptions {
             transforms,
             clips,
             weight_clips,
+            engine: self.engine,
             ranks: if self.shares_rows(ranks) { ranks } else { 1 },
             ..Work::new(self.scheme, self.batch.div_ceil(ranks), seq, dtype)
         })

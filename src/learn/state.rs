@@ -8,7 +8,7 @@ use super::{Faithful, LearnOptions, Settings};
 use crate::data::{self, Windows};
 use crate::llama::Llama;
 use crate::optim::{Product, State};
-use crate::quant::R4;
+use crate::quant::{Engine, R4};
 use crate::rotation::{Rotations, WeightClips};
 use crate::{Device, Error, Result, Tensor};
 
@@ -57,6 +57,9 @@ pub(super) fn fingerprint(
     });
     if let Some(objective) = &o.clip_objective {
         all["clip_objective"] = objective.name().into();
+    }
+    if o.engine != Engine::default() {
+        all["engine"] = o.engine.name().into();
     }
     if !start.clips.is_empty() {
         let mut clips = serde_json::Map::new();

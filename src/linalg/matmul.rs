@@ -38,6 +38,7 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: 
     } else {
         count("matmul", &shape)?;
     }
+    let (a, b) = (&a.decoded()?, &b.decoded()?);
     let p =
         Problem { m, n, k, batch: batch.unwrap_or(1), batch_a: batch_a.is_some(), batch_b: batch_b.is_some(), ta, tb, reduce };
     if let Device::Cuda(device) = one_device("matmul", &[a, b])? {
@@ -59,6 +60,7 @@ pub fn product(a: &Tensor, ta: bool, b: &Tensor, tb: bool, reduce: bool, dtype: 
 /// # Errors
 /// Shapes that do not fit together, or operands on different devices.
 pub(crate) fn linear_add(c: Tensor, x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let (x, w) = (&x.decoded()?, &w.decoded()?);
     let alike = c.dtype() == x.dtype() && c.dtype() == w.dtype() && x.cols() == w.cols();
     match one_device("linear_add", &[&c, x, w])? {
         Device::Cuda(device) if alike => matmul_gpu::linear_add(&device, &c, x, w),

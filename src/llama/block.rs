@@ -275,9 +275,11 @@ impl Block {
             }
             None => x,
         };
-        let spec = run.sites.at(site);
+        let (spec, coded) = (run.sites.at(site), around.coded[site as usize]);
         match self.clips(site, around, &x) {
+            Some(a) if coded => x.clipped_coded(spec, a, !around.straight),
             Some(a) => x.clipped_fake_quant(spec, a, !around.straight),
+            None if coded => x.coded(spec),
             None => x.fake_quant(spec),
         }
     }
@@ -293,6 +295,7 @@ impl Block {
     ) -> Result<Var<'t>> {
         let alone = run.observer.is_none() && run.patch.is_none() && self.clips(site, around, &x).is_none();
         match map {
+            Some(map) if alone && around.coded[site as usize] => x.hadamard_coded_by(&map, run.sites.at(site)),
             Some(map) if alone => x.hadamard_fake_quant_by(&map, run.sites.at(site)),
             Some(map) => self.quantized(site, x.hadamard_by(&map)?, around, run),
             None => self.quantized(site, x, around, run),

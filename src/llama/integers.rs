@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use crate::hadamard::Hadamard;
-use crate::llama::rotate::{Around, LinearVars, RotatedWeights};
+use crate::llama::rotate::{Around, LayerClips, LinearVars, RotatedWeights};
 use crate::llama::{Block, Linear, Linears, Merged, Run};
 use crate::ops::clipped_fake_quant::quantize_clipped;
 use crate::ops::codes::Codes;
-use crate::ops::integer_linear::integer_linear;
+use crate::ops::integer_linear::{MOST_COLUMNS, integer_linear, is_fast};
 use crate::profile::enter;
-use crate::quant::Site;
+use crate::quant::{Engine, QuantSpec, Site, Sites};
 use crate::{DType, Error, Result, Var};
 
 /// The codes of a layer's weights; `None` where the product stays one of values.
@@ -67,6 +67,35 @@ impl Merged {
     pub fn integer_linears(&self) -> [usize; 2] {
         let of = |b: &Block| b.integers.as_ref().map_or(0, |codes| codes.iter().filter(|(_, c)| c.is_some()).count());
         [self.blocks.iter().map(of).sum(), self.blocks.len() * Linear::ALL.len()]
+    }
+}
+
+impl Block {
+    /// The linears that are to multiply codes while rotations are learned: those that can, and whose products are no slower for it. Their
+    /// weights then keep codes, and what they read does where all its linears are among them.
+    ///
+    /// None where ranks make rows of weights for one another (not `alone`). On a GPU neither clip ratios that are learned nor a Hadamard in front of the quantiser leave codes behind.
+    ///
+    /// # Errors
+    /// Groups that do not divide rows; a card that cannot be asked.
+    pub(super) fn coded(&self, s: &Sites, clips: &LayerClips<'_>, weight_clips: bool, alone: bool) -> Result<Linears<bool>> {
+        let uniform = |spec: &QuantSpec| spec.is_active() && spec.rule.floating().is_none();
+        let on_cpu = self.weights[Linear::Q].weight.device().is_cpu();
+        Linears::try_from_fn(|linear| {
+            let (w, site) = (&self.weights[linear].weight, linear.row().site);
+            let spec = s.at(site);
+            if s.engine == Engine::Simulated || !alone || !uniform(&s.weight) || !uniform(spec) || !s.weight.symmetric {
+                return Ok(false);
+            }
+            let groups = [spec.group_size(w.cols())?, s.weight.group_size(w.cols())?];
+            let whole = groups[0].max(groups[1]).is_multiple_of(groups[0].min(groups[1]));
+            if !whole || w.cols() > MOST_COLUMNS {
+                return Ok(false);
+            }
+            let turned = linear == Linear::Down && s.online.r4.map(w.cols())?.is_some();
+            let clipped = weight_clips || clips[site as usize].is_some() || self.clip_constants(site).is_some();
+            Ok(on_cpu || (!turned && !clipped && is_fast(&w.device(), [w.rows(), w.cols()], groups)?))
+        })
     }
 }
 

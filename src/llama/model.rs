@@ -16,7 +16,7 @@ use crate::llama::{LlamaConfig, Packed, Placement, Plan, Rotated, RotatedWeights
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
-use crate::quant::{Scheme, Site};
+use crate::quant::{Engine, Scheme, Site};
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
@@ -54,6 +54,8 @@ pub struct Llama {
     pub head: Tensor,
     /// The layers. The weights of one that is [streamed](Block::is_streamed) are in main memory.
     pub blocks: Vec<Arc<Block>>,
+    /// How products are computed whose operands are both quantised ([`Llama::run`]).
+    pub engine: Engine,
 }
 
 impl Llama {
@@ -122,7 +124,7 @@ impl Llama {
         let config = source.config().clone();
         let placer = Placer::new(device, placement, config.layers)?;
         let blocks = (0..config.layers).map(|l| Ok(Arc::new(placer.place(l, &block(l)?)?)));
-        Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config })
+        Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config, engine: Engine::default() })
     }
 
     /// A model of given weights, which hold the configuration's multipliers ([`Weights`]).
@@ -137,7 +139,7 @@ impl Llama {
         let layers = weights.layers.into_iter().enumerate();
         let config = config.folded();
         let blocks = layers.map(|(i, w)| Arc::new(Block::new(&config, i, w))).collect();
-        Ok(Self { config, embedding: weights.embedding, head: weights.head, blocks })
+        Ok(Self { config, embedding: weights.embedding, head: weights.head, blocks, engine: Engine::default() })
     }
 
     /// The same model with its weights on another device.
@@ -154,7 +156,13 @@ impl Llama {
             head: self.head.to_device(device)?,
             blocks: self.blocks.iter().map(block).collect::<Result<_>>()?,
             config: self.config,
+            engine: self.engine,
         })
+    }
+
+    /// The same model with another engine for quantised products.
+    pub fn by(self, engine: Engine) -> Self {
+        Self { engine, ..self }
     }
 
     /// The same model with some layers in main memory, from where they come to the device when it is their turn: the same numbers with
@@ -211,7 +219,9 @@ impl Llama {
     /// # Errors
     /// Those of [`Run::new`].
     pub fn run(&self, scheme: &Scheme, seq: usize) -> Result<Run> {
-        Run::new(&self.config, scheme, seq, self.dtype(), &self.device())
+        let mut run = Run::new(&self.config, scheme, seq, self.dtype(), &self.device())?;
+        run.sites.engine = self.engine;
+        Ok(run)
     }
 
     /// What the head reads, `[tokens, C]`: the final hidden state of the rotated, fake-quantised network, normalised and taken out of

@@ -36,6 +36,8 @@ pub struct Around<'t> {
     pub clips: LayerClips<'t>,
     /// The gradient passes straight through where a value was clamped by those clips, as it does where there are none; otherwise it stops there.
     pub straight: bool,
+    /// Codes are kept of what is quantised here, in the order of [`Site::ALL`]: all linears that read it multiply codes.
+    pub coded: [bool; Site::ALL.len()],
 }
 
 /// The clip constants of one layer, in the order of [`Site::ALL`].
@@ -111,7 +113,18 @@ impl<'t> RotatedWeights<'t> {
         let linears = Linears::from_vec(weights.into_iter().zip(biases).zip(gains).map(affine).collect::<Result<_>>()?)?;
         let mut next = || slots.next().flatten();
         let (leave, norms, up, clips) = (next(), [next(), next()], next(), std::array::from_fn(|_| next()));
-        Ok(Self { linears, leave, around: Around { norms, up, clips, straight } })
+        let around = Around { norms, up, clips, straight, ..Around::default() };
+        Ok(Self { linears, leave, around }.with_coded_inputs())
+    }
+
+    /// The same, whose linears' inputs are codes where their weights are.
+    fn with_coded_inputs(mut self) -> Self {
+        for site in Site::ALL {
+            let mut linears = Linear::at(site).peekable();
+            self.around.coded[site as usize] =
+                linears.peek().is_some() && linears.all(|l| self.linears[l].weight.value().is_coded());
+        }
+        self
     }
 }
 
@@ -227,13 +240,17 @@ impl<'t> LayerLearned<'t> {
     /// # Errors
     /// Those of [`Block::transform`].
     pub fn weights(&self, block: &Block, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
+        // Rows that ranks make for one another travel as values.
+        let coded = block.coded(s, &self.clips, self.weight_clips.is_some(), self.rows.world() == 1)?;
         let quantized = |linear, w: Var<'t>, share: Share| match &self.weight_clips {
+            Some(a) if coded[linear] => w.clipped_coded(&s.weight, a[linear].clone(), !self.straight),
             Some(a) => w.clipped_fake_quant(&s.weight, share.rows(a[linear].clone())?, !self.straight),
+            None if coded[linear] => w.coded(&s.weight),
             None => w.fake_quant(&s.weight),
         };
         let mut w = block.transform_by(&self.transforms, s, (Some(tokens), &self.rows), quantized)?;
         (w.around.clips, w.around.straight) = (self.clips.clone(), self.straight);
-        Ok(w)
+        Ok(w.with_coded_inputs())
     }
 }
 

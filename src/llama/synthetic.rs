@@ -30,7 +30,7 @@ use crate::device::launch::{Check, Kind, View, Work};
 use crate::llama::{
     Affine, Block, Family, Linear, Linears, Llama, LlamaConfig, Placement, Placer, RopeScaling, RotatedWeights, Run,
 };
-use crate::quant::Scheme;
+use crate::quant::{Engine, Scheme};
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The names that [`shape`] knows.
@@ -188,7 +188,7 @@ pub fn placed(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device, pl
     };
     let blocks = (0..config.layers).map(place).collect::<Result<_>>()?;
     let head = vocabulary.head(&maker.stream)?;
-    Ok(Llama { config: config.clone(), embedding, head, blocks })
+    Ok(Llama { config: config.clone(), embedding, head, blocks, engine: Engine::default() })
 }
 
 /// The parts of a synthetic model, each made when asked for and the same every time.

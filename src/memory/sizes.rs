@@ -3,7 +3,7 @@
 use super::{Item, Needs, Work};
 use crate::llama::{Linear, LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
-use crate::quant::Site;
+use crate::quant::{Engine, QuantSpec, R4, Site};
 use crate::rotation::Scale;
 
 /// What the bytes and the time of a step are made of.
@@ -40,9 +40,27 @@ pub(super) struct Sizes {
     pub r2: usize,
     /// Rows of a layer's weights, or groups of all rows, whose clip ratios are learned.
     pub weight_rows: usize,
+    /// Values of a token and layer of which codes are kept, a byte each; weights of a layer alike; the linears that multiply them.
+    pub coded: usize,
+    pub coded_weights: usize,
+    pub on_integers: Vec<Linear>,
     /// Layers in main memory, and the buffers that they pass through.
     pub streamed: usize,
     pub buffers: usize,
+}
+
+/// Linears that multiply codes on a GPU that has a kernel for them (`Block::coded` says so of a layer).
+fn coded(config: &LlamaConfig, work: &Work) -> Vec<Linear> {
+    let sites = work.scheme.sites(config.head_dim);
+    let uniform = |spec: &QuantSpec| spec.is_active() && spec.rule.floating().is_none() && spec.group.is_none();
+    let all = work.engine == Engine::Integer
+        && work.ranks == 1
+        && sites.weight.symmetric
+        && uniform(&sites.weight)
+        && !work.weight_clips;
+    let turned = |l: Linear| l == Linear::Down && sites.online.r4 != R4::Off;
+    let codes = |l: &Linear| all && !work.clips && uniform(sites.at(l.row().site)) && !turned(*l);
+    Linear::ALL.into_iter().filter(codes).collect()
 }
 
 impl Sizes {
@@ -90,6 +108,9 @@ impl Sizes {
             out * (inputs / work.scheme.weight_group.unwrap_or(inputs).max(1))
         };
         let weight_rows = if quantized && work.weight_clips { Linear::ALL.map(rows).iter().sum() } else { 0 };
+        let codes = coded(config, work);
+        let coded_weights = codes.iter().map(|l| l.shape(config)[0] * l.shape(config)[1]).sum();
+        let coded = Site::ALL.into_iter().filter(|&site| codes.iter().any(|l| l.row().site == site)).map(width).sum();
         let placement = work.placement.unwrap_or_default();
         let streamed = placement.streamed(layers);
         Self {
@@ -112,9 +133,17 @@ impl Sizes {
             clipped,
             r2,
             weight_rows,
+            coded,
+            coded_weights,
+            on_integers: codes,
             streamed,
             buffers: if streamed == 0 { 0 } else { placement.buffers.min(streamed).max(2) },
         }
+    }
+
+    /// The part of a layer's weights whose products are of integers.
+    pub fn part_on_integers(&self) -> f64 {
+        self.coded_weights as f64 / self.layer as f64
     }
 
     /// Bytes of a layer.
@@ -161,6 +190,7 @@ impl Sizes {
     fn kept(&self, tokens: usize) -> usize {
         let normed = if self.head_norms { self.q + self.kv } else { 0 } + if self.scaled_norms { 2 * self.c } else { 0 };
         tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed + self.clipped)
+            - tokens * (self.e - 1) * self.coded
     }
 
     /// Bytes of a layer's rotated weights and biases, with the products in `f32` that the gradients of R2 and of scales need, and the
@@ -170,7 +200,9 @@ impl Sizes {
         let rotated = self.layer - if self.quantized { 0 } else { 2 * self.c * self.f };
         // In front of their quantisers too, where these are learned.
         let twice = if self.weight_rows > 0 { self.layer } else { 0 };
-        (rotated + twice + self.biases) * self.e + 4 * self.c * (self.q + self.kv) + self.scaled
+        (rotated + twice + self.biases) * self.e - (self.e - 1) * self.coded_weights
+            + 4 * self.c * (self.q + self.kv)
+            + self.scaled
     }
 
     /// Bytes of a layer's forward pass of the full-precision model, for so many tokens: the stream and its norm, gate, up and their
@@ -226,6 +258,9 @@ impl Sizes {
         let wide = wide + if self.scaled > 0 { 2 * 4 * c * self.f.max(self.q) } else { 0 };
         // The backward pass of a layer: gradients of gate, up and their product, and of the stream.
         let backward = |tokens: usize| tokens * e * (3 * self.f + 4 * c);
+        // The values of codes that a gradient reads: those of one linear at a time.
+        let decoded = |tokens: usize| if self.coded == 0 { 0 } else { e * c.max(self.f) * tokens.max(c) };
+        let backward = |tokens: usize| backward(tokens) + decoded(tokens);
         // The layers that keep their values are last, and gone when the others' turn comes.
         let again = if recomputed > 0 { self.kept(part) + backward(part) } else { 0 };
         let values = kept * self.kept(tokens);

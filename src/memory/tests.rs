@@ -2,6 +2,7 @@ use super::search::divisors;
 use super::*;
 use crate::llama::Linear;
 use crate::llama::synthetic::shape;
+use crate::quant::{Engine, R4};
 use crate::rotation::Scale;
 
 fn work(scheme: Scheme) -> Work {
@@ -237,4 +238,23 @@ fn networks_are_placed() {
     assert!(message.contains("main memory is short by") && message.contains("128.0 are free"), "{message}");
     assert!(at(1, 12, 256).unwrap_err().to_string().contains("the card is short by"));
     assert_eq!(networks(&shape("llama-2-7b").unwrap(), DType::BF16, 2, 0, Room::from(78 << 30)).unwrap(), Placement::RESIDENT);
+}
+
+/// What keeps codes takes less memory and time, and only where both operands are integers without learned ratios.
+#[test]
+fn codes_take_less() {
+    let config = shape("llama-2-7b").unwrap();
+    let card = Card::h100();
+    let at = |work: Work| predict(&config, &work, Plan { recompute: 16, keep_weights: true, sequences: 0 }, 8, &card).unwrap();
+    let on = |scheme: &str, engine| at(Work { engine, ..work(scheme.parse().unwrap()) });
+    for (scheme, linears) in [("W4A4KV4", 6), ("W8A8", 6), ("W16A4KV4", 0), ("W4A16KV4", 0), ("MXFP4KV4", 0)] {
+        let (integer, simulated) = (on(scheme, Engine::Integer), on(scheme, Engine::Simulated));
+        let linears = if scheme.parse::<Scheme>().unwrap().online.r4 == R4::Off { linears } else { linears.min(5) };
+        assert_eq!((integer.on_integers, simulated.on_integers), (linears, 0), "{scheme}");
+        assert_eq!(integer.bytes() < simulated.bytes(), linears > 0, "{scheme}");
+        assert_eq!(integer.seconds < simulated.seconds, linears > 0, "{scheme}");
+    }
+    let learned = |clips, weight_clips| at(Work { engine: Engine::Integer, clips, weight_clips, ..work(Scheme::new(4, 4, 4)) });
+    assert!(learned(false, false).on_integers > 0);
+    assert_eq!([learned(true, false).on_integers, learned(false, true).on_integers], [0, 0]);
 }

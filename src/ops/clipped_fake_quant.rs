@@ -213,7 +213,7 @@ impl ClippedFakeQuant {
         Tensor::from_vec(y, x.shape())
     }
 
-    fn keep(&self, save: &mut Saved, x: &Tensor, a: &Tensor) {
+    pub(super) fn keep(&self, save: &mut Saved, x: &Tensor, a: &Tensor) {
         if save.wants(1) || self.blocked && save.wants(0) {
             save.push(x.clone());
             save.push(a.clone());

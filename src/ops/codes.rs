@@ -55,7 +55,7 @@ impl Codes {
         uniform(spec)?;
         let group = spec.group_size(x.cols())?;
         match x.device() {
-            Device::Cuda(device) if spec.clip != Clip::Search && spec.stored.is_none() => {
+            Device::Cuda(device) if spec.stored.is_none() => {
                 let x = x.clone().aligned()?;
                 let shape = [x.rows(), x.cols().div_ceil(group)];
                 let values = device.buffer(x.len(), Kind::I8, "codes")?;
@@ -184,6 +184,18 @@ impl Codes {
         quantized.dequantize()
     }
 
+    /// The values that the codes stand for, `[rows, cols]` in a type, where the codes are: those of [`Var::fake_quant`](crate::Var::fake_quant).
+    ///
+    /// # Errors
+    /// No memory for them; a failed launch.
+    pub(crate) fn values(&self, dtype: DType) -> Result<Tensor> {
+        let Device::Cuda(device) = self.device() else { return self.dequantize()?.to_dtype(dtype) };
+        let y = Tensor::on(&device, &[self.rows, self.cols], dtype)?;
+        let zero = self.zero.as_ref().map(Tensor::view).transpose()?;
+        launch_dequantize(device.queue(), y.view()?, self.view()?, self.scale.view()?, zero, self.group)?;
+        Ok(y)
+    }
+
     /// The codes on the CPU.
     pub(crate) fn as_slice(&self) -> Result<&[i8]> {
         match &self.values {
@@ -257,10 +269,9 @@ pub(crate) fn launch_quantize(
     if let Some(dtype) = spec.stored {
         return Err(Error::argument("quantise to codes", format!("expected scales as computed, got scales stored as {dtype}")));
     }
-    if spec.clip == Clip::Search {
-        return Err(Error::argument("quantise to codes", "expected a clip ratio, got a search"));
-    }
-    let (n, kind, work) = (x.len(), x.kind(), Work::moving("quantise", x.bytes() + codes.bytes()));
+    let search = spec.clip == Clip::Search;
+    let (n, kind) = (x.len(), x.kind());
+    let work = Work::moving(if search { "clip search" } else { "quantise" }, x.bytes() + codes.bytes());
     // Ranges that include 0 are those of whole rows to the kernel: every group is one.
     let (cols, spec) = match spec.group {
         Some(_) if spec.includes_zero() => (spec.group_size(cols)?, &QuantSpec { group: None, ..*spec }),
@@ -272,7 +283,31 @@ pub(crate) fn launch_quantize(
     let (scale, zero) = (c.operand("scale", scale, Kind::F32, groups)?, c.optional("zero", zero, Kind::F32, groups)?);
     let (rows, cols, quant, dtype) = (c.long(rows)?, c.long(cols)?, launch_spec(spec)?, c.code(kind)?);
     // SAFETY: x and codes have rows · cols values, scale and zero (or null) one a group.
-    c.launch(work, |s| unsafe { ffi!(sq_quantise(codes, scale, zero, x, rows, cols, quant, dtype, s)) })
+    c.launch(work, |s| unsafe {
+        match search {
+            true => ffi!(sq_quantise_search(codes, scale, zero, x, rows, cols, quant, dtype, s)),
+            false => ffi!(sq_quantise(codes, scale, zero, x, rows, cols, quant, dtype, s)),
+        }
+    })
+}
+
+/// The values that codes stand for, y of as many; a scale for every `group` of them in turn, and a zero point where there are some.
+pub(crate) fn launch_dequantize(
+    queue: Queue<'_>,
+    y: View<'_>,
+    codes: View<'_>,
+    scale: View<'_>,
+    zero: Option<View<'_>>,
+    group: usize,
+) -> Result<()> {
+    let c = Check::new("dequantise", queue);
+    let (n, kind, work) = (codes.len(), y.kind(), Work::moving("dequantise", y.bytes() + codes.bytes()));
+    let groups = c.rows(n, group)?;
+    let (y, codes) = (c.operand("y", y, kind, n)?, c.operand("codes", codes, Kind::I8, n)?);
+    let (scale, zero) = (c.operand("scale", scale, Kind::F32, groups)?, c.optional("zero", zero, Kind::F32, groups)?);
+    let (groups, group, dtype) = (c.long(groups)?, c.long(group)?, c.code(kind)?);
+    // SAFETY: y and codes have groups · group values, scale and zero (or null) one a group.
+    c.launch(work, |s| unsafe { ffi!(sq_dequantise(y, codes, scale, zero, groups, group, dtype, s)) })
 }
 
 /// Sums of codes in rows of `cols` over parts of `part` of them.

@@ -169,6 +169,17 @@ fn dot(a: &[i8], b: &[i8]) -> i32 {
 
 // ---- GPU. ----
 
+/// True where products by a weight `[rows, cols]` with a scale a row are fast: there is a kernel for such on this card, and not only one that
+/// takes everything. The CPU has one for all.
+///
+/// # Errors
+/// A card that cannot be asked.
+pub(crate) fn is_fast(device: &Device, [rows, cols]: [usize; 2], [group_x, group_w]: [usize; 2]) -> Result<bool> {
+    let Device::Cuda(device) = device else { return Ok(true) };
+    let whole = group_x == cols && group_w == cols && cols.is_multiple_of(16) && rows.is_multiple_of(8);
+    Ok(whole && device.warpgroups()?)
+}
+
 fn on_gpu(
     device: &CudaDevice,
     x: &Codes,
@@ -371,7 +382,7 @@ pub fn reference(x: &Codes, w: &Codes) -> Result<Vec<f64>> {
 }
 
 /// Whole multiples of a power of two that reach both ends of the grid in every group, so that every precision finds the same codes.
-fn on_grid(rows: usize, cols: usize, spec: &QuantSpec, seed: u64) -> Tensor {
+pub(super) fn on_grid(rows: usize, cols: usize, spec: &QuantSpec, seed: u64) -> Tensor {
     let group = spec.group.unwrap_or(cols);
     let (min, max) = if spec.symmetric {
         (-spec.max_code(), spec.max_code())

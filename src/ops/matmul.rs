@@ -6,7 +6,7 @@
 
 use crate::device::Device;
 use crate::linalg::matmul::{linear_add, product};
-use crate::ops::{At, Case, Place, Run, exact, narrowest, normals};
+use crate::ops::{At, Case, Place, Run, coded, exact, narrowest, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var};
 use crate::{DType, Error, Result, Tensor};
 
@@ -36,6 +36,14 @@ impl Op for Matmul {
             None => narrowest(&[a.clone(), b.clone()])?,
         };
         let mut shape = a.shape().to_vec();
+        if !self.ta
+            && self.tb
+            && dtype == a.dtype()
+            && let Some(y) = coded::linear(&a, &b, None)
+        {
+            self.keep(&a, &b, save)?;
+            return y;
+        }
         let flat = self.flatten(&a, &b)?;
         let y = product(&flat, self.ta, &b, self.tb, false, dtype)?;
         if flat.shape() != a.shape() {
@@ -43,9 +51,7 @@ impl Op for Matmul {
         } else {
             shape = y.shape().to_vec();
         }
-        // Each operand is needed for the other's gradient.
-        save.push(if save.wants(1) { a } else { placeholder(&a)? });
-        save.push(if save.wants(0) { b } else { placeholder(&b)? });
+        self.keep(&a, &b, save)?;
         y.reshape(shape)
     }
 
@@ -110,7 +116,10 @@ impl Op for LinearAdd {
         if c.shape().len() != 2 || w.shape().len() != 2 || c.shape() != [x.rows(), w.rows()] {
             return Err(Error::shape("linear_add", format!("[{}, {}]", x.rows(), w.rows()), c.shape()));
         }
-        linear_add(c, &x, &w)
+        match coded::linear(&x, &w, Some(&c)) {
+            Some(y) => y,
+            None => linear_add(c, &x, &w),
+        }
     }
     fn save_only(&self, inputs: &[Tensor], save: &mut Saved) -> Option<Result<()>> {
         let [_, x, w] = inputs else { return None };
@@ -141,6 +150,14 @@ fn placeholder(t: &Tensor) -> Result<Tensor> {
 }
 
 impl Matmul {
+    /// Each operand is needed for the other's gradient.
+    fn keep(&self, a: &Tensor, b: &Tensor, save: &mut Saved) -> Result<()> {
+        let (first, second) = (save.wants(1), save.wants(0));
+        save.push(if first { a.clone() } else { placeholder(a)? });
+        save.push(if second { b.clone() } else { placeholder(b)? });
+        Ok(())
+    }
+
     /// More than two axes of A times a matrix is one product with their rows stacked.
     fn flatten(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         if a.shape().len() > 2 && b.shape().len() == 2 && !self.ta {

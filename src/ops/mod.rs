@@ -11,6 +11,7 @@ pub mod bias;
 mod case;
 pub mod cast;
 pub mod clipped_fake_quant;
+pub mod coded;
 pub mod codes;
 pub mod cross_entropy;
 pub mod embedding;
@@ -51,6 +52,7 @@ pub fn cases() -> Vec<Case> {
         axpby_bf16::cases(),
         bias::cases(),
         clipped_fake_quant::cases(),
+        coded::cases(),
         codes::cases(),
         cross_entropy::cases(),
         embedding::cases(),

@@ -4,6 +4,7 @@ mod clip;
 mod correction;
 mod correction_gpu;
 mod drift;
+mod engine;
 mod gptq;
 mod gptq_gpu;
 mod hessian;
@@ -17,6 +18,7 @@ pub use crate::grid::{Clip, Grid, GridFloat, QuantSpec, Quantized, Rule, SEARCH_
 pub use clip::ClipRatios;
 pub use correction::Correction;
 pub use drift::{Drift, Moments};
+pub use engine::Engine;
 pub use gptq::{Gptq, GroupScales, MAX_DAMPING};
 pub use hessian::Hessian;
 pub use online::{Online, R4};

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::grid::Target;
 use crate::grid::floating::Format;
-use crate::quant::{Clip, ClipRatios, Online, QuantSpec, R4, Rule};
+use crate::quant::{Clip, ClipRatios, Engine, Online, QuantSpec, R4, Rule};
 use crate::{Error, Result};
 
 /// A quantisation recipe such as W4A4KV4. 16 bits means "not quantised". An s after the bits of activations, W4A4sKV4, means that
@@ -229,6 +229,7 @@ impl Scheme {
             mlp_input: input(Site::MlpInput, None),
             down_input: input(Site::DownInput, None),
             online: self.online,
+            engine: Engine::default(),
         }
     }
 }
@@ -296,6 +297,8 @@ pub struct Sites {
     pub down_input: QuantSpec,
     /// The Hadamards that run with the network.
     pub online: Online,
+    /// How products are computed whose operands are both quantised; values, unless set otherwise.
+    pub engine: Engine,
 }
 
 /// A place in a layer where an activation is quantised.

@@ -1,5 +1,6 @@
 //! Tensors on a GPU: their memory as launchers see it, casts and linear combinations.
 
+use super::coded::unread;
 use super::{Storage, Tensor};
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::ffi;
@@ -27,6 +28,7 @@ impl Tensor {
         match &*self.storage {
             Storage::Cuda(buffer) => buffer.view().part(self.start, self.len()),
             Storage::Cpu(_) => Err(Error::device("cuda kernel", "expected a tensor on the GPU, got one on the CPU")),
+            Storage::Coded(_) => Err(unread("cuda kernel")),
         }
     }
 

@@ -28,6 +28,7 @@ impl Tensor {
                 CpuBuffer::U32(v) => bytemuck::cast_slice(v),
             }[range]),
             Storage::Cuda(_) => Err(Error::device("bytes", "expected a CPU tensor, got one on a GPU (use to_device)")),
+            Storage::Coded(_) => Err(super::coded::unread("bytes")),
         }
     }
 
@@ -47,6 +48,7 @@ impl Tensor {
                 CpuBuffer::U32(v) => bytemuck::cast_slice_mut(v),
             }[range]),
             Some(Storage::Cuda(_)) => Err(Error::device("bytes", "expected a CPU tensor, got one on a GPU")),
+            Some(Storage::Coded(_)) => Err(super::coded::unread("bytes")),
             None => Err(Error::argument("bytes", "expected memory that nobody else holds")),
         }
     }

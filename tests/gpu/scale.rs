@@ -2,7 +2,7 @@
 
 use spinquant::linalg::matmul::product;
 use spinquant::llama::{Block, Llama, Recompute, RotationVars, synthetic};
-use spinquant::quant::Scheme;
+use spinquant::quant::{Engine, Scheme};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor};
 
@@ -15,7 +15,7 @@ fn models(device: &Device) -> (Llama, Llama) {
     let wide = |t: &Tensor| t.to_dtype(DType::F32);
     let blocks = narrow.blocks.iter().map(|b| b.with_weights(b.weights.map(wide).unwrap()).into()).collect();
     let (embedding, head) = (wide(&narrow.embedding).unwrap(), wide(&narrow.head).unwrap());
-    (Llama { config, embedding, head, blocks }, narrow)
+    (Llama { config, embedding, head, blocks, engine: narrow.engine }, narrow)
 }
 
 /// As learning leaves them: dense, none of their values a round number. (Products of four random Hadamards; those of two are
@@ -53,6 +53,27 @@ fn gradients_in_bf16_point_where_those_in_f32_do() {
         let cosine = dot(&x, &y) / (dot(&x, &x) * dot(&y, &y)).sqrt();
         println!("{scheme}: loss {a:.5} in f32, {b:.5} in bf16; cosine of dR1 {cosine:.6}");
         assert!(cosine >= least, "{scheme}: cosine of dR1 {cosine}");
+    }
+}
+
+/// Products of codes in the place of products of values: no further from f32 than those, and close to them.
+#[test]
+#[ignore = "needs a GPU"]
+fn learning_on_integers_has_the_gradients_of_learning_on_values() {
+    let device = gpu();
+    let (wide, narrow) = models(&device);
+    let r = rotations(&wide, &device);
+    let integers = narrow.clone().by(Engine::Integer);
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let cosine = |x: &[f64], y: &[f64]| dot(x, y) / (dot(x, x) * dot(y, y)).sqrt();
+    for scheme in ["W4A4KV4", "W4A8KV4", "W8A8KV8"] {
+        let ((a, exact), (b, values), (c, codes)) =
+            (gradient(&wide, &r, scheme), gradient(&narrow, &r, scheme), gradient(&integers, &r, scheme));
+        let (of_values, of_codes) = (cosine(&exact, &values), cosine(&exact, &codes));
+        println!("{scheme}: loss {a:.5} in f32, {b:.5} on values, {c:.5} on codes; cosine of dR1 {of_values:.6}, {of_codes:.6}");
+        assert_ne!(values, codes, "{scheme}: no product was of integers");
+        assert!((b - c).abs() < 2e-3 * b, "{scheme}: loss {b} on values, {c} on codes");
+        assert!(of_codes >= of_values - 0.01, "{scheme}: cosine {of_codes} on codes, {of_values} on values");
     }
 }
 

@@ -138,6 +138,7 @@ fn f32_agrees_with_f64() {
         head: weights(&wide.head).unwrap(),
         blocks: wide.blocks.iter().map(|b| Arc::new(b.with_weights(b.weights.map(weights).unwrap()))).collect(),
         config: wide.config.clone(),
+        engine: wide.engine,
     };
     let want = tiny::logits(&wide);
     assert!(distance(&tiny::logits(&narrow), &want) < 1e-4 * want.iter().fold(0.0, |m, x| f64::max(m, x.abs())));

@@ -9,6 +9,7 @@ use spinquant::eval::fidelity::{self, Fidelity};
 use spinquant::eval::marks::Mean;
 use spinquant::eval::{Perplexity, perplexity_among};
 use spinquant::llama::Merged;
+use spinquant::quant::Engine;
 use spinquant::{Error, Result};
 
 use crate::common::{Progress, at_least_one};
@@ -44,20 +45,11 @@ pub struct Args {
     no_fidelity: bool,
     /// How quantised linear layers are computed, for a folder that `quantize` wrote: by products of the values that codes stand for, or of
     /// the codes.
-    #[arg(long, value_enum, default_value_t = Engine::Simulated)]
+    #[arg(long, value_name = "simulated|integer", default_value_t = Engine::Simulated)]
     engine: Engine,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
-}
-
-/// How quantised linear layers are computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Engine {
-    /// On values.
-    Simulated,
-    /// On integers.
-    Integer,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -102,7 +94,7 @@ pub fn run(args: &Args) -> Result<()> {
             "{}",
             json!({
                 "perplexity": perplexity, "windows": count, "tokens": tokens, "seconds": seconds,
-                "engine": if args.engine == Engine::Integer { "integer" } else { "simulated" }, "integer_linears": integer,
+                "engine": args.engine.name(), "integer_linears": integer,
                 "starts_with": windows.first_token(), "fidelity": fidelity.as_ref().map(self::fidelity),
                 "fidelity_other": other.as_ref().map(self::fidelity),
             })

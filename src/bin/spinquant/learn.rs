@@ -10,7 +10,7 @@ use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
 use spinquant::learn::{ClipChoice, StepReport, Watch, WeightClip, learn_watched};
 use spinquant::memory::{Needs, Planned, Room};
-use spinquant::quant::{ClipRatios, Online, R4};
+use spinquant::quant::{ClipRatios, Engine, Online, R4};
 use spinquant::rotation::{ClipEnds, RotationFile, Start};
 use spinquant::{DType, Error, Result};
 
@@ -59,7 +59,7 @@ impl Recipe {
                 "{}",
                 json!({
                     "scheme": scheme.to_string(), "objective": objective, "clip_objective": of_clips.map(|o| o.name()), "batch": share, "ranks_share_rows": together, "seq_len": args.seq_len,
-                    "dtype": dtype.to_string(), "device": card.name, "budget_bytes": room.card, "main_memory_free_bytes": room.host,
+                    "dtype": dtype.to_string(), "engine": options.engine.name(), "integer_linears": planned.on_integers, "device": card.name, "budget_bytes": room.card, "main_memory_free_bytes": room.host,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch,
                         "layers_in_main_memory": planned.placement.streamed(config.layers)},
@@ -85,6 +85,9 @@ impl Recipe {
                 "rotates and quantises all weights"
             };
             out!("each of {ranks} ranks {how}");
+        }
+        if options.engine == Engine::Integer {
+            out!("engine: integer, for {} of the 7 linears of a layer", planned.on_integers);
         }
         for (what, bytes) in &planned.items {
             out!("{what:<46} {:>8.2} GiB", gib(*bytes));

@@ -76,8 +76,8 @@ pub fn run(args: &Args) -> Result<()> {
     (options.micro_batch, options.recompute) = (Some(settings.micro_batch), Some(settings.recompute));
     let plan = settings.recompute.plan();
     progress.say(&format!(
-        "{scheme}, {} x {} tokens a step, {plan:?}, micro-batch {}",
-        options.batch, args.seq_len, settings.micro_batch
+        "{scheme}, {} x {} tokens a step, {plan:?}, micro-batch {}, {} engine",
+        options.batch, args.seq_len, settings.micro_batch, options.engine
     ));
     let steps = profile(&model, &windows, optimizer.as_mut(), &options, |step| {
         progress.say(&format!(
@@ -90,7 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let report = json!({
-        "scheme": scheme.to_string(), "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,
+        "scheme": scheme.to_string(), "engine": options.engine.name(), "integer_linears": steps.predicted.on_integers, "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,
         "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights, "sequences": plan.sequences,
             "micro_batch": settings.micro_batch, "layers_in_main_memory": model.placement().streamed(config.layers)},
         "copied_bytes_per_step": steps.copied_bytes, "predicted_copied_bytes": steps.predicted.moved,

@@ -9,7 +9,7 @@ use spinquant::llama::{LlamaConfig, Placement, Recompute};
 use spinquant::memory::{Budget, Needs};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
-use spinquant::quant::Scheme;
+use spinquant::quant::{Engine, Scheme};
 use spinquant::rotation::Transforms;
 
 use crate::common::ModelArgs;
@@ -71,6 +71,10 @@ pub struct Recipe {
     /// Steps between scores.
     #[arg(long, default_value_t = 25)]
     held_out_every: usize,
+    /// How linears are computed whose weights and inputs are both quantised: simulated (products of the values that codes stand for) or integer
+    /// (of the codes, wherever that is possible and no slower). They differ by rounding alone.
+    #[arg(long, value_name = "simulated|integer", default_value_t = Engine::default())]
+    engine: Engine,
     /// Keep only each layer's input and compute the rest again: less memory, more time.
     #[arg(long)]
     recompute: bool,
@@ -161,6 +165,7 @@ impl Recipe {
             straight: self.clip_gradient == ClipGradient::StraightThrough,
             objective: self.objective.clone().unwrap_or_else(|| named.objective.clone()),
             clip_objective: self.clip_objective.clone(),
+            engine: self.engine,
             ..named
         }
     }

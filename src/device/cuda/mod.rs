@@ -211,6 +211,15 @@ impl CudaDevice {
         })
     }
 
+    /// Whether kernels may use the products of warpgroups here: the code is for `sm_90a`, and so is the card.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
+    pub(crate) fn warpgroups(&self) -> Result<bool> {
+        self.bind()?;
+        Ok(current_gpu()?.warpgroups != 0)
+    }
+
     /// The most bytes of tensors that ever lived at once.
     ///
     /// # Errors
@@ -446,6 +455,16 @@ impl<'a> Queue<'a> {
             Some(device) => device.profiled(work, launch),
             None => launch(),
         }
+    }
+}
+
+/// What the choice of kernels depends on, of the current device.
+pub(crate) fn current_gpu() -> Result<ffi::sq_gpu> {
+    let mut gpu = ffi::sq_gpu { shared_bytes: 0, warpgroups: 0 };
+    // SAFETY: gpu is valid for writes.
+    match unsafe { ffi::sq_current_gpu(&raw mut gpu) } {
+        0 => Ok(gpu),
+        status => Err(Error::Cuda(format!("the current device cannot be asked: CUDA error {status}"))),
     }
 }
 

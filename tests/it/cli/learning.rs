@@ -267,3 +267,20 @@ fn symmetric_activations_are_learned_searched_written_and_raced() {
     let row = table["rows"].as_array().unwrap().iter().find(|row| row["name"] == "hadamard mean").unwrap();
     assert_eq!((row["scheme"].as_str(), number(row, "perplexity")), (Some("W4A3sKV3"), hadamard));
 }
+
+#[test]
+fn either_engine_learns_and_says_so() {
+    let place = Place::new();
+    let learn =
+        |args: &str| place.json(&format!("{LEARN} --json --recipe published --steps 2 --start orthogonal:1 --dtype f64 {args}"));
+    let (integer, simulated) = (learn("--engine integer"), learn("--engine simulated"));
+    for key in ["loss_first", "loss_last", "held_out_last"] {
+        let (a, b) = (number(&integer, key), number(&simulated, key));
+        assert!((a - b).abs() < 1e-6 * b && b > 0.0, "{key}: {a} {b}");
+    }
+    place.fails(&format!("{LEARN} --engine fast"), &["expected simulated or integer, got \"fast\""]);
+    let planned = |args: &str| place.json(&format!("{LEARN} --dry-run --json --recipe published {args}"));
+    let linears = |args: &str| planned(args)["integer_linears"].as_u64().unwrap();
+    assert_eq!((linears("--engine integer"), linears(""), linears("--engine integer --scheme W16A4KV4")), (5, 0, 0));
+    assert_eq!(planned("--engine integer")["engine"], "integer");
+}

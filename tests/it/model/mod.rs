@@ -2,6 +2,7 @@
 
 mod clip_objective;
 mod clips;
+mod engine;
 mod learning;
 mod ranks;
 mod scales;
