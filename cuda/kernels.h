@@ -184,6 +184,14 @@ int sq_rms_norm_forward(void *y, float *inverse, const void *x, const void *gain
 int sq_rms_norm_backward(void *dx, const void *dy, const void *x, const void *gain, const float *inverse, int64_t rows,
                          int64_t cols, sq_dtype dtype, sq_stream stream);
 
+/* The same with the columns of y divided by exp(a), one entry a column. */
+int sq_scaled_rms_norm(void *y, float *inverse, const void *x, const float *a, int64_t rows, int64_t cols, float eps,
+                       sq_dtype dtype, sq_stream stream);
+/* Its gradients; the rows of parts [workers, cols] add up to that of a. dx may be dy. */
+int sq_scaled_rms_norm_backward(void *dx, float *parts, const void *dy, const void *x, const float *a,
+                                const float *inverse, int64_t rows, int64_t cols, int64_t workers, sq_dtype dtype,
+                                sq_stream stream);
+
 /* rope.cu ----------------------------------------------------------------------------------------------------- */
 
 /* Rotates the first `turned` values of every head of x [tokens, heads, dim], cut in halves: (a, b) -> (a c - b s, b c + a s),
@@ -223,6 +231,13 @@ int sq_segment_attention(void *o, const void *q, const void *k, const void *v, c
 int sq_swiglu_forward(void *y, const void *gate, const void *up, int64_t count, sq_dtype dtype, sq_stream stream);
 int sq_swiglu_backward(void *dgate, void *dup, const void *dy, const void *gate, const void *up, int64_t count,
                        sq_dtype dtype, sq_stream stream);
+/* y = silu(gate) * up * exp(-a) for rows of cols values, one entry of a a column; in place allowed. */
+int sq_scaled_swiglu(void *y, const void *gate, const void *up, const float *a, int64_t rows, int64_t cols, sq_dtype dtype,
+                     sq_stream stream);
+/* Its gradients; the rows of parts [groups, cols] add up to that of a. dgate may be gate, dup may be up. */
+int sq_scaled_swiglu_backward(void *dgate, void *dup, float *parts, const void *dy, const void *gate, const void *up,
+                              const float *a, int64_t rows, int64_t cols, int64_t groups, sq_dtype dtype,
+                              sq_stream stream);
 
 /* cross_entropy.cu -------------------------------------------------------------------------------------------- */
 
@@ -355,6 +370,12 @@ int sq_log_scale_f64(double *y, const double *x, const double *a, int64_t rows, 
  * wrote, and da = sign sum of x dy. */
 int sq_log_scale_sums(float *da, const void *dy, const void *x, const float *a, int64_t rows, int64_t cols, int by_rows,
                       float sign, sq_dtype dtype, sq_stream stream);
+
+/* dx = dy exp(sign a) and the sums of one pass. kept is x (of_input) or y, in the type of dy, or narrower where that is float. By
+ * rows sums is da, one float a row; by columns the rows of sums [groups, cols] add up to da. dx may be dy. */
+int sq_log_scale_backward(void *dx, float *sums, const void *dy, const void *kept, const float *a, int of_input,
+                          int64_t rows, int64_t cols, int64_t groups, int by_rows, float sign, sq_dtype dtype,
+                          sq_dtype kept_dtype, sq_stream stream);
 
 /* rope_pairs.cu ----------------------------------------------------------------------------------------------- */
 

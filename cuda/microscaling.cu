@@ -16,17 +16,23 @@ __device__ __forceinline__ float round_to(float a, float step) {
   return __fsub_rn(__fadd_rn(a, magic), magic);
 }
 
-// Twice the element nearest to a / 2, for a >= 0.
-__device__ __forceinline__ float snap(float a) {
-  a = fminf(a, 16.0f);
-  return fminf(round_to(a, a < 4.0f ? 1.0f : a < 8.0f ? 2.0f : 4.0f), 12.0f);
-}
+// An element E2M1 is 0, .5, 1, 1.5, 2, 3, 4 or 6: steps of .5 below 2, of 1 below 4, of 2 above. It is the nearest to q >= 0, ties to the
+// even code, for q up to 6: `magic` is so large that its last bit is worth a step, and pushes what is smaller out of the sum.
+struct Element {
+  unsigned exponent;  // of the step, as bits of a float, counted from that of q = 1
+  float magic, sum;
 
-// Three bits: exponent and significand of an element, given twice its value.
-__device__ __forceinline__ unsigned magnitude_bits(float twice) {
-  const unsigned q = unsigned(twice);
-  return q < 4 ? q : q < 8 ? 2 + q / 2 : 4 + q / 4;
-}
+  __device__ __forceinline__ explicit Element(float q) {
+    exponent = max(__float_as_uint(q) & 0x7f800000u, 0x3f800000u);
+    magic = __uint_as_float(exponent + (22u << 23));
+    sum = __fadd_rn(q, magic);
+  }
+  __device__ __forceinline__ float value() const { return __fsub_rn(sum, magic); }
+  // Two bits of the exponent and one of the significand. Two codes have every exponent, or four the first; the sum counts them.
+  __device__ __forceinline__ unsigned code() const {
+    return __float_as_uint(sum) - __float_as_uint(magic) + ((exponent - 0x3f800000u) >> 22);
+  }
+};
 
 __device__ __forceinline__ unsigned e4m3(float x) {
   if (x >= 448.0f) return 0x7e;
@@ -45,17 +51,82 @@ struct Format {
   float clip;
 };
 
-// Half the scale of a block, and its byte.
-__device__ __forceinline__ float find_scale(const Format &format, float most, float unit, unsigned *byte) {
-  most = __fmul_rn(format.clip, most);
-  if (format.nvfp4) {
-    *byte = e4m3(__fdiv_rn(__fdiv_rn(most, 6.0f), unit));
-    return 0.5f * __fmul_rn(from_e4m3(*byte), unit);
+// The scale of a block, and how its values are divided by it.
+struct Scale {
+  float value, reciprocal;
+  unsigned byte;
+  bool exact, quick;  // exact: the reciprocal is that of a power of two
+
+  __device__ __forceinline__ Scale(const Format &format, float most, float unit) {
+    most = __fmul_rn(format.clip, most);
+    if (format.nvfp4) {
+      byte = e4m3(__fdiv_rn(__fdiv_rn(most, 6.0f), unit));
+      value = __fmul_rn(from_e4m3(byte), unit);
+      reciprocal = 1.0f / value;
+      exact = false;
+      quick = value > 0x1p-60f && value < 0x1p60f;
+    } else {
+      const int exponent = int(__float_as_uint(most) >> 23) - 2;
+      byte = exponent < 0 ? 0u : unsigned(min(exponent, 254));
+      value = most == 0.0f ? 0.0f : byte == 0 ? 0x1p-127f : __uint_as_float(byte << 23);
+      exact = byte < 254;
+      quick = false;
+      reciprocal = exact ? __uint_as_float((254 - byte) << 23) : 0.0f;
+    }
   }
-  const int exponent = int(__float_as_uint(most) >> 23) - 2;
-  *byte = exponent < 0 ? 0u : unsigned(min(exponent, 254));
-  if (most == 0.0f) return 0.0f;
-  return 0.5f * (*byte == 0 ? 0x1p-127f : __uint_as_float(*byte << 23));
+
+  // |x| in scales, at most 6.
+  __device__ __forceinline__ float quotient(float x) const {
+    x = fabsf(x);
+    if (exact) return fminf(__fmul_rn(x, reciprocal), 6.0f);
+    if (quick) return fminf(divide(x, value, reciprocal), 6.0f);
+    return value == 0.0f ? 0.0f : fminf(__fdiv_rn(x, value), 6.0f);
+  }
+};
+
+// Codes of N values, two a byte, the first in the low half.
+template <int N>
+__device__ __forceinline__ void encode(Pack<uint8_t, N / 2> &out, const float (&v)[N], const Scale &scale) {
+  uint32_t words[N / 8];
+#pragma unroll
+  for (int w = 0; w < N / 8; ++w) {
+    words[w] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = v[8 * w + i];
+      const unsigned code = Element(scale.quotient(x)).code();
+      // No zero has a sign.
+      const unsigned sign = code == 0 ? 0u : __float_as_uint(x) >> 28 & 8u;
+      words[w] |= (code | sign) << 4 * i;
+    }
+  }
+  memcpy(&out, words, sizeof(out));
+}
+
+// The same of bfloat16 by a power of two, two at a time: q 2^-14 in half precision has its last bits where those of an element are, the
+// numbers below 1 being subnormal, so that one addition rounds all. Of 8 significant bits none is lost that could decide. Scales from
+// 2^-100 to 2^100.
+template <int N>
+__device__ __forceinline__ void encode_pairs(Pack<uint8_t, N / 2> &out, const float (&v)[N], float reciprocal) {
+  const float factor = reciprocal * 0x1p-14f;
+  uint32_t words[N / 8];
+#pragma unroll
+  for (int w = 0; w < N / 8; ++w) {
+    words[w] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const __half2 q = __floats2half2_rn(v[8 * w + i] * factor, v[8 * w + i + 1] * factor);
+      uint32_t bits;
+      memcpy(&bits, &q, sizeof(bits));
+      const uint32_t most = 0x0e000e00u;  // 6 2^-14
+      const uint32_t size = __vminu2(bits & 0x7fff7fffu, most);
+      const uint32_t codes = (size + 0x00ff00ffu + (size >> 9 & 0x00010001u)) >> 9 & 0x00070007u;
+      // A sign where the code is not 0: adding 7 carries into bit 3.
+      const uint32_t pair = codes | (codes + 0x00070007u & 0x00080008u & bits >> 12);
+      words[w] |= ((pair & 0xfu) | (pair >> 12 & 0xf0u)) << 4 * i;
+    }
+  }
+  memcpy(&out, words, sizeof(out));
 }
 
 // y: elements times scales; codes: two elements a byte, the first in the low half; scales: a byte a block. Each may be null.
@@ -63,16 +134,17 @@ __device__ __forceinline__ float find_scale(const Format &format, float most, fl
 template <typename T, int kRotated, int kBlock, int N>
 __global__ void __launch_bounds__(kThreads)
     microscale_kernel(T *y, uint8_t *codes, uint8_t *scales, const float *largest, const T *x, int64_t n, Format format) {
-  constexpr int kLanes = kBlock / N > 1 ? kBlock / N : 1;
-  static_assert(kBlock % N == 0, "a thread's values have one scale");
+  constexpr int kLanes = kBlock / N > 1 ? kBlock / N : 1;  // threads of a block
+  constexpr int kPart = kBlock < N ? kBlock : N;           // values of a block that a thread has
+  static_assert(N % kPart == 0 && kBlock % kPart == 0, "a thread has blocks, or a part of one");
   const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
   const bool inside = at < n;
-  float v[N];
+  float all[N];
   if (inside) {
-    widen(v, load_pack<T, N>(x + at));
+    widen(all, load_pack<T, N>(x + at));
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = 0.0f;
+    for (int i = 0; i < N; ++i) all[i] = 0.0f;
   }
   if constexpr (kRotated > 0) {
     static_assert(kRotated % N == 0 && kRotated <= 32 * N, "a matrix is lanes of a warp");
@@ -81,60 +153,67 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (i & h) continue;
-        const float a = v[i], b = v[i + h];
-        v[i] = a + b;
-        v[i + h] = a - b;
+        const float a = all[i], b = all[i + h];
+        all[i] = a + b;
+        all[i + h] = a - b;
       }
     }
 #pragma unroll
     for (int lane = 1; lane < kRotated / N; lane *= 2) {
-      const bool second = threadIdx.x & lane;
+      const float sign = threadIdx.x & lane ? -1.0f : 1.0f;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float other = __shfl_xor_sync(0xffffffffu, v[i], lane);
-        v[i] = second ? other - v[i] : v[i] + other;
-      }
+      for (int i = 0; i < N; ++i) all[i] = __fmaf_rn(sign, all[i], __shfl_xor_sync(0xffffffffu, all[i], lane));
     }
     const float factor = __fdiv_rn(1.0f, __fsqrt_rn(float(kRotated)));
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] *= factor;
+    for (int i = 0; i < N; ++i) all[i] *= factor;
   }
-  float most = 0.0f;
-#pragma unroll
-  for (int i = 0; i < N; ++i) most = fmaxf(most, fabsf(v[i]));
-  most = warp_reduce<kLanes>(most, Max());
   float unit = format.nvfp4 && largest ? __fdiv_rn(*largest, 6.0f * 448.0f) : 1.0f;
   unit = unit > 0.0f ? unit : 1.0f;
-  unsigned byte;
-  const float scale = find_scale(format, most, unit, &byte);
-  const bool quick = scale > 0x1p-60f && scale < 0x1p60f;
-  const float reciprocal = 1.0f / scale;
-  unsigned bits[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float a = fabsf(v[i]);
-    const float q = scale == 0.0f ? 0.0f : snap(quick ? divide(a, scale, reciprocal) : __fdiv_rn(a, scale));
-    bits[i] = magnitude_bits(q) | (v[i] < 0.0f && q > 0.0f ? 8u : 0u);
-    v[i] = copysignf(__fmul_rn(q, scale), v[i]);
-  }
-  if (!inside) return;
-  if (y) store_pack(y + at, narrow<T>(v));
-  if (codes) {
-    Pack<uint8_t, N / 2> packed;
+  for (int part = 0; part < N; part += kPart) {
+    float v[kPart];
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) packed.v[i] = uint8_t(bits[2 * i] | bits[2 * i + 1] << 4);
-    store_pack(codes + at / 2, packed);
+    for (int i = 0; i < kPart; ++i) v[i] = all[part + i];
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) most = fmaxf(most, fabsf(v[i]));
+    const Scale scale(format, warp_reduce<kLanes>(most, Max()), unit);
+    if (!inside) continue;
+    if (codes) {
+      Pack<uint8_t, kPart / 2> packed;
+      // Blocks of bfloat16 by ordinary powers of two, which are nearly all of them.
+      if (std::is_same<T, __nv_bfloat16>::value && kRotated == 0 && kBlock == 32 && scale.byte > 27 && scale.byte < 227) {
+        encode_pairs<kPart>(packed, v, scale.reciprocal);
+      } else {
+        encode<kPart>(packed, v, scale);
+      }
+      store_pack(codes + (at + part) / 2, packed);
+    }
+    if (scales && threadIdx.x % kLanes == 0) scales[(at + part) / kBlock] = uint8_t(scale.byte);
+    if (y) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i)
+        v[i] = copysignf(__fmul_rn(Element(scale.quotient(v[i])).value(), scale.value), v[i]);
+      store_pack(y + at + part, narrow<T>(v));
+    }
   }
-  if (scales && threadIdx.x % kLanes == 0) scales[at / kBlock] = uint8_t(byte);
 }
 
-template <typename T, int kRotated, int N>
+template <typename T, int kRotated, int kBlock>
 int microscale(T *y, uint8_t *codes, uint8_t *scales, const float *largest, const T *x, int64_t n, Format format,
                cudaStream_t stream) {
-  const int64_t blocks = ceil_div(n, int64_t(kThreads) * N);
-  if (format.nvfp4)
-    return launch(microscale_kernel<T, kRotated, 16, N>, blocks, kThreads, 0, stream, y, codes, scales, largest, x, n, format);
-  return launch(microscale_kernel<T, kRotated, 32, N>, blocks, kThreads, 0, stream, y, codes, scales, largest, x, n, format);
+  // Whole matrices to a thread as far as registers allow, else as many neighbours as keep loads side by side.
+  constexpr int N = kRotated == 0 ? kBlock == 16 ? 16 : 8 : kRotated < 32 ? kRotated : 32;
+  return launch(microscale_kernel<T, kRotated, kBlock, N>, ceil_div(n, int64_t(kThreads) * N), kThreads, 0, stream, y, codes,
+                scales, largest, x, n, format);
+}
+
+template <typename T, int kRotated>
+int microscale(T *y, uint8_t *codes, uint8_t *scales, const float *largest, const T *x, int64_t n, Format format,
+               cudaStream_t stream) {
+  if (format.nvfp4) return microscale<T, kRotated, 16>(y, codes, scales, largest, x, n, format, stream);
+  return microscale<T, kRotated, 32>(y, codes, scales, largest, x, n, format, stream);
 }
 
 // The largest magnitude: comparing bits of numbers that are not negative, in any order.
@@ -167,13 +246,13 @@ int sq_microscale(void *y, uint8_t *codes, uint8_t *scales, const float *largest
     const T *in = static_cast<const T *>(x);
     const cudaStream_t on = cuda_stream(stream);
     switch (rotated) {
-      case 0: return microscale<T, 0, 8>(out, codes, scales, largest, in, n, format, on);
-      case 16: return microscale<T, 16, 8>(out, codes, scales, largest, in, n, format, on);
-      case 32: return microscale<T, 32, 8>(out, codes, scales, largest, in, n, format, on);
-      case 64: return microscale<T, 64, 8>(out, codes, scales, largest, in, n, format, on);
-      case 128: return microscale<T, 128, 8>(out, codes, scales, largest, in, n, format, on);
-      case 256: return microscale<T, 256, 8>(out, codes, scales, largest, in, n, format, on);
-      case 512: return microscale<T, 512, 16>(out, codes, scales, largest, in, n, format, on);
+      case 0: return microscale<T, 0>(out, codes, scales, largest, in, n, format, on);
+      case 16: return microscale<T, 16>(out, codes, scales, largest, in, n, format, on);
+      case 32: return microscale<T, 32>(out, codes, scales, largest, in, n, format, on);
+      case 64: return microscale<T, 64>(out, codes, scales, largest, in, n, format, on);
+      case 128: return microscale<T, 128>(out, codes, scales, largest, in, n, format, on);
+      case 256: return microscale<T, 256>(out, codes, scales, largest, in, n, format, on);
+      case 512: return microscale<T, 512>(out, codes, scales, largest, in, n, format, on);
       default: return cudaErrorInvalidValue;
     }
   });

@@ -1,6 +1,6 @@
-// Root-mean-square normalisation of rows, with a gain g (1 where none is given):
+// Root-mean-square normalisation of rows, with a gain g (1 where none is given, or exp(-a)):
 //   forward   r = 1 / sqrt(mean(x^2) + eps),   y = x r g
-//   backward  dx = r (dy g - x r^2 mean(dy g x));  the gain is a constant
+//   backward  dx = r (dy g - x r^2 mean(dy g x)),   da[j] = - sum over i of y[i, j] dy[i, j];  a plain gain is a constant
 // A row is read once and kept in registers until its mean is known. Only what is longer than the registers of a block
 // (4 packs in each of 1024 threads: 32768 values in 16 bits, 16384 in float) is read a second time.
 #include "common.cuh"
@@ -67,21 +67,37 @@ __device__ __forceinline__ void forget_widening(Pack<T, N> &pack) {
   }
 }
 
-// Pack p of the gain, or ones.
-template <typename T, int N>
-__device__ __forceinline__ void load_gain(float (&g)[N], const T *gain, int64_t p) {
-  if (gain != nullptr) {
-    widen(g, load_pack<T, N>(gain + p * N));
-  } else {
+// A constant gain, or ones.
+template <typename T>
+struct Constant {
+  const T *gain;
+
+  template <int N>
+  __device__ __forceinline__ void load(float (&g)[N], int64_t p) const {
+    if (gain != nullptr) {
+      widen(g, load_pack<T, N>(gain + p * N));
+    } else {
 #pragma unroll
-    for (int v = 0; v < N; ++v) g[v] = 1.0f;
+      for (int v = 0; v < N; ++v) g[v] = 1.0f;
+    }
   }
-}
+};
+
+// exp(-a).
+struct Divisor {
+  const float *a;
+
+  template <int N>
+  __device__ __forceinline__ void load(float (&g)[N], int64_t p) const {
+#pragma unroll
+    for (int v = 0; v < N; ++v) g[v] = expf(-a[p * N + v]);
+  }
+};
 
 // N values a pack: 16 bytes of them where N divides the columns, else 1.
-template <typename G, typename T, int N>
+template <typename G, typename T, int N, typename Gain>
 __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
-    forward_kernel(T *y, float *inverse, const T *x, const T *gain, int64_t rows, int64_t cols, float eps) {
+    forward_kernel(T *y, float *inverse, const T *x, Gain gain, int64_t rows, int64_t cols, float eps) {
   const int64_t row = row_index<G>();
   if (row >= rows) return;  // with a warp a row; a whole warp leaves
   const T *in = x + row * cols;
@@ -111,7 +127,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
 
   auto finish = [&](const Pack<T, N> &pack, int64_t p) {
     float g[N], value[N];
-    load_gain(g, gain, p);
+    gain.load(g, p);
     widen(value, pack);
 #pragma unroll
     for (int v = 0; v < N; ++v) value[v] = value[v] * r * g[v];
@@ -128,7 +144,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
 
 template <typename G, typename T, int N>
 __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
-    backward_kernel(T *dx, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows, int64_t cols) {
+    backward_kernel(T *dx, const T *dy, const T *x, Constant<T> gain, const float *inverse, int64_t rows, int64_t cols) {
   const int64_t row = row_index<G>();
   if (row >= rows) return;
   dx += row * cols;
@@ -150,7 +166,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     float d[N], a[N], g[N];
     widen(d, pack_dy);
     widen(a, pack_x);
-    load_gain(g, gain, p);
+    gain.load(g, p);
 #pragma unroll
     for (int v = 0; v < N; ++v) sum += d[v] * g[v] * a[v];
   };
@@ -168,7 +184,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     float d[N], a[N], g[N];
     widen(d, pack_dy);
     widen(a, pack_x);
-    load_gain(g, gain, p);
+    gain.load(g, p);
 #pragma unroll
     for (int v = 0; v < N; ++v) d[v] = r * (d[v] * g[v] - a[v] * factor);
     store_pack(dx + p * N, narrow<T>(d));
@@ -184,13 +200,121 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     finish(load_pack<T, N>(dy + p * N), load_pack<T, N>(x + p * N), p);
 }
 
-template <typename T, int N>
-int forward(T *y, float *inverse, const T *x, const T *gain, int64_t rows, int64_t cols, float eps,
-            cudaStream_t stream) {
+// The same with exp(-a) for a gain, and sums over rows for da: a worker, which is a warp or a block, has the rows of its number, and that
+// after every `workers`, and adds theirs up into the row of `parts` of its number. A thread has the same columns of every row: their sums
+// stay in registers, but for what is longer than these. Blocks are half as large as above, so that a thread has the registers.
+template <typename G, typename T, int N>
+__global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads / 2)
+    divided_backward_kernel(T *dx, float *parts, const T *dy, const T *x, Divisor gain, const float *inverse, int64_t rows,
+                            int64_t cols, int64_t workers) {
+  const int64_t worker = row_index<G>();
+  if (worker >= workers) return;  // a whole warp or block
+  parts += worker * cols;
+  const int64_t packs = cols / N;
+  const int lane = int(threadIdx.x), lanes = int(blockDim.x);
+  float sums[G::packs][N];
+#pragma unroll
+  for (int k = 0; k < G::packs; ++k) {
+#pragma unroll
+    for (int v = 0; v < N; ++v) sums[k][v] = 0.0f;
+  }
+  for (int64_t row = worker; row < rows; row += workers) {
+    const T *dy_row = dy + row * cols, *x_row = x + row * cols;
+    T *dx_row = dx + row * cols;
+    Pack<T, N> held_dy[G::packs], held_x[G::packs];
+#pragma unroll
+    for (int k = 0; k < G::packs; ++k) {
+      const int64_t p = lane + k * lanes;
+      held_dy[k] = p < packs ? load_pack<T, N>(dy_row + p * N) : Pack<T, N>{};
+      held_x[k] = p < packs ? load_pack<T, N>(x_row + p * N) : Pack<T, N>{};
+    }
+    const float r = inverse[row];
+    float sum = 0.0f;
+    // What a column adds to the sum of the row is also what it adds to da, but for r and the sign.
+    auto products = [&](float(&out)[N], const Pack<T, N> &pack_dy, const Pack<T, N> &pack_x, int64_t p) {
+      float d[N], g[N];
+      widen(d, pack_dy);
+      widen(out, pack_x);
+      gain.load(g, p);
+#pragma unroll
+      for (int v = 0; v < N; ++v) {
+        out[v] *= d[v] * g[v];
+        sum += out[v];
+      }
+    };
+#pragma unroll
+    for (int k = 0; k < G::packs; ++k) {
+      const int64_t p = lane + k * lanes;
+      if (p >= packs) continue;
+      float terms[N];
+      products(terms, held_dy[k], held_x[k], p);
+#pragma unroll
+      for (int v = 0; v < N; ++v) sums[k][v] -= r * terms[v];
+    }
+    for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes) {
+      float terms[N], before[N];
+      products(terms, load_pack<T, N>(dy_row + p * N), load_pack<T, N>(x_row + p * N), p);
+#pragma unroll
+      for (int v = 0; v < N; ++v) before[v] = row == worker ? 0.0f : parts[p * N + v];
+#pragma unroll
+      for (int v = 0; v < N; ++v) parts[p * N + v] = before[v] - r * terms[v];
+    }
+
+    const float factor = r * r * (row_sum<G>(sum) / float(cols));
+    auto finish = [&](const Pack<T, N> &pack_dy, const Pack<T, N> &pack_x, int64_t p) {
+      float d[N], a[N], g[N];
+      widen(d, pack_dy);
+      widen(a, pack_x);
+      gain.load(g, p);
+#pragma unroll
+      for (int v = 0; v < N; ++v) d[v] = r * (d[v] * g[v] - a[v] * factor);
+      store_pack(dx_row + p * N, narrow<T>(d));
+    };
+#pragma unroll
+    for (int k = 0; k < G::packs; ++k) {
+      const int64_t p = lane + k * lanes;
+      forget_widening(held_dy[k]);
+      forget_widening(held_x[k]);
+      if (p < packs) finish(held_dy[k], held_x[k], p);
+    }
+    for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes)
+      finish(load_pack<T, N>(dy_row + p * N), load_pack<T, N>(x_row + p * N), p);
+  }
+#pragma unroll
+  for (int k = 0; k < G::packs; ++k) {
+    const int64_t p = lane + k * lanes;
+    if (p >= packs) continue;
+#pragma unroll
+    for (int v = 0; v < N; ++v) parts[p * N + v] = sums[k][v];
+  }
+  if (worker >= rows) {
+    for (int64_t j = G::packs * lanes * N + lane; j < cols; j += lanes) parts[j] = 0.0f;
+  }
+}
+
+template <typename T, int N, typename Gain>
+int forward(T *y, float *inverse, const T *x, Gain gain, int64_t rows, int64_t cols, float eps, cudaStream_t stream) {
   return with_geometry(cols / N, [&](auto g) {
-    forward_kernel<decltype(g), T, N>
+    forward_kernel<decltype(g), T, N, Gain>
         <<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(y, inverse, x, gain, rows, cols, eps);
     return launched();
+  });
+}
+
+// Dispatches to whole packs where rows consist of them.
+template <typename Gain>
+int forward(void *y, float *inverse, const void *x, Gain gain, int64_t rows, int64_t cols, float eps, sq_dtype dtype,
+            sq_stream stream) {
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    T *out = static_cast<T *>(y);
+    const T *in = static_cast<const T *>(x);
+    const auto g = gain.template as<T>();
+    if (cols % kPack<T> == 0)
+      return forward<T, kPack<T>>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
+    return forward<T, 1>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
   });
 }
 
@@ -198,11 +322,39 @@ template <typename T, int N>
 int backward(T *dx, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows, int64_t cols,
              cudaStream_t stream) {
   return with_geometry(cols / N, [&](auto g) {
-    backward_kernel<decltype(g), T, N>
-        <<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(dx, dy, x, gain, inverse, rows, cols);
+    backward_kernel<decltype(g), T, N><<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(
+        dx, dy, x, Constant<T>{gain}, inverse, rows, cols);
     return launched();
   });
 }
+
+template <typename T, int N>
+int divided_backward(T *dx, float *parts, const T *dy, const T *x, const float *a, const float *inverse, int64_t rows,
+                     int64_t cols, int64_t workers, cudaStream_t stream) {
+  return with_geometry(cols / N, [&](auto g) {
+    dim3 block = block_of(g, cols / N);
+    if (!decltype(g)::warp && block.x > kMaxThreads / 2) block.x = kMaxThreads / 2;
+    divided_backward_kernel<decltype(g), T, N><<<grid_of(g, workers), block, 0, stream>>>(
+        dx, parts, dy, x, Divisor{a}, inverse, rows, cols, workers);
+    return launched();
+  });
+}
+
+// Gains before the type of x is known.
+struct AnyConstant {
+  const void *gain;
+  template <typename T>
+  Constant<T> as() const {
+    return {static_cast<const T *>(gain)};
+  }
+};
+struct AnyDivisor {
+  const float *a;
+  template <typename T>
+  Divisor as() const {
+    return {a};
+  }
+};
 
 }  // namespace
 
@@ -210,15 +362,25 @@ extern "C" {
 
 int sq_rms_norm_forward(void *y, float *inverse, const void *x, const void *gain, int64_t rows, int64_t cols, float eps,
                         sq_dtype dtype, sq_stream stream) {
-  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
-  if (rows == 0) return cudaSuccess;
+  return forward(y, inverse, x, AnyConstant{gain}, rows, cols, eps, dtype, stream);
+}
+
+int sq_scaled_rms_norm(void *y, float *inverse, const void *x, const float *a, int64_t rows, int64_t cols, float eps,
+                       sq_dtype dtype, sq_stream stream) {
+  return forward(y, inverse, x, AnyDivisor{a}, rows, cols, eps, dtype, stream);
+}
+
+int sq_scaled_rms_norm_backward(void *dx, float *parts, const void *dy, const void *x, const float *a,
+                                const float *inverse, int64_t rows, int64_t cols, int64_t workers, sq_dtype dtype,
+                                sq_stream stream) {
+  if (rows < 0 || cols < 1 || workers < 1) return cudaErrorInvalidValue;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    T *out = static_cast<T *>(y);
-    const T *in = static_cast<const T *>(x), *g = static_cast<const T *>(gain);
+    T *out = static_cast<T *>(dx);
+    const T *d = static_cast<const T *>(dy), *in = static_cast<const T *>(x);
     if (cols % kPack<T> == 0)
-      return forward<T, kPack<T>>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
-    return forward<T, 1>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
+      return divided_backward<T, kPack<T>>(out, parts, d, in, a, inverse, rows, cols, workers, cuda_stream(stream));
+    return divided_backward<T, 1>(out, parts, d, in, a, inverse, rows, cols, workers, cuda_stream(stream));
   });
 }
 

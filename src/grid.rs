@@ -180,6 +180,12 @@ impl QuantSpec {
         self.bits < 16
     }
 
+    /// True where a row times c > 0 has the same codes and c times the scales, up to rounding: what multiplies a row may then be applied to
+    /// what the row makes instead. Not so where scales are stored in a narrow type, or are powers of 2.
+    pub fn follows_rows(&self) -> bool {
+        !self.is_active() || self.stored.is_none() && self.rule.floating().is_none()
+    }
+
     /// Bits that codes can have; [`group_size`](Self::group_size) refuses most.
     fn code_bits(&self) -> u32 {
         self.bits.clamp(1, 30)

@@ -174,11 +174,10 @@ impl Block {
 
     /// `silu(gate) · up`, up divided by scales where its rows are not.
     pub(super) fn gate<'t>(&self, gate: Var<'t>, up: Var<'t>, around: &Around<'t>) -> Result<Var<'t>> {
-        let up = match &around.up {
-            Some(a) => up.log_scale(a.clone(), Along::Columns, true)?,
-            None => up,
-        };
-        gate.swiglu(up)
+        match &around.up {
+            Some(a) => gate.scaled_swiglu(up, a.clone()),
+            None => gate.swiglu(up),
+        }
     }
 }
 
@@ -252,10 +251,11 @@ impl Block {
     }
 
     pub(super) fn norm<'t>(&self, x: Var<'t>, which: usize, around: &Around<'t>) -> Result<Var<'t>> {
-        let y = x.rms_norm_gain(self.eps, self.gains.as_ref().map(|g| &g[which]))?;
-        match &around.norms[which] {
-            Some(a) => y.log_scale(a.clone(), Along::Columns, true),
-            None => Ok(y),
+        let gain = self.gains.as_ref().map(|g| &g[which]);
+        match (&around.norms[which], gain) {
+            (Some(a), None) => x.scaled_rms_norm(self.eps, a.clone()),
+            (Some(a), gain) => x.rms_norm_gain(self.eps, gain)?.log_scale(a.clone(), Along::Columns, true),
+            (None, gain) => x.rms_norm_gain(self.eps, gain),
         }
     }
 

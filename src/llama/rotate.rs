@@ -266,8 +266,9 @@ impl Block {
         self.transform(&LayerTransforms::published(r1.clone(), r2.clone()), s, tokens)
     }
 
-    /// [`Block::rotate`] with scales too. Where up is left unrotated, its output is divided by its scales and not its rows: the gradient of
-    /// the scales is then a sum over tokens, and no gradient of up's weight is formed.
+    /// [`Block::rotate`] with scales too. Given the number of input rows, the output of up is divided by its scales and not its rows
+    /// ([`Around::up`]), unless the grid of weights does not follow the scale of a row: the gradient of the scales is then a sum over tokens, which
+    /// the activation makes in passing, and an unquantised up needs no gradient of its weight.
     ///
     /// # Errors
     /// Those of [`Block::rotate`]; scales of another size.
@@ -293,9 +294,12 @@ impl Block {
         let inner = self.weights[Linear::Down].weight.cols();
         // A grid that depends on the whole weight is found by who has it.
         let share = if s.weight.is_by_row() { Share::of(ranks) } else { Share::WHOLE };
-        let rotations = Rotation::new(by, s.online.r4.map(inner)?, share)?;
         let out = Linear::at(Site::MlpInput).map(|l| self.weights[l].weight.rows()).sum();
         let leave = !s.weight.is_active() && tokens.is_some_and(|tokens| cheaper_outside(out, r1.value().cols(), tokens));
+
+        // The scales of a row go through the quantiser of its weight, so that the output of up may be divided by them as well as its rows.
+        let outside = tokens.is_some() && s.weight.follows_rows();
+        let rotations = Rotation::new(by, s.online.r4.map(inner)?, !outside, share)?;
 
         // What has a rotation on its output comes first: the gradients of R1 and R2 add up in the reverse of this order.
         let mut order = Linear::ALL;
@@ -317,7 +321,7 @@ impl Block {
             done[linear] = Some(Affine { weight: w, bias: b, norm });
         }
         let linears = Linears(done.0.map(|l| l.expect("made above")));
-        let up = scales.up_down.clone().filter(|_| leave);
+        let up = scales.up_down.clone().filter(|_| outside);
         let around = Around { norms: scales.norms.clone(), up, ..Around::default() };
         Ok(RotatedWeights { linears, leave: leave.then(|| rotations.entering(1)), around })
     }

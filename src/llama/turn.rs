@@ -49,6 +49,8 @@ impl Share {
 pub(super) struct Rotation<'a, 't> {
     by: &'a LayerTransforms<'t>,
     r4: Option<Hadamard>,
+    /// The rows of up are divided by its scales; otherwise its output is.
+    up_scaled: bool,
     /// R1 for what reads the first and the second norm: its columns times the scales that the norm's output is divided by.
     entering: [Var<'t>; 2],
     /// The columns of R1 that make this process's rows of what writes the stream.
@@ -61,7 +63,7 @@ impl<'a, 't> Rotation<'a, 't> {
     /// and their gradient comes from that of R1.
     ///
     /// `share` is this process's part of all weights that can be shared.
-    pub fn new(by: &'a LayerTransforms<'t>, r4: Option<Hadamard>, share: Share) -> Result<Self> {
+    pub fn new(by: &'a LayerTransforms<'t>, r4: Option<Hadamard>, up_scaled: bool, share: Share) -> Result<Self> {
         let enter = |a: &Option<Var<'t>>| match a {
             // Every layer keeps the same R1.
             Some(a) => by.r1.clone().log_scale_keeping(a.clone(), Along::Columns, false, Keeps::Input),
@@ -69,7 +71,7 @@ impl<'a, 't> Rotation<'a, 't> {
         };
         let [first, second] = &by.scales.norms;
         let leaving = share.of_units(by.r1.value().cols()).columns(by.r1.clone())?;
-        Ok(Self { by, r4, entering: [enter(first)?, enter(second)?], leaving, share })
+        Ok(Self { by, r4, up_scaled, entering: [enter(first)?, enter(second)?], leaving, share })
     }
 
     /// The part of a linear's `out` rows that this process makes: of whole heads where heads are turned.
@@ -194,7 +196,7 @@ impl<'t> Rotation<'_, 't> {
     /// The scales that divide a linear's output.
     fn of_rows(&self, linear: Linear) -> Option<&Var<'t>> {
         match linear {
-            Linear::Up => self.by.scales.up_down.as_ref(),
+            Linear::Up => self.by.scales.up_down.as_ref().filter(|_| self.up_scaled),
             Linear::V => self.by.scales.values.as_ref(),
             _ => None,
         }

@@ -24,10 +24,6 @@ pub(super) struct Sizes {
     /// Heads of q and k have norms.
     pub head_norms: bool,
     pub quantized: bool,
-    /// Norms are scaled.
-    pub scaled_norms: bool,
-    /// The output of up is scaled, as up stays unrotated.
-    pub scaled_up: bool,
     /// Bytes of what is kept of a layer's weights and of R1 for the gradients of its scales alone.
     pub scaled: usize,
     /// Bytes in `f32` of what a layer's scales multiply of weights and of R1.
@@ -76,8 +72,8 @@ impl Sizes {
         let (up_down, values, scaled_norms) = (is(Scale::UpDown), is(Scale::Values), is(Scale::Norms));
         let of = |scaled: bool, rows: usize| if scaled { 4 * c * rows } else { 0 };
         let (heads, general) = (work.transforms.heads(), is(Scale::ValuesGeneral));
-        // Unquantised up stays as it is; the scales of a norm multiply R1, once for each norm.
-        let rows = if quantized { 2 * f } else { f };
+        // The output of up is divided rather than its rows, where grids allow it; the scales of a norm multiply R1, once for each norm.
+        let rows = if work.scheme.sites(config.head_dim).weight.follows_rows() { f } else { 2 * f };
         let turned = of(is(Scale::RopePairs), q + kv);
         let multiplied = of(up_down, rows) + of(scaled_norms, 2 * c) + turned + of(values, q + kv) + of(general, q + kv);
         // What scales of values multiply is what R2 and R2b multiply next, and kept for them, but for heads of o that change places.
@@ -96,12 +92,8 @@ impl Sizes {
             Site::DownInput => f,
         };
         let sites = if work.clips { work.scheme.active_sites() } else { vec![] };
-        // Attention keeps its own output, and scales of norms keep what they made.
-        let twice = |site| match site {
-            Site::AttentionInput | Site::MlpInput => scaled_norms,
-            site => site == Site::AttentionOutput,
-        };
-        let clipped = sites.iter().copied().filter(|&site| !twice(site)).map(width).sum();
+        // Attention keeps its own output.
+        let clipped = sites.iter().copied().filter(|&site| site != Site::AttentionOutput).map(width).sum();
         let clipping = sites.into_iter().map(width).sum();
         let rows = |l: Linear| {
             let [out, inputs] = l.shape(config);
@@ -125,8 +117,6 @@ impl Sizes {
             biases: biases + gains,
             head_norms,
             quantized,
-            scaled_norms,
-            scaled_up: up_down && !quantized,
             scaled,
             multiplied,
             clipping,
@@ -188,7 +178,7 @@ impl Sizes {
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v
     /// and the output of attention, gate and up; q and k in front of their norms, everything in front of quantisers that are learned.
     fn kept(&self, tokens: usize) -> usize {
-        let normed = if self.head_norms { self.q + self.kv } else { 0 } + if self.scaled_norms { 2 * self.c } else { 0 };
+        let normed = if self.head_norms { self.q + self.kv } else { 0 };
         tokens * self.e * (4 * self.c + 3 * self.q + 2 * self.kv + 3 * self.f + normed + self.clipped)
             - tokens * (self.e - 1) * self.coded
     }

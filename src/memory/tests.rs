@@ -156,8 +156,8 @@ fn scales_are_planned() {
         assert!(at(Transforms::PUBLISHED.with_heads(true)).bytes() > without.bytes());
         for kind in Scale::ALL {
             let (one, all) = (at(Transforms::new(&[kind])), at(Transforms::ALL));
-            // What scales of values multiply is kept already, for R2.
-            let more = if kind == Scale::Values { 0 } else { 1 };
+            // What scales of values multiply is kept already, for R2; those of norms are multiplied in passing, but where R1 leaves.
+            let more = usize::from(kind != Scale::Values && (kind != Scale::Norms || bits == 16));
             assert!(one.bytes() >= without.bytes() + more && one.seconds > without.seconds, "{kind}");
             assert!(all.bytes() > one.bytes() && all.seconds > one.seconds, "{kind}");
         }

@@ -58,10 +58,8 @@ impl Sizes {
         let passes = |c: f64, f: f64| tokens * self.e as f64 * (c * self.c as f64 + f * self.f as f64);
         let moved = layers * (passes(34.0, 6.0) + passes(36.0, 11.0)) + recomputed * passes(32.0, 6.0);
         let weights = rounds * (layers + again) * layer * (14.0 + 8.0);
-        // Products in f32 written, scaled, and read twice on the way back; outputs of norms and of up likewise.
+        // Products in f32 written, scaled, and read twice on the way back; norms and the activation scale what they make in passing.
         let weights = weights + rounds * (layers + again) * 4.0 * self.multiplied as f64;
-        let moved = moved + if self.scaled_norms { layers * passes(10.0, 0.0) } else { 0.0 };
-        let moved = moved + if self.scaled_up { layers * passes(0.0, 6.0) + recomputed * passes(0.0, 2.0) } else { 0.0 };
         // Quantised by a pass of their own, and read again on the way back.
         let moved = moved + (5.0 * layers + 2.0 * recomputed) * tokens * (self.e * self.clipping) as f64;
         // Values of codes are written and read again for gradients: of an input by each of up to three linears, of a weight by one.

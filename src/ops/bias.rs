@@ -54,12 +54,7 @@ impl Op for AddBias {
         Ok(vec![want[0].then_some(dy), db])
     }
     fn gpu_backward(&self, device: &CudaDevice, _: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
-        let sums = || {
-            let (dy, db) = (dy.clone().aligned()?, Tensor::on(device, &[dy.cols()], dy.dtype())?);
-            launch_sums(device.queue(), db.view()?, dy.view()?)?;
-            Ok(db)
-        };
-        let db = want[1].then(sums).transpose()?;
+        let db = if want[1] { Some(sums_of_rows(device, &dy.clone().aligned()?)?) } else { None };
         Ok(vec![want[0].then_some(dy), db])
     }
 }
@@ -84,6 +79,13 @@ pub(crate) fn launch_sums(queue: Queue<'_>, db: View<'_>, dy: View<'_>) -> Resul
     let cols = c.long(cols)?;
     // SAFETY: dy is rows · cols values of one kind, db is cols values.
     c.launch(work, |s| unsafe { ffi!(sq_column_sums(db, dy, rows, cols, dtype, s)) })
+}
+
+/// The sum of the rows of x, on a GPU.
+pub(super) fn sums_of_rows(device: &CudaDevice, x: &Tensor) -> Result<Tensor> {
+    let sums = Tensor::on(device, &[x.cols()], x.dtype())?;
+    launch_sums(device.queue(), sums.view()?, x.view()?)?;
+    Ok(sums)
 }
 
 impl Var<'_> {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::device::cuda::{CudaDevice, Queue};
 use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{cpu, ffi};
-use crate::ops::{At, Case, Place, Run, exact, normals};
+use crate::ops::{At, Case, Place, Run, bias, exact, normals};
 use crate::tape::{Grads, Inputs, Op, Saved, Var, operands};
 use crate::{DType, Error, Result, Tensor};
 
@@ -85,6 +85,32 @@ impl LogScale {
         self.times(&mut y, cols, &self.factors(a)?);
         Tensor::from_vec(y, shape)
     }
+
+    /// `x exp(±a)` on the CPU, in `f64` or `f32`.
+    pub(super) fn on_cpu(self, x: Tensor, a: &Tensor) -> Result<Tensor> {
+        if x.dtype() == DType::F64 { self.forward::<f64>(x, a) } else { self.forward::<f32>(x, a) }
+    }
+
+    /// da on the CPU, from what came out.
+    pub(super) fn sums_on_cpu(self, y: &Tensor, dy: &Tensor, a: &Tensor) -> Result<Tensor> {
+        if dy.dtype() == DType::F64 {
+            Tensor::from_vec(self.sums::<f64>(y.as_slice()?, dy.as_slice()?, dy.cols()), a.shape())
+        } else {
+            Tensor::from_vec(self.sums::<f32>(y.as_slice()?, dy.as_slice()?, dy.cols()), a.shape())
+        }
+    }
+}
+
+/// Refuses logarithms of another number or type than what scales x has.
+pub(super) fn check_logarithms(what: &str, x: &Tensor, a: &Tensor, entries: usize) -> Result<()> {
+    if a.shape() != [entries] {
+        return Err(Error::shape(what, format!("[{entries}]"), a.shape()));
+    }
+    let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    if a.dtype() != wide {
+        return Err(Error::dtype(what, wide, a.dtype()));
+    }
+    Ok(())
 }
 
 /// What is kept for the gradient of the logarithms.
@@ -110,20 +136,12 @@ impl Op for Recorded {
     }
     fn check(&self, inputs: &[Tensor]) -> Result<()> {
         let [x, a] = operands(inputs)?;
-        let entries = self.op.entries(x);
-        if a.shape() != [entries] {
-            return Err(Error::shape("log_scale: logarithms", format!("[{entries}]"), a.shape()));
-        }
-        let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        if a.dtype() != wide {
-            return Err(Error::dtype("log_scale: logarithms", wide, a.dtype()));
-        }
-        Ok(())
+        check_logarithms("log_scale: logarithms", x, a, self.op.entries(x))
     }
     fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x, a] = inputs.take()?;
         let input = self.input(&x);
-        let y = if x.dtype() == DType::F64 { self.op.forward::<f64>(x, &a)? } else { self.op.forward::<f32>(x, &a)? };
+        let y = self.op.on_cpu(x, &a)?;
         self.keep(save, a, input, &y)?;
         Ok(y)
     }
@@ -149,25 +167,39 @@ impl Op for Recorded {
     fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
         let (a, kept) = kept(saved, want)?;
         let (a, mut dy) = (a.aligned()?, dy.aligned()?);
-        let da = match kept {
-            Some(kept) => {
-                let (da, kept) = (Tensor::on(device, a.shape(), DType::F32)?, kept.to_dtype(dy.dtype())?.aligned()?);
-                let factors = if self.keeps == Keeps::Input { Some(a.view()?) } else { None };
-                launch_sums(device.queue(), self.op, da.view()?, (dy.view()?, kept.view()?), factors, dy.cols())?;
-                Some(da)
+        let input = self.keeps == Keeps::Input;
+        // A narrower type is read as it is.
+        let readable = |kept: Tensor| if dy.dtype() == DType::F32 { Ok(kept) } else { kept.to_dtype(dy.dtype()) };
+        let kept = kept.map(|kept| readable(kept)?.aligned()).transpose()?;
+        Ok(match (want[0], kept) {
+            (true, Some(kept)) => {
+                let (dx, rows) = (dy.or_new(device)?, dy.rows());
+                let by_rows = self.op.along == Along::Rows;
+                let sums = Tensor::on(device, &if by_rows { vec![rows] } else { vec![groups_of(rows), dy.cols()] }, DType::F32)?;
+                let operands = [dy.view()?, kept.view()?, a.view()?];
+                launch_backward(device.queue(), self.op, [dx.view()?, sums.view()?], operands, input, dy.cols())?;
+                let da = if by_rows { sums } else { bias::sums_of_rows(device, &sums)? };
+                vec![Some(dx), Some(da)]
             }
-            None => None,
-        };
-        let dx = match want[0] {
-            true => {
+            (true, None) => {
                 let dx = dy.or_new(device)?;
                 launch(device.queue(), self.op, dx.view()?, dy.view()?, a.view()?, dy.cols())?;
-                Some(dx)
+                vec![Some(dx), None]
             }
-            false => None,
-        };
-        Ok(vec![dx, da])
+            (false, Some(kept)) => {
+                let (da, kept) = (Tensor::on(device, a.shape(), DType::F32)?, kept.to_dtype(dy.dtype())?.aligned()?);
+                let factors = if input { Some(a.view()?) } else { None };
+                launch_sums(device.queue(), self.op, da.view()?, (dy.view()?, kept.view()?), factors, dy.cols())?;
+                vec![None, Some(da)]
+            }
+            (false, None) => vec![None, None],
+        })
     }
+}
+
+/// Parts that the sums over so many rows are made of: enough to fill a card, few beside the rows. The same on every card.
+pub(super) fn groups_of(rows: usize) -> usize {
+    rows.div_ceil(64).clamp(1, 64)
 }
 
 impl Recorded {
@@ -262,6 +294,32 @@ pub(crate) fn launch_sums(
     let (by_rows, sign) = (i32::from(op.along == Along::Rows), op.sign() as f32);
     // SAFETY: x and dy have rows · cols values of one kind; a (or none) and da have one f32 a row or a column.
     c.launch(work, |s| unsafe { ffi!(sq_log_scale_sums(da, dy, x, a, rows, cols, by_rows, sign, dtype, s)) })
+}
+
+/// dx and the sums that da is made of ([`groups_of`] rows of them by columns, da itself by rows) in one pass, from [dy, what was kept, a];
+/// kept is x (`input`) or y, in the type of dy, or a narrower one where that is `f32`. dx may be dy.
+fn launch_backward(
+    queue: Queue<'_>,
+    op: LogScale,
+    [dx, sums]: [View<'_>; 2],
+    [dy, kept, a]: [View<'_>; 3],
+    input: bool,
+    cols: usize,
+) -> Result<()> {
+    let c = Check::new("log_scale backward", queue);
+    let (n, kind, of_kept, work) = (dy.len(), dy.kind(), kept.kind(), Work::moving("scale", 2 * dy.bytes() + kept.bytes()));
+    let (rows, by_rows) = (c.rows(n, cols)?, op.along == Along::Rows);
+    let (entries, groups) = if by_rows { (rows, 1) } else { (cols, c.rows(sums.len(), cols)?) };
+    let (dx, dy, kept) = (c.operand("dx", dx, kind, n)?, c.operand("dy", dy, kind, n)?, c.operand("kept", kept, of_kept, n)?);
+    let sums = c.operand("sums", sums, Kind::F32, c.product(&[groups, entries])?)?;
+    let a = c.operand("a", a, Kind::F32, entries)?;
+    let (rows, cols, groups) = (c.long(rows)?, c.long(cols)?, c.long(groups)?);
+    let (dtype, kept_dtype, sign) = (c.code(kind)?, c.code(of_kept)?, op.sign() as f32);
+    let (input, by_rows) = (i32::from(input), i32::from(by_rows));
+    // SAFETY: dx and dy have rows · cols values of one kind, kept of another; a has one f32 a row or a column, sums groups of these.
+    c.launch(work, |s| unsafe {
+        ffi!(sq_log_scale_backward(dx, sums, dy, kept, a, input, rows, cols, groups, by_rows, sign, dtype, kept_dtype, s))
+    })
 }
 
 impl Var<'_> {

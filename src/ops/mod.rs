@@ -31,6 +31,8 @@ mod part;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_pairs;
+pub mod scaled_rms_norm;
+pub mod scaled_swiglu;
 pub mod segment_attention;
 pub mod spread;
 mod sum;
@@ -71,6 +73,8 @@ pub fn cases() -> Vec<Case> {
         rms_norm::cases(),
         rope::cases(),
         rope_pairs::cases(),
+        scaled_rms_norm::cases(),
+        scaled_swiglu::cases(),
         segment_attention::cases(),
         spread::cases(),
         swap_axes::cases(),

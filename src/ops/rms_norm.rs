@@ -31,14 +31,7 @@ impl Op for RmsNorm {
     }
     fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
-        let (y, inverse) = if x.dtype() == DType::F64 {
-            let (y, inverse) = reference(x.as_slice()?, x.cols(), self.eps);
-            (self.times_gain::<f64>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
-        } else {
-            let (y, inverse) = fast(x.as_slice()?, x.cols(), self.eps as f32);
-            (self.times_gain::<f32>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
-        };
-        let y = y.reshape(x.shape())?;
+        let (y, inverse) = self.forward_on_cpu(&x)?;
         keep(save, x, inverse);
         Ok(y)
     }
@@ -53,17 +46,7 @@ impl Op for RmsNorm {
     }
     fn backward(&self, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         let [x, inverse] = saved.take()?;
-        let shape = dy.shape().to_vec();
-        let cols = dy.cols();
-        let dx = if dy.dtype() == DType::F64 {
-            let dy = self.times_gain::<f64>(dy.into_owned()?)?;
-            Tensor::from_vec(reference_backward(dy.as_slice()?, x.as_slice()?, inverse.as_slice()?, cols), shape)?
-        } else {
-            let mut dx = self.times_gain::<f32>(dy.into_owned()?)?.into_owned::<f32>()?;
-            fast_backward(&mut dx, x.as_slice()?, inverse.as_slice()?, cols);
-            Tensor::from_vec(dx, shape)?
-        };
-        Ok(vec![Some(dx)])
+        Ok(vec![Some(self.backward_on_cpu(&x, &inverse, dy)?)])
     }
     /// In place of dy when unshared.
     fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
@@ -125,6 +108,29 @@ pub(crate) fn launch_backward(
 }
 
 impl RmsNorm {
+    /// y, and r of every row.
+    pub(super) fn forward_on_cpu(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (y, inverse) = if x.dtype() == DType::F64 {
+            let (y, inverse) = reference(x.as_slice()?, x.cols(), self.eps);
+            (self.times_gain::<f64>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
+        } else {
+            let (y, inverse) = fast(x.as_slice()?, x.cols(), self.eps as f32);
+            (self.times_gain::<f32>(y)?, Tensor::from_vec(inverse, [x.rows()])?)
+        };
+        Ok((y.reshape(x.shape())?, inverse))
+    }
+
+    pub(super) fn backward_on_cpu(&self, x: &Tensor, inverse: &Tensor, dy: Tensor) -> Result<Tensor> {
+        let (shape, cols) = (dy.shape().to_vec(), dy.cols());
+        if dy.dtype() == DType::F64 {
+            let dy = self.times_gain::<f64>(dy.into_owned()?)?;
+            return Tensor::from_vec(reference_backward(dy.as_slice()?, x.as_slice()?, inverse.as_slice()?, cols), shape);
+        }
+        let mut dx = self.times_gain::<f32>(dy.into_owned()?)?.into_owned::<f32>()?;
+        fast_backward(&mut dx, x.as_slice()?, inverse.as_slice()?, cols);
+        Tensor::from_vec(dx, shape)
+    }
+
     fn aligned_gain(&self) -> Result<Option<Tensor>> {
         self.gain.clone().map(Tensor::aligned).transpose()
     }

@@ -31,19 +31,7 @@ impl Op for Swiglu {
     fn cpu(&self, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
         let [gate, up] = inputs.take()?;
         keep(save, &gate, &up);
-        let shape = gate.shape().to_vec();
-        if gate.dtype() == DType::F64 {
-            return Tensor::from_vec(reference(gate.as_slice()?, up.as_slice()?), shape);
-        }
-        let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
-        let mut y = cpu::alloc(gate.len());
-        y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, g), u)| {
-            cpu::simd(
-                #[inline(always)]
-                || y.iter_mut().zip(g).zip(u).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u),
-            );
-        });
-        Tensor::from_vec(y, shape)
+        forward_on_cpu(&gate, &up)
     }
     /// In place of an operand when unshared.
     fn gpu(&self, device: &CudaDevice, inputs: Inputs, save: &mut Saved) -> Result<Tensor> {
@@ -56,21 +44,7 @@ impl Op for Swiglu {
     }
     fn backward(&self, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
         let [gate, up] = saved.take()?;
-        let shape = dy.shape().to_vec();
-        let (dgate, dup) = if dy.dtype() == DType::F64 {
-            let (dgate, dup) = reference_backward(dy.as_slice()?, gate.as_slice()?, up.as_slice()?);
-            (Tensor::from_vec(dgate, shape.clone())?, Tensor::from_vec(dup, shape)?)
-        } else {
-            let (mut gate, mut up) = (gate.into_owned::<f32>()?, up.into_owned::<f32>()?);
-            let dy = dy.as_slice::<f32>()?;
-            gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK)).for_each(|((g, u), dy)| {
-                cpu::simd(
-                    #[inline(always)]
-                    || g.iter_mut().zip(u).zip(dy).for_each(|((g, u), &dy)| (*g, *u) = gradients(dy, *g, *u)),
-                );
-            });
-            (Tensor::from_vec(gate, shape.clone())?, Tensor::from_vec(up, shape)?)
-        };
+        let [dgate, dup] = backward_on_cpu(gate, up, dy)?;
         Ok(vec![want[0].then_some(dgate), want[1].then_some(dup)])
     }
     fn gpu_backward(&self, device: &CudaDevice, saved: Saved, dy: Tensor, want: &[bool]) -> Result<Grads> {
@@ -81,6 +55,43 @@ impl Op for Swiglu {
         launch_backward(device.queue(), [dgate.view()?, dup.view()?], dy.view()?, gate.view()?, up.view()?)?;
         Ok(vec![want[0].then_some(dgate), want[1].then_some(dup)])
     }
+}
+
+/// y on the CPU, in `f64` or `f32`.
+pub(super) fn forward_on_cpu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let shape = gate.shape().to_vec();
+    if gate.dtype() == DType::F64 {
+        return Tensor::from_vec(reference(gate.as_slice()?, up.as_slice()?), shape);
+    }
+    let (gate, up) = (gate.as_slice::<f32>()?, up.as_slice::<f32>()?);
+    let mut y = cpu::alloc(gate.len());
+    y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, g), u)| {
+        cpu::simd(
+            #[inline(always)]
+            || y.iter_mut().zip(g).zip(u).for_each(|((y, &g), &u)| *y = g * sigmoid(g) * u),
+        );
+    });
+    Tensor::from_vec(y, shape)
+}
+
+/// The gradients of gate and up on the CPU.
+pub(super) fn backward_on_cpu(gate: Tensor, up: Tensor, dy: Tensor) -> Result<[Tensor; 2]> {
+    let shape = dy.shape().to_vec();
+    let (dgate, dup) = if dy.dtype() == DType::F64 {
+        let (dgate, dup) = reference_backward(dy.as_slice()?, gate.as_slice()?, up.as_slice()?);
+        (Tensor::from_vec(dgate, shape.clone())?, Tensor::from_vec(dup, shape)?)
+    } else {
+        let (mut gate, mut up) = (gate.into_owned::<f32>()?, up.into_owned::<f32>()?);
+        let dy = dy.as_slice::<f32>()?;
+        gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK)).for_each(|((g, u), dy)| {
+            cpu::simd(
+                #[inline(always)]
+                || g.iter_mut().zip(u).zip(dy).for_each(|((g, u), &dy)| (*g, *u) = gradients(dy, *g, *u)),
+            );
+        });
+        (Tensor::from_vec(gate, shape.clone())?, Tensor::from_vec(up, shape)?)
+    };
+    Ok([dgate, dup])
 }
 
 fn keep(save: &mut Saved, gate: &Tensor, up: &Tensor) {
