@@ -8,6 +8,7 @@ use std::sync::{Mutex, OnceLock};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::device::shared::SharedPart;
 use crate::dtype::{DType, Element};
 use crate::{Error, Result};
 
@@ -64,6 +65,8 @@ pub(crate) enum CpuBuffer {
     F16(Vec<f16>),
     BF16(Vec<bf16>),
     U32(Vec<u32>),
+    /// Values that processes share, which nobody writes.
+    Shared(SharedPart, DType),
 }
 
 impl CpuBuffer {
@@ -83,6 +86,7 @@ impl CpuBuffer {
     /// The values, where they are of this type.
     pub(crate) fn view<T: Element>(&self) -> Option<&[T]> {
         let values: &dyn Any = match self {
+            Self::Shared(part, dtype) => return (*dtype == T::DTYPE).then(|| bytemuck::cast_slice(part.bytes())),
             Self::F64(v) => v,
             Self::F32(v) => v,
             Self::F16(v) => v,
@@ -92,9 +96,10 @@ impl CpuBuffer {
         values.downcast_ref::<Vec<T>>().map(Vec::as_slice)
     }
 
-    /// The vector, where it is of this type.
+    /// The vector, where it is one, and of this type.
     pub(crate) fn view_mut<T: Element>(&mut self) -> Option<&mut Vec<T>> {
         let values: &mut dyn Any = match self {
+            Self::Shared(..) => return None,
             Self::F64(v) => v,
             Self::F32(v) => v,
             Self::F16(v) => v,
@@ -112,6 +117,7 @@ impl CpuBuffer {
             Self::F16(_) => DType::F16,
             Self::BF16(_) => DType::BF16,
             Self::U32(_) => DType::U32,
+            Self::Shared(_, dtype) => *dtype,
         }
     }
 }
@@ -240,12 +246,15 @@ pub(crate) fn cast<T: Element>(x: &CpuBuffer, values: Range<usize>) -> Result<Cp
     fn go<S: Element, T: Element>(x: &[S]) -> Vec<T> {
         x.par_chunks(1 << 14).flat_map_iter(|c| c.iter().map(|v| T::from_f64(v.to_f64()))).collect()
     }
-    Ok(CpuBuffer::wrap(match x {
-        CpuBuffer::F64(x) => go::<f64, T>(&x[values]),
-        CpuBuffer::F32(x) => go::<f32, T>(&x[values]),
-        CpuBuffer::F16(x) => go::<f16, T>(&x[values]),
-        CpuBuffer::BF16(x) => go::<bf16, T>(&x[values]),
-        CpuBuffer::U32(_) => return Err(Error::dtype("cast", "a floating-point type", DType::U32)),
+    fn all<T: Element>(x: &CpuBuffer) -> &[T] {
+        x.view().expect("values of the type that they are said to have")
+    }
+    Ok(CpuBuffer::wrap(match x.dtype() {
+        DType::F64 => go::<f64, T>(&all(x)[values]),
+        DType::F32 => go::<f32, T>(&all(x)[values]),
+        DType::F16 => go::<f16, T>(&all(x)[values]),
+        DType::BF16 => go::<bf16, T>(&all(x)[values]),
+        DType::U32 => return Err(Error::dtype("cast", "a floating-point type", DType::U32)),
     }))
 }
 

@@ -11,6 +11,7 @@ pub mod cuda;
 
 pub(crate) mod cpu;
 pub(crate) mod launch;
+pub(crate) mod shared;
 
 /// Calls a launcher of `cuda/kernels.h`: `unsafe { ffi!(sq_name(…)) }`. In a build without the feature `cuda` there is nothing to call,
 /// and no device to call it on.

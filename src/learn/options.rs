@@ -385,13 +385,12 @@ impl LearnOptions {
         Sampler::new(train, self.batch, self.seed).map(drop)
     }
 
-    /// How a step runs within `self.memory` of `free` bytes on a card and `self.main_memory`, at all ranks within the least that one has;
-    /// `None` where `micro_batch` or `recompute` says how.
+    /// How a step runs within what there is room for ([`LearnOptions::room`]), at all ranks within the least that one has; `None` where `micro_batch` or `recompute` says how.
     ///
     /// # Errors
     /// Those of [`Transforms::of`], [`memory::plan`] and [`Group::gather`].
-    pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, free: usize, card: &Card) -> Result<Option<Planned>> {
-        self.plan_among(self.ranks.world(), config, (seq, dtype), None, self.agreed(self.room(free))?, card)
+    pub fn plan(&self, config: &LlamaConfig, seq: usize, dtype: DType, room: Room, card: &Card) -> Result<Option<Planned>> {
+        self.plan_among(self.ranks.world(), config, (seq, dtype), None, self.agreed(room)?, card)
     }
 
     /// The least that any rank has, so that all of them plan the same.
@@ -405,10 +404,9 @@ impl LearnOptions {
         Ok(Room { card: least(0), host: least(8) })
     }
 
-    /// What a plan may use of a card with so many bytes free, and of main memory, which every rank takes its share of.
+    /// What a plan may use of a card with so many bytes free, and of main memory, which ranks of a machine have in common.
     pub fn room(&self, free: usize) -> Room {
-        let room = Room::here(self.memory, free, self.main_memory);
-        Room { host: room.host / self.ranks.world(), ..room }
+        Room::here(self.memory, free, self.main_memory)
     }
 
     /// The same, for each of so many ranks, with the layers where a model has them, or where that is best.

@@ -1,7 +1,7 @@
 //! Layers whose weights are in main memory and come to the device when it is their turn, through a few buffers of a layer's size.
 //!
 //! A [`Conveyor`] decides what is copied when. On a GPU a stream of its own copies from locked memory while the layers before are at
-//! work; on the CPU the copies are plain, in the same order.
+//! work; on the CPU the copies are plain, in the same order. Ranks of one machine have the memory in common.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub(crate) use crate::device::conveyor::Heading;
 use crate::device::conveyor::{Belt, Conveyor};
 use crate::device::cuda::{Copies, Pinned};
+use crate::llama::common::CommonLayers;
 use crate::llama::{Block, LayerWeights};
+use crate::ranks::Group;
 use crate::{DType, Device, Error, Result, Tensor};
 
 /// Where the layers of a model are.
@@ -52,7 +54,16 @@ impl Placer {
     /// # Errors
     /// Fewer than two buffers.
     pub fn new(device: &Device, placement: Placement, layers: usize) -> Result<Self> {
-        Ok(Self { host: HostLayers::new(device, placement)?, resident: placement.streamed(layers) })
+        Self::among(Group::nobody(), device, placement, layers)
+    }
+
+    /// The same at every rank, each of which places equal layers: those in main memory are there once for all ranks of a machine.
+    ///
+    /// # Errors
+    /// Fewer than two buffers.
+    pub fn among(ranks: &Group, device: &Device, placement: Placement, layers: usize) -> Result<Self> {
+        let resident = placement.streamed(layers);
+        Ok(Self { host: HostLayers::among(ranks, device, placement, resident)?, resident })
     }
 
     /// Layer `l`, to main memory or to the device. In order: it is the next one in main memory.
@@ -74,6 +85,8 @@ pub(crate) struct HostLayers {
 struct State {
     /// From the first use on.
     conveyor: Option<Conveyor>,
+    /// Where ranks have their memory in common.
+    common: Option<CommonLayers>,
     layers: Layers,
 }
 
@@ -99,12 +112,13 @@ const ALIGNMENT: usize = 512;
 const PAGE: usize = 64 << 10;
 
 impl HostLayers {
-    /// None yet, for a device.
-    pub fn new(device: &Device, placement: Placement) -> Result<Arc<Self>> {
+    /// None yet, of so many that ranks place alike, for a device.
+    fn among(ranks: &Group, device: &Device, placement: Placement, count: usize) -> Result<Arc<Self>> {
+        let common = (ranks.world() > 1).then(|| CommonLayers::new(ranks, count));
         let buffers = placement.buffers;
         Conveyor::new(1, buffers)?;
         let layers = Layers { device: device.clone(), items: vec![], slots: vec![], copies: None };
-        Ok(Arc::new(Self { device: device.clone(), buffers, state: Mutex::new(State { conveyor: None, layers }) }))
+        Ok(Arc::new(Self { device: device.clone(), buffers, state: Mutex::new(State { conveyor: None, common, layers }) }))
     }
 
     /// Moves a layer's weights to main memory, from wherever they are. The other tensors of a block are small and go to the device.
@@ -121,27 +135,40 @@ impl HostLayers {
         if let Some(odd) = block.weights.tensors().find(|t| t.dtype() != dtype) {
             return Err(Error::dtype("streaming", dtype, odd.dtype()));
         }
-        let mut values = pages(block.weights.tensors().map(|t| padded(t.len(), dtype)).sum(), dtype)?;
+        let len = whole_pages(block.weights.tensors().map(|t| padded(t.len(), dtype)).sum(), dtype);
         if let Some(other) = state.layers.items.first().map(|i| &i.values)
-            && (other.len(), other.dtype()) != (values.len(), dtype)
+            && (other.len(), other.dtype()) != (len, dtype)
         {
-            let size = |t: &Tensor| format!("{} values of {}", t.len(), t.dtype());
-            return Err(Error::argument("streaming", format!("expected layers of {}, got {}", size(other), size(&values))));
+            let size = |len: usize, dtype: DType| format!("{len} values of {dtype}");
+            let (expected, got) = (size(other.len(), other.dtype()), size(len, dtype));
+            return Err(Error::argument("streaming", format!("expected layers of {expected}, got {got}")));
         }
-        let (bytes, mut at) = (values.bytes_mut()?, 0);
-        block.weights.map(|t| {
-            t.copy_to(&mut bytes[at..at + t.bytes()])?;
-            at += padded(t.len(), dtype) * dtype.size();
-            Ok(t.clone())
-        })?;
+        let fill = |bytes: &mut [u8]| {
+            let mut at = 0;
+            block.weights.tensors().try_for_each(|t| {
+                t.copy_to(&mut bytes[at..at + t.bytes()])?;
+                at += padded(t.len(), dtype) * dtype.size();
+                Ok(())
+            })
+        };
+        let common = state.common.as_mut().map(|common| common.next(len, dtype, fill)).transpose()?;
+        let values = match common.flatten() {
+            Some(values) => values,
+            None => {
+                let mut values = pages(len, dtype)?;
+                fill(values.bytes_mut()?)?;
+                values
+            }
+        };
         let _pinned = match &self.device {
-            // SAFETY: `values` is whole pages of its own, and lives as long as this item, which unlocks them first.
+            // SAFETY: `values` is whole pages that nothing else is in, and lives as long as this item, which unlocks them first.
             Device::Cuda(device) => Some(unsafe { device.pin(values.as_bytes()?) }?),
             Device::Cpu => None,
         };
         let weights = cut(&values, &block.weights)?;
         let item = state.layers.items.len();
         state.layers.items.push(Item { _pinned, values });
+        state.common.as_mut().map_or(Ok(()), CommonLayers::finish)?;
         block.to_device_with(&self.device, weights).map(|block| block.parked(Parked { layers: self.clone(), item }))
     }
 
@@ -151,7 +178,7 @@ impl HostLayers {
 
     fn take(self: &Arc<Self>, item: usize, heading: Heading) -> Result<(Lease, Tensor)> {
         let mut state = self.lock();
-        let State { conveyor, layers } = &mut *state;
+        let State { conveyor, layers, .. } = &mut *state;
         let conveyor = match conveyor {
             Some(conveyor) => conveyor,
             None => {
@@ -230,6 +257,11 @@ impl Parked {
         self.layers.buffers
     }
 
+    /// Why every rank of this machine has these layers for itself, where they were to have them in common.
+    pub fn why_apart(&self) -> Option<String> {
+        self.layers.lock().common.as_ref().and_then(|common| common.why_apart().map(str::to_string))
+    }
+
     /// How many layers were copied to the device so far, of all that share its buffers.
     pub fn copied(&self) -> usize {
         self.layers.lock().conveyor.as_ref().map_or(0, Conveyor::copies)
@@ -245,7 +277,7 @@ struct Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut state = self.layers.lock();
-        let State { conveyor, layers } = &mut *state;
+        let State { conveyor, layers, .. } = &mut *state;
         // A mark that cannot be set means a device that reports the same error to whatever comes next.
         let _ = conveyor.as_mut().map(|conveyor| conveyor.done(self.slot, layers));
     }
@@ -295,9 +327,14 @@ fn cut(values: &Tensor, like: &LayerWeights) -> Result<LayerWeights> {
     })
 }
 
-/// At least `len` values in whole pages of main memory that nothing else is in.
+/// At least so many values that fill whole pages.
+fn whole_pages(len: usize, dtype: DType) -> usize {
+    len.next_multiple_of(PAGE / dtype.size())
+}
+
+/// Values in whole pages of main memory that nothing else is in.
 fn pages(len: usize, dtype: DType) -> Result<Tensor> {
-    let (page, len) = (PAGE / dtype.size(), len.next_multiple_of(PAGE / dtype.size()));
+    let page = PAGE / dtype.size();
     let all = Tensor::zeros([len + page], dtype, &Device::Cpu)?;
     let address = all.as_bytes()?.as_ptr() as usize;
     all.slice((address.next_multiple_of(PAGE) - address) / dtype.size(), len)
@@ -344,12 +381,45 @@ mod tests {
         let m = model();
         let few = m.clone().streamed(Placement { resident: 0, buffers: 1 }).unwrap_err().to_string();
         assert!(few.contains("at least 2 buffers, got 1"), "{few}");
-        let host = HostLayers::new(&Device::Cpu, Placement { resident: 0, buffers: 2 }).unwrap();
+        let host = HostLayers::among(Group::nobody(), &Device::Cpu, Placement { resident: 0, buffers: 2 }, 2).unwrap();
         let first = host.park(&m.blocks[0]).unwrap();
         let wide = m.blocks[1].with_weights(m.blocks[1].weights.map(|t| t.to_dtype(DType::F64)).unwrap());
         assert!(host.park(&wide).unwrap_err().to_string().contains("expected layers of"));
         first.at_work(Heading::Around).unwrap();
         let late = host.park(&m.blocks[1]).unwrap_err().to_string();
         assert!(late.contains("before the first is used"), "{late}");
+    }
+
+    /// The memory is filled by rank 0 alone: what the others read is in common.
+    #[test]
+    fn ranks_of_a_machine_have_layers_in_common() {
+        use crate::ranks::Place;
+        let whole = model();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut listener = Some(listener);
+        std::thread::scope(|scope| {
+            let each: Vec<_> = (0..3)
+                .map(|rank| {
+                    let (listener, whole) = (listener.take(), &whole);
+                    scope.spawn(move || {
+                        let ranks = Group::connect(&Place::local(rank, 3, port), listener).unwrap();
+                        let placer =
+                            Placer::among(&ranks, &Device::Cpu, Placement { resident: 1, buffers: 2 }, whole.blocks.len())
+                                .unwrap();
+                        let other = |b: &Block| b.with_weights(b.weights.map(|t| t.clone().scale(0.0)).unwrap());
+                        for (l, block) in whole.blocks.iter().enumerate() {
+                            let own = if rank == 0 || l == 3 { (**block).clone() } else { other(block) };
+                            let placed = placer.place(l, &own).unwrap();
+                            if l == 2 {
+                                assert_eq!(values(&placed.at_work(Heading::Around).unwrap()), values(block));
+                                assert!(placed.parking().unwrap().why_apart().is_none());
+                            }
+                        }
+                    })
+                })
+                .collect();
+            each.into_iter().for_each(|thread| thread.join().unwrap());
+        });
     }
 }

@@ -2,6 +2,7 @@
 
 mod block;
 mod checkpoint;
+mod common;
 mod compressed;
 mod config;
 mod decoder;

@@ -17,6 +17,7 @@ use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
 use crate::quant::{Engine, Scheme, Site};
+use crate::ranks::Group;
 use crate::rotation::Rotations;
 use crate::{DType, Device, Error, Result, Tape, Tensor, Var, io};
 
@@ -90,7 +91,16 @@ impl Llama {
     /// # Errors
     /// Those of [`Llama::read`] and [`Llama::streamed`].
     pub fn read_placed(source: &Source, dtype: DType, device: &Device, placement: Placement) -> Result<Self> {
-        Self::read_with(source, dtype, (device, placement), |l| Ok(Block::new(source.config(), l, source.layer(l, dtype)?)))
+        Self::read_among(Group::nobody(), source, dtype, device, placement)
+    }
+
+    /// The same at every rank, in the same way: the layers in main memory are there once for all ranks of a machine.
+    ///
+    /// # Errors
+    /// Those of [`Llama::read_placed`]; [`Error::Rank`]; no memory that the ranks could have in common, nor for a copy each.
+    pub fn read_among(ranks: &Group, source: &Source, dtype: DType, device: &Device, placement: Placement) -> Result<Self> {
+        let block = |l| Ok(Block::new(source.config(), l, source.layer(l, dtype)?));
+        Self::read_with(source, dtype, (ranks, device, placement), block)
     }
 
     /// [`Llama::load_plain`] from a model that was opened.
@@ -107,7 +117,7 @@ impl Llama {
     /// Those of [`Llama::read_placed`].
     pub fn read_plain_placed(source: &Source, dtype: DType, device: &Device, placement: Placement) -> Result<Self> {
         // The head is never quantised: folding the final gain into it changes nothing.
-        Self::read_with(source, dtype, (device, placement), |l| {
+        Self::read_with(source, dtype, (Group::nobody(), device, placement), |l| {
             let (weights, gains) = source.plain_layer(l, dtype)?;
             Ok(Block::new(source.config(), l, weights).with_gains(gains))
         })
@@ -116,13 +126,13 @@ impl Llama {
     fn read_with(
         source: &Source,
         dtype: DType,
-        (device, placement): (&Device, Placement),
+        (ranks, device, placement): (&Group, &Device, Placement),
         block: impl Fn(usize) -> Result<Block>,
     ) -> Result<Self> {
         let embedding = source.embedding(dtype)?.to_device(device)?;
         let head = source.head(dtype)?.to_device(device)?;
         let config = source.config().clone();
-        let placer = Placer::new(device, placement, config.layers)?;
+        let placer = Placer::among(ranks, device, placement, config.layers)?;
         let blocks = (0..config.layers).map(|l| Ok(Arc::new(placer.place(l, &block(l)?)?)));
         Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config, engine: Engine::default() })
     }
@@ -185,6 +195,12 @@ impl Llama {
     /// How many layers were copied from main memory to the device so far, by this model and what shares its layers.
     pub fn copied(&self) -> usize {
         self.blocks.iter().find_map(|b| b.parking()).map_or(0, Parked::copied)
+    }
+
+    /// Why every rank of this machine has the layers in main memory for itself, where they were to have them in common
+    /// ([`Llama::read_among`]).
+    pub fn why_apart(&self) -> Option<String> {
+        self.blocks.iter().find_map(|b| b.parking()).and_then(Parked::why_apart)
     }
 
     /// Where the weights are used.

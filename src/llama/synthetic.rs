@@ -31,6 +31,7 @@ use crate::llama::{
     Affine, Block, Family, Linear, Linears, Llama, LlamaConfig, Placement, Placer, RopeScaling, RotatedWeights, Run,
 };
 use crate::quant::{Engine, Scheme};
+use crate::ranks::Group;
 use crate::{DType, Device, Error, Result, Tape, Tensor};
 
 /// The names that [`shape`] knows.
@@ -176,10 +177,24 @@ pub fn model(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device) -> 
 /// # Errors
 /// Those of [`model`] and [`Llama::streamed`].
 pub fn placed(config: &LlamaConfig, seed: u64, dtype: DType, device: &Device, placement: Placement) -> Result<Llama> {
+    placed_among(Group::nobody(), config, seed, dtype, (device, placement))
+}
+
+/// The same at every rank, as by [`Llama::read_among`].
+///
+/// # Errors
+/// Those of [`placed`] and [`Llama::read_among`].
+pub fn placed_among(
+    ranks: &Group,
+    config: &LlamaConfig,
+    seed: u64,
+    dtype: DType,
+    (device, placement): (&Device, Placement),
+) -> Result<Llama> {
     let maker = Maker::new(config, seed, dtype, device)?;
     let config = maker.config();
     let embedding = maker.embedding()?;
-    let placer = Placer::new(device, placement, config.layers)?;
+    let placer = Placer::among(ranks, device, placement, config.layers)?;
     let mut vocabulary = Vocabulary::new(config, &embedding)?;
     let place = |l| {
         let block = maker.block(l)?;

@@ -15,6 +15,7 @@
 //! ```
 
 mod link;
+mod memory;
 mod place;
 mod rows;
 mod wire;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use crate::device::cuda::Communicator;
 use crate::{DType, Device, Error, Result, Tensor};
 use link::Link;
+pub(crate) use memory::{Apart, Common};
 
 /// The processes that share the work of a run, and which of them this one is. Clones are the same group; the default is alone.
 #[derive(Clone, Debug, Default)]

@@ -6,7 +6,7 @@ use super::*;
 use crate::random::randn;
 
 /// Runs a function at every rank of a group, each on a thread.
-fn ranks<T: Send>(world: usize, patience: Duration, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
+pub(super) fn ranks<T: Send>(world: usize, patience: Duration, f: impl Fn(Group) -> T + Sync) -> Vec<T> {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let mut listener = Some(listener);
@@ -21,7 +21,7 @@ fn ranks<T: Send>(world: usize, patience: Duration, f: impl Fn(Group) -> T + Syn
     })
 }
 
-const LONG: Duration = Duration::from_secs(20);
+pub(super) const LONG: Duration = Duration::from_secs(20);
 
 #[test]
 fn sums_are_those_in_the_order_of_ranks_everywhere() {

@@ -237,6 +237,31 @@ fn several_processes_learn_what_one_does_and_any_number_goes_on() {
 }
 
 #[test]
+fn layers_in_main_memory_are_there_once_and_change_nothing() {
+    let place = Place::new();
+    let learn = format!("{LEARN} --batch 4 --steps 3 --recompute --ranks 2");
+    place.succeeds(&learn);
+    let resident = place.read("R.safetensors").unwrap();
+    let out = place.run(&format!("{learn} --resident 0"));
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && !said.contains("own copy"), "{said}");
+    assert!(place.read("R.safetensors").unwrap() == resident);
+    let run = Run::start(&place, &format!("{LEARN} --batch 4 --steps 1000000 --checkpoint-every 1 --resident 0"), 3);
+    // Device and inode of the file in memory.
+    let memory = |pid: u32| -> Vec<String> {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let of = |line: &str| line.split_whitespace().skip(3).take(2).collect::<Vec<_>>().join(" ");
+        maps.lines().filter(|line| line.contains("memfd:spinquant")).map(of).collect()
+    };
+    let all: Vec<Vec<String>> = run.ranks.iter().map(|pid| memory(*pid)).collect();
+    assert!(all[0].len() == 1 && all.iter().all(|of| *of == all[0]), "{all:?}");
+    // What the first rank made lives on with the others, and goes with them.
+    signal(run.rank(0), "KILL");
+    let (code, said) = run.ended("a killed rank");
+    assert_eq!((code, error(&said)), (Some(1), "error: rank 0: was killed by signal 9"), "{said}");
+}
+
+#[test]
 fn ctrl_c_ends_all_ranks_after_their_step() {
     let place = Place::new();
     let args = format!("{LEARN} --batch 4 --steps 1000000 --checkpoint-every 1000000");

@@ -17,6 +17,7 @@ use spinquant::learn::{StepReport, Watch};
 use spinquant::llama::{Llama, LlamaConfig, Placement, Source, Supply, synthetic};
 use spinquant::memory::{self, Budget, Layerwise, OneLayer, Room};
 use spinquant::quant::Scheme;
+use spinquant::ranks::Group;
 use spinquant::rotation::{RotationFile, Start, TOLERANCE};
 use spinquant::{DType, Device, Error, Result};
 
@@ -239,14 +240,19 @@ impl ModelArgs {
 
     /// The model with its layers where they are to be.
     pub fn load_placed(&self, progress: &Progress, placement: Placement) -> Result<Llama> {
+        self.load_among(Group::nobody(), progress, placement)
+    }
+
+    /// The same at every rank, all of which place the layers alike: those in main memory are there once for all ranks of a machine.
+    pub fn load_among(&self, ranks: &Group, progress: &Progress, placement: Placement) -> Result<Llama> {
         let (device, dtype) = self.place()?;
         let beside = self.beside(placement)?;
         if let Some(name) = self.synthetic() {
             progress.say(&format!("making {} as {dtype} on {device}{beside}", self.model.display()));
-            return synthetic::placed(&synthetic::shape(name)?, 0, dtype, &device, placement);
+            return synthetic::placed_among(ranks, &synthetic::shape(name)?, 0, dtype, (&device, placement));
         }
         progress.say(&format!("loading {} as {dtype} on {device}{beside}", self.model.display()));
-        Llama::read_placed(&open_model(&self.model)?, dtype, &device, placement)
+        Llama::read_among(ranks, &open_model(&self.model)?, dtype, &device, placement)
     }
 
     /// The model, a layer at a time.

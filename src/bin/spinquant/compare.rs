@@ -192,7 +192,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let learns = args.learn_seeds > 0 || args.baselines;
     let two = args.model.placement_of(2, !quantizers.is_empty())?;
-    let learning = if learns { args.recipe.placement(&args.model, &options, &config, args.seq_len)? } else { two };
+    let learning =
+        if learns { args.recipe.placement(options.ranks.world(), &args.model, &options, &config, args.seq_len)? } else { two };
     let resident = two.resident.min(learning.resident);
     let model = args.model.load_placed(&progress, args.all_there(Placement { resident, ..two }, &config)?)?;
     let comparison = Comparison {

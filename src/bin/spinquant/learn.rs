@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
 use spinquant::learn::{ClipChoice, StepReport, Watch, WeightClip, learn_watched};
-use spinquant::memory::{Needs, Planned, Room};
+use spinquant::memory::{Needs, Planned};
 use spinquant::quant::{ClipRatios, Engine, Online, R4};
 use spinquant::rotation::{ClipEnds, RotationFile, Start};
 use spinquant::{DType, Error, Result};
@@ -41,7 +41,6 @@ impl Recipe {
             Card::h100()
         });
         let room = options.room(free(&card));
-        let room = Room { host: room.host / args.ranks.count(), ..room };
         let place = args.model.given_placement();
         let (ranks, sizes) = (args.ranks.count(), (args.seq_len, dtype));
         let share = options.batch.div_ceil(ranks); // the largest
@@ -95,7 +94,8 @@ impl Recipe {
         out!("{:<46} {:>8.2} GiB", "peak", gib(planned.bytes()));
         let streamed = planned.placement.streamed(config.layers);
         if streamed > 0 {
-            out!("{:<46} {:>8.2} GiB of {:.1} free", "main memory", gib(planned.host), gib(room.host));
+            let once = if ranks > 1 { ", once for all ranks" } else { "" };
+            out!("{:<46} {:>8.2} GiB of {:.1} free{once}", "main memory", gib(planned.host), gib(room.host));
             let last = config.layers - 1;
             let layers = match streamed > last {
                 true => format!("layers 0 to {last} in main memory, none on the card"),
@@ -278,7 +278,11 @@ pub fn run(args: &Args) -> Result<()> {
 
     options.ranks.attach(&args.model.device()?)?;
     let complete = options.clone().with_clips_of(&from)?;
-    let model = args.model.load_placed(&progress, args.recipe.placement(&args.model, &complete, &config, args.seq_len)?)?;
+    let placement = args.recipe.placement(1, &args.model, &complete, &config, args.seq_len)?;
+    let model = args.model.load_among(&options.ranks, &progress, placement)?;
+    if let Some(why) = model.why_apart() {
+        note(&format!("every rank of this machine has its own copy of the layers in main memory: {why}"));
+    }
     // From here on there is something to keep, until it is written.
     let _careful = stop::AfterStep::new();
     let mut watch = Logged {

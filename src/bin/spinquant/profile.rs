@@ -69,7 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
     let ceilings = ceilings(&device)?.unwrap_or(Ceilings { copy: f64::NAN, product: f64::NAN });
 
     let start = Instant::now();
-    let model = args.model.load_placed(&progress, args.recipe.placement(&args.model, &options, &config, args.seq_len)?)?;
+    let model = args.model.load_placed(&progress, args.recipe.placement(1, &args.model, &options, &config, args.seq_len)?)?;
     device.synchronize()?;
     let loading = start.elapsed().as_secs_f64();
     let settings = options.settle(&model, &windows, optimizer.as_ref())?;

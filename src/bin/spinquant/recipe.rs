@@ -6,7 +6,7 @@ use spinquant::Result;
 use spinquant::device::Card;
 use spinquant::learn::{self, ClipChoice, LearnOptions, WeightClip};
 use spinquant::llama::{LlamaConfig, Placement, Recompute};
-use spinquant::memory::{Budget, Needs};
+use spinquant::memory::{Budget, Needs, Room};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
 use spinquant::quant::{Engine, Scheme};
@@ -175,16 +175,18 @@ impl Recipe {
         optim::by_name(&self.optimizer)
     }
 
-    /// Where the layers of a model are for learning, once the options are complete.
+    /// Where the layers of a model are for learning, once the options are complete; of those in main memory there are so many copies.
     pub fn placement(
         &self,
+        copies: usize,
         model: &ModelArgs,
         options: &LearnOptions,
         config: &LlamaConfig,
         seq_len: usize,
     ) -> Result<Placement> {
         model.placement(|card, dtype| {
-            let planned = options.plan(config, seq_len, dtype, free(card), card)?;
+            let room = options.room(free(card));
+            let planned = options.plan(config, seq_len, dtype, Room { host: room.host / copies, ..room }, card)?;
             Ok(planned.map_or(Placement::RESIDENT, |planned| planned.placement))
         })
     }
