@@ -74,17 +74,17 @@ impl Block {
     /// The linears that are to multiply codes while rotations are learned: those that can, and whose products are no slower for it. Their
     /// weights then keep codes, and what they read does where all its linears are among them.
     ///
-    /// None where ranks make rows of weights for one another (not `alone`). On a GPU neither clip ratios that are learned nor a Hadamard in front of the quantiser leave codes behind.
+    /// On a GPU neither clip ratios that are learned nor a Hadamard in front of the quantiser leave codes behind.
     ///
     /// # Errors
     /// Groups that do not divide rows; a card that cannot be asked.
-    pub(super) fn coded(&self, s: &Sites, clips: &LayerClips<'_>, weight_clips: bool, alone: bool) -> Result<Linears<bool>> {
+    pub(super) fn coded(&self, s: &Sites, clips: &LayerClips<'_>, weight_clips: bool) -> Result<Linears<bool>> {
         let uniform = |spec: &QuantSpec| spec.is_active() && spec.rule.floating().is_none();
         let on_cpu = self.weights[Linear::Q].weight.device().is_cpu();
         Linears::try_from_fn(|linear| {
             let (w, site) = (&self.weights[linear].weight, linear.row().site);
             let spec = s.at(site);
-            if s.engine == Engine::Simulated || !alone || !uniform(&s.weight) || !uniform(spec) || !s.weight.symmetric {
+            if s.engine == Engine::Simulated || !uniform(&s.weight) || !uniform(spec) || !s.weight.symmetric {
                 return Ok(false);
             }
             let groups = [spec.group_size(w.cols())?, s.weight.group_size(w.cols())?];

@@ -240,10 +240,9 @@ impl<'t> LayerLearned<'t> {
     /// # Errors
     /// Those of [`Block::transform`].
     pub fn weights(&self, block: &Block, s: &Sites, tokens: usize) -> Result<RotatedWeights<'t>> {
-        // Rows that ranks make for one another travel as values.
-        let coded = block.coded(s, &self.clips, self.weight_clips.is_some(), self.rows.world() == 1)?;
+        let coded = block.coded(s, &self.clips, self.weight_clips.is_some())?;
         let quantized = |linear, w: Var<'t>, share: Share| match &self.weight_clips {
-            Some(a) if coded[linear] => w.clipped_coded(&s.weight, a[linear].clone(), !self.straight),
+            Some(a) if coded[linear] => w.clipped_coded(&s.weight, share.rows(a[linear].clone())?, !self.straight),
             Some(a) => w.clipped_fake_quant(&s.weight, share.rows(a[linear].clone())?, !self.straight),
             None if coded[linear] => w.coded(&s.weight),
             None => w.fake_quant(&s.weight),

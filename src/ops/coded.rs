@@ -17,6 +17,7 @@ use crate::hadamard::Hadamard;
 use crate::ops::clipped_fake_quant::{ClippedFakeQuant, quantize_clipped};
 use crate::ops::integer_linear::on_grid;
 use crate::ops::{Case, hadamard, normals, randn};
+use crate::ranks::Group;
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var, operands};
 use crate::tensor::Coded;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -64,6 +65,13 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, c: Option<&Tensor>) -> Option<Resul
     shape.iter_mut().last().into_iter().for_each(|n| *n = w.rows());
     let y = integer_linear(&of_x.codes, &of_w.codes, None, c.cloned(), of_x.dtype);
     Some(y.and_then(|y| y.reshape(shape)))
+}
+
+/// The rows of all ranks, as many from each, of a matrix of which codes are kept, as codes; `None` where it is of values.
+pub(crate) fn gathered(x: &Tensor, ranks: &Group, what: &str) -> Option<Result<Tensor>> {
+    let of = x.codes::<Kept>()?;
+    let shape = [ranks.world() * x.rows(), x.cols()];
+    Some(of.codes.gathered(ranks, what).map(|codes| kept(codes, &shape, of.dtype)))
 }
 
 /// The operation: a Hadamard map where there is one, then fake quantisation.

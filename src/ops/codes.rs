@@ -15,6 +15,7 @@ use crate::device::launch::{Check, Kind, View, Work};
 use crate::device::{Device, ffi};
 use crate::grid::{Clip, QuantSpec, Quantized};
 use crate::ops::{At, Call, Case, Place, Run, exact};
+use crate::ranks::Group;
 use crate::{DType, Error, Result, Tensor};
 
 /// Codes `[rows, cols]` of at most 8 bits, with their grids. Clones share the memory.
@@ -161,6 +162,27 @@ impl Codes {
         let place = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(device);
         let zero = self.zero.as_ref().map(place).transpose()?;
         Ok(Self { values, scale: place(&self.scale)?, zero, sums: Arc::default(), ..*self })
+    }
+
+    /// The rows of all ranks behind one another, as many from each.
+    ///
+    /// # Errors
+    /// Those of [`Group::all_gather`].
+    pub(crate) fn gathered(&self, ranks: &Group, what: &str) -> Result<Self> {
+        let values = match &self.values {
+            Values::Cpu(own) => {
+                let all = ranks.gather_equal(what, bytemuck::cast_slice(own))?;
+                Values::Cpu(Arc::new(bytemuck::cast_vec(all)))
+            }
+            Values::Cuda(own) => {
+                let all = own.device().buffer(ranks.world() * own.len(), Kind::I8, "codes of all ranks")?;
+                ranks.gpus(what)?.gather(all.view(), own.view())?;
+                Values::Cuda(Arc::new(all))
+            }
+        };
+        let all = |t: &Tensor| ranks.all_gather(what, t.clone());
+        let (scale, zero) = (all(&self.scale)?, self.zero.as_ref().map(all).transpose()?);
+        Ok(Self { rows: ranks.world() * self.rows, values, scale, zero, sums: Arc::default(), ..*self })
     }
 
     /// The values that the codes stand for, `[rows, cols]` in the type of the scales, on the CPU.

@@ -1,10 +1,10 @@
 //! Rows that ranks share: a part of a tensor's rows or columns, and parts of all ranks behind one another.
 //!
 //! y = some entries of the first axis of x, or of the last of a matrix; backward dx is dy there and 0 elsewhere. Gathered, y is every rank's x
-//! in their order, and dx this rank's part of the sum over ranks of dy: a rank then has the gradient of its own part by all ranks'
+//! in their order (codes where codes are kept of it), and dx this rank's part of the sum over ranks of dy: a rank then has the gradient of its own part by all ranks'
 //! outputs.
 
-use crate::ops::{Case, normals};
+use crate::ops::{Case, coded, normals};
 use crate::ranks::Group;
 use crate::tape::{Grads, Inputs, Op, Saved, Takes, Var, operands};
 use crate::{Device, Error, Result, Tensor};
@@ -94,7 +94,8 @@ impl Op for Gather {
     }
     fn cpu(&self, inputs: Inputs, _: &mut Saved) -> Result<Tensor> {
         let [x] = inputs.take()?;
-        self.0.all_gather("rows of all ranks", x)
+        let what = "rows of all ranks";
+        coded::gathered(&x, &self.0, what).unwrap_or_else(|| self.0.all_gather(what, x))
     }
     fn backward(&self, _: Saved, dy: Tensor, _: &[bool]) -> Result<Grads> {
         Ok(vec![Some(self.0.reduce_scatter("gradients of the rows of a rank", dy)?)])

@@ -22,13 +22,18 @@ impl Group {
             return Ok(all);
         }
         let mut all = Tensor::zeros(shape, x.dtype(), &Device::Cpu)?;
-        let parts = self.gather(what, x.as_bytes()?.to_vec())?;
-        if let Some((rank, part)) = parts.iter().enumerate().find(|(_, part)| part.len() != x.bytes()) {
-            let message = format!("{what}: expected {} bytes as rank {} has, got {}", x.bytes(), self.rank(), part.len());
+        all.bytes_mut()?.copy_from_slice(&self.gather_equal(what, x.as_bytes()?)?);
+        Ok(all)
+    }
+
+    /// The bytes of every rank behind one another, as many from each.
+    pub(crate) fn gather_equal(&self, what: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+        let parts = self.gather(what, bytes.to_vec())?;
+        if let Some((rank, part)) = parts.iter().enumerate().find(|(_, part)| part.len() != bytes.len()) {
+            let message = format!("{what}: expected {} bytes as rank {} has, got {}", bytes.len(), self.rank(), part.len());
             return Err(Error::Rank { rank, message });
         }
-        all.bytes_mut()?.copy_from_slice(&parts.concat());
-        Ok(all)
+        Ok(parts.concat())
     }
 
     /// This rank's rows of the sum over ranks of tensors of one shape and type: the first rank has the first rows, each as many. 16-bit
@@ -58,7 +63,7 @@ impl Group {
     }
 
     /// The connection of GPUs.
-    pub(super) fn gpus(&self, what: &str) -> Result<&Communicator> {
+    pub(crate) fn gpus(&self, what: &str) -> Result<&Communicator> {
         let gpus = self.0.as_ref().and_then(|inner| inner.gpus.get());
         gpus.ok_or_else(|| Error::device(what, "expected GPUs that were attached to the group of ranks"))
     }

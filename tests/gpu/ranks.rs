@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 use spinquant::llama::{Llama, Plan, Recompute, RotationVars, synthetic};
-use spinquant::quant::Scheme;
+use spinquant::quant::{Engine, Scheme};
 use spinquant::ranks::{Group, Place};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor, ops};
@@ -141,16 +141,17 @@ fn pass(m: &Llama, r: &Rotations, (scheme, plan): (&Scheme, Plan), (ranks, rows)
 #[ignore = "needs two GPUs and NCCL"]
 fn rows_that_gpus_share_make_the_network_and_the_gradients_of_one() {
     let bits = |all: &[Tensor]| all.iter().flat_map(|t| t.to_f64_vec().unwrap()).map(f64::to_bits).collect::<Vec<_>>();
-    for (dtype, plan) in [
-        (DType::F32, Plan::KEEP_ALL),
-        (DType::BF16, Plan::KEEP_ALL),
-        (DType::BF16, Plan::INPUTS),
-        (DType::BF16, Plan { recompute: 1, keep_weights: true, sequences: 1 }),
+    for (dtype, plan, engine) in [
+        (DType::F32, Plan::KEEP_ALL, Engine::Simulated),
+        (DType::BF16, Plan::KEEP_ALL, Engine::Simulated),
+        (DType::BF16, Plan::KEEP_ALL, Engine::Integer),
+        (DType::BF16, Plan::INPUTS, Engine::Simulated),
+        (DType::BF16, Plan { recompute: 1, keep_weights: true, sequences: 1 }, Engine::Integer),
     ] {
         for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
             let found = on_both(|group, device| {
                 let config = synthetic::shape("llama-3.2-1b:2").unwrap();
-                let m = synthetic::model(&config, 3, dtype, &device).unwrap();
+                let m = synthetic::model(&config, 3, dtype, &device).unwrap().by(engine);
                 let r = Rotations::random_hadamard(m.config.hidden_size, m.config.head_dim, m.config.layers, 7).unwrap();
                 let r = r.to_device(&device).unwrap().to_dtype(DType::F32).unwrap();
                 let of = |rows| pass(&m, &r, (&scheme, plan), (&group, rows));
@@ -165,7 +166,10 @@ fn rows_that_gpus_share_make_the_network_and_the_gradients_of_one() {
                 let distances: Vec<f64> = shared.1.iter().zip(&whole.1).map(|(a, b)| far(a, b)).collect();
                 (whole.0, shared.0, distances, bits(&shared.1))
             });
-            println!("{dtype}, {scheme}, {plan:?}: loss {} and {}, gradients apart by {:?}", found[0].0, found[0].1, found[0].2);
+            println!(
+                "{dtype}, {scheme}, {engine}, {plan:?}: loss {} and {}, gradients apart by {:?}",
+                found[0].0, found[0].1, found[0].2
+            );
             assert!(found[0].3 == found[1].3, "{dtype}, {scheme}: ranks have different gradients");
             for (whole, shared, distances, _) in &found {
                 // A product of fewer rows may be another kernel's, whose sums have another order.

@@ -7,6 +7,7 @@ use spinquant::calibrate::search_weight_clips;
 use spinquant::grid::floating::Format;
 use spinquant::learn::{LearnOptions, Learned, Recipe, learn};
 use spinquant::optim::{CayleySgd, Mode, Optimizer, State};
+use spinquant::quant::Engine;
 use spinquant::ranks::{Group, Place};
 use spinquant::rotation::Transforms;
 use spinquant::{Error, Result};
@@ -88,13 +89,16 @@ const SEQ: usize = 12;
 fn rows_that_ranks_share_are_those_of_one() {
     let plans = [Recompute::None, Recompute::All, Recompute::Planned(Plan { recompute: 1, keep_weights: true, sequences: 1 })];
     let c = config([4, 2], 8, 32, 64);
-    for (dtype, scheme, tolerance) in [
-        (DType::F64, Scheme::new(4, 4, 4), 1e-12),
-        (DType::F32, Scheme::new(4, 16, 16), 1e-4),
-        (DType::BF16, Scheme::new(4, 16, 16), 2e-2),
-        (DType::F32, Scheme::new(4, 16, 16).weights_in(Format::Nvfp4), 1e-4),
+    let (simulated, integer) = (Engine::Simulated, Engine::Integer);
+    for (dtype, scheme, engine, tolerance) in [
+        (DType::F64, Scheme::new(4, 4, 4), simulated, 1e-12),
+        (DType::F64, Scheme::new(4, 4, 4), integer, 1e-12),
+        (DType::F32, Scheme::new(4, 16, 16), simulated, 1e-4),
+        (DType::F32, Scheme { weight_group: Some(8), ..Scheme::new(4, 8, 16) }, integer, 1e-4),
+        (DType::BF16, Scheme::new(4, 16, 16), simulated, 2e-2),
+        (DType::F32, Scheme::new(4, 16, 16).weights_in(Format::Nvfp4), simulated, 1e-4),
     ] {
-        let m = cast(&model(&c, 5), dtype);
+        let m = cast(&model(&c, 5), dtype).by(engine);
         let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let mut starts = vec![hadamard(&m, 1).to_dtype(wide).unwrap()];
         if scheme.weight_format.is_none() {
@@ -111,7 +115,7 @@ fn rows_that_ranks_share_are_those_of_one() {
                     (whole, pass(&m, r, (&scheme, plan), &tokens, (&ranks, &ranks)))
                 });
                 for (rank, (whole, shared)) in found.iter().enumerate() {
-                    let which = format!("{dtype}, {scheme}, {plan:?}, rank {rank} of {world}");
+                    let which = format!("{dtype}, {scheme}, {engine}, {plan:?}, rank {rank} of {world}");
                     assert_eq!(whole.0.to_bits(), shared.0.to_bits(), "{which}: another network");
                     assert_eq!(whole.1.len(), shared.1.len());
                     for (i, (a, b)) in whole.1.iter().zip(&shared.1).enumerate() {
