@@ -50,7 +50,7 @@ mod place;
 mod write;
 
 pub use compressed::{Target, notes};
-pub use native::{Native, Record, is_native, load_codes, load_native, load_native_placed};
+pub use native::{Native, Record, is_native, load_codes, load_native, load_native_placed, load_native_with_codes};
 pub use write::{write_hf, write_quantized, write_rtn};
 
 use std::collections::BTreeMap;
@@ -343,8 +343,8 @@ impl<'a> Writer<'a> {
             return Ok(());
         }
         if !saved.is_null() && !self.output.overwrite {
-            let different = self.record.iter().find(|(k, v)| saved.get(*k) != Some(v)).map_or("format", |(k, _)| k);
-            let message = format!("unfinished output of another run: {different} differs; delete the folder or overwrite");
+            let different = difference(&saved, &ours).unwrap_or_else(|| "format differs".into());
+            let message = format!("unfinished output of another run: {different}; delete the folder or overwrite");
             return Err(Error::format(&self.place.partial, message));
         }
         self.place.clear()?;
@@ -563,6 +563,27 @@ impl<'a> Writer<'a> {
         }
         Ok(format!("{:#}\n", Value::from(config)))
     }
+}
+
+/// Where two records differ first, in words; of one field with its values, if those are short.
+fn difference(saved: &Value, ours: &Value) -> Option<String> {
+    if saved == ours {
+        return None;
+    }
+    let (Value::Object(a), Value::Object(b)) = (saved, ours) else {
+        let short = |v: &Value| Some(v.to_string()).filter(|text| text.len() <= 40 && !v.is_object());
+        return Some(match (short(saved), short(ours)) {
+            (Some(a), Some(b)) => format!(" was {a}, now {b}"),
+            _ => " differs".into(),
+        });
+    };
+    let names = b.keys().chain(a.keys().filter(|name| !b.contains_key(*name)));
+    let fields = names.filter_map(|name| {
+        let of = |record: &Map<String, Value>| record.get(name).cloned().unwrap_or(Value::Null);
+        let inner = difference(&of(a), &of(b))?;
+        Some(format!("{name}{}{inner}", if inner.starts_with(' ') { "" } else { "." }))
+    });
+    fields.into_iter().next()
 }
 
 fn ones(n: usize, dtype: DType) -> Result<Tensor> {

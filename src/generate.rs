@@ -83,15 +83,7 @@ pub fn generate(
     mut each: impl FnMut(u32) -> Result<ControlFlow<()>>,
 ) -> Result<usize> {
     sampling.check()?;
-    let context = model.config.max_position_embeddings;
-    if prompt.is_empty() || prompt.len().saturating_add(count) > context {
-        let message = format!(
-            "expected 1 to {} tokens, so that {count} more fit into the model's context of {context}, got {}",
-            context.saturating_sub(count),
-            prompt.len()
-        );
-        return Err(Error::argument("prompt", message));
-    }
+    check_room(prompt.len(), count, model.config.max_position_embeddings)?;
     let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut decoder = Decoder::new(model, prompt.len() + count)?;
     let mut next = prompt.to_vec();
@@ -110,6 +102,24 @@ pub fn generate(
         next = vec![token];
     }
     Ok(count)
+}
+
+/// Checks that a prompt of so many tokens and `count` more fit into a model's context.
+///
+/// # Errors
+/// [`Error::Argument`]: no token; more than fit, with how many.
+pub fn check_room(prompt: usize, count: usize, context: usize) -> Result<()> {
+    let message = match context.saturating_sub(prompt) {
+        _ if prompt == 0 => "expected at least a token, got none".into(),
+        0 => format!("expected fewer tokens than the model's context of {context}, got {prompt}: none more fits"),
+        room if count > room => {
+            format!(
+                "its {prompt} tokens leave room for {room} more in the model's context of {context}, and {count} are asked for"
+            )
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::argument("prompt", message))
 }
 
 /// The tokens that end a text: those of `generation_config.json` where that names some, else those of the configuration.
@@ -141,6 +151,21 @@ mod tests {
     use super::*;
     use crate::demo;
     use crate::quant::Scheme;
+
+    #[test]
+    fn what_has_no_room_says_so() {
+        let says = |prompt, count| check_room(prompt, count, 8).map_err(|e| e.to_string());
+        assert!(says(1, 7).is_ok() && says(7, 1).is_ok() && says(7, 0).is_ok());
+        for (prompt, count, part) in [
+            (0, 1, "at least a token, got none"),
+            (8, 1, "fewer tokens than the model's context of 8, got 8: none more fits"),
+            (9, 1, "got 9: none more fits"),
+            (6, 3, "its 6 tokens leave room for 2 more in the model's context of 8, and 3 are asked for"),
+        ] {
+            let message = says(prompt, count).unwrap_err();
+            assert!(message.contains(part), "{message}");
+        }
+    }
 
     fn draws(sampling: Sampling, logits: &[f64]) -> Vec<usize> {
         let mut random = ChaCha8Rng::seed_from_u64(1);

@@ -20,7 +20,7 @@ mod sizes;
 mod time;
 
 pub use budget::{Budget, Room, parse_bytes};
-pub use layerwise::{Layerwise, OneLayer, layerwise};
+pub use layerwise::{Layerwise, OneLayer, codes, layerwise};
 pub use search::{networks, plan};
 
 use crate::device::Card;
@@ -137,10 +137,12 @@ pub struct Planned {
     pub placement: Placement,
     /// What takes memory on the card at the worst moment.
     pub items: Vec<Item>,
-    /// Bytes of layers in main memory.
+    /// Bytes of main memory: of the layers that are there, and of buffers for those that are read.
     pub host: usize,
     /// Bytes that a step copies from there to the card.
     pub moved: usize,
+    /// Those of them that it reads from the model's files before.
+    pub read: usize,
     /// Predicted wall-clock time of a step.
     pub seconds: f64,
     /// Linears of a layer, of seven, whose products are of integers, on a GPU that has a fast kernel for them.
@@ -171,15 +173,16 @@ fn predict_checked(config: &LlamaConfig, work: &Work, plan: Plan, micro_batch: u
         let work = &Work { needs, ..*work };
         let seconds = penalty * sizes.seconds(config, work, &plan, micro_batch, card);
         let (items, moved) = (sizes.items(work, &plan, micro_batch), sizes.moved(work, micro_batch));
-        let on_integers = sizes.on_integers.len();
-        Planned { plan, micro_batch, placement, items, host, moved, seconds, on_integers }
+        let (on_integers, read) = (sizes.on_integers.len(), sizes.files(work, micro_batch));
+        Planned { plan, micro_batch, placement, items, host, moved, read, seconds, on_integers }
     };
     let first = of(work.needs);
     // One pass after the other: the larger counts, and the times add up. Each wants fewer gradients than is counted here.
     let Some(second) = work.clip_needs.map(of) else { return first };
     let (seconds, moved) = (first.seconds + second.seconds, first.moved + second.moved);
+    let read = first.read + second.read;
     let items = if second.bytes() > first.bytes() { second.items } else { first.items };
-    Planned { items, moved, seconds, ..first }
+    Planned { items, moved, read, seconds, ..first }
 }
 
 /// How much less of a product's rate small parts reach, in steps of 2 %.

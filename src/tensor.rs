@@ -25,6 +25,8 @@ pub(crate) enum Storage {
     Cuda(CudaBuffer),
     /// Values that only their codes are kept of.
     Coded(Box<dyn Coded>),
+    /// No values: a shape and a type that stand for some that are read when they are needed.
+    Nowhere(DType),
 }
 
 /// A contiguous, row-major array on one device.
@@ -75,6 +77,11 @@ pub(crate) fn room(what: &str, shape: &[usize], dtype: DType) -> Result<usize> {
         return Err(Error::shape(what, format!("that fits in memory ({bytes} bytes of {dtype} do not)"), shape));
     }
     Ok(n)
+}
+
+/// Values are asked for that are not in any memory.
+fn nowhere(what: &'static str, t: &Tensor) -> Error {
+    Error::argument(what, format!("expected values, got a shape {:?} whose values are read when they are needed", t.shape()))
 }
 
 impl Tensor {
@@ -166,13 +173,14 @@ impl Tensor {
             Storage::Cpu(b) => b.dtype(),
             Storage::Cuda(b) => b.dtype(),
             Storage::Coded(c) => c.dtype(),
+            Storage::Nowhere(dtype) => *dtype,
         }
     }
 
     /// Where the values are.
     pub fn device(&self) -> Device {
         match &*self.storage {
-            Storage::Cpu(_) => Device::Cpu,
+            Storage::Cpu(_) | Storage::Nowhere(_) => Device::Cpu,
             Storage::Cuda(b) => Device::Cuda(b.device().clone()),
             Storage::Coded(c) => c.device(),
         }
@@ -291,6 +299,7 @@ impl Tensor {
                 .ok_or_else(|| Error::dtype("as_slice", T::DTYPE, self.dtype())),
             Storage::Cuda(_) => Err(Error::device("as_slice", "expected a CPU tensor, got one on a GPU (use to_device)")),
             Storage::Coded(_) => Err(coded::unread("as_slice")),
+            Storage::Nowhere(_) => Err(nowhere("as_slice", self)),
         }
     }
 
@@ -370,6 +379,7 @@ impl Tensor {
             }
             Storage::Cuda(b) => gpu::cast(b.device(), self, dtype),
             Storage::Coded(_) => self.decoded()?.to_dtype(dtype),
+            Storage::Nowhere(_) => Err(nowhere("to_dtype", self)),
         }
     }
 
@@ -426,6 +436,7 @@ impl Tensor {
             (Storage::Coded(c), device) if c.device() == *device => Ok(self.clone()),
             (Storage::Coded(_), device) => self.decoded()?.to_device(device),
             (Storage::Cpu(_), Device::Cpu) => Ok(self.clone()),
+            (Storage::Nowhere(_), _) => Err(nowhere("to_device", self)),
             (Storage::Cpu(_), Device::Cuda(device)) => {
                 Self::from_cuda(device.upload(self.as_bytes()?, self.dtype().into())?, self.shape.clone())
             }
@@ -511,6 +522,11 @@ impl Tensor {
         Ok(Self { storage: Arc::new(Storage::Cpu(buffer)), start: 0, shape: shape.to_vec() })
     }
 
+    /// A shape without values, for what is read when it is needed. Whoever asks for its values gets an error.
+    pub(crate) fn nowhere(shape: &[usize], dtype: DType) -> Self {
+        Self { storage: Arc::new(Storage::Nowhere(dtype)), start: 0, shape: shape.to_vec() }
+    }
+
     pub(crate) fn from_cuda(buffer: CudaBuffer, shape: impl Into<Vec<usize>>) -> Result<Self> {
         Ok(Self { storage: Arc::new(Storage::Cuda(buffer)), start: 0, shape: shape.into() })
     }
@@ -523,6 +539,7 @@ impl Tensor {
                 Storage::Cuda(b) => b.len() == n,
                 Storage::Cpu(_) => true,
                 Storage::Coded(_) => false,
+                Storage::Nowhere(_) => false,
             })
     }
 }

@@ -225,7 +225,7 @@ mod tests {
         let items = vec![("model", 3 << 29)];
         let placement = crate::llama::Placement::RESIDENT;
         let predicted =
-            Planned { plan: PLAN, micro_batch: 4, placement, items, host: 0, moved: 0, seconds: 0.25, on_integers: 0 };
+            Planned { plan: PLAN, micro_batch: 4, placement, items, host: 0, moved: 0, read: 0, seconds: 0.25, on_integers: 0 };
         let measured = Measured { seconds: 0.5, bytes: 1 << 30, predicted };
         let sizes = Axis::ALL.into_iter().flat_map(|axis| axis.sizes().into_iter().map(move |size| (axis, size)));
         let points = sizes.map(|(axis, size)| Point::new(axis, size, measured.clone()).unwrap()).collect();

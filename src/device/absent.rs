@@ -101,7 +101,7 @@ never! {
         pub(crate) fn add_product(
             &self, w: View<'_>, from: usize, e: View<'_>, u: View<'_>, row: usize, size: [usize; 3]
         ) -> Result<()>;
-        pub(crate) fn copies(&self, slots: usize) -> Result<Copies>;
+        pub(crate) fn copies(&self, slots: usize, stages: usize) -> Result<Copies>;
         pub(crate) fn connect(
             &self, rank: (usize, usize), broadcast: &mut dyn FnMut(Vec<u8>) -> Result<Vec<u8>>
         ) -> Result<Communicator>;
@@ -132,6 +132,8 @@ never! {
     impl Copies {
         pub(crate) fn filled(&self, slot: usize) -> Result<()>;
         pub(crate) fn free(&self, slot: usize) -> Result<()>;
+        pub(crate) fn read(&self, stage: usize) -> Result<()>;
+        pub(crate) fn wait_read(&self, stage: usize) -> Result<()>;
         pub(crate) fn finish(&self) -> Result<()>;
     }
     impl Constant {

@@ -29,7 +29,7 @@ pub(crate) trait Belt {
     /// What is enqueued from here on, to use items, waits for the last copy into the slot.
     ///
     /// # Errors
-    /// Whatever the device reports.
+    /// Whatever the device reports; what failed in bringing the item since [`Belt::copy`].
     fn filled(&mut self, slot: usize) -> Result<()>;
     /// What was enqueued so far is all that uses what is in the slot.
     ///
@@ -89,7 +89,10 @@ impl Conveyor {
                 slot
             }
         };
-        belt.filled(slot)?;
+        if let Err(e) = belt.filled(slot) {
+            self.slots[slot].item = None;
+            return Err(e);
+        }
         self.slots[slot].users += 1;
         let soon = &route[..route.len().min(self.slots.len() - 1)];
         for &next in soon {
@@ -178,6 +181,8 @@ mod tests {
         filled: Vec<usize>,
         free: Vec<usize>,
         fail: Option<usize>,
+        /// What comes into this slot is lost on the way.
+        lost: Option<usize>,
     }
 
     impl Belt for Queues {
@@ -191,6 +196,9 @@ mod tests {
             Ok(())
         }
         fn filled(&mut self, slot: usize) -> Result<()> {
+            if self.lost == Some(slot) {
+                return Err(Error::argument("copy", "is lost"));
+            }
             self.uses.push_back(Step::WaitFilled(slot, self.filled[slot]));
             Ok(())
         }
@@ -312,7 +320,13 @@ mod tests {
         conveyor.take(2, Heading::Forth, &mut queues).map(|slot| conveyor.done(slot, &mut queues).unwrap()).unwrap();
         assert!(conveyor.take(3, Heading::Forth, &mut queues).unwrap_err().to_string().contains("fails"));
         queues.fail = None;
+        // What does not arrive is copied again when it is taken again, and not taken for there.
+        queues.lost = conveyor.victim(&conveyor.route(3, Heading::Forth), &[]);
+        assert!(conveyor.take(3, Heading::Forth, &mut queues).unwrap_err().to_string().contains("is lost"));
+        queues.lost = None;
+        let before = conveyor.copies();
         let slot = conveyor.take(3, Heading::Forth, &mut queues).unwrap();
+        assert!(conveyor.copies() > before);
         queues.uses.push_back(Step::Use(3, slot));
         queues.run(2, &[true, false]);
     }

@@ -113,14 +113,26 @@ pub struct Card {
     pub bandwidth: f64,
     /// Copying from locked main memory, bytes/s.
     pub uploads: f64,
+    /// Reading a layer from a model's files, bytes/s: of the machine, and a guess until it is measured.
+    pub reads: f64,
 }
 
 /// What an H100 in a PCIe 5 slot of 16 lanes copies from locked main memory, bytes/s, measured. Drivers do not report it.
 pub(crate) const UPLOADS: f64 = 55e9;
 
+/// What a layer is read at, bytes/s, as long as nobody knows: one fast disk.
+pub(crate) const READS: f64 = 2e9;
+
 impl Card {
     /// NVIDIA H100 80GB HBM3, for planning without one: what its driver reports, computed as `CudaDevice::card` does.
     pub fn h100() -> Self {
-        Self { name: "NVIDIA H100 80GB HBM3".into(), free: 79 << 30, products: 685e12, bandwidth: 3.02e12, uploads: UPLOADS }
+        Self {
+            name: "NVIDIA H100 80GB HBM3".into(),
+            free: 79 << 30,
+            products: 685e12,
+            bandwidth: 3.02e12,
+            uploads: UPLOADS,
+            reads: READS,
+        }
     }
 }

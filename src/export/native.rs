@@ -319,17 +319,39 @@ impl Record {
 pub fn load_codes(dir: &Path, device: &Device) -> Result<Vec<Linears<Codes>>> {
     let Record { config, scheme, dtype, .. } = Record::read(dir)?;
     let spec = scheme.sites(config.head_dim).weight;
-    if !spec.is_active() {
-        return Err(Error::argument("integer products", format!("expected weights in 2 to 8 bits, got {} bits", spec.bits)));
-    }
+    check_codes(&spec)?;
     let part = Part::open(&dir.join("model.safetensors"))?;
-    let layer = |l: usize| {
-        read_layer(&part, &config, &spec, dtype, l)?.each(|linear, stored| match &stored.weight {
-            Stored::Codes(q) => Codes::new(q, &spec)?.to_device(device),
-            Stored::Values(_) => Err(Error::format(part.path(), format!("{}: expected codes", linear.path(l)))),
-        })
-    };
-    (0..config.layers).map(layer).collect()
+    (0..config.layers).map(|l| codes_of(&read_layer(&part, &config, &spec, dtype, l)?, l, &spec, device)).collect()
+}
+
+/// Fails where weights are no codes.
+fn check_codes(spec: &QuantSpec) -> Result<()> {
+    let message = || format!("expected weights in 2 to 8 bits, got {} bits", spec.bits);
+    if spec.is_active() { Ok(()) } else { Err(Error::argument("integer products", message())) }
+}
+
+/// The codes of a layer, on a device.
+fn codes_of(layer: &StoredLayer, l: usize, spec: &QuantSpec, device: &Device) -> Result<Linears<Codes>> {
+    layer.each(|linear, stored| match &stored.weight {
+        Stored::Codes(q) => Codes::new(q, spec)?.to_device(device),
+        Stored::Values(_) => Err(Error::argument("integer products", format!("{}: expected codes, got values", linear.path(l)))),
+    })
+}
+
+/// A native output and the codes of its weights, of a folder that is read once: what [`load_native_placed`] and [`load_codes`] load.
+///
+/// # Errors
+/// Those of both.
+pub fn load_native_with_codes(dir: &Path, device: &Device, placement: Placement) -> Result<(Native, Vec<Linears<Codes>>)> {
+    let Record { config, scheme, .. } = Record::read(dir)?;
+    let spec = scheme.sites(config.head_dim).weight;
+    check_codes(&spec)?;
+    let mut codes = vec![];
+    let native = load_seen(dir, device, placement, |l, layer| {
+        codes.push(codes_of(layer, l, &spec, device)?);
+        Ok(())
+    })?;
+    Ok((native, codes))
 }
 
 /// Loads a native output.
@@ -346,6 +368,16 @@ pub fn load_native(dir: &Path, device: &Device) -> Result<Native> {
 /// # Errors
 /// Those of [`load_native`] and of [`Llama::streamed`](crate::llama::Llama::streamed).
 pub fn load_native_placed(dir: &Path, device: &Device, placement: Placement) -> Result<Native> {
+    load_seen(dir, device, placement, |_, _| Ok(()))
+}
+
+/// The same, and `see` is shown every layer as it is stored.
+fn load_seen(
+    dir: &Path,
+    device: &Device,
+    placement: Placement,
+    mut see: impl FnMut(usize, &StoredLayer) -> Result<()>,
+) -> Result<Native> {
     let Record { config, scheme, dtype, json: record, .. } = Record::read(dir)?;
     let path = dir.join(RECORD);
     let bad = |message: String| Error::format(&path, message);
@@ -376,8 +408,9 @@ pub fn load_native_placed(dir: &Path, device: &Device, placement: Placement) -> 
             Some(r)
         }
     };
-    let block = |l: usize| {
+    let mut block = |l: usize| {
         let stored = read_layer(&part, &config, &sites.weight, dtype, l)?;
+        see(l, &stored)?;
         let block = Block::new(&config, l, stored.each(|_, l| Ok(l.with_weight(l.weight.values(dtype)?)))?);
         let block = match &rotations {
             Some(r) if !r.clips.is_empty() => block.with_clips(layer_clips(&r.clips, l, dtype, device)?),

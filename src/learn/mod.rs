@@ -197,6 +197,23 @@ fn learn_among(
     let dtype = if model.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let mut scheme = options.scheme;
     let mut clip = None;
+    let name = optimizer.name().to_string();
+    // Reads the whole model, so only where there is a state to read or to write.
+    let weights = OnceCell::new();
+    let weights = || -> Result<&str> {
+        if weights.get().is_none() {
+            let _ = weights.set(model.sha256()?);
+        }
+        Ok(weights.get().map(String::as_str).expect("just set"))
+    };
+    let saved = match &options.checkpoint {
+        Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
+        _ => None,
+    };
+    if let Some((path, state)) = &saved {
+        let asked = options.settle(model, windows, optimizer)?;
+        state::check_early(state, &fingerprint((model, weights()?), windows, &rotations, &name, options, &asked)?, path)?;
+    }
     // Searched again when a run is resumed: equal inputs give equal ratios, and the state refuses others.
     if let Some(goal) = options.clip.goal(&scheme, optimizer).filter(|_| rotations.clips.is_empty()) {
         let found = search_clips_watched(ranks, model, &rotations, &scheme, windows, (goal, options.clip_windows), watch)?;
@@ -225,21 +242,15 @@ fn learn_among(
     let settings = Settings { share_rows: alike(options, model, &settings)?, ..settings };
     let (train, held_out) = split_held_out(windows, settings.held_out, options.seed)?;
     let sampler = Sampler::new(train, batch, options.seed)?;
-    // Reads the whole model, so only where there is a state to read or to write.
-    let name = optimizer.name().to_string();
     let known = OnceCell::new();
     let fingerprint = || -> Result<&Value> {
         if known.get().is_none() {
-            let _ = known.set(fingerprint(model, windows, &rotations, &name, options, &settings)?);
+            let _ = known.set(fingerprint((model, weights()?), windows, &rotations, &name, options, &settings)?);
         }
         Ok(known.get().expect("just set"))
     };
 
     let mut optimizer = Product::new(optimizer);
-    let saved = match &options.checkpoint {
-        Some((path, _)) if options.resume && path.exists() => Some((path, State::load(path)?)),
-        _ => None,
-    };
     let mut now = match saved {
         Some((path, state)) => {
             let grid = rotations.weight_clips.as_ref().map(WeightClips::grid);

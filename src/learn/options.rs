@@ -394,14 +394,17 @@ impl LearnOptions {
     }
 
     /// The least that any rank has, so that all of them plan the same.
-    fn agreed(&self, room: Room) -> Result<Room> {
+    ///
+    /// # Errors
+    /// Those of [`Group::gather`].
+    pub fn agreed(&self, room: Room) -> Result<Room> {
         let here = [room.card, room.host].map(|bytes| (bytes as u64).to_le_bytes()).concat();
         let all = self.ranks.gather("memory to plan with", here)?;
         let least = |of: usize| {
             let bytes = |rank: &Vec<u8>| rank.get(of..)?.first_chunk().map(|bytes| u64::from_le_bytes(*bytes) as usize);
             all.iter().filter_map(bytes).min().unwrap_or(0)
         };
-        Ok(Room { card: least(0), host: least(8) })
+        Ok(Room { card: least(0), host: least(8), ..room })
     }
 
     /// What a plan may use of a card with so many bytes free, and of main memory, which ranks of a machine have in common.
@@ -465,7 +468,7 @@ impl LearnOptions {
             // The model is there already, on the card and in main memory.
             Some(card) => {
                 let placement = model.placement();
-                let room = Room { card: self.memory.bytes(card.free + model.bytes_on_device()), host: usize::MAX };
+                let room = Room { card: self.memory.bytes(card.free + model.bytes_on_device()), host: usize::MAX, files: true };
                 let (sizes, room) = ((windows.seq_len(), model.dtype()), self.agreed(room)?);
                 self.plan_among(self.ranks.world(), &model.config, sizes, Some(placement), room, &card)?
             }

@@ -26,7 +26,7 @@ pub(super) struct Progress {
 
 /// What must agree between a saved state and the run that continues it.
 pub(super) fn fingerprint(
-    model: &Llama,
+    (model, weights): (&Llama, &str),
     windows: &Windows,
     start: &Rotations,
     optimizer: &str,
@@ -49,7 +49,7 @@ pub(super) fn fingerprint(
         "windows": windows.len(),
         "text": windows.checksum(),
         "start": data::checksum(values(&start.r1)?.chain(values(&start.r2)?).chain(second)),
-        "weights": model.sha256()?,
+        "weights": weights,
         "optimizer": optimizer,
         "objective": o.objective.name(),
         "dtype": model.dtype().to_string(),
@@ -131,6 +131,39 @@ fn shown(value: Option<&Value>) -> String {
     }
 }
 
+/// What clip ratios that are searched decide, beside what was chosen.
+const SEARCHED: [&str; 5] = ["clips", "clip_rate", "straight", "weight_clips", "weight_clip_rate"];
+
+/// Checks a state before clip ratios are searched: all that no search decides.
+///
+/// # Errors
+/// A state of another run.
+pub(super) fn check_early(state: &State, fingerprint: &Value, path: &Path) -> Result<()> {
+    same(state, fingerprint, path, |name| name != "scheme" && !SEARCHED.contains(&name))?;
+    // A scheme is written with its clip ratios, behind its bits and grids.
+    let front = |run: Option<&Value>| Some(run?.get("scheme")?.as_str()?.split(", activation_clip").next()?.to_string());
+    match [front(state.scalars.get("run")), front(Some(fingerprint))] {
+        [Some(saved), Some(ours)] if saved != ours => Err(of_another(path, &format!("scheme was {saved} …, now {ours} …"))),
+        _ => Ok(()),
+    }
+}
+
+fn of_another(path: &Path, differs: &str) -> Error {
+    Error::format(path, format!("saved by another run: {differs}; delete it or change back"))
+}
+
+/// Checks what a state says of its run, as far as it is `asked` for.
+fn same(state: &State, fingerprint: &Value, path: &Path, asked: impl Fn(&str) -> bool) -> Result<()> {
+    let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
+    let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object()) else { return Ok(()) };
+    let names = CHOSEN.into_iter().chain(ours.keys().chain(saved.keys()).map(String::as_str)).filter(|name| asked(name));
+    let Some(name) = names.into_iter().find(|name| saved.get(*name) != ours.get(*name)) else { return Ok(()) };
+    Err(match [saved, ours].map(|run| shown(run.get(name))) {
+        [saved, ours] if saved == ours => of_another(path, &format!("{name} had other values")),
+        [saved, ours] => of_another(path, &format!("{name} was {saved}, now {ours}")),
+    })
+}
+
 /// Continues from a state of the same run.
 pub(super) fn resume(
     mut state: State,
@@ -139,17 +172,7 @@ pub(super) fn resume(
     weight_grid: Option<&str>,
     optimizer: &mut Product<'_>,
 ) -> Result<Progress> {
-    let run = state.scalars.get("run").ok_or_else(|| Error::format(path, "not a state saved while learning"))?;
-    if let (Some(saved), Some(ours)) = (run.as_object(), fingerprint.as_object())
-        && let Some(name) = (CHOSEN.into_iter().chain(ours.keys().chain(saved.keys()).map(String::as_str)))
-            .find(|name| saved.get(*name) != ours.get(*name))
-    {
-        let differs = match [saved, ours].map(|run| shown(run.get(name))) {
-            [saved, ours] if saved == ours => format!("{name} had other values"),
-            [saved, ours] => format!("{name} was {saved}, now {ours}"),
-        };
-        return Err(Error::format(path, format!("saved by another run: {differs}; delete it or change back")));
-    }
+    same(&state, fingerprint, path, |_| true)?;
     let mut take = |name: &str| state.tensors.remove(name).ok_or_else(|| Error::format(path, format!("no tensor {name}")));
     let mut rotations = Rotations::new(take("R1")?, take("R2")?);
     rotations.set_extras(|name| Ok(take(name).ok()))?; // of the kinds that the fingerprint names

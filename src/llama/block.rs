@@ -230,7 +230,7 @@ impl Block {
     /// # Errors
     /// A failing copy, or no memory on the device.
     pub fn to_device(&self, device: &crate::Device) -> Result<Self> {
-        self.to_device_with(device, self.weights.map(|w| w.to_device(device))?)
+        self.to_device_with(device, self.fetched()?.map(|w| w.to_device(device))?)
     }
 
     /// The same layer with other weights and everything else on another device.

@@ -1,4 +1,5 @@
-//! Layers whose weights are in main memory and come to the device when it is their turn, through a few buffers of a layer's size.
+//! Layers whose weights are in main memory, or read from files, and come to the device when it is their turn, through a few buffers of a
+//! layer's size.
 //!
 //! A [`Conveyor`] decides what is copied when. On a GPU a stream of its own copies from locked memory while the layers before are at
 //! work; on the CPU the copies are plain, in the same order. Ranks of one machine have the memory in common.
@@ -12,6 +13,7 @@ pub(crate) use crate::device::conveyor::Heading;
 use crate::device::conveyor::{Belt, Conveyor};
 use crate::device::cuda::{Copies, Pinned};
 use crate::llama::common::CommonLayers;
+use crate::llama::shelf::{Reader, STAGES, Shelf, Stage};
 use crate::llama::{Block, LayerWeights};
 use crate::ranks::Group;
 use crate::{DType, Device, Error, Result, Tensor};
@@ -19,19 +21,26 @@ use crate::{DType, Device, Error, Result, Tensor};
 /// Where the layers of a model are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
-    /// So many layers, from the last, stay on the device: a backward pass begins with what is there. The others are in main memory.
+    /// So many layers, from the last, stay on the device: a backward pass begins with what is there.
     pub resident: usize,
+    /// Of the others so many, from the last, are in main memory. The first are read again each time, from the model's files.
+    pub hosted: usize,
     /// Buffers on the device that those pass through: at least 2, one in use and the next one on its way.
     pub buffers: usize,
 }
 
 impl Placement {
     /// Every layer on the device.
-    pub const RESIDENT: Self = Self { resident: usize::MAX, buffers: 3 };
+    pub const RESIDENT: Self = Self { resident: usize::MAX, hosted: usize::MAX, buffers: 3 };
 
-    /// How many of so many layers are in main memory.
+    /// How many of so many layers do not stay on the device.
     pub fn streamed(&self, layers: usize) -> usize {
         layers.saturating_sub(self.resident)
+    }
+
+    /// How many of so many layers are read from files.
+    pub fn read(&self, layers: usize) -> usize {
+        self.streamed(layers).saturating_sub(self.hosted)
     }
 }
 
@@ -44,6 +53,8 @@ impl Default for Placement {
 /// Puts the layers of a network where they belong, as they are made.
 pub(crate) struct Placer {
     host: Arc<HostLayers>,
+    /// The first that is in main memory.
+    hosted: usize,
     /// The first that stays on the device.
     resident: usize,
 }
@@ -62,23 +73,46 @@ impl Placer {
     /// # Errors
     /// Fewer than two buffers.
     pub fn among(ranks: &Group, device: &Device, placement: Placement, layers: usize) -> Result<Self> {
-        let resident = placement.streamed(layers);
-        Ok(Self { host: HostLayers::among(ranks, device, placement, resident)?, resident })
+        Self::reading(ranks, device, placement, layers, None)
     }
 
-    /// Layer `l`, to main memory or to the device. In order: it is the next one in main memory.
+    /// The same; `reader` reads the layers that neither the device nor main memory has.
+    ///
+    /// # Errors
+    /// Fewer than two buffers; layers that are to be read, and no reader.
+    pub fn reading(ranks: &Group, device: &Device, placement: Placement, layers: usize, reader: Option<Reader>) -> Result<Self> {
+        let (hosted, resident) = (placement.read(layers), placement.streamed(layers));
+        if hosted > 0 && reader.is_none() {
+            let message = format!("expected all layers in main memory or on the device, got {hosted} that nothing reads again");
+            return Err(Error::argument("streaming", message));
+        }
+        let host = HostLayers::among(ranks, device, placement, resident - hosted, reader)?;
+        Ok(Self { host, hosted, resident })
+    }
+
+    /// True of a layer that will be read each time: [`Placer::place`] takes of its weights their shapes and types alone.
+    pub fn shelves(&self, l: usize) -> bool {
+        l < self.hosted
+    }
+
+    /// Layer `l`, to where it belongs. In order: it is the next one that does not stay on the device.
     ///
     /// # Errors
     /// Those of [`HostLayers::park`] and [`Block::to_device`].
     pub fn place(&self, l: usize, block: &Block) -> Result<Block> {
-        if l < self.resident { self.host.park(block) } else { block.to_device(&self.host.device) }
+        match l {
+            _ if self.shelves(l) => self.host.shelve(l, block),
+            _ if l < self.resident => self.host.park(block),
+            _ => block.to_device(&self.host.device),
+        }
     }
 }
 
-/// Layers in main memory.
+/// Layers in main memory, or read.
 pub(crate) struct HostLayers {
     device: Device,
     buffers: usize,
+    reader: Option<Reader>,
     state: Mutex<State>,
 }
 
@@ -94,16 +128,24 @@ struct State {
 struct Layers {
     device: Device,
     items: Vec<Item>,
+    /// Values and type of every layer, all tensors behind one another, in whole pages.
+    size: Option<(usize, DType)>,
     slots: Vec<Tensor>,
     /// On a GPU, from the first use on.
-    copies: Option<Copies>,
+    copies: Option<Arc<Copies>>,
+    /// Where some layers are read, from the first use on.
+    shelf: Option<Shelf>,
 }
 
-struct Item {
-    /// On a GPU; before the memory, so that it is unlocked first.
-    _pinned: Option<Pinned>,
-    /// All tensors of a layer behind one another.
-    values: Tensor,
+enum Item {
+    Here {
+        /// On a GPU; before the memory, so that it is unlocked first.
+        _pinned: Option<Pinned>,
+        /// All tensors of a layer behind one another.
+        values: Tensor,
+    },
+    /// The layer is read each time.
+    Read(usize),
 }
 
 /// Every tensor of a layer begins at a multiple of so many bytes, as memory of its own would.
@@ -112,13 +154,46 @@ const ALIGNMENT: usize = 512;
 const PAGE: usize = 64 << 10;
 
 impl HostLayers {
-    /// None yet, of so many that ranks place alike, for a device.
-    fn among(ranks: &Group, device: &Device, placement: Placement, count: usize) -> Result<Arc<Self>> {
+    /// None yet, of which ranks place so many in main memory alike, for a device.
+    fn among(ranks: &Group, device: &Device, placement: Placement, count: usize, reader: Option<Reader>) -> Result<Arc<Self>> {
         let common = (ranks.world() > 1).then(|| CommonLayers::new(ranks, count));
         let buffers = placement.buffers;
         Conveyor::new(1, buffers)?;
-        let layers = Layers { device: device.clone(), items: vec![], slots: vec![], copies: None };
-        Ok(Arc::new(Self { device: device.clone(), buffers, state: Mutex::new(State { conveyor: None, common, layers }) }))
+        let layers = Layers { device: device.clone(), items: vec![], size: None, slots: vec![], copies: None, shelf: None };
+        let state = Mutex::new(State { conveyor: None, common, layers });
+        Ok(Arc::new(Self { device: device.clone(), buffers, reader, state }))
+    }
+
+    /// The size of a layer, which must be that of the others.
+    fn fits(&self, state: &mut State, weights: &LayerWeights) -> Result<(usize, DType)> {
+        if state.conveyor.is_some() {
+            return Err(Error::argument("streaming", "expected all layers before the first is used"));
+        }
+        let first = weights.tensors().next().expect("a layer has seven weights");
+        let dtype = first.dtype();
+        if let Some(odd) = weights.tensors().find(|t| t.dtype() != dtype) {
+            return Err(Error::dtype("streaming", dtype, odd.dtype()));
+        }
+        let size = (whole_pages(weights.tensors().map(|t| padded(t.len(), dtype)).sum(), dtype), dtype);
+        let expected = *state.layers.size.get_or_insert(size);
+        if size == expected {
+            return Ok(size);
+        }
+        let words = |(len, dtype): (usize, DType)| format!("{len} values of {dtype}");
+        Err(Error::argument("streaming", format!("expected layers of {}, got {}", words(expected), words(size))))
+    }
+
+    /// A layer that will be read each time. Of its weights the shapes and types are kept.
+    ///
+    /// # Errors
+    /// Layers of different sizes or types; a layer after others were used.
+    fn shelve(self: &Arc<Self>, layer: usize, block: &Block) -> Result<Block> {
+        let mut state = self.lock();
+        self.fits(&mut state, &block.weights)?;
+        let item = state.layers.items.len();
+        state.layers.items.push(Item::Read(layer));
+        let weights = block.weights.map(|t| Ok(Tensor::nowhere(t.shape(), t.dtype())))?;
+        block.to_device_with(&self.device, weights).map(|block| block.parked(Parked { layers: self.clone(), item }))
     }
 
     /// Moves a layer's weights to main memory, from wherever they are. The other tensors of a block are small and go to the device.
@@ -127,30 +202,8 @@ impl HostLayers {
     /// Layers of different sizes or types; a layer after others were used; no memory, or none that can be locked.
     pub fn park(self: &Arc<Self>, block: &Block) -> Result<Block> {
         let mut state = self.lock();
-        if state.conveyor.is_some() {
-            return Err(Error::argument("streaming", "expected all layers before the first is used"));
-        }
-        let first = block.weights.tensors().next().expect("a layer has seven weights");
-        let dtype = first.dtype();
-        if let Some(odd) = block.weights.tensors().find(|t| t.dtype() != dtype) {
-            return Err(Error::dtype("streaming", dtype, odd.dtype()));
-        }
-        let len = whole_pages(block.weights.tensors().map(|t| padded(t.len(), dtype)).sum(), dtype);
-        if let Some(other) = state.layers.items.first().map(|i| &i.values)
-            && (other.len(), other.dtype()) != (len, dtype)
-        {
-            let size = |len: usize, dtype: DType| format!("{len} values of {dtype}");
-            let (expected, got) = (size(other.len(), other.dtype()), size(len, dtype));
-            return Err(Error::argument("streaming", format!("expected layers of {expected}, got {got}")));
-        }
-        let fill = |bytes: &mut [u8]| {
-            let mut at = 0;
-            block.weights.tensors().try_for_each(|t| {
-                t.copy_to(&mut bytes[at..at + t.bytes()])?;
-                at += padded(t.len(), dtype) * dtype.size();
-                Ok(())
-            })
-        };
+        let (len, dtype) = self.fits(&mut state, &block.weights)?;
+        let fill = |bytes: &mut [u8]| join(&block.weights, bytes);
         let common = state.common.as_mut().map(|common| common.next(len, dtype, fill)).transpose()?;
         let values = match common.flatten() {
             Some(values) => values,
@@ -160,14 +213,11 @@ impl HostLayers {
                 values
             }
         };
-        let _pinned = match &self.device {
-            // SAFETY: `values` is whole pages that nothing else is in, and lives as long as this item, which unlocks them first.
-            Device::Cuda(device) => Some(unsafe { device.pin(values.as_bytes()?) }?),
-            Device::Cpu => None,
-        };
+        // SAFETY: `values` is whole pages that nothing else is in, and lives as long as this item, which unlocks them first.
+        let _pinned = unsafe { pinned(&self.device, &values) }?;
         let weights = cut(&values, &block.weights)?;
         let item = state.layers.items.len();
-        state.layers.items.push(Item { _pinned, values });
+        state.layers.items.push(Item::Here { _pinned, values });
         state.common.as_mut().map_or(Ok(()), CommonLayers::finish)?;
         block.to_device_with(&self.device, weights).map(|block| block.parked(Parked { layers: self.clone(), item }))
     }
@@ -184,7 +234,7 @@ impl HostLayers {
             None => {
                 // No more buffers than layers, and two at least.
                 let buffers = self.buffers.min(layers.items.len()).max(2);
-                layers.allocate(buffers)?;
+                layers.allocate(buffers, self.reader.as_ref())?;
                 conveyor.insert(Conveyor::new(layers.items.len(), buffers)?)
             }
         };
@@ -200,26 +250,63 @@ impl fmt::Debug for HostLayers {
 }
 
 impl Layers {
-    fn allocate(&mut self, buffers: usize) -> Result<()> {
-        let values = &self.items[0].values;
+    fn allocate(&mut self, buffers: usize, reader: Option<&Reader>) -> Result<()> {
+        let (len, dtype) = self.size.expect("of the first layer");
         let slot = |_| match &self.device {
-            Device::Cpu => Tensor::zeros(values.shape(), values.dtype(), &Device::Cpu),
-            Device::Cuda(device) => Tensor::on(device, values.shape(), values.dtype()),
+            Device::Cpu => Tensor::zeros([len], dtype, &Device::Cpu),
+            Device::Cuda(device) => Tensor::on(device, &[len], dtype),
         };
         self.slots = (0..buffers).map(slot).collect::<Result<_>>()?;
         if let Device::Cuda(device) = &self.device {
-            self.copies = Some(device.copies(buffers)?);
+            self.copies = Some(Arc::new(device.copies(buffers, STAGES)?));
+        }
+        if let Some(reader) = reader.filter(|_| self.items.iter().any(|item| matches!(item, Item::Read(_)))) {
+            let stage = |index| {
+                let values = pages(len, dtype)?;
+                // SAFETY: whole pages of its own, which the stage unlocks before they go.
+                let _pinned = unsafe { pinned(&self.device, &values) }?;
+                Ok(Stage { _pinned, index, values })
+            };
+            let stages = (0..STAGES).map(stage).collect::<Result<_>>()?;
+            let (copies, reader) = (self.copies.clone(), reader.clone());
+            let copied = move |stage| copies.as_ref().map_or(Ok(()), |copies| copies.wait_read(stage));
+            self.shelf =
+                Some(Shelf::new(buffers, stages, copied, move |layer, values| join(&reader(layer)?, values.bytes_mut()?)));
         }
         Ok(())
+    }
+
+    /// Copies to their slots what was read; waits for what is to be in `until`.
+    fn deliver(&mut self, until: Option<usize>) -> Result<()> {
+        let Self { shelf, slots, copies, .. } = self;
+        let Some(shelf) = shelf else { return Ok(()) };
+        shelf.deliver(until, |stage, slot| {
+            let Some(copies) = &copies else { return stage.values.copy_to(slots[slot].bytes_mut()?) };
+            // SAFETY: the reader writes the stage again behind `wait_read`, and it lives until `drop`, which waits; nobody holds the
+            // slot's memory, or the copy would not have been asked for.
+            unsafe { copies.copy(stage.values.as_bytes()?, slot, slots[slot].view()?) }?;
+            copies.read(stage.index)
+        })
     }
 }
 
 impl Belt for Layers {
     fn copy(&mut self, item: usize, slot: usize) -> Result<()> {
-        let (values, slot_values) = (&self.items[item].values, &mut self.slots[slot]);
+        let slot_values = &mut self.slots[slot];
         if !slot_values.is_unique() {
             return Err(Error::argument("streaming", "weights of a layer are held after its turn"));
         }
+        if let Some(shelf) = &mut self.shelf {
+            shelf.forget(slot);
+        }
+        let values = match (&self.items[item], &mut self.shelf) {
+            (Item::Here { values, .. }, _) => values,
+            (Item::Read(layer), Some(shelf)) => {
+                shelf.ask(*layer, slot);
+                return self.deliver(None);
+            }
+            (Item::Read(layer), None) => return Err(Error::argument("streaming", format!("nothing reads layer {layer}"))),
+        };
         match &self.copies {
             None => values.copy_to(slot_values.bytes_mut()?),
             // SAFETY: the values are never written and live until `drop`, which waits; nobody holds the slot's memory, so all that was
@@ -228,9 +315,11 @@ impl Belt for Layers {
         }
     }
     fn filled(&mut self, slot: usize) -> Result<()> {
+        self.deliver(Some(slot))?;
         self.copies.as_ref().map_or(Ok(()), |copies| copies.filled(slot))
     }
     fn free(&mut self, slot: usize) -> Result<()> {
+        self.deliver(None)?;
         self.copies.as_ref().map_or(Ok(()), |copies| copies.free(slot))
     }
 }
@@ -244,7 +333,7 @@ impl Drop for Layers {
     }
 }
 
-/// A layer that is in main memory.
+/// A layer that does not stay on the device.
 #[derive(Clone, Debug)]
 pub(crate) struct Parked {
     layers: Arc<HostLayers>,
@@ -265,6 +354,16 @@ impl Parked {
     /// How many layers were copied to the device so far, of all that share its buffers.
     pub fn copied(&self) -> usize {
         self.layers.lock().conveyor.as_ref().map_or(0, Conveyor::copies)
+    }
+
+    /// How many layers were read again so far, or are being read.
+    pub fn layers_read(&self) -> usize {
+        self.layers.lock().layers.shelf.as_ref().map_or(0, Shelf::asked)
+    }
+
+    /// True where the layer is read each time.
+    pub fn is_read(&self) -> bool {
+        matches!(self.layers.lock().layers.items[self.item], Item::Read(_))
     }
 }
 
@@ -298,6 +397,17 @@ impl Deref for AtWork<'_> {
 }
 
 impl Block {
+    /// The weights, wherever they are: those of a layer that is read each time are read.
+    ///
+    /// # Errors
+    /// Those of reading them.
+    pub(crate) fn fetched(&self) -> Result<LayerWeights> {
+        let Some(Parked { layers, item }) = self.parking() else { return Ok(self.weights.clone()) };
+        let Item::Read(layer) = layers.lock().layers.items[*item] else { return Ok(self.weights.clone()) };
+        let none = || Error::argument("streaming", format!("nothing reads layer {layer}"));
+        (layers.reader.as_ref().ok_or_else(none)?)(layer)
+    }
+
     /// This layer with its weights on the device, on the way of a pass. What is made of it must not outlive it, but for results.
     ///
     /// # Errors
@@ -317,6 +427,32 @@ fn padded(len: usize, dtype: DType) -> usize {
     (len * dtype.size()).next_multiple_of(ALIGNMENT) / dtype.size()
 }
 
+/// Writes the tensors of a layer behind one another.
+///
+/// # Errors
+/// More than there is room for; a failing copy from a GPU.
+fn join(weights: &LayerWeights, bytes: &mut [u8]) -> Result<()> {
+    let (room, mut at) = (bytes.len(), 0);
+    weights.tensors().try_for_each(|t| {
+        let short = || Error::argument("streaming", format!("expected a layer of at most {room} bytes, got more"));
+        t.copy_to(bytes.get_mut(at..at + t.bytes()).ok_or_else(short)?)?;
+        at += padded(t.len(), t.dtype()) * t.dtype().size();
+        Ok(())
+    })
+}
+
+/// Locks main memory to its place for copies to a GPU.
+///
+/// # Safety
+/// As for [`CudaDevice::pin`](crate::device::cuda::CudaDevice::pin).
+unsafe fn pinned(device: &Device, values: &Tensor) -> Result<Option<Pinned>> {
+    match device {
+        // SAFETY: the caller's word.
+        Device::Cuda(device) => Ok(Some(unsafe { device.pin(values.as_bytes()?) }?)),
+        Device::Cpu => Ok(None),
+    }
+}
+
 /// The tensors of a layer, which are behind one another in `values`.
 fn cut(values: &Tensor, like: &LayerWeights) -> Result<LayerWeights> {
     let mut first = 0;
@@ -327,12 +463,12 @@ fn cut(values: &Tensor, like: &LayerWeights) -> Result<LayerWeights> {
     })
 }
 
-/// At least so many values that fill whole pages.
+/// Values that whole pages with room for `len` of them hold.
 fn whole_pages(len: usize, dtype: DType) -> usize {
     len.next_multiple_of(PAGE / dtype.size())
 }
 
-/// Values in whole pages of main memory that nothing else is in.
+/// `len` values in whole pages of main memory that nothing else is in.
 fn pages(len: usize, dtype: DType) -> Result<Tensor> {
     let page = PAGE / dtype.size();
     let all = Tensor::zeros([len + page], dtype, &Device::Cpu)?;
@@ -357,8 +493,8 @@ mod tests {
     #[test]
     fn layers_come_as_they_were_and_must_be_let_go() {
         let whole = model();
-        let m = whole.clone().streamed(Placement { resident: 1, buffers: 2 }).unwrap();
-        assert_eq!(m.placement(), Placement { resident: 1, buffers: 2 });
+        let m = whole.clone().streamed(Placement { resident: 1, buffers: 2, ..Placement::RESIDENT }).unwrap();
+        assert_eq!(m.placement(), Placement { resident: 1, buffers: 2, ..Placement::RESIDENT });
         assert_eq!(m.sha256().unwrap(), whole.sha256().unwrap());
         for (a, b) in m.blocks.iter().zip(&whole.blocks) {
             assert_eq!(values(&a.at_work(Heading::Around).unwrap()), values(b));
@@ -379,9 +515,10 @@ mod tests {
     #[test]
     fn what_cannot_be_streamed_is_refused() {
         let m = model();
-        let few = m.clone().streamed(Placement { resident: 0, buffers: 1 }).unwrap_err().to_string();
+        let few = m.clone().streamed(Placement { resident: 0, buffers: 1, ..Placement::RESIDENT }).unwrap_err().to_string();
         assert!(few.contains("at least 2 buffers, got 1"), "{few}");
-        let host = HostLayers::among(Group::nobody(), &Device::Cpu, Placement { resident: 0, buffers: 2 }, 2).unwrap();
+        let place = Placement { resident: 0, buffers: 2, ..Placement::RESIDENT };
+        let host = HostLayers::among(Group::nobody(), &Device::Cpu, place, 2, None).unwrap();
         let first = host.park(&m.blocks[0]).unwrap();
         let wide = m.blocks[1].with_weights(m.blocks[1].weights.map(|t| t.to_dtype(DType::F64)).unwrap());
         assert!(host.park(&wide).unwrap_err().to_string().contains("expected layers of"));
@@ -404,9 +541,13 @@ mod tests {
                     let (listener, whole) = (listener.take(), &whole);
                     scope.spawn(move || {
                         let ranks = Group::connect(&Place::local(rank, 3, port), listener).unwrap();
-                        let placer =
-                            Placer::among(&ranks, &Device::Cpu, Placement { resident: 1, buffers: 2 }, whole.blocks.len())
-                                .unwrap();
+                        let placer = Placer::among(
+                            &ranks,
+                            &Device::Cpu,
+                            Placement { resident: 1, buffers: 2, ..Placement::RESIDENT },
+                            whole.blocks.len(),
+                        )
+                        .unwrap();
                         let other = |b: &Block| b.with_weights(b.weights.map(|t| t.clone().scale(0.0)).unwrap());
                         for (l, block) in whole.blocks.iter().enumerate() {
                             let own = if rank == 0 || l == 3 { (**block).clone() } else { other(block) };

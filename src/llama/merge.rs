@@ -113,7 +113,8 @@ impl<'a> Rotated<'a> {
     /// Those of [`Placer::new`].
     pub(crate) fn placer(&self) -> Result<Placer> {
         let placement = match self.from {
-            From::Memory(model) => model.placement(),
+            // Nothing reads the layers that are made here: those that do not stay on the device are in main memory.
+            From::Memory(model) => Placement { hosted: usize::MAX, ..model.placement() },
             From::Files(_) | From::Supply(_) => Placement::RESIDENT,
         };
         Placer::new(&self.device, placement, self.config.layers)
@@ -174,7 +175,10 @@ impl<'a> Rotated<'a> {
     /// Those of reading the model's files; a layer or token that is not there; a failing copy or launch.
     pub fn block(&self, i: usize) -> Result<Block> {
         match self.from {
-            From::Memory(model) => self.complete(i, model.blocks[i].with_weights(self.rotate(i, &model.blocks[i].weights)?)),
+            From::Memory(model) => {
+                let block = &model.blocks[i];
+                self.complete(i, block.with_weights(self.rotate(i, &block.fetched()?)?))
+            }
             From::Files(source) => self.complete(i, Block::new(self.config, i, self.rotate(i, &source.layer(i, DType::F64)?)?)),
             From::Supply(supply) => {
                 let block = supply.block(i)?;

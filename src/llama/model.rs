@@ -12,7 +12,9 @@ use crate::llama::block::{Block, Run};
 use crate::llama::host::{Heading, Parked, Placer};
 use crate::llama::rotate::{LayerLearned, LayerTransforms};
 use crate::llama::walk::observed;
-use crate::llama::{LlamaConfig, Packed, Placement, Plan, Rotated, RotatedWeights, RotationVars, Source, Weights};
+use crate::llama::{
+    LlamaConfig, Packed, Placement, Plan, Reader, Rotated, RotatedWeights, RotationVars, Source, Supply, Weights,
+};
 use crate::ops::linear_cross_entropy::linear_token_losses;
 use crate::ops::rope::Rope;
 use crate::profile::enter;
@@ -137,6 +139,32 @@ impl Llama {
         Ok(Self { embedding, head, blocks: blocks.collect::<Result<_>>()?, config, engine: Engine::default() })
     }
 
+    /// A model whose parts come from a supply, each to its place: the model that [`Llama::read`] reads or
+    /// [`synthetic::model`](crate::llama::synthetic::model) makes. The only one whose layers may be beyond main memory, as
+    /// [`Placement::hosted`] says: the supply reads those again each time.
+    ///
+    /// # Errors
+    /// Those of [`Supply`]'s parts and of [`Llama::streamed`].
+    pub fn supplied(supply: &Arc<Supply>, placement: Placement) -> Result<Self> {
+        Self::supplied_among(Group::nobody(), supply, placement)
+    }
+
+    /// The same at every rank: layers in main memory are there once for all ranks of a machine, and each reads the others for itself.
+    ///
+    /// # Errors
+    /// Those of [`Llama::supplied`].
+    pub fn supplied_among(ranks: &Group, supply: &Arc<Supply>, placement: Placement) -> Result<Self> {
+        let (config, reader) = (supply.config().clone(), supply.clone());
+        let reader: Reader = Arc::new(move |l| reader.weights(l));
+        let placer = Placer::reading(ranks, supply.device(), placement, config.layers, Some(reader))?;
+        let place = |l| {
+            let block = if placer.shelves(l) { supply.outline(l) } else { supply.block(l)? };
+            placer.place(l, &block).map(Arc::new)
+        };
+        let blocks = (0..config.layers).map(place).collect::<Result<_>>()?;
+        Ok(Self { embedding: supply.embedding()?, head: supply.head()?, config, blocks, engine: Engine::default() })
+    }
+
     /// A model of given weights, which hold the configuration's multipliers ([`Weights`]).
     ///
     /// # Errors
@@ -160,7 +188,7 @@ impl Llama {
         if self.device() == *device {
             return Ok(self);
         }
-        let block = |b: &Arc<Block>| Ok(Arc::new(b.to_device(device)?)); // streamed layers come to stay
+        let block = |b: &Arc<Block>| Ok(Arc::new(b.to_device(device)?)); // layers that were elsewhere come to stay
         Ok(Self {
             embedding: self.embedding.to_device(device)?,
             head: self.head.to_device(device)?,
@@ -201,6 +229,11 @@ impl Llama {
     /// ([`Llama::read_among`]).
     pub fn why_apart(&self) -> Option<String> {
         self.blocks.iter().find_map(|b| b.parking()).and_then(Parked::why_apart)
+    }
+
+    /// How many layers were read again so far, where some are neither on the device nor in main memory.
+    pub fn layers_read(&self) -> usize {
+        self.blocks.iter().find_map(|b| b.parking()).map_or(0, Parked::layers_read)
     }
 
     /// Where the weights are used.
@@ -362,20 +395,33 @@ impl Llama {
     /// Weights that cannot be copied from their device.
     pub fn sha256(&self) -> Result<String> {
         let gains = self.blocks.iter().filter_map(|b| b.gains()).flatten();
-        sha256(&self.tensors().chain(gains).collect::<Vec<_>>())
+        if self.placement().hosted == usize::MAX {
+            return sha256(&self.tensors().chain(gains).collect::<Vec<_>>());
+        }
+        // A layer at a time, as some are read for it.
+        let mut all = digests(&[&self.embedding, &self.head])?;
+        for block in &self.blocks {
+            all.extend(digests(&block.fetched()?.tensors().collect::<Vec<_>>())?);
+        }
+        all.extend(digests(&gains.collect::<Vec<_>>())?);
+        Ok(digest_of(&all))
     }
 }
 
 /// Where these layers are.
 fn placement<'a>(blocks: impl Iterator<Item = &'a Block>) -> Placement {
-    let (mut resident, mut buffers) = (0, None);
+    let (mut resident, mut here, mut read, mut buffers) = (0, 0, 0, None);
     for block in blocks {
         match block.parking() {
-            Some(parked) => buffers = Some(parked.buffers()),
+            Some(parked) => {
+                buffers = Some(parked.buffers());
+                *if parked.is_read() { &mut read } else { &mut here } += 1;
+            }
             None => resident += 1,
         }
     }
-    buffers.map_or(Placement::RESIDENT, |buffers| Placement { resident, buffers })
+    let hosted = if read > 0 { here } else { usize::MAX };
+    buffers.map_or(Placement::RESIDENT, |buffers| Placement { resident, hosted, buffers })
 }
 
 /// SHA-256 of the types, shapes and values of tensors.

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use crate::llama::model::{digest_of, digests};
 use crate::llama::synthetic::Maker;
-use crate::llama::{Block, LlamaConfig, Source};
+use crate::llama::{Affine, Block, LayerWeights, Linear, Linears, LlamaConfig, Source};
 use crate::{DType, Device, Result, Tensor};
 
 /// A model whose layers come one at a time, in one element type and to one device: the values of the
@@ -93,6 +93,32 @@ impl Supply {
             From::Files(source) => Block::new(source.config(), l, source.layer(l, self.dtype)?).to_device(&self.device),
             From::Made(maker) => maker.block(l),
         }
+    }
+
+    /// The weights of layer `l` in main memory, for the thread that reads layers ahead.
+    ///
+    /// # Errors
+    /// No such layer; those of reading or making it.
+    pub(crate) fn weights(&self, l: usize) -> Result<LayerWeights> {
+        match &self.from {
+            From::Files(source) => source.layer(l, self.dtype),
+            From::Made(maker) => Ok(maker.on(&Device::Cpu).block(l)?.weights),
+        }
+    }
+
+    /// Layer `l` with the shapes of its weights, and no values.
+    pub(crate) fn outline(&self, l: usize) -> Block {
+        let config = self.config();
+        let nowhere = |shape: &[usize]| Tensor::nowhere(shape, self.dtype);
+        let weights = Linears(Linear::ALL.map(|linear| {
+            let [out, inputs] = linear.shape(config);
+            Affine {
+                weight: nowhere(&[out, inputs]),
+                bias: linear.has_bias(config).then(|| nowhere(&[out])),
+                norm: linear.has_norm(config).then(|| nowhere(&[config.head_dim])),
+            }
+        }));
+        Block::new(config, l, weights)
     }
 
     /// What [`Llama::sha256`](crate::llama::Llama::sha256) is of the whole model: every layer is read or made for it, one at a time.

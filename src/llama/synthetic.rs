@@ -207,7 +207,7 @@ pub fn placed_among(
 }
 
 /// The parts of a synthetic model, each made when asked for and the same every time.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Maker {
     config: LlamaConfig,
     seed: u64,
@@ -233,6 +233,11 @@ impl Maker {
     /// Sizes.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
+    }
+
+    /// The same, made on another device: the same bits, but for the head.
+    pub fn on(&self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self.clone() }
     }
 
     /// Weight number `tensor`.

@@ -43,20 +43,22 @@ pub struct Room {
     pub card: usize,
     /// Of main memory, for layers that do not stay on the card.
     pub host: usize,
+    /// Layers that neither has room for may be read from the model's files, again in every pass.
+    pub files: bool,
 }
 
 impl Room {
     /// Of a card with so many bytes free, and of main memory with what is free of it now, within a budget of each.
     pub fn here(card: Budget, free: usize, main: Budget) -> Self {
         let available = available_bytes().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0);
-        Self { card: card.bytes(free), host: main.bytes(available) }
+        Self { card: card.bytes(free), host: main.bytes(available), files: false }
     }
 }
 
 impl From<usize> for Room {
     /// Of a card alone.
     fn from(card: usize) -> Self {
-        Self { card, host: 0 }
+        Self { card, host: 0, files: false }
     }
 }
 

@@ -91,6 +91,11 @@ pub fn layerwise(config: &LlamaConfig, dtype: DType, how: Layerwise) -> OneLayer
     OneLayer { card, host: vec![("a layer as read and its codes, or embedding and head", host)] }
 }
 
+/// Bytes of the codes of all linears of a network of this configuration, one a weight, for products of integers.
+pub fn codes(config: &LlamaConfig) -> usize {
+    config.layers * Linear::ALL.map(|l| l.shape(config)).iter().map(|[rows, inputs]| rows * inputs).sum::<usize>()
+}
+
 const TEXT: &str = "calibration text at a layer";
 /// For the libraries, and for memory that is free but in pieces.
 const WORKSPACE: usize = 2 << 30;

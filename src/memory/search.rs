@@ -17,7 +17,7 @@ pub fn plan(config: &LlamaConfig, work: &Work, room: impl Into<Room>, card: &Car
     let fewest = if room.host == 0 { config.layers } else { 0 };
     let placements = match work.placement {
         Some(placement) => vec![placement],
-        None => (fewest..=config.layers).rev().map(|resident| Placement { resident, ..Placement::RESIDENT }).collect(),
+        None => (fewest..=config.layers).rev().map(|resident| placed(config, work, resident, room)).collect(),
     };
     let (mut found, mut each) = (Found::default(), vec![]);
     for placement in placements {
@@ -28,6 +28,18 @@ pub fn plan(config: &LlamaConfig, work: &Work, room: impl Into<Room>, card: &Car
     // The first of those that are about as fast: it has most on the card.
     let best = each.into_iter().find(|p| p.seconds <= ABOUT * fastest);
     best.ok_or_else(|| refusal(config, work, room, found.leanest, found.shortest))
+}
+
+/// So many layers on the card, and as many of the others in main memory as it has room for, where the rest may be read.
+fn placed(config: &LlamaConfig, work: &Work, resident: usize, room: Room) -> Placement {
+    let all = Placement { resident, ..Placement::RESIDENT };
+    let host = |placement| Sizes::new(config, &Work { placement: Some(placement), ..*work }).host();
+    if !room.files || host(all) <= room.host {
+        return all;
+    }
+    let streamed = all.streamed(config.layers);
+    let some = (0..streamed).rev().map(|hosted| Placement { hosted, ..all });
+    some.into_iter().find(|&placement| host(placement) <= room.host).unwrap_or(Placement { hosted: 0, ..all })
 }
 
 /// Less time than this is not worth more copies: other work on the host slows those down.

@@ -40,9 +40,11 @@ pub(super) struct Sizes {
     pub coded: usize,
     pub coded_weights: usize,
     pub on_integers: Vec<Linear>,
-    /// Layers in main memory, and the buffers that they pass through.
+    /// Layers that do not stay on the card, and the buffers that they pass through.
     pub streamed: usize,
     pub buffers: usize,
+    /// Those of them that are read from files.
+    pub read: usize,
 }
 
 /// Linears that multiply codes on a GPU that has a kernel for them (`Block::coded` says so of a layer).
@@ -127,6 +129,7 @@ impl Sizes {
             coded_weights,
             on_integers: codes,
             streamed,
+            read: placement.read(layers),
             buffers: if streamed == 0 { 0 } else { placement.buffers.min(streamed).max(2) },
         }
     }
@@ -146,9 +149,24 @@ impl Sizes {
         2 * self.vocab * self.c * self.e + (self.layers - self.streamed) * self.bytes_of_layer()
     }
 
-    /// Bytes of the layers in main memory.
+    /// Bytes of the layers in main memory, and of what others are read into: two buffers, and the layer that is being read.
     pub fn host(&self) -> usize {
-        self.streamed * self.bytes_of_layer()
+        let reading = if self.read > 0 { 3 } else { 0 };
+        (self.streamed - self.read + reading) * self.bytes_of_layer()
+    }
+
+    /// Bytes that a step reads from files. Those layers come first: what is in the buffers where a step ends is there for the next one, and
+    /// in the middle of a step as far as the layers in main memory leave some.
+    pub fn files(&self, work: &Work, micro: usize) -> usize {
+        let once = if self.streamed <= self.buffers { 0 } else { self.read };
+        let begins = once.saturating_sub(self.buffers);
+        let turns = once.saturating_sub(self.buffers.saturating_sub(self.streamed - self.read));
+        let layers = match work.needs {
+            Needs::Rows => once,
+            Needs::Network => begins + turns,
+            Needs::Logits | Needs::States => once + begins + turns,
+        };
+        work.batch.div_ceil(micro) * layers * self.bytes_of_layer()
     }
 
     /// Bytes that a step copies to the card. What is in the buffers where passes turn round is there already.
@@ -172,7 +190,7 @@ impl Sizes {
 
     /// The buffers of layers in main memory, where there are some.
     fn ring(&self) -> Option<Item> {
-        (self.buffers > 0).then(|| ("buffers of layers in main memory", self.buffers * self.bytes_of_layer()))
+        (self.buffers > 0).then(|| ("buffers of layers that do not stay", self.buffers * self.bytes_of_layer()))
     }
 
     /// Bytes kept of a layer by its forward pass, for so many tokens: inputs of both norms, quantised inputs of the linears, q, k, v

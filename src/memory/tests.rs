@@ -190,7 +190,7 @@ fn layers_go_to_main_memory() {
     let card = Card::h100();
     let gib = |n: usize| n << 30;
     let at = |name: &str, scheme, card_gib, host_gib| {
-        let room = Room { card: gib(card_gib), host: gib(host_gib) };
+        let room = Room { card: gib(card_gib), host: gib(host_gib), files: false };
         plan(&shape(name).unwrap(), &work(scheme), room, &card)
     };
     for scheme in [Scheme::new(4, 4, 4), Scheme::new(16, 4, 4)] {
@@ -214,6 +214,24 @@ fn layers_go_to_main_memory() {
         let message = at("llama-2-70b", scheme, 8, 120).unwrap_err().to_string();
         assert!(message.contains("of the card, 8.0 are allowed"), "{message}");
     }
+    // What main memory has no room for either is read, if it may be: more slowly, less the more memory there is.
+    let reading = |host_gib, reads: f64| {
+        let room = Room { card: gib(76), host: gib(host_gib), files: true };
+        plan(&shape("llama-2-70b").unwrap(), &work(Scheme::new(4, 4, 4)), room, &Card { reads, ..card.clone() }).unwrap()
+    };
+    let mut last = f64::INFINITY;
+    for host_gib in [10, 30, 60, 90, 120] {
+        let p = reading(host_gib, 2e9);
+        assert!(p.bytes() <= gib(76) && p.host <= gib(host_gib) && p.seconds <= 1.02 * last, "{host_gib} GiB: {p:?}");
+        let files = p.placement.read(80);
+        assert_eq!(p.read == 0, files == 0, "{p:?}");
+        assert_eq!(files == 0, host_gib == 120, "{p:?}");
+        // What is there at the turns is not read again; the copies are those of layers in main memory.
+        let layer = 1_711_276_032;
+        assert!(p.read <= 8 / p.micro_batch * 2 * files * layer && p.read <= p.moved, "{p:?}");
+        last = p.seconds;
+    }
+    assert!(reading(60, 1e9).seconds > 1.2 * reading(60, 4e9).seconds);
     // As given: fewer on the card are slower, once their copies hide behind nothing.
     let config = shape("llama-2-7b").unwrap();
     let given = |resident| {
@@ -229,8 +247,9 @@ fn layers_go_to_main_memory() {
 #[test]
 fn networks_are_placed() {
     let config = shape("llama-2-70b").unwrap();
-    let at =
-        |count, card: usize, host: usize| networks(&config, DType::BF16, count, 0, Room { card: card << 30, host: host << 30 });
+    let at = |count, card: usize, host: usize| {
+        networks(&config, DType::BF16, count, 0, Room { card: card << 30, host: host << 30, files: false })
+    };
     let one = at(1, 78, 128).unwrap();
     assert!((20..40).contains(&one.resident), "{one:?}");
     assert!(at(2, 78, 256).unwrap().resident < one.resident);

@@ -21,8 +21,13 @@ impl Sizes {
         let hides = compute * self.streamed as f64 / self.layers as f64;
         let copies = self.moved(work, micro) as f64 / card.uploads;
         let parts: &[f64] = if work.needs == Needs::Rows { &[1.0] } else { &[FORWARD, 1.0 - FORWARD] };
-        let waits = parts.iter().map(|part| (copies / parts.len() as f64 - part * hides).max(0.0));
-        compute + waits.sum::<f64>()
+        let waits = |bytes: f64, hides: f64| {
+            let each = parts.iter().map(|part| (bytes / parts.len() as f64 - part * hides).max(0.0));
+            each.sum::<f64>()
+        };
+        // What is read is copied too; the slower of both counts.
+        let reads = self.files(work, micro) as f64 / card.reads;
+        compute + waits(copies, hides).max(waits(reads, compute * self.read as f64 / self.layers as f64))
     }
 
     /// Seconds of the work on the card.

@@ -27,7 +27,9 @@ impl Tensor {
     pub(crate) fn view(&self) -> Result<View<'_>> {
         match &*self.storage {
             Storage::Cuda(buffer) => buffer.view().part(self.start, self.len()),
-            Storage::Cpu(_) => Err(Error::device("cuda kernel", "expected a tensor on the GPU, got one on the CPU")),
+            Storage::Cpu(_) | Storage::Nowhere(_) => {
+                Err(Error::device("cuda kernel", "expected a tensor on the GPU, got one on the CPU"))
+            }
             Storage::Coded(_) => Err(unread("cuda kernel")),
         }
     }

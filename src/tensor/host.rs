@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{Storage, Tensor};
+use super::{Storage, Tensor, nowhere};
 use crate::device::cpu::CpuBuffer;
 use crate::{Error, Result};
 
@@ -30,6 +30,7 @@ impl Tensor {
             }[range]),
             Storage::Cuda(_) => Err(Error::device("bytes", "expected a CPU tensor, got one on a GPU (use to_device)")),
             Storage::Coded(_) => Err(super::coded::unread("bytes")),
+            Storage::Nowhere(_) => Err(nowhere("bytes", self)),
         }
     }
 
@@ -51,6 +52,10 @@ impl Tensor {
             }[range]),
             Some(Storage::Cuda(_)) => Err(Error::device("bytes", "expected a CPU tensor, got one on a GPU")),
             Some(Storage::Coded(_)) => Err(super::coded::unread("bytes")),
+            Some(Storage::Nowhere(dtype)) => {
+                let dtype = *dtype;
+                Err(nowhere("bytes", &Self::nowhere(&self.shape, dtype)))
+            }
             None => Err(Error::argument("bytes", "expected memory that nobody else holds")),
         }
     }

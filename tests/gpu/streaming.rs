@@ -1,17 +1,19 @@
 //! Layers in locked main memory that a second stream copies to the GPU: the same numbers, to the last bit.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use spinquant::data::Windows;
 use spinquant::device::Device;
 use spinquant::learn::{LearnOptions, Recipe, learn};
-use spinquant::llama::{Llama, Placement, Plan, Recompute, RotationVars, synthetic};
+use spinquant::llama::{Llama, LlamaConfig, Placement, Plan, Recompute, RotationVars, Source, Supply, synthetic};
 use spinquant::optim::{CayleySgd, Mode};
 use spinquant::quant::Scheme;
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Tape, Tensor};
 
 use crate::common::need::gpu;
+use crate::common::tiny;
 
 fn rotations(m: &Llama) -> Rotations {
     Rotations::random_hadamard(m.config.hidden_size, m.config.head_dim, m.config.layers, 7).unwrap()
@@ -41,7 +43,7 @@ fn same(name: &str, seq: usize, dtype: DType, device: &Device) {
             for (resident, buffers) in [(0, 2), (1, 3), (config.layers - 2, 2)] {
                 let recompute = plan.recompute.max(config.layers - resident);
                 let want = gradients(&m, &windows, &scheme, Plan { recompute, ..plan });
-                let s = m.clone().streamed(Placement { resident, buffers }).unwrap();
+                let s = m.clone().streamed(Placement { resident, buffers, ..Placement::RESIDENT }).unwrap();
                 for again in 0..3 {
                     let got = gradients(&s, &windows, &scheme, plan);
                     assert!(got == want, "{name} in {dtype}, {scheme}, {resident} resident, {buffers} buffers, pass {again}");
@@ -50,7 +52,20 @@ fn same(name: &str, seq: usize, dtype: DType, device: &Device) {
             }
         }
     }
-    let s = m.clone().streamed(Placement { resident: 1, buffers: 2 }).unwrap();
+    // Layers in neither memory, which the CPU makes again behind the GPU's back.
+    let supply = Arc::new(Supply::synthetic(&config, 3, dtype, device).unwrap());
+    let scheme = Scheme::new(4, 4, 4);
+    for (resident, hosted, buffers) in [(0, 0, 2), (1, 1, 3), (1, 2, 2)] {
+        let want = gradients(&m, &windows, &scheme, Plan::INPUTS);
+        let s = Llama::supplied(&supply, Placement { resident, hosted, buffers }).unwrap();
+        for again in 0..3 {
+            let got = gradients(&s, &windows, &scheme, Plan::INPUTS);
+            assert!(got == want, "{name} in {dtype}, {resident} resident, {hosted} in main memory, pass {again}");
+        }
+        assert!(s.layers_read() > config.layers - resident - hosted);
+        assert_eq!(s.sha256().unwrap(), m.sha256().unwrap());
+    }
+    let s = m.clone().streamed(Placement { resident: 1, buffers: 2, ..Placement::RESIDENT }).unwrap();
     let r = rotations(&m);
     let logits = |m: &Llama| {
         let merged = m.merge(Some(&r), &Scheme::new(4, 4, 4)).unwrap();
@@ -74,6 +89,28 @@ fn a_tiny_model_is_the_same() {
 #[ignore = "needs a GPU"]
 fn wide_layers_are_the_same() {
     same("llama-3.2-1b:6", 256, DType::BF16, &gpu());
+}
+
+/// Layers that are read from files, through locked buffers.
+#[test]
+#[ignore = "needs a GPU"]
+fn layers_from_files_are_the_same() {
+    let (device, dir) = (gpu(), tempfile::tempdir().unwrap());
+    let config = LlamaConfig { layers: 6, ..tiny::config(4, 2, false) };
+    let windows = Windows::new((0..16 * 8).map(|i| (i * i * 7 + i / 3) % 31).collect::<Vec<u32>>(), 16).unwrap();
+    for dtype in [DType::F32, DType::BF16] {
+        tiny::write(dir.path(), &config, DType::BF16, 9, true);
+        let m = Llama::load(dir.path(), dtype, &device).unwrap();
+        let supply = Arc::new(Supply::files(Source::from_dir(dir.path()).unwrap(), dtype, &device));
+        let want = gradients(&m, &windows, &Scheme::new(4, 4, 4), Plan::INPUTS);
+        for (resident, hosted, buffers) in [(0, 0, 2), (1, 1, 3)] {
+            let s = Llama::supplied(&supply, Placement { resident, hosted, buffers }).unwrap();
+            for again in 0..4 {
+                let got = gradients(&s, &windows, &Scheme::new(4, 4, 4), Plan::INPUTS);
+                assert!(got == want, "{dtype}, {resident} resident, {hosted} in main memory, pass {again}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -102,6 +139,6 @@ fn learning_is_the_same() {
         (losses, bits(&[learned.rotations.r1, learned.rotations.r2]), learned.fidelity_last.divergence.to_bits())
     };
     let want = run(&m);
-    assert!(run(&m.clone().streamed(Placement { resident: 1, buffers: 3 }).unwrap()) == want);
-    assert!(run(&m.streamed(Placement { resident: 0, buffers: 2 }).unwrap()) == want);
+    assert!(run(&m.clone().streamed(Placement { resident: 1, buffers: 3, ..Placement::RESIDENT }).unwrap()) == want);
+    assert!(run(&m.streamed(Placement { resident: 0, buffers: 2, ..Placement::RESIDENT }).unwrap()) == want);
 }

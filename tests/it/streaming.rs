@@ -29,7 +29,7 @@ fn rotations(m: &Llama) -> Rotations {
 }
 
 fn streamed(m: &Llama, resident: usize, buffers: usize) -> Llama {
-    m.clone().streamed(Placement { resident, buffers }).unwrap()
+    m.clone().streamed(Placement { resident, buffers, ..Placement::RESIDENT }).unwrap()
 }
 
 fn bits(all: &[Tensor]) -> Vec<u64> {
@@ -126,7 +126,7 @@ fn learning_is_the_same() {
 fn networks_are_the_same() {
     let m = model(DType::F32);
     let (r, windows, scheme) = (rotations(&m), text(&m), Scheme::new(4, 4, 4));
-    let place = Placement { resident: 2, buffers: 2 };
+    let place = Placement { resident: 2, buffers: 2, ..Placement::RESIDENT };
     let s = m.clone().streamed(place).unwrap();
     let logits =
         |n: &spinquant::llama::Merged| bits(&[n.logits(windows.get(0), SEQ).unwrap(), n.logits(windows.get(1), SEQ).unwrap()]);
@@ -179,6 +179,11 @@ fn commands_take_the_number_of_layers_that_stay() {
         std::fs::read(folder.path().join(format!("R{resident}.safetensors"))).unwrap()
     };
     assert!(rotations("1") == rotations("6"));
+    // Of the five layers that do not stay, four are in neither memory.
+    let made =
+        "learn --recipe published --text synthetic:16 --seq-len 16 --steps 2 --batch 4 --in-main-memory 1 --out M.safetensors";
+    run(made, "1");
+    assert!(std::fs::read(folder.path().join("M.safetensors")).unwrap() == rotations("6"));
     for command in [
         "eval --text synthetic:4 --seq-len 16 --rotations R1.safetensors --json",
         "eval --text synthetic:4 --seq-len 16 --weights gptq --calibration synthetic:4 --calibration-windows 4 --rotations hadamard --json",

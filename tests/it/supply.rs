@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
-use spinquant::calibrate::Calibration;
+use spinquant::calibrate::{Calibration, ClipGoal};
 use spinquant::data::Windows;
 use spinquant::export::{Format, Output, write_quantized};
-use spinquant::llama::{Llama, LlamaConfig, Rotated, Source, Supply, synthetic};
+use spinquant::learn::{self, ClipChoice, LearnOptions};
+use spinquant::llama::{Llama, LlamaConfig, Placement, Recompute, Rotated, Source, Supply, synthetic};
+use spinquant::optim::{CayleySgd, Mode};
 use spinquant::quant::{Correction, Gptq, Rtn, Scheme, WeightQuantizer};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Error};
@@ -141,4 +144,87 @@ fn a_dry_run_says_what_a_layer_takes() {
     assert!(all.contains("80 layers one at a time") && all.contains("Hessian and its factor"), "{all}");
     assert_eq!(all.lines().skip(1).collect::<Vec<_>>(), ten.lines().skip(1).collect::<Vec<_>>());
     assert!(!dir.path().join("out").exists());
+}
+
+/// Rotations of a model, learned in two steps with clip ratios searched by error, and what else tells models apart, as bits.
+fn learned(m: &Llama, text: &Windows) -> Vec<u64> {
+    let c = &m.config;
+    let r = Rotations::random_hadamard(c.hidden_size, c.head_dim, c.layers, 5).unwrap();
+    let options = LearnOptions {
+        steps: 2,
+        batch: 4,
+        micro_batch: Some(2),
+        held_out: Some(2),
+        recompute: Some(Recompute::All),
+        clip: ClipChoice::Search(ClipGoal::Error),
+        clip_windows: 2,
+        ..learn::Recipe::Published.options(Scheme::new(4, 4, 4))
+    };
+    let mut bits = vec![];
+    let go_on = |step: &learn::StepReport| {
+        bits.push(step.loss.to_bits());
+        ControlFlow::Continue(())
+    };
+    let out = learn::learn(m, text, r.clone(), &mut CayleySgd::new(Mode::Default), &options, go_on).unwrap();
+    bits.push(out.fidelity_last.divergence.to_bits());
+    let merged = m.merge(Some(&r), &Scheme::new(4, 4, 4)).unwrap().logits(text.get(0), text.seq_len()).unwrap();
+    let tensors = [out.rotations.r1, out.rotations.r2, merged];
+    bits.extend(tensors.iter().flat_map(|t| t.to_f64_vec().unwrap()).map(f64::to_bits));
+    bits
+}
+
+/// A layer on the device, one in main memory, and four that are read from files or made each time: the numbers of the whole model.
+#[test]
+fn layers_that_are_read_each_time_change_no_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = LlamaConfig { layers: 6, ..tiny::config(4, 2, false) };
+    let text = Windows::new((0..16 * 8).map(|i| (i * i * 7 + i / 3) % 31).collect::<Vec<u32>>(), 16).unwrap();
+    tiny::write(dir.path(), &config, DType::BF16, 9, true);
+    let files = || Supply::files(Source::from_dir(dir.path()).unwrap(), DType::F32, &Device::Cpu);
+    let (whole, shape) = (Llama::load(dir.path(), DType::F32, &Device::Cpu).unwrap(), synthetic::shape("tiny:6").unwrap());
+    let made = Supply::synthetic(&shape, 0, DType::F32, &Device::Cpu).unwrap();
+    let synthetic = synthetic::model(&shape, 0, DType::F32, &Device::Cpu).unwrap();
+    let its_text = synthetic::text(&shape, 8, 16, 5).unwrap();
+    for (supply, whole, text) in [(files(), &whole, &text), (made, &synthetic, &its_text)] {
+        let (supply, want) = (Arc::new(supply), learned(whole, text));
+        for (resident, hosted, buffers) in [(1, 1, 2), (1, 1, 3), (0, 0, 2), (2, 3, 3)] {
+            let place = Placement { resident, hosted, buffers };
+            let m = Llama::supplied(&supply, place).unwrap();
+            assert_eq!((m.placement(), m.sha256().unwrap()), (place, whole.sha256().unwrap()));
+            assert!(learned(&m, text) == want, "{place:?}");
+            assert!(m.layers_read() >= 4 * place.read(6), "{place:?}: {}", m.layers_read());
+        }
+        // What fits is what it is without a supply.
+        let all = Llama::supplied(&supply, Placement::RESIDENT).unwrap();
+        assert_eq!((all.placement(), all.layers_read()), (Placement::RESIDENT, 0));
+        assert!(learned(&all, text) == want);
+        // A network that is made of it is where there is room.
+        let m = Llama::supplied(&supply, Placement { resident: 1, hosted: 1, buffers: 2 }).unwrap();
+        let merged = m.merge(None, &Scheme::new(4, 4, 4)).unwrap();
+        assert_eq!(merged.placement(), Placement { resident: 1, buffers: 2, ..Placement::RESIDENT });
+    }
+}
+
+/// A file that is written to while its layers are read is no other model: the error names file and tensor.
+#[test]
+fn files_that_change_under_a_run_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = LlamaConfig { layers: 4, ..tiny::config(4, 2, false) };
+    tiny::write(dir.path(), &config, DType::F32, 9, true);
+    let supply = Arc::new(Supply::files(Source::from_dir(dir.path()).unwrap(), DType::F32, &Device::Cpu));
+    let m = Llama::supplied(&supply, Placement { resident: 1, hosted: 1, buffers: 2 }).unwrap();
+    let network = |m: &Llama| m.merge_exact(None, &Scheme::FULL_PRECISION)?.logits(&[1, 2, 3, 4], 4);
+    network(&m).unwrap();
+    let file = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    let file = file.unwrap();
+    let later = std::fs::metadata(&file).unwrap().modified().unwrap() + std::time::Duration::from_secs(5);
+    std::fs::File::options().append(true).open(&file).unwrap().set_modified(later).unwrap();
+    for _ in 0..2 {
+        let message = network(&m).unwrap_err().to_string();
+        let name = file.file_name().unwrap().to_str().unwrap();
+        assert!(message.contains(name) && message.contains("model.layers.") && message.contains("was written to"), "{message}");
+    }
 }

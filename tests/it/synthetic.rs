@@ -145,6 +145,9 @@ fn on_the_command_line() {
     let short = ["profile", "--steps", "3", "--seq-len", "32", "--batch", "2", "--text", "synthetic:8", "--json"];
     let (done, said) = spinquant(&[&short[..], &model].concat());
     assert!(done && said.contains("\"predicted_gib\""), "{said}");
+    // Nothing was measured on a CPU to compare with, and nothing is said of it.
+    let (done, said) = spinquant(&[&short[..short.len() - 1], &model].concat());
+    assert!(done && said.contains("s a step") && !said.contains("NaN") && !said.contains("ceilings"), "{said}");
 }
 
 #[cfg(feature = "cli")]
@@ -166,11 +169,20 @@ fn plans_before_anything_is_allocated() {
     let (done, said) = of_model("llama-2-7b", "12GiB", &["--main-memory", "64GiB"]);
     assert!(done && said.contains("GiB copied a step") && said.contains("GB/s") && said.contains("of 64.0 free"), "{said}");
     let (done, said) = of_model("llama-2-7b", "24GiB", &["--main-memory", "64GiB", "--resident", "0"]);
-    assert!(done && said.contains("layers 0 to 31 in main memory, none on the card"), "{said}");
+    assert!(done && said.contains("none on the card, layers 0 to 31 in main memory"), "{said}");
     let (done, said) = of_model("llama-2-7b", "12GiB", &["--main-memory", "1GiB"]);
     assert!(!done && said.contains("main memory is short by") && said.contains("1.0 are free"), "{said}");
     let (done, said) = of_model("llama-2-70b", "76GiB", &["--main-memory", "120GiB", "--json"]);
     assert!(done && said.contains("\"layers_in_main_memory\"") && said.contains("\"copied_bytes_per_step\""), "{said}");
+    // What neither has room for is read again, at the rate that is given, or is refused.
+    let small = ["--main-memory", "60GiB", "--read-rate", "5GB"];
+    let (done, said) = of_model("llama-2-70b", "76GiB", &small);
+    assert!(done && said.contains(" read from files again in every pass") && said.contains("at 5.00 GB/s"), "{said}");
+    assert!(said.contains("of 60.0 free") && said.contains(" read from files\n") | said.contains(" read from files; "), "{said}");
+    let (done, said) = of_model("llama-2-70b", "76GiB", &["--main-memory", "60GiB", "--read-rate", "none"]);
+    assert!(!done && said.contains("main memory is short by") && said.contains("60.0 are free"), "{said}");
+    let (done, said) = of_model("llama-2-70b", "76GiB", &["--main-memory", "60GiB", "--read-rate", "fast"]);
+    assert!(!done && said.contains("fast"), "{said}");
     let (done, said) = of_model("llama-2-70b", "6GiB", &["--main-memory", "120GiB"]);
     assert!(!done && said.contains("of the card, 6.0 are allowed"), "{said}");
     // Ranks with as many sequences share the rows of weights.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::ranks::{self, Wanted};
@@ -43,6 +43,10 @@ pub struct ModelArgs {
     /// same numbers with less memory. Default: all on the CPU, as many as fit on a GPU.
     #[arg(long, value_name = "LAYERS")]
     resident: Option<usize>,
+    /// Of the layers that do not stay, so many, from the last, are in main memory; the first are read from the model's files (or made, of
+    /// a synthetic model) each time. Default: all.
+    #[arg(long, value_name = "LAYERS", requires = "resident")]
+    in_main_memory: Option<usize>,
     /// The token that a text starts with: auto (what the tokenizer's post-processor adds), none, or its id.
     #[arg(long, value_name = "auto|none|ID", default_value = "auto")]
     bos: Bos,
@@ -105,7 +109,7 @@ pub fn at_least_one(s: &str) -> Result<usize, String> {
 impl ModelArgs {
     /// A model's folder and where to run it, for commands that do not need one.
     pub fn new(model: PathBuf, device: String, dtype: Option<DType>, bos: Bos) -> Self {
-        Self { model, named: None, device, dtype, resident: None, bos }
+        Self { model, named: None, device, dtype, resident: None, in_main_memory: None, bos }
     }
 
     /// Another folder, read in the same way.
@@ -205,31 +209,32 @@ impl ModelArgs {
 
     /// Where the layers are, if that is given.
     pub fn given_placement(&self) -> Option<Placement> {
-        self.resident.map(|resident| Placement { resident, ..Placement::RESIDENT })
+        let hosted = self.in_main_memory.unwrap_or(usize::MAX);
+        self.resident.map(|resident| Placement { resident, hosted, ..Placement::RESIDENT })
     }
 
     /// Where the layers are for work without gradients on `count` networks of the model's size at once; `hessians`: for quantisers that
     /// need some.
     pub fn placement_of(&self, count: usize, hessians: bool) -> Result<Placement> {
-        self.placement_like(|| self.config(), None, count, hessians)
+        // Those of the widest input, in f64: its factor, inverse and their workspace beside it.
+        let wide = |config: &LlamaConfig| if hessians { 6 * config.intermediate_size.pow(2) * 8 } else { 0 };
+        self.placement_like(|| self.config(), None, count, wide)
     }
 
-    /// The same of networks of this configuration, and perhaps type.
+    /// The same of networks of this configuration, and perhaps type, with so many bytes beside them on the device.
     pub fn placement_like(
         &self,
         config: impl FnOnce() -> Result<LlamaConfig>,
         stored: Option<DType>,
         count: usize,
-        hessians: bool,
+        beside: impl FnOnce(&LlamaConfig) -> usize,
     ) -> Result<Placement> {
         self.placement(|card, dtype| {
             let (config, dtype) = (config()?, stored.unwrap_or(dtype));
-            // Those of the widest input, in f64: its factor, inverse and their workspace beside it.
-            let wide = if hessians { 6 * config.intermediate_size.pow(2) * 8 } else { 0 };
             // Every rank takes its share of main memory.
             let room = Room::here(Budget::Free, card.free, Budget::Free);
             let room = Room { host: room.host / ranks::group().world(), ..room };
-            memory::networks(&config, dtype, count, wide + (2 << 30), room)
+            memory::networks(&config, dtype, count, beside(&config) + (2 << 30), room)
         })
     }
 
@@ -247,6 +252,10 @@ impl ModelArgs {
     pub fn load_among(&self, ranks: &Group, progress: &Progress, placement: Placement) -> Result<Llama> {
         let (device, dtype) = self.place()?;
         let beside = self.beside(placement)?;
+        if placement.read(self.config()?.layers) > 0 {
+            progress.say(&format!("loading {} as {dtype} on {device}{beside}", self.model.display()));
+            return Llama::supplied_among(ranks, &Arc::new(self.supply_of(dtype, &device)?), placement);
+        }
         if let Some(name) = self.synthetic() {
             progress.say(&format!("making {} as {dtype} on {device}{beside}", self.model.display()));
             return synthetic::placed_among(ranks, &synthetic::shape(name)?, 0, dtype, (&device, placement));
@@ -262,12 +271,25 @@ impl ModelArgs {
             note("--resident changes nothing here: a layer at a time is on the device, and no other is in main memory");
         }
         let how = format!("{} as {dtype} on {device}, a layer at a time", self.model.display());
-        if let Some(name) = self.synthetic() {
-            progress.say(&format!("making {how}"));
-            return Supply::synthetic(&synthetic::shape(name)?, 0, dtype, &device);
+        progress.say(&format!("{} {how}", if self.is_synthetic() { "making" } else { "loading" }));
+        self.supply_of(dtype, &device)
+    }
+
+    /// The model's parts, in a type and on a device.
+    fn supply_of(&self, dtype: DType, device: &Device) -> Result<Supply> {
+        match self.synthetic() {
+            Some(name) => Supply::synthetic(&synthetic::shape(name)?, 0, dtype, device),
+            None => Ok(Supply::files(open_model(&self.model)?, dtype, device)),
         }
-        progress.say(&format!("loading {how}"));
-        Ok(Supply::files(open_model(&self.model)?, dtype, &device))
+    }
+
+    /// Bytes a second at which a layer comes from the model's files to main memory, or is made there: of one that is tried out.
+    pub fn read_rate(&self, dtype: DType) -> Result<f64> {
+        let supply = self.supply_of(dtype, &Device::Cpu)?;
+        let start = Instant::now();
+        let block = supply.block(supply.config().layers / 2)?;
+        let bytes: usize = block.weights.tensors().map(spinquant::Tensor::bytes).sum();
+        Ok(bytes as f64 / start.elapsed().as_secs_f64().max(1e-9))
     }
 
     /// What quantising a layer at a time takes, in the type that it is done in; refuses what a card or main memory has no room for.
@@ -299,9 +321,13 @@ impl ModelArgs {
     /// Which layers are elsewhere, in words.
     fn beside(&self, placement: Placement) -> Result<String> {
         let layers = self.config()?.layers;
-        Ok(match placement.streamed(layers) {
-            0 => String::new(),
-            streamed => format!(", {streamed} of {layers} layers in main memory"),
+        Ok(match (placement.streamed(layers), placement.read(layers)) {
+            (0, _) => String::new(),
+            (streamed, 0) => format!(", {streamed} of {layers} layers in main memory"),
+            (streamed, read) => {
+                let again = if self.is_synthetic() { "made" } else { "read from files" };
+                format!(", {} of {layers} layers in main memory, {read} {again} each time", streamed - read)
+            }
         })
     }
 

@@ -135,6 +135,9 @@ impl Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
+    if args.seeds == 0 {
+        return Err(Error::argument("--seeds", "expected at least 1, got 0"));
+    }
     let scheme = args.scheme.scheme();
     args.gptq_args.reconstruct().map_or(Ok(()), |by| by.check(&scheme))?;
     let learn_scheme = args.learn_scheme.map_or(scheme, |given| args.scheme.scheme_of(given));

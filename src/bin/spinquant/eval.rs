@@ -64,14 +64,10 @@ pub fn run(args: &Args) -> Result<()> {
         let message = format!("{} is quantised: expected --full-precision DIR for fidelity", args.network.model.model.display());
         return Err(Error::argument(format!("--fidelity-text {}", text.display()), message));
     }
-    let codes = (args.engine == Engine::Integer).then(|| network.codes()).transpose()?;
+    let network = if args.engine == Engine::Integer { network.on_integers()? } else { network };
     let (merged, full) = match args.no_fidelity {
         true => (network.load(&progress)?, None),
         false => network.load_with_full(args.full_precision.as_ref(), &progress)?,
-    };
-    let merged = match codes {
-        None => merged,
-        Some(codes) => merged.on_integers(codes)?,
     };
     let [integer, linears] = merged.integer_linears();
     let start = Instant::now();

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::json;
 use spinquant::chat::{ChatTemplate, Message};
 use spinquant::data::{Bos, Tokenizer, read_text};
-use spinquant::generate::{Sampling, end_tokens, generate};
+use spinquant::generate::{Sampling, check_room, end_tokens, generate};
 use spinquant::{Error, Result};
 
 use crate::common::{Progress, at_least_one};
@@ -66,16 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
     let dir = &args.network.model.model;
     let tokenizer = args.network.model.tokenizer()?;
     let prompt = prompt(args, &tokenizer)?;
-    let context = network.config.max_position_embeddings;
-    if prompt.is_empty() || prompt.len() + args.max_tokens > context {
-        let message = format!(
-            "expected 1 to {} tokens, so that --max-tokens {} fit into the model's context of {context}, got {}",
-            context.saturating_sub(args.max_tokens),
-            args.max_tokens,
-            prompt.len()
-        );
-        return Err(Error::argument("--prompt", message));
-    }
+    check_room(prompt.len(), args.max_tokens, network.config.max_position_embeddings)?;
     let ends = if args.ignore_end { vec![] } else { end_tokens(dir, &network.config)? };
     let merged = network.load(&progress)?;
 

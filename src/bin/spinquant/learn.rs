@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use spinquant::calibrate::{ClipFound, ClipGoal};
 use spinquant::device::Card;
-use spinquant::learn::{ClipChoice, StepReport, Watch, WeightClip, learn_watched};
+use spinquant::learn::{ClipChoice, LearnOptions, StepReport, Watch, WeightClip, learn_watched};
 use spinquant::memory::{Needs, Planned};
-use spinquant::quant::{ClipRatios, Engine, Online, R4};
-use spinquant::rotation::{ClipEnds, RotationFile, Start};
+use spinquant::optim::Optimizer;
+use spinquant::quant::{ClipRatios, Engine, Online, R4, Scheme};
+use spinquant::rotation::{ClipEnds, RotationFile, Rotations, Start};
 use spinquant::{DType, Error, Result};
 
 use crate::clip;
@@ -35,16 +36,27 @@ impl Recipe {
             options.check_clip_objective()?; // a file may hold some that are learned on
         }
         let config = args.model.checked(&scheme, Some(args.seq_len))?;
+        args.check_outputs()?;
+        let start = match &args.start {
+            Some(file @ Start::File(_)) => rotations(file, &config)?,
+            _ => None,
+        };
+        (options.scheme.activation_clip, options.clip) = args.clip(start.as_ref());
+        let from = start.map(|start| args.scheme.learned(&start, &options.scheme));
+        let transforms = from.as_ref().map_or(options.transforms, |from| from.transforms().with(&options.transforms));
+        RotationFile::check_holds(&args.out, &transforms.of(&config.scale_sizes())?)?;
+        args.check_holds_clips(from.as_ref(), &options, self.optimizer()?.as_ref())?;
+        say_if_idle(&options.scheme);
         let dtype = args.model.given_dtype().unwrap_or(DType::BF16);
         let card = args.model.device()?.card()?.unwrap_or_else(|| {
             say!("no GPU here: planned for an H100");
             Card::h100()
         });
         let room = options.room(free(&card));
-        let place = args.model.given_placement();
         let (ranks, sizes) = (args.ranks.count(), (args.seq_len, dtype));
         let share = options.batch.div_ceil(ranks); // the largest
-        let Some(planned) = options.plan_among(ranks, &config, sizes, place, room, &card)? else {
+        let (planned, card) = self.planned(&args.model, &options, &config, sizes, ranks, room, &card)?;
+        let Some(planned) = planned else {
             return Err(Error::argument("--dry-run", "there is nothing to plan with --micro-batch or --recompute"));
         };
         let (objective, of_clips) = (options.objective.name(), options.clip_objective.as_ref());
@@ -61,8 +73,9 @@ impl Recipe {
                     "dtype": dtype.to_string(), "engine": options.engine.name(), "integer_linears": planned.on_integers, "device": card.name, "budget_bytes": room.card, "main_memory_free_bytes": room.host,
                     "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights,
                         "sequences": plan.sequences, "micro_batch": planned.micro_batch,
-                        "layers_in_main_memory": planned.placement.streamed(config.layers)},
-                    "bytes": items, "peak_bytes": planned.bytes(), "main_memory_bytes": planned.host, "copied_bytes_per_step": planned.moved, "seconds_per_step": planned.seconds, "steps": options.steps,
+                        "layers_in_main_memory": planned.placement.streamed(config.layers) - planned.placement.read(config.layers),
+                        "layers_read_again": planned.placement.read(config.layers)},
+                    "bytes": items, "peak_bytes": planned.bytes(), "main_memory_bytes": planned.host, "copied_bytes_per_step": planned.moved, "read_bytes_per_step": planned.read, "seconds_per_step": planned.seconds, "steps": options.steps,
                 })
             );
             return Ok(());
@@ -96,17 +109,30 @@ impl Recipe {
         if streamed > 0 {
             let once = if ranks > 1 { ", once for all ranks" } else { "" };
             out!("{:<46} {:>8.2} GiB of {:.1} free{once}", "main memory", gib(planned.host), gib(room.host));
-            let last = config.layers - 1;
-            let layers = match streamed > last {
-                true => format!("layers 0 to {last} in main memory, none on the card"),
-                false => format!("layers {streamed} to {last} on the card, 0 to {} in main memory", streamed - 1),
+            let read = planned.placement.read(config.layers);
+            let place = |from: usize, to: usize, what: &str| match to - from {
+                0 => format!("none {what}"),
+                _ => format!("layers {from} to {} {what}", to - 1),
             };
+            let mut layers = vec![place(streamed, config.layers, "on the card"), place(read, streamed, "in main memory")];
+            if read > 0 {
+                layers.push(place(0, read, "read from files"));
+            }
+            let layers = layers.join(", ");
             out!(
                 "{layers}; {:.1} GiB copied a step, {:.2} s at {:.0} GB/s",
                 gib(planned.moved),
                 planned.moved as f64 / card.uploads,
                 card.uploads / 1e9
             );
+            if read > 0 {
+                out!(
+                    "{:.1} GiB of them read from files, {:.2} s at {:.2} GB/s",
+                    gib(planned.read),
+                    planned.read as f64 / card.reads,
+                    card.reads / 1e9
+                );
+            }
         }
         out!(
             "predicted: {:.2} s a step, {:.0} s for {} steps",
@@ -115,6 +141,13 @@ impl Recipe {
             options.steps
         );
         Ok(())
+    }
+}
+
+/// Says so where a scheme leaves nothing to learn.
+fn say_if_idle(scheme: &Scheme) {
+    if scheme.weight_bits == 16 && scheme.active_sites().is_empty() {
+        note(&format!("{scheme} quantises nothing: no rotation changes what the network says, and there is nothing to learn"));
     }
 }
 
@@ -134,7 +167,11 @@ fn describe(planned: &Planned, layers: usize, needs: Needs) -> String {
         words.push("every layer keeps its values".into());
     }
     if streamed > 0 {
-        words.push(format!("{streamed} layers in main memory"));
+        let read = planned.placement.read(layers);
+        words.push(format!("{} layers in main memory", streamed - read));
+        if read > 0 {
+            words.push(format!("{read} read from files again in every pass"));
+        }
     }
     words.push(format!("rotated weights {}", if plan.keep_weights || recompute == 0 { "kept" } else { "made twice" }));
     words.join("; ")
@@ -193,8 +230,8 @@ pub struct Args {
 
 impl Args {
     /// The clip ratios to begin with, and whether to search others.
-    fn clip(&self, start: &RotationFile) -> (ClipRatios, ClipChoice) {
-        match (self.clip, self.scheme.given_clip(Some(start))) {
+    fn clip(&self, start: Option<&RotationFile>) -> (ClipRatios, ClipChoice) {
+        match (self.clip, self.scheme.given_clip(start)) {
             (Some(choice), _) => (ClipRatios::NONE, choice),
             (None, Some(given)) => (given, ClipChoice::Keep),
             (None, None) => (ClipRatios::NONE, self.recipe.named(self.scheme.scheme()).clip),
@@ -206,6 +243,19 @@ impl Args {
     /// How the work is shared; a plan is made by one process.
     pub fn shared(&self) -> Option<&RanksArgs> {
         (!self.dry_run).then_some(&self.ranks)
+    }
+
+    /// Fails where `--out` cannot hold the clip ratios that there will be, those of a start included.
+    fn check_holds_clips(&self, from: Option<&Rotations>, options: &LearnOptions, optimizer: &dyn Optimizer) -> Result<()> {
+        let of_weights = from.map(|from| from.weight_clips_for(&options.scheme)).transpose()?.flatten().is_some();
+        if of_weights || options.weight_clip == WeightClip::Learned {
+            RotationFile::check_holds_weight_clips(&self.out)?;
+        }
+        let kept = options.scheme.activation_clip != ClipRatios::NONE || from.is_some_and(|from| !from.clips.is_empty());
+        if kept || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer).is_some() {
+            RotationFile::check_holds_clips(&self.out)?;
+        }
+        Ok(())
     }
 
     /// Tries every file that will be written; returns the path of the state.
@@ -242,7 +292,8 @@ pub fn run(args: &Args) -> Result<()> {
     let config = args.model.checked(&options.scheme, Some(args.seq_len))?;
     let start = rotations(&choice, &config)?.ok_or_else(|| Error::argument("--start", "none leaves nothing to learn"))?;
     options.scheme.online = args.scheme.scheme_online(Some(&start), &config)?.online;
-    (options.scheme.activation_clip, options.clip) = args.clip(&start);
+    (options.scheme.activation_clip, options.clip) = args.clip(Some(&start));
+    say_if_idle(&options.scheme);
     options.check(optimizer.as_ref())?;
     let mut from = args.scheme.learned(&start, &options.scheme);
     if args.clip.is_some_and(|choice| choice != ClipChoice::Learned) {
@@ -257,13 +308,7 @@ pub fn run(args: &Args) -> Result<()> {
     if from.weight_clips.is_some() && !keeps_weight_clips {
         note(&format!("the clip ratios of weights of {choice} are not used: {} quantises no weights", options.scheme));
     }
-    if keeps_weight_clips || options.weight_clip == WeightClip::Learned {
-        RotationFile::check_holds_weight_clips(&args.out)?;
-    }
-    let keeps_clips = options.scheme.activation_clip != ClipRatios::NONE || !from.clips.is_empty();
-    if keeps_clips || options.clip == ClipChoice::Learned || options.clip.goal(&options.scheme, optimizer.as_ref()).is_some() {
-        RotationFile::check_holds_clips(&args.out)?;
-    }
+    args.check_holds_clips(Some(&from), &options, optimizer.as_ref())?;
     options.transforms = transforms;
     options.check(optimizer.as_ref())?;
     options.clone().with_clips_of(&from)?.check_clip_objective()?;

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use spinquant::calibrate::{LayerReport, quantize_weights};
 use spinquant::compare::{LayerWatch, quantized};
 use spinquant::data::Windows;
-use spinquant::export::{Record, is_native, load_codes, load_native_placed};
-use spinquant::llama::{Compressed, Linears, Llama, LlamaConfig, Merged};
-use spinquant::ops::codes::Codes;
+use spinquant::export::{Record, is_native, load_native_placed, load_native_with_codes};
+use spinquant::llama::{Compressed, Llama, LlamaConfig, Merged};
+use spinquant::memory;
 use spinquant::quant::{Online, Rtn, Scheme};
 use spinquant::rotation::{Rotations, Start};
 use spinquant::{Error, Result};
@@ -48,6 +48,8 @@ pub struct Network<'a> {
     /// How its weights are quantised: `rtn`, `gptq`, `gptaq:0.25`, ….
     pub weights: String,
     from: From,
+    /// Its products are of integers.
+    integers: bool,
 }
 
 /// Where the weights come from.
@@ -90,6 +92,7 @@ impl NetworkArgs {
             rotations: start.to_string(),
             weights: self.gptq.described(weights),
             from: From::Model { plain, rotations, calibration },
+            integers: false,
         })
     }
 
@@ -104,7 +107,7 @@ impl NetworkArgs {
         }
         seq_len.map_or(Ok(()), |seq_len| check_length(&written.config, seq_len))?;
         let Record { config, scheme, rotations, weights, .. } = written;
-        Ok(Network { args: self, config, scheme, rotations, weights, from: From::Written })
+        Ok(Network { args: self, config, scheme, rotations, weights, from: From::Written, integers: false })
     }
 
     /// A model of compressed-tensors, whoever packed it; arguments may repeat what it says.
@@ -116,7 +119,7 @@ impl NetworkArgs {
         seq_len.map_or(Ok(()), |seq_len| check_length(&read.config, seq_len))?;
         let (config, scheme) = (read.config.clone(), read.scheme);
         let (rotations, weights) = ("merged".to_string(), "compressed-tensors".to_string());
-        Ok(Network { args: self, config, scheme, rotations, weights, from: From::Compressed(Box::new(read)) })
+        Ok(Network { args: self, config, scheme, rotations, weights, from: From::Compressed(Box::new(read)), integers: false })
     }
 
     /// Fails where an argument contradicts what a model was written with.
@@ -187,28 +190,34 @@ impl Network<'_> {
         }
     }
 
-    /// The codes of the weights as they were written, for products of integers.
+    /// The same network by products of integers, of the codes of its weights as they were written.
     ///
     /// # Errors
-    /// A network that is not from a folder of `quantize`; those of [`load_codes`].
-    pub fn codes(&self) -> Result<Vec<Linears<Codes>>> {
-        let files = &self.args.model;
+    /// A network that is not from a folder of `quantize`.
+    pub fn on_integers(self) -> Result<Self> {
         if !matches!(self.from, From::Written) {
-            let message = format!("expected a folder that `quantize` wrote in its own format, got {}", files.model.display());
+            let dir = self.args.model.model.display();
+            let message = format!("expected a folder that `quantize` wrote in its own format, got {dir}");
             return Err(Error::argument("--engine integer", message));
         }
-        load_codes(&files.model, &files.device()?)
+        Ok(Self { integers: true, ..self })
     }
 
     fn load_written(&self) -> Result<Merged> {
         let files = &self.args.model;
         if let From::Compressed(read) = &self.from {
             let (device, dtype) = files.place()?;
-            let place = files.placement_like(|| Ok(self.config.clone()), Some(dtype), 1, false)?;
+            let place = files.placement_like(|| Ok(self.config.clone()), Some(dtype), 1, |_| 0)?;
             return read.load_placed(dtype, &device, place);
         }
         let stored = Record::read(&files.model)?.dtype;
-        let place = files.placement_like(|| Ok(self.config.clone()), Some(stored), 1, false)?;
+        // Codes stay on the device, beside the values.
+        let codes = |config: &LlamaConfig| if self.integers { memory::codes(config) } else { 0 };
+        let place = files.placement_like(|| Ok(self.config.clone()), Some(stored), 1, codes)?;
+        if self.integers {
+            let (native, codes) = load_native_with_codes(&files.model, &files.device()?, place)?;
+            return native.model.on_integers(codes);
+        }
         Ok(load_native_placed(&files.model, &files.device()?, place)?.model)
     }
 

@@ -66,7 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
     let config = args.model.checked(&scheme, Some(args.seq_len))?;
     let windows = args.model.windows(&config, &args.text, args.seq_len)?;
     options.check_text(&windows)?;
-    let ceilings = ceilings(&device)?.unwrap_or(Ceilings { copy: f64::NAN, product: f64::NAN });
+    let ceilings = ceilings(&device)?;
 
     let start = Instant::now();
     let model = args.model.load_placed(&progress, args.recipe.placement(1, &args.model, &options, &config, args.seq_len)?)?;
@@ -86,26 +86,27 @@ pub fn run(args: &Args) -> Result<()> {
         ));
     })?;
     if !args.json {
-        print(&steps, &ceilings, loading, args.rows);
+        print(&steps, ceilings.as_ref(), loading, args.rows);
         return Ok(());
     }
     let report = json!({
         "scheme": scheme.to_string(), "engine": options.engine.name(), "integer_linears": steps.predicted.on_integers, "layers": config.layers, "batch": options.batch, "seq_len": args.seq_len,
         "plan": {"recompute": plan.recompute.min(config.layers), "keep_weights": plan.keep_weights, "sequences": plan.sequences,
-            "micro_batch": settings.micro_batch, "layers_in_main_memory": model.placement().streamed(config.layers)},
+            "micro_batch": settings.micro_batch, "layers_in_main_memory": model.placement().streamed(config.layers) - model.placement().read(config.layers),
+            "layers_read_again": model.placement().read(config.layers)},
         "copied_bytes_per_step": steps.copied_bytes, "predicted_copied_bytes": steps.predicted.moved,
         "seconds": steps.median(), "predicted_seconds": steps.predicted.seconds,
         "predicted_gib": steps.predicted.bytes() as f64 / GIB, "all_seconds": steps.seconds, "losses": steps.losses,
         "peak_gib": steps.peak_bytes.unwrap_or(0) as f64 / GIB, "loading_seconds": loading,
         "orthogonality_error": steps.orthogonality_error, "tokens_per_second": steps.tokens as f64 / steps.median(),
-        "copy_gb_per_s": ceilings.copy / 1e9, "gemm_tflops": ceilings.product / 1e12,
+        "copy_gb_per_s": ceilings.as_ref().map(|c| c.copy / 1e9), "gemm_tflops": ceilings.as_ref().map(|c| c.product / 1e12),
         "phases": steps.phases.iter().map(phase).collect::<Vec<_>>(),
     });
     out!("{report}");
     Ok(())
 }
 
-fn print(steps: &Steps, ceilings: &Ceilings, loading: f64, rows: usize) {
+fn print(steps: &Steps, ceilings: Option<&Ceilings>, loading: f64, rows: usize) {
     let median = steps.median();
     out!(
         "{median:.3} s a step ({:.0} tokens/s; {} timed), peak memory {:.2} GiB, max|RᵀR − I| {:.1e}, weights ready in {loading:.1} s",
@@ -124,7 +125,9 @@ fn print(steps: &Steps, ceilings: &Ceilings, loading: f64, rows: usize) {
             steps.copied_bytes as f64 / median / 1e9
         );
     }
-    out!("ceilings in this run: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s", ceilings.copy / 1e9, ceilings.product / 1e12);
+    if let Some(Ceilings { copy, product }) = ceilings {
+        out!("ceilings in this run: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s", copy / 1e9, product / 1e12);
+    }
     let (sum, watched) = (steps.busy_ms(), 1e3 * steps.watched);
     out!("one step under watch: {watched:.0} ms, of which {:.0} ms idle", watched - sum);
     out!("{:<10} {:<10} {:<20} {:>7} {:>9} {:>6} {:>9} {:>8}", "pass", "part", "work", "calls", "ms", "%", "TFLOP/s", "GB/s");

@@ -1,16 +1,17 @@
 //! How a command says what is learned, by which objective, and within which memory.
 
+use std::str::FromStr;
 use std::sync::Arc;
 
-use spinquant::Result;
 use spinquant::device::Card;
 use spinquant::learn::{self, ClipChoice, LearnOptions, WeightClip};
 use spinquant::llama::{LlamaConfig, Placement, Recompute};
-use spinquant::memory::{Budget, Needs, Room};
+use spinquant::memory::{Budget, Needs, Planned, Room, parse_bytes};
 use spinquant::objective::{self, Objective};
 use spinquant::optim::{self, Optimizer, Schedule};
 use spinquant::quant::{Engine, Scheme};
 use spinquant::rotation::Transforms;
+use spinquant::{DType, Error, Result};
 
 use crate::common::ModelArgs;
 
@@ -85,6 +86,29 @@ pub struct Recipe {
     /// Main memory that such a plan may use for layers that do not stay on the GPU. auto: what is free.
     #[arg(long, value_name = "auto|SIZE", default_value = "auto")]
     main_memory: Budget,
+    /// Bytes a second at which layers come from the model's files, such as 3GB: a plan may read those that main memory has no room for
+    /// either, again in every pass. auto: as one is read at the start; none: no layer is read again.
+    #[arg(long, value_name = "auto|none|SIZE", default_value = "auto")]
+    read_rate: ReadRate,
+}
+
+/// How fast layers are read again, if they are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum ReadRate {
+    Measured,
+    Never,
+    Given(usize),
+}
+
+impl FromStr for ReadRate {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "auto" => Ok(Self::Measured),
+            "none" => Ok(Self::Never),
+            _ => parse_bytes(s).map(Self::Given),
+        }
+    }
 }
 
 /// The gradient of a value that is clamped.
@@ -186,9 +210,40 @@ impl Recipe {
     ) -> Result<Placement> {
         model.placement(|card, dtype| {
             let room = options.room(free(card));
-            let planned = options.plan(config, seq_len, dtype, Room { host: room.host / copies, ..room }, card)?;
+            let room = Room { host: room.host / copies, ..room };
+            let (ranks, room) = (options.ranks.world(), options.agreed(room)?);
+            let (planned, _) = self.planned(model, options, config, (seq_len, dtype), ranks, room, card)?;
             Ok(planned.map_or(Placement::RESIDENT, |planned| planned.placement))
         })
+    }
+
+    /// The plan of a step at so many ranks, and the card that it was made for, with the rate at which layers are read.
+    #[allow(clippy::too_many_arguments)]
+    pub fn planned(
+        &self,
+        model: &ModelArgs,
+        options: &LearnOptions,
+        config: &LlamaConfig,
+        text: (usize, DType),
+        ranks: usize,
+        room: Room,
+        card: &Card,
+    ) -> Result<(Option<Planned>, Card)> {
+        let (mut card, room) = (card.clone(), Room { files: self.read_rate != ReadRate::Never, ..room });
+        if let ReadRate::Given(rate) = self.read_rate {
+            card.reads = rate as f64;
+        }
+        let plan = |card: &Card| options.plan_among(ranks, config, text, model.given_placement(), room, card);
+        let planned = plan(&card)?;
+        if self.read_rate != ReadRate::Measured || planned.as_ref().is_none_or(|planned| planned.read == 0) {
+            return Ok((planned, card));
+        }
+        if model.is_synthetic() {
+            return Ok((planned, card)); // is made for nothing but measurements
+        }
+        let rates = options.ranks.gather_numbers("rates at which layers are read", &[model.read_rate(text.1)?])?;
+        card.reads = rates.concat().into_iter().fold(f64::INFINITY, f64::min); // all plan the same
+        Ok((plan(&card)?, card))
     }
 }
 

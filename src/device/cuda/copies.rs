@@ -15,20 +15,24 @@ pub(crate) struct Copies {
     stream: Arc<CudaStream>,
     filled: Vec<CudaEvent>,
     free: Vec<CudaEvent>,
+    /// Of memory that copies come from and that is written again behind them.
+    read: Vec<CudaEvent>,
 }
 
 impl CudaDevice {
-    /// For so many slots, whose memory was allocated before on the device's own stream.
+    /// For so many slots, whose memory was allocated before on the device's own stream, and so many parts of main memory that are written
+    /// again and again.
     ///
     /// # Errors
     /// A failing call of the driver.
-    pub(crate) fn copies(&self, slots: usize) -> Result<Copies> {
+    pub(crate) fn copies(&self, slots: usize, stages: usize) -> Result<Copies> {
         let context = &self.0.context;
         let stream = context.new_stream().map_err(driver_error("creating a stream of copies"))?;
         let event = |_| context.new_event(None).map_err(driver_error("event"));
         let filled = (0..slots).map(event).collect::<Result<_>>()?;
         let free = (0..slots).map(event).collect::<Result<Vec<_>>>()?;
-        let copies = Copies { device: self.clone(), stream, filled, free };
+        let read = (0..stages).map(event).collect::<Result<_>>()?;
+        let copies = Copies { device: self.clone(), stream, filled, free, read };
         // Memory is there once what was enqueued before its allocation has run.
         (0..slots).try_for_each(|slot| copies.free(slot))?;
         Ok(copies)
@@ -60,7 +64,8 @@ impl Copies {
     /// Other sizes; a failing call of the driver.
     ///
     /// # Safety
-    /// The bytes stay where they are, unwritten, until [`Copies::finish`]; whatever else uses `to` is enqueued between a
+    /// The bytes stay where they are until [`Copies::finish`], and unwritten until then or until [`Copies::wait_read`] of a
+    /// [`Copies::read`] behind this; whatever else uses `to` is enqueued between a
     /// [`Copies::filled`] and a [`Copies::free`] of this slot.
     pub(crate) unsafe fn copy(&self, bytes: &[u8], slot: usize, to: View<'_>) -> Result<()> {
         if bytes.len() != to.bytes() {
@@ -88,6 +93,23 @@ impl Copies {
     /// A failing call of the driver.
     pub(crate) fn free(&self, slot: usize) -> Result<()> {
         self.free[slot].record(&self.device.0.stream).map_err(driver_error("event"))
+    }
+
+    /// Marks that all copies so far from a part of main memory were enqueued.
+    ///
+    /// # Errors
+    /// A failing call of the driver.
+    pub(crate) fn read(&self, stage: usize) -> Result<()> {
+        self.read[stage].record(&self.stream).map_err(driver_error("event"))
+    }
+
+    /// Waits, from any thread, until what was marked last by [`Copies::read`] has been copied; returns at once where nothing was.
+    ///
+    /// # Errors
+    /// A copy that failed.
+    pub(crate) fn wait_read(&self, stage: usize) -> Result<()> {
+        self.device.bind()?;
+        self.read[stage].synchronize().map_err(driver_error("a copy to the GPU failed"))
     }
 
     /// Waits for all copies.

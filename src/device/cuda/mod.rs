@@ -208,6 +208,7 @@ impl CudaDevice {
             products: 0.64 * processors * clock * per_clock,
             bandwidth: 0.9 * 2.0 * memory_clock * bus,
             uploads: super::UPLOADS,
+            reads: super::READS,
         })
     }
 

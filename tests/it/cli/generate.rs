@@ -56,7 +56,10 @@ fn a_conversation_goes_through_the_template() {
 fn what_it_refuses() {
     let place = Place::new();
     place.fails(&format!("{GENERATE} --prompt w3 --max-tokens 0"), &["--max-tokens"]);
-    place.fails(&format!("{GENERATE} --prompt w3 --max-tokens 100000"), &["--prompt", "the model's context", "got 2"]);
+    place.fails(
+        &format!("{GENERATE} --prompt w3 --max-tokens 100000"),
+        &["prompt: its 2 tokens leave room for", "the model's context", "100000 are asked for"],
+    );
     place.fails(&format!("{GENERATE} --prompt w3 --temperature nan"), &["temperature", "NaN"]);
     place.fails(&format!("{GENERATE} --prompt w3 --top-p 0"), &["top-p", "expected more than 0"]);
     place.fails(GENERATE, &["required arguments"]);

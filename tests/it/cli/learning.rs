@@ -93,6 +93,17 @@ fn clip_ratios_travel_with_the_rotations() {
     assert!(!place.path("C2.safetensors").exists());
 }
 
+/// A scheme that quantises nothing leaves nothing to learn, and that is said; of another nothing is said.
+#[test]
+fn a_scheme_without_anything_to_learn_is_named() {
+    let place = Place::new();
+    for (scheme, idle) in [("W16A16KV16", true), ("W16A4KV16", false)] {
+        let said = place.run(&format!("{LEARN} --scheme {scheme} --steps 1 --recipe published"));
+        let said = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert_eq!(said.contains(&format!("{scheme} quantises nothing")), idle, "{said}");
+    }
+}
+
 #[test]
 fn learning_with_clip_ratios_resumes_to_the_same_bytes() {
     let place = Place::new();

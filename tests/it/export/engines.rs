@@ -1,6 +1,6 @@
 //! Native folders run on integers.
 
-use spinquant::export::load_codes;
+use spinquant::export::{load_codes, load_native_with_codes};
 
 use super::*;
 
@@ -27,6 +27,11 @@ fn integer_products_are_those_of_values_up_to_rounding() {
                 let simulated = load_native(&out, &Device::Cpu).unwrap().model;
                 let integer = simulated.clone().on_integers(load_codes(&out, &Device::Cpu).unwrap()).unwrap();
                 assert_eq!(integer.integer_linears(), [14, 14]);
+                // The same from a folder that is read once.
+                let (read, codes) = load_native_with_codes(&out, &Device::Cpu, spinquant::llama::Placement::RESIDENT).unwrap();
+                let (tokens, once) = (tiny::tokens(&config), read.model.on_integers(codes).unwrap());
+                let values = |m: &Merged| m.logits(&tokens, 9).unwrap().to_f64_vec().unwrap();
+                assert_eq!(values(&once), values(&integer));
                 assert_eq!(simulated.integer_linears(), [0, 14]);
                 let logits = |m: &Merged| m.logits(&tiny::tokens(&config), 9).unwrap().to_f64_vec().unwrap();
                 let (got, want) = (logits(&integer), logits(&simulated));

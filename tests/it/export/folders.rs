@@ -163,8 +163,14 @@ fn folders_that_are_not_free() {
     fails(Writer::create(plain(), &config, &scheme, DType::F32, None, ""), &["another process is writing"]);
     writer.layer(0, &export::round_to_nearest(&model.blocks[0].weights, &scheme.sites(8).weight).unwrap()).unwrap();
     drop(writer);
-    fails(Writer::create(plain(), &config, &Scheme::new(8, 4, 4), DType::F32, None, ""), &["another run", "scheme differs"]);
-    fails(Writer::create(plain(), &config, &scheme, DType::F32, None, "other weights"), &["weights_sha256 differs"]);
+    fails(
+        Writer::create(plain(), &config, &Scheme::new(8, 4, 4), DType::F32, None, ""),
+        &["another run", "scheme.weight_bits was 4, now 8"],
+    );
+    fails(
+        Writer::create(plain(), &config, &scheme, DType::F32, None, "other weights"),
+        &[r#"weights_sha256 was "", now "other weights""#],
+    );
     let writer = Writer::create(forced(), &config, &Scheme::new(8, 4, 4), DType::F32, None, "").unwrap();
     assert!(!writer.has_layer(0));
     fails(load_native(&out, &Device::Cpu), &[RECORD]);

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use spinquant::data::Windows;
-use spinquant::learn::{ClipChoice, LearnOptions, Learned, StepReport, learn};
+use spinquant::learn::{ClipChoice, LearnOptions, Learned, StepReport, Watch, WeightClip, learn, learn_watched};
 use spinquant::llama::{Llama, LlamaConfig, Recompute, RotationVars};
 use spinquant::manifold::{Manifold, Orthogonal, Qr, Retraction};
 use spinquant::objective::{Batch, CrossEntropy, Kl, Objective};
@@ -242,6 +242,47 @@ fn stopped(m: &Llama, w: &Windows, path: &Path) -> LearnOptions {
     let options = LearnOptions { checkpoint: Some((path.to_path_buf(), 1)), resume: true, ..base };
     run(m, w, &mut CayleySgd::new(Mode::Default), &options, 3).0.unwrap_err();
     options
+}
+
+/// What is heard of a run: the stretches of work that began.
+#[derive(Default)]
+struct Begun(Vec<String>);
+
+impl Watch for Begun {
+    fn begin(&mut self, what: &str, _: usize) {
+        self.0.push(what.into());
+    }
+}
+
+/// The search of clip ratios takes minutes on a real model: what it does not decide is compared before it.
+#[test]
+fn a_state_of_another_run_is_refused_before_any_search() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let (m, w) = learnable(DType::F32);
+    let o = LearnOptions {
+        clip: ClipChoice::Learned,
+        clip_windows: 2,
+        weight_clip: WeightClip::Learned,
+        checkpoint: Some((path.clone(), 1)),
+        resume: true,
+        ..options(Scheme::new(4, 4, 4), 4)
+    };
+    run(&m, &w, &mut CayleySgd::new(Mode::Default), &o, 2).0.unwrap_err();
+    for (field, other) in [
+        ("scheme", LearnOptions { scheme: Scheme::new(4, 4, 8), ..o.clone() }),
+        ("seed", LearnOptions { seed: 1, ..o.clone() }),
+        ("learning_rate", LearnOptions { learning_rate: Some(0.5), ..o.clone() }),
+    ] {
+        let mut begun = Begun::default();
+        let learned = learn_watched(&m, &w, hadamard(&m, 1), &mut CayleySgd::new(Mode::Default), &other, &mut begun);
+        says(learned, &["state", "saved by another run", &format!("{field} was ")]);
+        assert!(begun.0.is_empty(), "{field}: {:?}", begun.0);
+    }
+    // The same run searches, and goes on.
+    let mut begun = Begun::default();
+    learn_watched(&m, &w, hadamard(&m, 1), &mut CayleySgd::new(Mode::Default), &o, &mut begun).unwrap();
+    assert!(begun.0[0].contains("searching clip ratios"), "{:?}", begun.0);
 }
 
 #[test]
