@@ -229,7 +229,9 @@ impl Recipe {
         room: Room,
         card: &Card,
     ) -> Result<(Option<Planned>, Card)> {
-        let (mut card, room) = (card.clone(), Room { files: self.read_rate != ReadRate::Never, ..room });
+        // Every rank would read for itself, from one disk into buffers of its own.
+        let files = self.read_rate != ReadRate::Never && ranks == 1;
+        let (mut card, room) = (card.clone(), Room { files, ..room });
         if let ReadRate::Given(rate) = self.read_rate {
             card.reads = rate as f64;
         }
@@ -241,8 +243,7 @@ impl Recipe {
         if model.is_synthetic() {
             return Ok((planned, card)); // is made for nothing but measurements
         }
-        let rates = options.ranks.gather_numbers("rates at which layers are read", &[model.read_rate(text.1)?])?;
-        card.reads = rates.concat().into_iter().fold(f64::INFINITY, f64::min); // all plan the same
+        card.reads = model.read_rate(text.1)?;
         Ok((plan(&card)?, card))
     }
 }
