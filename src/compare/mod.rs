@@ -35,6 +35,7 @@
 
 mod judged;
 mod layers;
+mod seeds;
 
 pub use judged::{Judged, Row, Test, judge};
 pub use layers::LayerWatch;
@@ -48,6 +49,7 @@ use crate::learn::{ClipChoice, LearnOptions, Learned, Named, Watch, WeightClip, 
 use crate::llama::{Llama, Merged};
 use crate::optim::Optimizer;
 use crate::quant::{Gptq, Online, Scheme};
+use crate::ranks::Group;
 use crate::rotation::{ClipEnds, Rotations};
 use crate::{Error, Result};
 
@@ -253,18 +255,33 @@ impl Comparison<'_> {
     }
 
     fn evaluate(&self, rotations: &Rotations, scheme: &Scheme, watch: &mut dyn Watch, what: &str) -> Result<Judged> {
-        judge(&self.model.merge(Some(rotations), scheme)?, Some(&self.full()?), self.test, watch, what)
+        self.evaluate_on(self.test, rotations, scheme, watch, what)
+    }
+
+    fn evaluate_on(
+        &self,
+        test: Test<'_>,
+        rotations: &Rotations,
+        scheme: &Scheme,
+        watch: &mut dyn Watch,
+        what: &str,
+    ) -> Result<Judged> {
+        judge(&self.model.merge(Some(rotations), scheme)?, Some(&self.full()?), test, watch, what)
     }
 
     fn with_gptq(
         &self,
-        run: GptqRun<'_>,
+        test: Test<'_>,
+        (gptq, calibration): GptqRun<'_>,
         (rotations, scheme): (&Rotations, &Scheme),
         watch: &mut dyn Watch,
         what: &str,
     ) -> Result<(Judged, Training)> {
-        let (network, training) = timed_gptq(self.model, Some(rotations), scheme, run, watch)?;
-        Ok((judge(&network, Some(&self.full()?), self.test, watch, what)?, training))
+        // Who scores alone calibrates alone.
+        let ranks = if test.ranks.world() == 1 { Group::alone() } else { calibration.ranks.clone() };
+        let calibration = &Calibration { ranks, ..calibration.clone() };
+        let (network, training) = timed_gptq(self.model, Some(rotations), scheme, (gptq, calibration), watch)?;
+        Ok((judge(&network, Some(&self.full()?), test, watch, what)?, training))
     }
 
     /// What a run of learning took.
@@ -344,9 +361,11 @@ impl Comparison<'_> {
         if let Some(trained) = self.unrotated.qat.clone() {
             row(&mut made, "llm-qat", scheme, "none".into(), "qat", trained);
         }
-        for seed in 0..self.seeds {
-            made.random.push(self.evaluate(&self.hadamard(seed)?, &scheme, watch, &format!("hadamard:{seed}"))?);
-        }
+        let scored = self.seeds(self.seeds, watch, |seed, test, watch| {
+            let judged = self.evaluate_on(test, &self.hadamard(seed)?, &scheme, watch, &format!("hadamard:{seed}"))?;
+            Ok((judged, none))
+        })?;
+        made.random = scored.into_iter().map(|(judged, _)| judged).collect();
         let random = made.random.clone();
         if !random.is_empty() {
             let by = |better: fn(&f64, &f64) -> bool| {
@@ -363,13 +382,12 @@ impl Comparison<'_> {
             row(&mut made, &name, scheme, "none".into(), &name, scored.clone());
         }
         for run in self.quantizers {
-            let (name, mut all, mut trainings) = (name_of(*run), vec![], vec![]);
-            for seed in 0..self.seeds {
-                let (judged, training) =
-                    self.with_gptq(*run, (&self.hadamard(seed)?, &scheme), watch, &format!("hadamard:{seed} + {name}"))?;
-                all.push(judged);
-                trainings.push(training);
-            }
+            let name = name_of(*run);
+            let scored = self.seeds(self.seeds, watch, |seed, test, watch| {
+                let what = format!("hadamard:{seed} + {name}");
+                self.with_gptq(test, *run, (&self.hadamard(seed)?, &scheme), watch, &what)
+            })?;
+            let (all, trainings): (Vec<_>, Vec<_>) = scored.into_iter().unzip();
             if !all.is_empty() {
                 let rotations = format!("hadamard, {}", seeds(all.len()));
                 let scored = (Judged::mean(&all)?, Training::mean(&trainings));
@@ -391,10 +409,13 @@ impl Comparison<'_> {
                 clipped.push((Scheme { activation_clip: found.ratios, ..scheme }, found));
             }
         }
-        for (seed, (scored, found)) in (0..self.seeds).zip(&clipped) {
-            let judged = self.evaluate(&self.hadamard(seed)?, scored, watch, &format!("hadamard:{seed} + clip"))?;
-            made.random_clip.push(Clipped { judged, found: found.clone() });
-        }
+        let with_ratios = self.seeds.min(clipped.len() as u64);
+        let judged = self.seeds(with_ratios, watch, |seed, test, watch| {
+            let (scored, what) = (&clipped[seed as usize].0, format!("hadamard:{seed} + clip"));
+            Ok((self.evaluate_on(test, &self.hadamard(seed)?, scored, watch, &what)?, none))
+        })?;
+        let both = judged.into_iter().zip(&clipped);
+        made.random_clip = both.map(|((judged, _), (_, found))| Clipped { judged, found: found.clone() }).collect();
         if !made.random_clip.is_empty() {
             let all: Vec<Judged> = made.random_clip.iter().map(|c| c.judged.clone()).collect();
             let rotations = format!("hadamard, {}", seeds(all.len()));
@@ -417,7 +438,7 @@ impl Comparison<'_> {
                 w16_trainings.push(learning);
                 for (run, (name, scores)) in self.quantizers.iter().zip(&mut quantized) {
                     let (judged, training) =
-                        self.with_gptq(*run, (rotations, &scored), watch, &format!("learned:{seed} + {name}"))?;
+                        self.with_gptq(self.test, *run, (rotations, &scored), watch, &format!("learned:{seed} + {name}"))?;
                     scores.push((judged, learning.and(training)));
                 }
             }
