@@ -98,6 +98,23 @@ extern "C" int sq_hadamard_fake_quant(void *y, const void *x, int64_t rows, sq_h
   return sq::launch_chosen({y, x, rows, sq::make_map(size, map), choice, true, q, group, sq::cuda_stream(stream)}, dtype);
 }
 
+extern "C" int sq_hadamard_quantise(void *codes, float *scale, float *zero, const void *x, int64_t rows, sq_hadamard_map map,
+                                    sq_quant quant, int packed, sq_dtype dtype, sq_stream stream) {
+  sq::HadamardSize size;
+  sq::Quantiser q;
+  if (rows < 0 || !codes || !sq::make_size(&size, &q, map, dtype, quant) || (map.k > 1 && !map.table)) {
+    return cudaErrorInvalidValue;
+  }
+  const int group = quant.group > 0 ? quant.group : map.n;
+  if (packed && (quant.bits > 4 || group % 2 != 0)) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  const sq_gpu gpu = sq::current_gpu();
+  const sq_hadamard_choice choice = sq::choose_for_codes(size, gpu);
+  if (!sq::exists(choice)) return cudaErrorInvalidValue;
+  q.out = {static_cast<uint8_t *>(codes), scale, zero, q.symmetric ? 0.0f : float(1 << (quant.bits - 1)), packed != 0};
+  return sq::launch_chosen({nullptr, x, rows, sq::make_map(size, map), choice, true, q, group, sq::cuda_stream(stream)}, dtype);
+}
+
 extern "C" int sq_hadamard_choose(sq_hadamard_choice *choice, sq_hadamard_map map, sq_dtype dtype, const sq_quant *quant,
                                   sq_gpu gpu) {
   sq::HadamardSize size;

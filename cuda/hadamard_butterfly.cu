@@ -111,23 +111,29 @@ __device__ __forceinline__ void transform(float (&v)[B::E], float *exchange, con
 
 // Quantises the row by its range; every thread of the row must be here.
 template <typename B>
-__device__ __forceinline__ void quantise_row(float (&v)[B::E], const Quantiser &q, Range *scratch) {
+__device__ __forceinline__ Step quantise_row(float (&v)[B::E], const Quantiser &q, Range *scratch) {
   Range range = Range::empty();
 #pragma unroll
   for (int i = 0; i < B::E; ++i) range.add(v[i]);
   range = B::W > 1 ? block_range(range, scratch) : warp_range<B::kLanes>(range);
-  const NearCoder coder(q, find_step(q, range, q.clip), q.clip);
+  const NearCoder<> coder(q, find_step(q, range, q.clip), q.clip);
   coder.fake_quant(v);
+  return coder.step;
 }
 
-template <typename B>
-__device__ __forceinline__ void store_row(typename B::T *y, const float (&v)[B::E], const Position<B> &at) {
+template <typename B, bool kQuantised>
+__device__ __forceinline__ void store_row(typename B::T *y, const float (&v)[B::E], const Position<B> &at, const Quantiser &q) {
 #pragma unroll
   for (int c = 0; c < B::C; ++c) {
     float part[B::V];
 #pragma unroll
     for (int i = 0; i < B::V; ++i) part[i] = v[c * B::V + i];
-    store_global(y + at.row * B::N + at.after(c), narrow<typename B::T>(part));
+    const int64_t to = at.row * B::N + at.after(c);
+    if constexpr (kQuantised) {
+      store_quantised(q, y, to, part);
+    } else {
+      store_global(y + to, narrow<typename B::T>(part));
+    }
   }
 }
 
@@ -141,8 +147,11 @@ __global__ void __launch_bounds__(B::kThreads, B::kBlocks)
   float v[B::E];
   load_row<B>(v, x, at, live, map.signs_in);
   transform<B>(v, reinterpret_cast<float *>(exchange), at, map);
-  if constexpr (kQuantised) quantise_row<B>(v, q, scratch);
-  if (live) store_row<B>(y, v, at);
+  if constexpr (kQuantised) {
+    const Step step = quantise_row<B>(v, q, scratch);
+    if (live && at.warp == 0 && at.lane == 0) store_step(q, at.row, step);
+  }
+  if (live) store_row<B, kQuantised>(y, v, at, q);
 }
 
 // Threads past the last block of the map hold nothing, but take part in shuffles and barriers. Where a block has more warps than one
@@ -163,9 +172,10 @@ __global__ void __launch_bounds__(1024)
   for (int i = 0; i < B::E; ++i) {
     if (live) range.add(v[i]);
   }
-  const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+  const NearCoder<> coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
   coder.fake_quant(v);
-  if (live) store_row<B>(y, v, at);
+  if (threadIdx.x == 0) store_step(q, blockIdx.x, coder.step);
+  if (live) store_row<B, true>(y, v, at, q);
 }
 
 }  // namespace

@@ -385,6 +385,21 @@ constexpr sq_hadamard_choice choose(const HadamardSize &s, const sq_gpu &gpu) {
   return fitting({SQ_HADAMARD_TWO_PASSES, log2, 0, log2 > 10 ? 1024 : 128, 1, 4 << log2}, 0, gpu);
 }
 
+// The same where codes are stored in the place of values: families that do not know how leave it to the one for every size.
+constexpr sq_hadamard_choice choose_for_codes(const HadamardSize &s, const sq_gpu &gpu) {
+  const sq_hadamard_choice c = choose(s, gpu);
+  switch (c.family) {
+    case SQ_HADAMARD_TINY:
+    case SQ_HADAMARD_BUTTERFLY:
+    case SQ_HADAMARD_DIRECT:
+    case SQ_HADAMARD_FRAGMENT:
+    case SQ_HADAMARD_WARPGROUP:
+    case SQ_HADAMARD_BLOCKS:
+    case SQ_HADAMARD_ANY: return c;
+  }
+  return fitting({SQ_HADAMARD_ANY, s.m_log2, 0, any_threads(s.n), 1, s.n * 4}, kRangesStatic, gpu);
+}
+
 // ---- What choose() can return, for the instantiation of kernels. ----
 
 // The devices that a build is for: all that a size is made to fit is there. build.rs defines SQ_ONLY_SM_90A where that is so.

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(C::kThreads)
           if (kQuantised) {
 #pragma unroll
             for (int r = 0; r < R; ++r) {
-              const NearCoder coder(q, steps[r], q.clip);
+              const NearCoder<kValues> coder(q, steps[r], q.clip);
 #pragma unroll
               for (int nt = r * kChunks; nt < (r + 1) * kChunks; ++nt) coder.fake_quant(sums[s][nt]);
             }

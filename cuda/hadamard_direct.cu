@@ -139,8 +139,8 @@ __device__ __forceinline__ void exchange(float (&v)[D::E], unsigned char *shared
 
 // By one step for the row, whose values still lack the scale. `scratch` has a range for every warp of the row.
 template <typename D>
-__device__ __forceinline__ void quantise(float (&v)[D::E], const Quantiser &q, float scale, SignedRange *scratch, int warp,
-                                         int lane) {
+__device__ __forceinline__ void quantise(float (&v)[D::E], const Quantiser &q, float scale, SignedRange *scratch, int64_t row,
+                                         int warp, int lane) {
   SignedRange signed_range;
   signed_range.add(v);
   signed_range = signed_range.over_warp();
@@ -153,18 +153,24 @@ __device__ __forceinline__ void quantise(float (&v)[D::E], const Quantiser &q, f
   Range range = signed_range.range();
   range.lo *= scale;
   range.hi *= scale;
-  const NearCoder coder(q, find_step_quickly(q, range, q.clip), q.clip, scale);
+  const NearCoder<> coder(q, find_step_quickly(q, range, q.clip), q.clip, scale);
   coder.fake_quant(v);
+  if (warp == 0 && lane == 0) store_step(q, row, coder.step);
 }
 
-template <typename D>
-__device__ __forceinline__ void store(typename D::T *y, int64_t row, int out, const float (&v)[D::E]) {
+template <typename D, bool kQuantised>
+__device__ __forceinline__ void store(typename D::T *y, int64_t row, int out, const float (&v)[D::E], const Quantiser &q) {
 #pragma unroll
   for (int c = 0; c < D::C; ++c) {
     float part[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) part[i] = v[c * 8 + i];
-    store_global(y + row * D::N + out + D::ahead(c), narrow<typename D::T>(part));
+    const int64_t at = row * D::N + out + D::ahead(c);
+    if constexpr (kQuantised) {
+      store_quantised(q, y, at, part);
+    } else {
+      store_global(y + at, narrow<typename D::T>(part));
+    }
   }
 }
 
@@ -194,8 +200,8 @@ __global__ void __launch_bounds__(D::kThreads, D::kBlocks)
 #pragma unroll
     for (int c = 0; c < D::C; ++c) apply_signs<8>(v + c * 8, map.signs_out + out + D::ahead(c));
   }
-  if constexpr (kQuantised) quantise<D>(v, q, map.scale, scratch, warp, lane);
-  store<D>(y, row, out, v);
+  if constexpr (kQuantised) quantise<D>(v, q, map.scale, scratch, row, warp, lane);
+  store<D, kQuantised>(y, row, out, v, q);
 }
 
 }  // namespace

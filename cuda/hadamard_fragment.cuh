@@ -113,7 +113,7 @@ __device__ __forceinline__ void for_packs(typename F::Values &v, const FragmentP
 
 // The step of the whole row, whose values still lack the scale. `scratch` has a range for every warp of the row.
 template <typename F>
-__device__ __forceinline__ NearCoder row_coder(typename F::Values &v, const FragmentThread<F> &at, const FragmentPlaces<F> &to,
+__device__ __forceinline__ NearCoder<F::kWanted> row_coder(typename F::Values &v, const FragmentThread<F> &at, const FragmentPlaces<F> &to,
                                                const Map &map, const Quantiser &q, SignedRange *scratch) {
   SignedRange signed_range;
   for_packs<F>(v, to, at.p, [&](const float(&pack)[F::V], bool live, int) {
@@ -130,12 +130,12 @@ __device__ __forceinline__ NearCoder row_coder(typename F::Values &v, const Frag
   Range range = signed_range.range();
   range.lo *= map.scale;
   range.hi *= map.scale;
-  return NearCoder(q, find_step_quickly(q, range, q.clip), q.clip, map.scale);
+  return NearCoder<F::kWanted>(q, find_step_quickly(q, range, q.clip), q.clip, map.scale);
 }
 
 // Quantises every pack and hands it to `store`.
 template <typename F, typename Store>
-__device__ __forceinline__ void quantise(typename F::Values &v, const FragmentPlaces<F> &to, int p, const NearCoder &coder,
+__device__ __forceinline__ void quantise(typename F::Values &v, const FragmentPlaces<F> &to, int p, const NearCoder<F::kWanted> &coder,
                                          Store store) {
   constexpr int V = F::V;
   if (coder.quick) {
@@ -167,13 +167,28 @@ __device__ __forceinline__ void finish_row(typename F::T *y, int64_t row, typena
       if (live) apply_signs<V>(pack, map.signs_out + to.out_first + ahead);
     });
   }
+  [[maybe_unused]] const int64_t first = row * map.n + to.out_first;
   typename F::T *const out = y + row * map.n + to.out_first;
   const auto store = [&](const float(&pack)[V], bool live, int ahead) {
     const Pack<typename F::T> narrowed = narrow<typename F::T>(pack);
     if (live) store_global(out + ahead, narrowed);
   };
   if constexpr (F::kQuantised) {
-    quantise<F>(v, to, at.p, row_coder<F>(v, at, to, map, q, scratch), store);
+    const NearCoder<F::kWanted> coder = row_coder<F>(v, at, to, map, q, scratch);
+    if constexpr (F::kWanted == kCodes) {
+      if (at.s * F::C + at.part == 0 && at.lane == 0) store_step(q, row, coder.step);
+      if (q.out.packed) {
+        quantise<F>(v, to, at.p, coder, [&](const float(&pack)[V], bool live, int ahead) {
+          if (live) store_codes<true>(q.out.codes, first + ahead, pack);
+        });
+      } else {
+        quantise<F>(v, to, at.p, coder, [&](const float(&pack)[V], bool live, int ahead) {
+          if (live) store_codes<false>(q.out.codes, first + ahead, pack);
+        });
+      }
+    } else {
+      quantise<F>(v, to, at.p, coder, store);
+    }
   } else {
     for_packs<F>(v, to, at.p, store);
   }
@@ -239,8 +254,8 @@ int run(const Job &job) {
   return launch_staying(fragment_kernel<F>, F::kShape.share.turns, job);
 }
 
-template <typename T>
-int launch_fragment(const Job &job) {
+template <typename T, Wanted kWanted>
+int launch_wanted(const Job &job) {
   const sq_hadamard_choice &c = job.choice;
   return with_bool(job.quantised, [&](auto quantised) {
     return with_constant<6, 8>(c.m_log2, [&](auto m_log2) {
@@ -248,21 +263,30 @@ int launch_fragment(const Job &job) {
         constexpr bool kQuantised = decltype(quantised)::value;
         constexpr int kMLog2 = decltype(m_log2)::value, KT = decltype(tiles)::value;
         constexpr auto &kAt = kReached<2>.at;
-        if constexpr (kAt[SQ_HADAMARD_WARPGROUP][kQuantised][kMLog2][KT]) {
-          if (c.family == SQ_HADAMARD_WARPGROUP) return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, true>>(job);
-        }
-        if constexpr (kAt[SQ_HADAMARD_FRAGMENT][kQuantised][kMLog2][KT]) {
-          if constexpr (KT == 8 && kMLog2 == 8) {
-            if (job.map.k == 1) return run<FragmentKernel<T, KT, kMLog2, false, kQuantised, false>>(job);
+        if constexpr (kQuantised || kWanted == kValues) {
+          if constexpr (kAt[SQ_HADAMARD_WARPGROUP][kQuantised][kMLog2][KT]) {
+            if (c.family == SQ_HADAMARD_WARPGROUP) return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, true, kWanted>>(job);
           }
-          if constexpr (has_warp_kernel(KT, kMLog2, kQuantised)) {
-            if (c.family == SQ_HADAMARD_FRAGMENT) return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, false>>(job);
+          if constexpr (kAt[SQ_HADAMARD_FRAGMENT][kQuantised][kMLog2][KT]) {
+            if constexpr (KT == 8 && kMLog2 == 8) {
+              if (job.map.k == 1) return run<FragmentKernel<T, KT, kMLog2, false, kQuantised, false, kWanted>>(job);
+            }
+            if constexpr (has_warp_kernel(KT, kMLog2, kQuantised)) {
+              if (c.family == SQ_HADAMARD_FRAGMENT) {
+                return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, false, kWanted>>(job);
+              }
+            }
           }
         }
         return int(cudaErrorInvalidValue);
       });
     });
   });
+}
+
+template <typename T>
+int launch_fragment(const Job &job) {
+  return job.q.out.codes ? launch_wanted<T, kCodes>(job) : launch_wanted<T, kValues>(job);
 }
 
 }  // namespace sq

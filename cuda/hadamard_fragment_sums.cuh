@@ -5,10 +5,11 @@
 
 namespace sq {
 
-template <typename T_, int KT_, int kMLog2_, bool kTable_, bool kQuantised_, bool kWarpgroups_>
+template <typename T_, int KT_, int kMLog2_, bool kTable_, bool kQuantised_, bool kWarpgroups_, Wanted kWanted_ = kValues>
 struct FragmentKernel {
   using T = T_;
   static constexpr int KT = KT_, kMLog2 = kMLog2_, M = 1 << kMLog2, V = kPack<T>;
+  static constexpr Wanted kWanted = kWanted_;
   static constexpr bool kTable = kTable_, kQuantised = kQuantised_, kWarpgroups = kWarpgroups_;
   static constexpr FragmentShape kShape = fragment_shape(KT, kMLog2, kTable, kQuantised, kWarpgroups);
   static constexpr int SW = kShape.share.strips, C = kShape.share.parts, S = kShape.strips, kStripStep = kShape.strip_step;

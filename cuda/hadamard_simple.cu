@@ -82,36 +82,46 @@ __device__ __forceinline__ void finish_row(float *row, T *out, const Map &map) {
   }
 }
 
-// Quantises values first, first + stride, .. of a group.
+// Quantises values first, first + stride, .. of a group, which begins at value `from` of y; two at a time where they are packed.
 template <typename T>
-__device__ __forceinline__ void quantise_values(T *out, const float *row, int first, int group, int stride,
-                                                const NearCoder &coder) {
+__device__ __forceinline__ void quantise_values(T *y, int64_t from, const float *row, int first, int group, int stride,
+                                                const NearCoder<> &coder) {
+  if (coder.q.out.packed) {
+    for (int i = 2 * first; i < group; i += 2 * stride) {
+      float v[2] = {row[i], row[i + 1]};
+      coder.fake_quant(v);
+      store_quantised(coder.q, y, from + i, v);
+    }
+    return;
+  }
   for (int i = first; i < group; i += stride) {
     float v[1] = {row[i]};
     coder.fake_quant(v);
-    out[i] = from_float<T>(v[0]);
+    store_quantised(coder.q, y, from + i, v);
   }
 }
 
-// One scale for the whole row, by the whole block.
+// One scale for the whole row number r, by the whole block.
 template <typename T>
-__device__ __forceinline__ void quantise_row(T *out, const float *row, int n, const Quantiser &q, Range *scratch) {
+__device__ __forceinline__ void quantise_row(T *y, int64_t r, const float *row, int n, const Quantiser &q, Range *scratch) {
   Range range = Range::empty();
   for (int i = threadIdx.x; i < n; i += blockDim.x) range.add(row[i]);
-  const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
-  quantise_values(out, row, threadIdx.x, n, blockDim.x, coder);
+  const NearCoder<> coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+  if (threadIdx.x == 0) store_step(q, r, coder.step);
+  quantise_values(y, r * n, row, threadIdx.x, n, blockDim.x, coder);
 }
 
 // One scale for every group, each by a warp.
 template <typename T>
-__device__ __forceinline__ void quantise_groups(T *out, const float *row, int n, int group, const Quantiser &q) {
+__device__ __forceinline__ void quantise_groups(T *y, int64_t r, const float *row, int n, int group, const Quantiser &q) {
   __syncthreads();
   const int lane = threadIdx.x % 32;
   for (int g = threadIdx.x / 32; g < n / group; g += blockDim.x / 32) {
     Range range = Range::empty();
     for (int i = lane; i < group; i += 32) range.add(row[g * group + i]);
-    const NearCoder coder(q, find_step(q, warp_range(range), q.clip), q.clip);
-    quantise_values(out + g * group, row + g * group, lane, group, 32, coder);
+    const NearCoder<> coder(q, find_step(q, warp_range(range), q.clip), q.clip);
+    if (lane == 0) store_step(q, r * (n / group) + g, coder.step);
+    quantise_values(y, r * n + g * group, row + g * group, lane, group, 32, coder);
   }
 }
 
@@ -135,9 +145,9 @@ __global__ void __launch_bounds__(1024)
     finish_row<kQuantised>(row, out, map);
     if (kQuantised) {
       if (group == map.n) {
-        quantise_row(out, row, map.n, q, scratch);
+        quantise_row(y, r, row, map.n, q, scratch);
       } else {
-        quantise_groups(out, row, map.n, group, q);
+        quantise_groups(y, r, row, map.n, group, q);
       }
     }
     __syncthreads();
@@ -204,9 +214,13 @@ __global__ void tiny_kernel(T *y, const T *x, int64_t rows, Map map, Quantiser q
     Range range = Range::empty();
 #pragma unroll
     for (int i = 0; i < N; ++i) range.add(v[i]);
-    NearCoder(q, find_step(q, range, q.clip), q.clip).fake_quant(v);
+    const NearCoder<> coder(q, find_step(q, range, q.clip), q.clip);
+    coder.fake_quant(v);
+    store_step(q, row, coder.step);
+    store_quantised(q, y, row * N, v);
+  } else {
+    store_global(y + row * N, narrow<T>(v));
   }
-  store_global(y + row * N, narrow<T>(v));
 }
 
 // ---- Launching. ----

@@ -327,7 +327,7 @@ __device__ __forceinline__ void held_row(typename K::T *out, const TensorPlaces<
 #pragma unroll
     for (int e = 0; e < U * V; ++e) range.add(v[e]);
   }
-  const NearCoder coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
+  const NearCoder<kValues> coder(q, find_step(q, block_range(range, scratch), q.clip), q.clip);
 #pragma unroll 1
   for (int strip = at.group; strip < K::KT; strip += K::S) {  // what this thread left itself
     if (strip * 16 >= at.out_rows) break;
@@ -354,7 +354,7 @@ __device__ __forceinline__ void passing_row(typename K::T *out, const TensorPlac
   for (int pass = K::kQuantised ? 0 : 1; pass < 2; ++pass) {
     // The second pass begins with the first buffer again; the barrier in block_range lies in between.
     if (K::kQuantised && pass == 1) step = find_step(q, block_range(range, scratch), q.clip);
-    const NearCoder coder(q, step, q.clip);
+    const NearCoder<kValues> coder(q, step, q.clip);
     unsigned char *buffer = strips + at.group * 2 * K::kStrip;
     int other = K::kStrip;
 #pragma unroll 1

@@ -114,6 +114,13 @@ typedef struct {
   int32_t shared_bytes;
 } sq_hadamard_choice;
 
+/* The codes of sq_hadamard_fake_quant in the place of its values: signed, unsigned ones less 2^(bits-1), and so are the zero points.
+ *   codes   [rows, n] bytes, or with packed = 1 (at most 4 bits, even groups) [rows, n / 2], two codes a byte, the first in the low half
+ *   scale, zero   [rows, n / group] (NULL: not wanted)
+ * cudaErrorInvalidValue for rows that do not fit in shared memory as floats and have no kernel that holds them elsewhere. */
+int sq_hadamard_quantise(void *codes, float *scale, float *zero, const void *x, int64_t rows, sq_hadamard_map map, sq_quant quant,
+                         int packed, sq_dtype dtype, sq_stream stream);
+
 /* The kernel that sq_hadamard (quant NULL) or sq_hadamard_fake_quant launches for the rows of a map on such a device, by its numbers
  * alone: table and signs are not read. Needs no device. cudaErrorInvalidValue where there is none. */
 int sq_hadamard_choose(sq_hadamard_choice *choice, sq_hadamard_map map, sq_dtype dtype, const sq_quant *quant, sq_gpu gpu);

@@ -14,6 +14,15 @@
 
 namespace sq {
 
+// Where codes go in the place of values: signed, less `shift`, a byte each or, packed, two to a byte, the first in the low half.
+// Scale and zero point, less the shift too, one a row or group. `codes` NULL: values are wanted.
+struct CodeOutputs {
+  uint8_t *codes = nullptr;
+  float *scale = nullptr, *zero = nullptr;
+  float shift = 0.0f;
+  bool packed = false;
+};
+
 // sq_quant, resolved on the host.
 struct Quantiser {
   float maxq, lowest, highest;  // the codes run over lowest..highest
@@ -21,6 +30,7 @@ struct Quantiser {
   bool symmetric, weight;
   bool with_zero;  // an asymmetric range is widened to include 0
   float per_span, per_maxq;  // 1 / (highest - lowest), 1 / maxq
+  CodeOutputs out = {};      // for the kernels of Hadamard maps
 };
 
 // False where the arguments make no sense. `cols` is the length of a row.
@@ -31,7 +41,7 @@ inline bool make_quantiser(Quantiser *out, const sq_quant &quant, int64_t cols) 
   const float maxq = float((1 << (symmetric ? quant.bits - 1 : quant.bits)) - 1);
   const float lowest = symmetric ? -maxq - 1.0f : 0.0f;
   *out = {maxq,      lowest, maxq, quant.clip, symmetric, quant.weight != 0, quant.group == 0, 1.0f / (maxq - lowest),
-          1.0f / maxq};
+          1.0f / maxq, {}};
   return true;
 }
 
@@ -244,11 +254,15 @@ struct Coder {
 // for the quotient, and the clamp is the saturation of a multiply-add. With least = lowest - z and n steps from the lowest
 // code to the highest, u = clamp((x / s - least) / n, 0, 1) is within 2^-22 of exact, so the boundaries between codes move
 // by no more than an ulp or two of the range; least + n u is rounded to an integer as rint(x / s) is, ties to even.
-// `factor` multiplies every x first (the factor that a transform left out).
+// `factor` multiplies every x first (the factor that a transform left out). Where codes are wanted, what comes out is code - shift;
+// kernels that have no time to ask are compiled for one of both.
+enum Wanted { kValues, kCodes, kAsked };
+template <Wanted kWanted = kAsked>
 struct NearCoder {
   const Quantiser &q;
   Step step;
   float clip, factor, slope, start, base;
+  float times, plus;  // of code - zero, to what is wanted
   bool quick;
 
   __device__ __forceinline__ NearCoder(const Quantiser &q, Step s, float clip, float factor = 1.0f)
@@ -257,16 +271,23 @@ struct NearCoder {
     slope = __fdividef(factor * q.per_span, s.scale);
     start = -least * q.per_span;
     base = Coder::kMagic + least;
+    times = codes() ? 1.0f : s.scale;
+    plus = codes() ? s.zero - q.out.shift : 0.0f;
     quick = is_quick(s, clip);
   }
+  __device__ __forceinline__ bool codes() const { return kWanted == kCodes || (kWanted == kAsked && q.out.codes != nullptr); }
 
   __device__ __forceinline__ float quick_value(float x) const {
     const float u = __saturatef(__fmaf_rn(x, slope, start));
-    return __fmul_rn(step.scale, __fsub_rn(__fmaf_rn(u, q.highest - q.lowest, base), Coder::kMagic));
+    const float steps = __fsub_rn(__fmaf_rn(u, q.highest - q.lowest, base), Coder::kMagic);
+    if constexpr (kWanted == kValues) return __fmul_rn(step.scale, steps);
+    if constexpr (kWanted == kCodes) return __fadd_rn(steps, plus);
+    return __fmaf_rn(times, steps, plus);
   }
   __device__ __forceinline__ float value(float x) const {
     const Coder exact(q, step, clip);
-    return exact.decode(exact.code<false>(__fmul_rn(x, factor)));
+    const float code = exact.template code<false>(__fmul_rn(x, factor));
+    return codes() ? code - q.out.shift : exact.decode(code);
   }
 
   template <int N>
@@ -280,5 +301,59 @@ struct NearCoder {
     }
   }
 };
+
+// ---- Storing what a NearCoder made. ----
+
+// Integers of -128..127 in floats as bytes, four to a word: the low bits of a sum with 1.5 * 2^23.
+__device__ __forceinline__ uint32_t as_bytes(float a, float b, float c, float d) {
+  const auto word = [](float x) { return __float_as_uint(__fadd_rn(x, Coder::kMagic)); };
+  return __byte_perm(__byte_perm(word(a), word(b), 0x0040), __byte_perm(word(c), word(d), 0x0040), 0x5410);
+}
+
+// Integers of -8..7 in floats as halves of bytes, four to the lower 16 bits: as digits of base 16 from -8 on.
+__device__ __forceinline__ uint32_t as_halves(float a, float b, float c, float d) {
+  const float digits = __fmaf_rn(__fmaf_rn(d, 16.0f, c), 256.0f, __fmaf_rn(b, 16.0f, a));
+  return (__float_as_uint(__fadd_rn(digits, 8388608.0f + 34952.0f)) & 0xffffu) ^ 0x8888u;
+}
+
+// N codes of a row, of which the first is code `at` of the tensor, to where they go.
+template <bool kPacked, int N>
+__device__ __forceinline__ void store_codes(uint8_t *codes, int64_t at, const float (&v)[N]) {
+  if constexpr (N >= 4 && kPacked) {
+    Pack<uint16_t, N / 4> halves;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) halves.v[i] = uint16_t(as_halves(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]));
+    store_global(reinterpret_cast<uint16_t *>(codes + at / 2), halves);
+  } else if constexpr (N >= 4) {
+    Pack<uint32_t, N / 4> bytes;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) bytes.v[i] = as_bytes(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+    store_global(reinterpret_cast<uint32_t *>(codes + at), bytes);
+  } else if constexpr (N % 2 == 0 && kPacked) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) codes[(at + i) / 2] = uint8_t((int(v[i]) & 15) | int(v[i + 1]) << 4);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) codes[at + i] = uint8_t(int(v[i]));
+  }
+}
+
+// The same, or as values to y, whichever is wanted. Single codes are not packed.
+template <typename T, int N>
+__device__ __forceinline__ void store_quantised(const Quantiser &q, T *y, int64_t at, const float (&v)[N]) {
+  if (!q.out.codes) {
+    store_global(y + at, narrow<T>(v));
+  } else if (N > 1 && q.out.packed) {
+    store_codes<true>(q.out.codes, at, v);
+  } else {
+    store_codes<false>(q.out.codes, at, v);
+  }
+}
+
+// By one thread for each row or group: its step, where codes go.
+__device__ __forceinline__ void store_step(const Quantiser &q, int64_t group, Step step) {
+  if (q.out.scale) q.out.scale[group] = step.scale;
+  if (q.out.zero) q.out.zero[group] = step.zero - q.out.shift;
+}
 
 }  // namespace sq

@@ -110,6 +110,12 @@ typedef struct {
 spinquant_status spinquant_quantize_codes(int8_t *codes, float *scale, float *zero, const void *x, int64_t rows, int64_t cols,
                                           spinquant_quant quant, spinquant_dtype dtype, spinquant_stream stream);
 
+/* The codes of spinquant_hadamard_fake_quant in the place of its values: such bytes, or with packed = 1 two codes of at most 4 bits a byte,
+ * [rows, n / 2], the first in the low half (groups are even). */
+spinquant_status spinquant_hadamard_codes(const spinquant_hadamard_map *map, const uint32_t *table, const int8_t *signs, void *codes,
+                                          float *scale, float *zero, const void *x, int64_t rows, spinquant_quant quant, int32_t packed,
+                                          spinquant_dtype dtype, spinquant_stream stream);
+
 /* sums[rows, cols / part] of codes[rows, cols]: once for a weight. */
 spinquant_status spinquant_code_sums(int32_t *sums, const int8_t *codes, int64_t rows, int64_t cols, int64_t part,
                                      spinquant_stream stream);

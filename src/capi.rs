@@ -18,7 +18,7 @@ use crate::ops::{fake_quant, hadamard, rms_norm, rope, swiglu};
 use crate::{Error, Result};
 
 mod integers;
-use integers::{spinquant_code_sums, spinquant_integer_linear, spinquant_quantize_codes};
+use integers::{spinquant_code_sums, spinquant_hadamard_codes, spinquant_integer_linear, spinquant_quantize_codes};
 
 /// The header, as Rust declares it.
 #[allow(non_camel_case_types, missing_docs)]
@@ -190,6 +190,14 @@ unsafe extern "C" fn spinquant_hadamard_table(map: *const Map, table: *mut u32, 
     })
 }
 
+/// A map with its tables in device memory.
+fn tables(map: &Hadamard, table: *const u32, signs: *const i8) -> Result<Tables<'_>> {
+    let (k, n) = (map.k(), map.n());
+    let words = if k > 1 { k * k.div_ceil(32) } else { 0 };
+    let table = if k > 1 { Some(view("table", table, words, Kind::U32)?) } else { None };
+    Ok(Tables { map, table, signs: optional(signs, n, Kind::I8)? })
+}
+
 /// A map with its tables, and the operands y and x.
 #[allow(clippy::too_many_arguments)]
 fn transform(
@@ -203,11 +211,9 @@ fn transform(
     dtype: spinquant_dtype,
     stream: Stream,
 ) -> Result<()> {
-    let (k, n, kind) = (map.k(), map.n(), kind(dtype)?);
-    let len = count("x", &[("rows", rows), ("n", n as i64)])?;
-    let words = if k > 1 { k * k.div_ceil(32) } else { 0 };
-    let table = if k > 1 { Some(view("table", table, words, Kind::U32)?) } else { None };
-    let tables = Tables { map, table, signs: optional(signs, n, Kind::I8)? };
+    let kind = kind(dtype)?;
+    let len = count("x", &[("rows", rows), ("n", map.n() as i64)])?;
+    let tables = tables(map, table, signs)?;
     let queue = Queue::raw(stream);
     hadamard::launch(queue, view("y", y, len, kind)?, view("x", x, len, kind)?, &tables, transpose, spec)
 }
@@ -444,7 +450,8 @@ as_declared! {
     spinquant_hadamard(a, b, c, d, e, f, g, h, i), spinquant_hadamard_fake_quant(a, b, c, d, e, f, g, h, i),
     spinquant_fake_quant(a, b, c, d, e, f, g), spinquant_quantize(a, b, c, d, e, f, g, h, i),
     spinquant_fake_quant_search(a, b, c, d, e, f, g, h), spinquant_quantize_codes(a, b, c, d, e, f, g, h, i),
-    spinquant_code_sums(a, b, c, d, e, f), spinquant_integer_linear(a, b, c, d, e, f, g, h, i, j, k),
+    spinquant_hadamard_codes(a, b, c, d, e, f, g, h, i, j, k, l), spinquant_code_sums(a, b, c, d, e, f),
+    spinquant_integer_linear(a, b, c, d, e, f, g, h, i, j, k),
     spinquant_rms_norm(a, b, c, d, e, f, g, h), spinquant_swiglu(a, b, c, d, e, f),
     spinquant_rope(a, b, c, d, e, f, g, h, i, j, k),
     spinquant_normalize_rows(a, b, c, d, e), spinquant_skew(a, b, c, d, e), spinquant_step_size(a, b, c, d, e, f),

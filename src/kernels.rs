@@ -47,7 +47,7 @@ use crate::ops::{
 };
 use crate::ops::{rms_norm as norm, rope as rotary, swiglu as gated};
 use crate::{DType, Element, Error, Result};
-pub use coded::{CodedRows, code_sums, integer_linear, quantize_codes};
+pub use coded::{Code, CodedRows, code_sums, hadamard_codes, integer_linear, quantize_codes};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 pub use learned::{agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums};
 pub use microscaling::{encode, largest};

@@ -3,12 +3,12 @@
 use std::ffi::c_void;
 
 use super::header::{spinquant_codes, spinquant_dtype, spinquant_quant, spinquant_status};
-use super::{Stream, call, count, groups, kind, optional, size, spec, view, wrong};
+use super::{Map, Stream, call, count, flag, groups, kind, map_of, optional, size, spec, tables, view, wrong};
 use crate::Result;
 use crate::device::cuda::Queue;
 use crate::device::launch::{Kind, View};
-use crate::ops::codes;
 use crate::ops::integer_linear::{self, Coded, Operands};
+use crate::ops::{codes, hadamard_codes};
 
 #[unsafe(no_mangle)]
 pub(super) extern "C" fn spinquant_quantize_codes(
@@ -31,6 +31,39 @@ pub(super) extern "C" fn spinquant_quantize_codes(
         };
         let (codes, scale) = (view("codes", codes, len, Kind::I8)?, view("scale", scale, groups, Kind::F32)?);
         codes::launch_quantize(Queue::raw(stream), codes, scale, zero, view("x", x, len, kind)?, size("cols", cols)?, &spec)
+    })
+}
+
+/// # Safety
+/// As [`map_of`]; the memory is as the header says.
+#[unsafe(no_mangle)]
+pub(super) unsafe extern "C" fn spinquant_hadamard_codes(
+    map: *const Map,
+    table: *const u32,
+    signs: *const i8,
+    codes: *mut c_void,
+    scale: *mut f32,
+    zero: *mut f32,
+    x: *const c_void,
+    rows: i64,
+    quant: spinquant_quant,
+    packed: i32,
+    dtype: spinquant_dtype,
+    stream: Stream,
+) -> spinquant_status {
+    call(|| {
+        // SAFETY: the caller's promise.
+        let map = unsafe { map_of(map) }?;
+        let (n, kind, spec) = (map.n() as i64, kind(dtype)?, spec(quant)?);
+        let (len, groups) = (count("x", &[("rows", rows), ("n", n)])?, groups(rows, n, &spec)?);
+        let zero: Option<View<'_>> = match spec.symmetric {
+            true => optional(zero, groups, Kind::F32)?,
+            false => Some(view("zero", zero, groups, Kind::F32)?),
+        };
+        let (bytes, of) = if flag("packed", packed)? { (len / 2, Kind::U8) } else { (len, Kind::I8) };
+        let out = (view("codes", codes, bytes, of)?, view("scale", scale, groups, Kind::F32)?, zero);
+        let tables = tables(map, table, signs)?;
+        hadamard_codes::launch(Queue::raw(stream), out, view("x", x, len, kind)?, &tables, &spec)
     })
 }
 

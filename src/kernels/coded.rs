@@ -1,13 +1,13 @@
 //! Integer codes, and linear layers on them.
 
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr};
 
-use super::{Float, Held, read, write};
+use super::{Float, HadamardMap, Held, Stored, read, write};
 use crate::Result;
 use crate::device::cuda::Queue;
 use crate::grid::QuantSpec;
-use crate::ops::codes;
 use crate::ops::integer_linear::{self as linear, Coded, Operands};
+use crate::ops::{codes, hadamard_codes};
 
 /// Codes of rows of k columns, with their grids: values `scale (code − zero)`.
 #[derive(Clone, Copy)]
@@ -59,6 +59,47 @@ pub fn quantize_codes<T: Float>(
     let (codes, scale, x) = (write::<i8>(stream, codes), write::<f32>(stream, scale), read(stream, x));
     codes::launch_quantize(Queue::of(stream), codes.view, scale.view, zero.as_ref().map(|z| z.view), x.view, cols, spec)
 }
+
+/// The codes of `H x` of every row, as [`quantize_codes`] gives those of x, in one pass: the transformed row is not rounded in between. Codes in
+/// `i8`, or of at most 4 bits in `u8`, two a byte and the first in the low half.
+///
+/// ```no_run
+/// use half::bf16;
+/// use spinquant::grid::QuantSpec;
+/// use spinquant::kernels::{self, HadamardMap};
+/// let stream = cudarc::driver::CudaContext::new(0)?.default_stream();
+/// let (rows, n) = (512, 11008);
+/// let (map, x) = (HadamardMap::new(&stream, n)?, stream.alloc_zeros::<bf16>(rows * n)?);
+/// let (mut scale, mut zero) = (stream.alloc_zeros(rows)?, stream.alloc_zeros(rows)?);
+/// let mut packed = stream.alloc_zeros::<u8>(rows * n / 2)?;
+/// let spec = QuantSpec::activation(4, false);
+/// kernels::hadamard_codes(&stream, &mut packed, &mut scale, Some(&mut zero), &x, &map, &spec)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// Clip search; more than 4 bits or odd groups in `u8`; slices that are too short, not aligned to 16 bytes or of another device than the
+/// stream; rows that the card does not hold on chip; a failed launch.
+pub fn hadamard_codes<T: Float, C: Code>(
+    stream: &CudaStream,
+    codes: &mut CudaSlice<C>,
+    scale: &mut CudaSlice<f32>,
+    zero: Option<&mut CudaSlice<f32>>,
+    x: &impl DevicePtr<T>,
+    map: &HadamardMap,
+    spec: &QuantSpec,
+) -> Result<()> {
+    let zero = zero.map(|z| write::<f32>(stream, z));
+    let (codes, scale, x, held) = (write::<C>(stream, codes), write::<f32>(stream, scale), read(stream, x), map.held(stream));
+    let out = (codes.view, scale.view, zero.as_ref().map(|z| z.view));
+    hadamard_codes::launch(Queue::of(stream), out, x.view, &map.tables(&held), spec)
+}
+
+/// What codes are written in: `i8`, one each, or `u8`, two each.
+#[allow(private_bounds)]
+pub trait Code: DeviceRepr + Stored {}
+impl Code for i8 {}
+impl Code for u8 {}
 
 /// Sums of the codes of rows of `cols` over parts of `part` columns.
 ///

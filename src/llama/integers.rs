@@ -74,7 +74,7 @@ impl Block {
     /// The linears that are to multiply codes while rotations are learned: those that can, and whose products are no slower for it. Their
     /// weights then keep codes, and what they read does where all its linears are among them.
     ///
-    /// On a GPU neither clip ratios that are learned nor a Hadamard in front of the quantiser leave codes behind.
+    /// On a GPU clip ratios that are learned leave no codes behind.
     ///
     /// # Errors
     /// Groups that do not divide rows; a card that cannot be asked.
@@ -92,9 +92,8 @@ impl Block {
             if !whole || w.cols() > MOST_COLUMNS {
                 return Ok(false);
             }
-            let turned = linear == Linear::Down && s.online.r4.map(w.cols())?.is_some();
             let clipped = weight_clips || clips[site as usize].is_some() || self.clip_constants(site).is_some();
-            Ok(on_cpu || (!turned && !clipped && is_fast(&w.device(), [w.rows(), w.cols()], groups)?))
+            Ok(on_cpu || (!clipped && is_fast(&w.device(), [w.rows(), w.cols()], groups)?))
         })
     }
 }

@@ -3,7 +3,7 @@
 use super::{Item, Needs, Work};
 use crate::llama::{Linear, LlamaConfig, Plan};
 use crate::ops::linear_cross_entropy::rows_at_once;
-use crate::quant::{Engine, QuantSpec, R4, Site};
+use crate::quant::{Engine, QuantSpec, Site};
 use crate::rotation::Scale;
 
 /// What the bytes and the time of a step are made of.
@@ -56,8 +56,7 @@ fn coded(config: &LlamaConfig, work: &Work) -> Vec<Linear> {
         && sites.weight.symmetric
         && uniform(&sites.weight)
         && !work.weight_clips;
-    let turned = |l: Linear| l == Linear::Down && sites.online.r4 != R4::Off;
-    let codes = |l: &Linear| all && !work.clips && uniform(sites.at(l.row().site)) && !turned(*l);
+    let codes = |l: &Linear| all && !work.clips && uniform(sites.at(l.row().site));
     Linear::ALL.into_iter().filter(codes).collect()
 }
 

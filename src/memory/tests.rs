@@ -2,7 +2,7 @@ use super::search::divisors;
 use super::*;
 use crate::llama::Linear;
 use crate::llama::synthetic::shape;
-use crate::quant::{Engine, R4};
+use crate::quant::Engine;
 use crate::rotation::Scale;
 
 fn work(scheme: Scheme) -> Work {
@@ -268,7 +268,6 @@ fn codes_take_less() {
     let on = |scheme: &str, engine| at(Work { engine, ..work(scheme.parse().unwrap()) });
     for (scheme, linears) in [("W4A4KV4", 6), ("W8A8", 6), ("W16A4KV4", 0), ("W4A16KV4", 0), ("MXFP4KV4", 0)] {
         let (integer, simulated) = (on(scheme, Engine::Integer), on(scheme, Engine::Simulated));
-        let linears = if scheme.parse::<Scheme>().unwrap().online.r4 == R4::Off { linears } else { linears.min(5) };
         assert_eq!((integer.on_integers, simulated.on_integers), (linears, 0), "{scheme}");
         assert_eq!(integer.bytes() < simulated.bytes(), linears > 0, "{scheme}");
         assert_eq!(integer.seconds < simulated.seconds, linears > 0, "{scheme}");

@@ -86,8 +86,7 @@ impl CodedFakeQuant {
         let [x] = inputs.take()?;
         let (shape, dtype) = (x.shape().to_vec(), x.dtype());
         let codes = match &self.map {
-            // Not rounded to 16 bits in between.
-            Some(map) => Codes::quantize(&hadamard::transform(x.to_dtype(wide(dtype))?, map, false)?, &self.spec)?,
+            Some(map) => Codes::transformed(&x, map, &self.spec)?,
             None => Codes::quantize(&x, &self.spec)?,
         };
         Ok(kept(codes, &shape, dtype))

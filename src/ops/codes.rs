@@ -64,11 +64,34 @@ impl Codes {
                 let zero = (!spec.symmetric).then(|| Tensor::on(&device, &shape, DType::F32)).transpose()?;
                 let zeros = zero.as_ref().map(Tensor::view).transpose()?;
                 launch_quantize(device.queue(), values.view(), scale.view()?, zeros, x.view()?, x.cols(), spec)?;
-                let values = Values::Cuda(Arc::new(values));
-                Ok(Self { rows: x.rows(), cols: x.cols(), group, values, scale, zero, sums: Arc::default() })
+                Ok(Self::on_device(values, scale, zero, [x.rows(), x.cols()], group))
             }
             device => Self::new(&quantize(x, spec)?, spec)?.to_device(&device),
         }
+    }
+
+    /// Those that a kernel wrote, `[rows, cols]` in bytes.
+    pub(super) fn on_device(
+        values: CudaBuffer,
+        scale: Tensor,
+        zero: Option<Tensor>,
+        [rows, cols]: [usize; 2],
+        group: usize,
+    ) -> Self {
+        Self { rows, cols, group, values: Values::Cuda(Arc::new(values)), scale, zero, sums: Arc::default() }
+    }
+
+    /// The same that were brought to the CPU; scales and zero points are brought there.
+    pub(super) fn on_cpu(
+        values: Vec<i8>,
+        scale: &Tensor,
+        zero: Option<&Tensor>,
+        [rows, cols]: [usize; 2],
+        group: usize,
+    ) -> Result<Self> {
+        let cpu = |t: &Tensor| t.to_device(&Device::Cpu);
+        let (scale, zero) = (cpu(scale)?, zero.map(cpu).transpose()?);
+        Ok(Self { rows, cols, group, values: Values::Cpu(Arc::new(values)), scale, zero, sums: Arc::default() })
     }
 
     /// What a quantiser found, as bytes, on the CPU. The specification says which codes there are.

@@ -18,6 +18,7 @@ pub mod embedding;
 pub mod exact;
 pub mod fake_quant;
 pub mod hadamard;
+pub mod hadamard_codes;
 pub mod hadamard_fake_quant;
 pub mod integer_linear;
 pub mod kl_divergence;
@@ -60,6 +61,7 @@ pub fn cases() -> Vec<Case> {
         embedding::cases(),
         fake_quant::cases(),
         hadamard::cases(),
+        hadamard_codes::cases(),
         hadamard_fake_quant::cases(),
         integer_linear::cases(),
         kl_divergence::cases(),

@@ -467,6 +467,65 @@ fn codes_are_those_of_fake_quantisation() {
     }
 }
 
+/// Codes behind Hadamard maps stand for what the fused fake quantisation writes: to the bit where one kernel makes both, and but for ties where
+/// another makes codes. Packed ones are the same codes.
+#[test]
+#[ignore = "needs a GPU"]
+fn hadamard_codes_are_those_of_fake_quantisation() {
+    fn check<T: kernels::Float>(s: &Arc<CudaStream>, n: usize, block: usize, rows: usize, spec: &QuantSpec, dtype: DType) {
+        let group = spec.group.unwrap_or(n);
+        let x: Vec<T> = randn([rows, n], n as u64).to_dtype(dtype).unwrap().into_vec().unwrap();
+        let map = HadamardMap::of(s, Hadamard::in_blocks(n, block).unwrap()).unwrap();
+        let (gx, mut gy) = (s.clone_htod(&x).unwrap(), s.clone_htod(&x).unwrap());
+        kernels::hadamard_fake_quant(s, &mut gy, &gx, &map, spec).unwrap();
+        let want = Tensor::from_vec(s.clone_dtoh(&gy).unwrap(), [rows, n]).unwrap().to_f64_vec().unwrap();
+        let [mut scale, mut zero] = [0; 2].map(|_| s.alloc_zeros::<f32>(rows * n / group).unwrap());
+        let mut codes = s.clone_htod(&vec![0x5ai8; rows * n]).unwrap();
+        kernels::hadamard_codes(s, &mut codes, &mut scale, (!spec.symmetric).then_some(&mut zero), &gx, &map, spec).unwrap();
+        let (codes, scales, zeros) = (s.clone_dtoh(&codes).unwrap(), s.clone_dtoh(&scale).unwrap(), s.clone_dtoh(&zero).unwrap());
+        let values: Vec<f32> =
+            codes.iter().enumerate().map(|(i, &c)| scales[i / group] * (f32::from(c) - zeros[i / group])).collect();
+        let got = Tensor::from_vec(values, [rows, n]).unwrap().to_dtype(dtype).unwrap().to_f64_vec().unwrap();
+        let off: Vec<usize> = (0..got.len()).filter(|&i| got[i] != want[i]).collect();
+        let family = kernels::hadamard_choice(map.map(), dtype, Some(spec), kernels::Gpu::current().unwrap()).unwrap().family;
+        let other = family.starts_with("tensor") || family.starts_with("core");
+        let name = format!("{rows}x{n} in {block}, {spec:?}, {dtype}, {family}");
+        assert!(off.len() * 1000 <= if other { got.len().max(1000) } else { 0 }, "{name}: {} off", off.len());
+        for i in off {
+            let step = f64::from(scales[i / group]);
+            assert!((got[i] - want[i]).abs() < 1.02 * step, "{name}: value {i} is {}, not {}", got[i], want[i]);
+        }
+        if spec.bits <= 4 && group.is_multiple_of(2) {
+            let mut packed = s.clone_htod(&vec![0x5au8; rows * n / 2]).unwrap();
+            kernels::hadamard_codes(s, &mut packed, &mut scale, (!spec.symmetric).then_some(&mut zero), &gx, &map, spec).unwrap();
+            let both = |b: u8| [((b << 4) as i8) >> 4, (b as i8) >> 4];
+            assert!(s.clone_dtoh(&packed).unwrap().into_iter().flat_map(both).eq(codes), "{name}: packed");
+            assert!(s.clone_dtoh(&scale).unwrap() == scales && s.clone_dtoh(&zero).unwrap() == zeros, "{name}: packed");
+        } else {
+            let mut packed = s.alloc_zeros::<u8>(rows * n / 2).unwrap();
+            let error = kernels::hadamard_codes(s, &mut packed, &mut scale, Some(&mut zero), &gx, &map, spec).unwrap_err();
+            assert!(error.to_string().contains("even groups"), "{error}");
+        }
+    }
+    let s = &stream();
+    let all = |n: usize, block: usize, rows: usize, specs: &[QuantSpec]| {
+        for spec in specs {
+            check::<f32>(s, n, block, rows, spec, DType::F32);
+            check::<half::f16>(s, n, block, rows, spec, DType::F16);
+            check::<bf16>(s, n, block, rows, spec, DType::BF16);
+        }
+    };
+    let act = QuantSpec::activation;
+    let specs = [act(4, false), act(4, true), act(8, false), act(3, true).clipped(Clip::Ratio(0.9))];
+    for n in [1, 2, 4, 8, 64, 512, 1024, 2048, 4096, 8192, 11008, 13824, 14336, 16384, 18944, 5504, 10944, 28672] {
+        all(n, n, if n > 8192 { 3 } else { 37 }, &specs);
+    }
+    for (n, block) in [(1536, 64), (11008, 256), (14336, 2048)] {
+        all(n, block, 5, &specs);
+    }
+    all(128, 128, 37, &[act(4, false).grouped(16), act(4, true).grouped(32), act(8, false).grouped(64)]);
+}
+
 /// The adapters on bare slices, in a graph that is replayed, and what they refuse.
 #[test]
 #[ignore = "needs a GPU"]

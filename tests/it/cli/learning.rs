@@ -292,6 +292,6 @@ fn either_engine_learns_and_says_so() {
     place.fails(&format!("{LEARN} --engine fast"), &["expected simulated or integer, got \"fast\""]);
     let planned = |args: &str| place.json(&format!("{LEARN} --dry-run --json --recipe published {args}"));
     let linears = |args: &str| planned(args)["integer_linears"].as_u64().unwrap();
-    assert_eq!((linears("--engine integer"), linears(""), linears("--engine integer --scheme W16A4KV4")), (5, 0, 0));
+    assert_eq!((linears("--engine integer"), linears(""), linears("--engine integer --scheme W16A4KV4")), (6, 0, 0));
     assert_eq!(planned("--engine integer")["engine"], "integer");
 }
