@@ -17,9 +17,10 @@ pub(crate) mod shared;
 /// and no device to call it on.
 #[cfg(feature = "cuda")]
 macro_rules! ffi {
-    ($name:ident($($argument:expr),* $(,)?)) => {
+    ($name:ident($($argument:expr),* $(,)?)) => {{
+        $crate::device::cuda::called(stringify!($name));
         $crate::device::cuda::ffi::$name($($crate::device::launch::Argument::pass($argument)),*)
-    };
+    }};
 }
 #[cfg(not(feature = "cuda"))]
 macro_rules! ffi {

@@ -117,11 +117,10 @@ pub(crate) fn launch(
 
 /// Worked cases: sizes for benches.
 pub(crate) fn cases() -> Vec<Case> {
-    let bytes: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32])];
-    let on_gpus: Vec<At> = [4096, 8192, 11008, 14336, 28672].map(|n| (Place::Gpu, n, (1 << 28) / n, &[DType::BF16][..])).to_vec();
-    let mut all = Case::table(timed, &[bytes, &on_gpus].concat());
-    all.extend(Case::table(timed_packed, &on_gpus));
-    all
+    let on_cpus: &[At] = &[(Place::Cpu, 4096, 4096, &[DType::F32])];
+    let on_gpus = [4096, 8192, 11008, 14336, 28672].map(|n| (Place::Gpu, n, (1 << 28) / n, &[DType::BF16][..]));
+    let sizes = [on_cpus, &on_gpus].concat();
+    [Case::table(timed, &sizes), Case::table(timed_packed, &sizes)].concat()
 }
 
 fn timed(n: usize, rows: usize) -> Case {
@@ -141,6 +140,40 @@ fn timed(n: usize, rows: usize) -> Case {
     checked(("hadamard_codes", "hadamard-codes", about), n, rows, Run::Call(Arc::new(call)), 1.5)
 }
 
+/// Two codes a byte, the first in the low half, where x is.
+enum Packed {
+    Cpu(Vec<u8>),
+    Cuda(CudaBuffer),
+}
+
+impl Packed {
+    /// The codes, with scales and zero points.
+    fn transformed(x: &Tensor, map: &Hadamard, spec: &QuantSpec) -> Result<(Self, Tensor, Option<Tensor>)> {
+        if let Device::Cuda(device) = x.device() {
+            let (codes, scale, zero) = on_gpu(&device, x, map, spec, Kind::U8)?;
+            return Ok((Self::Cuda(codes), scale, zero));
+        }
+        if !map.n().is_multiple_of(2) {
+            return Err(Error::argument("hadamard codes", format!("expected rows of an even length to pack, got {}", map.n())));
+        }
+        let codes = Codes::transformed(x, map, spec)?;
+        let bytes = codes.as_slice()?.chunks(2).map(|c| c[0] as u8 & 15 | (c[1] as u8) << 4).collect();
+        Ok((Self::Cpu(bytes), codes.scale().clone(), codes.zero().cloned()))
+    }
+
+    fn unpacked(&self) -> Result<Vec<i8>> {
+        let both = |&b: &u8| [((b << 4) as i8) >> 4, (b as i8) >> 4];
+        match self {
+            Self::Cpu(bytes) => Ok(bytes.iter().flat_map(both).collect()),
+            Self::Cuda(codes) => {
+                let mut bytes = vec![0u8; codes.len()];
+                codes.download(0, &mut bytes)?;
+                Ok(bytes.iter().flat_map(both).collect())
+            }
+        }
+    }
+}
+
 fn timed_packed(n: usize, rows: usize) -> Case {
     let spec = QuantSpec::activation(4, false);
     let call = move |x: &[Tensor]| {
@@ -148,21 +181,14 @@ fn timed_packed(n: usize, rows: usize) -> Case {
         let codes = last.clone();
         Ok(Call {
             run: Box::new(move || {
-                let Device::Cuda(device) = x.device() else {
-                    return Err(Error::device("hadamard codes", "two codes a byte are written on a GPU"));
-                };
-                *last.borrow_mut() = Some(on_gpu(&device, &x, &map, &spec, Kind::U8)?);
+                *last.borrow_mut() = Some(Packed::transformed(&x, &map, &spec)?);
                 Ok(())
             }),
             results: Box::new(move || {
-                let unpacked = |(codes, scale, zero): &(CudaBuffer, Tensor, Option<Tensor>)| {
-                    let mut bytes = vec![0u8; codes.len()];
-                    codes.download(0, &mut bytes)?;
-                    let both = |b: u8| [((b << 4) as i8) >> 4, (b as i8) >> 4];
-                    let values = bytes.into_iter().flat_map(both).collect();
-                    Codes::on_cpu(values, scale, zero.as_ref(), [rows, n], n)?.dequantize()
+                let values = |(codes, scale, zero): &(Packed, Tensor, Option<Tensor>)| {
+                    Codes::on_cpu(codes.unpacked()?, scale, zero.as_ref(), [rows, n], n)?.dequantize()
                 };
-                codes.borrow().iter().map(unpacked).collect()
+                codes.borrow().iter().map(values).collect()
             }),
         })
     };

@@ -6,6 +6,7 @@ mod baselines;
 mod common;
 mod families;
 mod gptq;
+mod graphs;
 mod hadamard_sizes;
 mod kernels;
 mod networks;

@@ -3,6 +3,7 @@
 mod clock;
 mod copies;
 mod gemm;
+mod graphs;
 mod nccl;
 mod profile;
 mod solver;
@@ -26,6 +27,8 @@ use crate::{Error, Result};
 
 pub use clock::{Event, Graph};
 pub(crate) use copies::{Copies, Pinned};
+pub(crate) use graphs::called;
+pub use graphs::in_graphs;
 pub(crate) use nccl::Communicator;
 pub use nccl::check_nccl;
 pub use profile::Phase;
@@ -439,14 +442,14 @@ impl<'a> Queue<'a> {
     /// Calls a launcher of `kernels.h` with the stream, its context bound.
     pub(crate) fn launch(&self, what: &'static str, work: Work, f: impl FnOnce(ffi::sq_stream) -> i32) -> Result<()> {
         let launch = || {
-            let stream = match self.stream {
+            let status = match self.stream {
                 Stream::Ours(stream) => {
                     stream.context().bind_to_thread().map_err(driver_error("binding the context"))?;
-                    stream.cu_stream().cast()
+                    if graphs::wanted() { graphs::captured(stream, f)? } else { f(stream.cu_stream().cast()) }
                 }
-                Stream::Raw(stream) => stream,
+                Stream::Raw(stream) => f(stream),
             };
-            match f(stream) {
+            match status {
                 0 => Ok(()),
                 1 => Err(Error::Cuda(format!("{what}: the kernel does not support these sizes"))),
                 code => Err(Error::Cuda(format!("{what}: launch failed with cudaError {code}"))),
