@@ -137,7 +137,7 @@ fn timed(n: usize, rows: usize) -> Case {
         })
     };
     let about = "Hadamard transform and asymmetric 4-bit quantisation of rows of n to codes of a byte (one pass on a GPU)";
-    checked(("hadamard_codes", "hadamard-codes", about), n, rows, Run::Call(Arc::new(call)), 1.5)
+    checked(("coded", "hadamard-codes", about), n, rows, Run::Call(Arc::new(call)), 1.5)
 }
 
 /// Two codes a byte, the first in the low half, where x is.
@@ -193,7 +193,7 @@ fn timed_packed(n: usize, rows: usize) -> Case {
         })
     };
     let about = "the same with two codes a byte";
-    checked(("hadamard_codes", "hadamard-packed-codes", about), n, rows, Run::Call(Arc::new(call)), 1.25)
+    checked(("coded", "hadamard-packed-codes", about), n, rows, Run::Call(Arc::new(call)), 1.25)
 }
 
 /// `moved`: values of 16 bits that are read and written for each one.
