@@ -51,11 +51,7 @@ pub(super) struct Sizes {
 fn coded(config: &LlamaConfig, work: &Work) -> Vec<Linear> {
     let sites = work.scheme.sites(config.head_dim);
     let uniform = |spec: &QuantSpec| spec.is_active() && spec.rule.floating().is_none() && spec.group.is_none();
-    let all = work.engine == Engine::Integer
-        && work.ranks == 1
-        && sites.weight.symmetric
-        && uniform(&sites.weight)
-        && !work.weight_clips;
+    let all = work.engine == Engine::Integer && sites.weight.symmetric && uniform(&sites.weight) && !work.weight_clips;
     let codes = |l: &Linear| all && !work.clips && uniform(sites.at(l.row().site));
     Linear::ALL.into_iter().filter(codes).collect()
 }
