@@ -9,7 +9,8 @@ use sha2::{Digest, Sha256};
 use crate::data;
 use crate::linalg::matmul;
 use crate::llama::block::{Block, Run};
-use crate::llama::host::{Heading, Parked, Placer};
+use crate::llama::host::{Heading, Parked};
+use crate::llama::placement::Placer;
 use crate::llama::rotate::{LayerLearned, LayerTransforms};
 use crate::llama::walk::observed;
 use crate::llama::{
