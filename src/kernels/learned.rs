@@ -8,6 +8,7 @@ use crate::device::cuda::Queue;
 use crate::ops::clipped_fake_quant::{self as clipped, ClippedFakeQuant};
 use crate::ops::kl_divergence as divergence;
 use crate::ops::log_scale::{self as scale, LogScale};
+use crate::ops::{scaled_rms_norm as norm, scaled_swiglu as gated};
 
 /// `y = x exp(±a)` of rows of `cols` values, a one `f32` a row or a column of x.
 ///
@@ -51,6 +52,73 @@ pub fn log_scale_sums<T: Float>(
 ) -> Result<()> {
     let (da, dy, x, a) = (write(stream, da), read(stream, dy), read(stream, x), read(stream, a));
     scale::launch_sums(Queue::of(stream), op, da.view, (dy.view, x.view), Some(a.view), cols)
+}
+
+/// RMSNorm of rows of as many values as a, the columns of the result divided by `exp(a)`; `inverse` receives the factor of every row.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
+pub fn scaled_rms_norm<T: Float>(
+    stream: &CudaStream,
+    y: &mut impl DevicePtrMut<T>,
+    inverse: &mut impl DevicePtrMut<f32>,
+    x: &impl DevicePtr<T>,
+    a: &impl DevicePtr<f32>,
+    eps: f32,
+) -> Result<()> {
+    let (y, inverse, x, a) = (write(stream, y), write(stream, inverse), read(stream, x), read(stream, a));
+    norm::launch(Queue::of(stream), [y.view, inverse.view], x.view, a.view, eps)
+}
+
+/// dx of [`scaled_rms_norm`] from dy, what went in and the factors of its rows; the rows of `parts` `[any number, cols]` add up to da.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
+pub fn scaled_rms_norm_backward<T: Float>(
+    stream: &CudaStream,
+    dx: &mut impl DevicePtrMut<T>,
+    parts: &mut impl DevicePtrMut<f32>,
+    (dy, x): (&impl DevicePtr<T>, &impl DevicePtr<T>),
+    a: &impl DevicePtr<f32>,
+    inverse: &impl DevicePtr<f32>,
+) -> Result<()> {
+    let (dx, parts) = (write(stream, dx), write(stream, parts));
+    let (dy, x, a, inverse) = (read(stream, dy), read(stream, x), read(stream, a), read(stream, inverse));
+    norm::launch_backward(Queue::of(stream), dx.view, parts.view, [dy.view, x.view], a.view, inverse.view)
+}
+
+/// `y = silu(gate) · up exp(−a)` for rows of as many values as a.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
+pub fn scaled_swiglu<T: Float>(
+    stream: &CudaStream,
+    y: &mut impl DevicePtrMut<T>,
+    (gate, up): (&impl DevicePtr<T>, &impl DevicePtr<T>),
+    a: &impl DevicePtr<f32>,
+) -> Result<()> {
+    let (y, gate, up, a) = (write(stream, y), read(stream, gate), read(stream, up), read(stream, a));
+    gated::launch(Queue::of(stream), y.view, gate.view, up.view, a.view)
+}
+
+/// Gradients of [`scaled_swiglu`]; the rows of `parts` `[up to 65535, cols]` add up to da.
+///
+/// # Errors
+/// Slices that are too short, not aligned to 16 bytes or of another device than the stream; sizes that the kernel does not know;
+/// a failed launch.
+pub fn scaled_swiglu_backward<T: Float>(
+    stream: &CudaStream,
+    (dgate, dup): (&mut impl DevicePtrMut<T>, &mut impl DevicePtrMut<T>),
+    parts: &mut impl DevicePtrMut<f32>,
+    (dy, gate, up): (&impl DevicePtr<T>, &impl DevicePtr<T>, &impl DevicePtr<T>),
+    a: &impl DevicePtr<f32>,
+) -> Result<()> {
+    let (dgate, dup, parts) = (write(stream, dgate), write(stream, dup), write(stream, parts));
+    let (dy, gate, up, a) = (read(stream, dy), read(stream, gate), read(stream, up), read(stream, a));
+    gated::launch_backward(Queue::of(stream), [dgate.view, dup.view], parts.view, [dy.view, gate.view, up.view], a.view)
 }
 
 /// Every row of `cols` values quantised and dequantised, the ends of its range clipped by `exp(a)` of its kind; a is `[kinds, 2]`, and

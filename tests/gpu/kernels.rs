@@ -12,7 +12,7 @@ use spinquant::ops::clipped_fake_quant::ClippedFakeQuant;
 use spinquant::ops::log_scale::{Along, LogScale};
 use spinquant::ops::microscaling::encode;
 use spinquant::ops::rope_pairs::RopePairs;
-use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, rope_pairs, swap_axes, swiglu};
+use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, rope_pairs, scaled_rms_norm, scaled_swiglu, swap_axes, swiglu};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::{DType, Device, Tape, Tensor};
 
@@ -247,6 +247,35 @@ fn learned_kernels_are_the_operations() {
         close(s, &da, &want.to_f64_vec().unwrap(), 1e-3);
         assert!(kernels::log_scale(s, &mut y, &gx, &ga.slice(..4), op, cols).is_err());
     }
+
+    // What is scaled in passing; more parts than rows, and fewer.
+    let (a, up) = (values(15, cols), values(16, rows * cols));
+    let [ga, gup] = [&a, &up].map(|x| s.clone_htod(x).unwrap());
+    let mut inverse = s.alloc_zeros::<f32>(rows).unwrap();
+    kernels::scaled_rms_norm(s, &mut y, &mut inverse, &gx, &ga, 1e-5).unwrap();
+    close(s, &y, &scaled_rms_norm::reference(&wide(&x), &wide(&a), 1e-5), 1e-4);
+    let sum = |parts: &CudaSlice<f32>| {
+        let parts = s.clone_dtoh(parts).unwrap();
+        (0..cols).map(|j| parts.iter().skip(j).step_by(cols).map(|&p| f64::from(p)).sum::<f64>()).collect::<Vec<_>>()
+    };
+    let near = |got: &[f64], want: &[f64]| assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 1e-3), "{got:?} {want:?}");
+    for workers in [2, 9] {
+        let mut parts = s.clone_htod(&vec![f32::NAN; workers * cols]).unwrap();
+        let [dx, da] = scaled_rms_norm::reference_backward(&wide(&dy), &wide(&x), &wide(&a), 1e-5);
+        kernels::scaled_rms_norm_backward(s, &mut y, &mut parts, (&gdy, &gx), &ga, &inverse).unwrap();
+        close(s, &y, &dx, 1e-3);
+        near(&sum(&parts), &da);
+        let mut dup = s.alloc_zeros::<f32>(rows * cols).unwrap();
+        let mut parts = s.clone_htod(&vec![f32::NAN; workers * cols]).unwrap();
+        kernels::scaled_swiglu_backward(s, (&mut y, &mut dup), &mut parts, (&gdy, &gx, &gup), &ga).unwrap();
+        let [dgate, want, da] = scaled_swiglu::reference_backward(&wide(&dy), &wide(&x), &wide(&up), &wide(&a));
+        close(s, &y, &dgate, 1e-3);
+        close(s, &dup, &want, 1e-3);
+        near(&sum(&parts), &da);
+    }
+    kernels::scaled_swiglu(s, &mut y, (&gx, &gup), &ga).unwrap();
+    close(s, &y, &scaled_swiglu::reference(&wide(&x), &wide(&up), &wide(&a)), 1e-4);
+    assert!(kernels::scaled_swiglu(s, &mut y, (&gx, &gup), &ga.slice(..7)).is_err());
 
     // Two kinds of rows.
     let a: Vec<f32> = values(14, 4).into_iter().map(|a| -0.1 - 0.2 * a.abs()).collect();
