@@ -9,22 +9,28 @@ using namespace sq;
 
 constexpr int kWarpRows = 8;  // rows to a block where a row has a warp
 
-// How a row is read: by kThreads threads (a warp or a block), N neighbours at a time. With kHeld > 0 the row has at most
-// kHeld such packs a thread, which stay in registers; with 0 it is read again where it is needed.
+// How a row is read: by kThreads threads (lanes of a warp, a warp or a block), N neighbours at a time. With kHeld > 0 the row has at
+// most kHeld such packs a thread, which stay in registers; with 0 it is read again where it is needed.
 template <typename T, int threads, int packed, int held>
 struct Reading {
   using Value = T;
   static constexpr int kThreads = threads, N = packed, kHeld = held;
-  static constexpr int kBlock = threads == 32 ? 32 * kWarpRows : threads;
+  static constexpr int kBlock = threads <= 32 ? 32 * kWarpRows : threads;
+  static constexpr int kTeams = kBlock / kThreads;  // rows to a block
   Pack<T, N> packs[kHeld > 0 ? kHeld : 1];
   int64_t row;
   int thread;
+  bool inside;
 
-  __device__ __forceinline__ Reading() {
-    const int teams = kThreads == 32 ? kWarpRows : 1;
-    row = int64_t(blockIdx.x) * teams + (kThreads == 32 ? threadIdx.x / 32 : 0);
-    thread = kThreads == 32 ? threadIdx.x % 32 : threadIdx.x;
+  // Lanes of a warp reduce together: those behind the last row read it once more, and write nothing.
+  __device__ __forceinline__ explicit Reading(int64_t rows) {
+    row = int64_t(blockIdx.x) * kTeams + threadIdx.x / kThreads;
+    thread = threadIdx.x % kThreads;
+    inside = row < rows;
+    if (kThreads < 32 && !inside) row = rows - 1;
   }
+  // False for whole warps, or the whole block.
+  __device__ __forceinline__ bool works() const { return kThreads < 32 || inside; }
 
   // f(place of a pack in the row, the pack), for every pack of this thread.
   template <typename F>
@@ -56,7 +62,8 @@ struct Reading {
 #pragma unroll
       for (int i = 0; i < N; ++i) range.add(v[i]);
     });
-    return kThreads == 32 ? warp_range(range) : block_range(range, scratch);
+    if constexpr (kThreads <= 32) return warp_range<kThreads>(range);
+    return block_range(range, scratch);
   }
 };
 
@@ -74,8 +81,8 @@ __global__ void __launch_bounds__(R::kBlock)
     forward_kernel(typename R::Value *y, const typename R::Value *x, const float *a, int64_t rows, int64_t cols, int64_t kinds,
                    Quantiser q) {
   __shared__ Range scratch[32];
-  R reading;
-  if (reading.row >= rows) return;  // whole warps, or the whole block
+  R reading(rows);
+  if (!reading.works()) return;
   const int64_t start = reading.row * cols;
   const Clipped c(q, a, reading.row % kinds, reading.read(x + start, cols, scratch));
   const Coder coder(q, c.step, fminf(c.lower, c.upper));
@@ -83,7 +90,7 @@ __global__ void __launch_bounds__(R::kBlock)
     float v[R::N];
     widen(v, pack);
     coder.fake_quant(v);
-    store_pack(y + start + j, narrow<typename R::Value>(v));
+    if (reading.inside) store_pack(y + start + j, narrow<typename R::Value>(v));
   });
 }
 
@@ -92,10 +99,10 @@ __global__ void __launch_bounds__(R::kBlock)
     grids_kernel(float *scale, float *zero, const typename R::Value *x, const float *a, int64_t rows, int64_t cols,
                  int64_t kinds, Quantiser q) {
   __shared__ Range scratch[32];
-  R reading;
-  if (reading.row >= rows) return;  // whole warps, or the whole block
+  R reading(rows);
+  if (!reading.works()) return;
   const Clipped c(q, a, reading.row % kinds, reading.read(x + reading.row * cols, cols, scratch));
-  if (reading.thread != 0) return;
+  if (reading.thread != 0 || !reading.inside) return;
   scale[reading.row] = c.step.scale;
   zero[reading.row] = c.step.zero;
 }
@@ -123,22 +130,44 @@ __global__ void __launch_bounds__(R::kBlock)
                     int64_t rows, int64_t cols, int64_t kinds, Quantiser q, bool blocked) {
   __shared__ Range scratch[32];
   __shared__ float sum_scratch[32];
-  R reading;
-  if (reading.row >= rows) return;
+  R reading(rows);
+  if (!reading.works()) return;
+  using T = typename R::Value;
+  constexpr int N = R::N;
   const int64_t start = reading.row * cols;
+  // On its way while the range is found.
+  Pack<T, N> held[R::kHeld > 0 ? R::kHeld : 1];
+#pragma unroll
+  for (int i = 0; i < R::kHeld; ++i) {
+    const int64_t j = int64_t(i * R::kThreads + reading.thread) * N;
+    if (j < cols) held[i] = load_pack<T, N>(dy + start + j);
+  }
   const Clipped c(q, a, reading.row % kinds, reading.read(x + start, cols, scratch));
   const Coder coder(q, c.step, fminf(c.lower, c.upper));
   float sum = 0.0f;
-  reading.each(x + start, cols, [&](int64_t j, const auto &pack) {
-    float values[R::N], gradient[R::N];
+  const auto add = [&](int64_t j, const Pack<T, N> &pack, const Pack<T, N> &pack_dy) {
+    float values[N], gradient[N];
     widen(values, pack);
-    widen(gradient, load_pack<typename R::Value, R::N>(dy + start + j));
+    widen(gradient, pack_dy);
     sum += coder.quick ? pack_gradient<true>(q, coder, values, gradient, blocked)
                        : pack_gradient<false>(q, coder, values, gradient, blocked);
-    store_pack(dx + start + j, narrow<typename R::Value>(gradient));
-  });
-  sum = R::kThreads == 32 ? warp_sum(sum) : block_sum(sum, sum_scratch);
-  if (reading.thread != 0) return;
+    if (reading.inside) store_pack(dx + start + j, narrow<T>(gradient));
+  };
+  if constexpr (R::kHeld > 0) {
+#pragma unroll
+    for (int i = 0; i < R::kHeld; ++i) {
+      const int64_t j = int64_t(i * R::kThreads + reading.thread) * N;
+      if (j < cols) add(j, reading.packs[i], held[i]);
+    }
+  } else {
+    reading.each(x + start, cols, [&](int64_t j, const Pack<T, N> &pack) { add(j, pack, load_pack<T, N>(dy + start + j)); });
+  }
+  if constexpr (R::kThreads <= 32) {
+    sum = warp_reduce<R::kThreads>(sum, Sum());
+  } else {
+    sum = block_sum(sum, sum_scratch);
+  }
+  if (reading.thread != 0 || !reading.inside) return;
   float lower = 0.0f, upper = 0.0f;
   if (q.symmetric) {
     upper = fmaxf(-c.range.lo, c.range.hi) == 0.0f ? 0.0f : sum * c.step.scale;
@@ -154,13 +183,17 @@ __global__ void __launch_bounds__(R::kBlock)
   sums[2 * reading.row + 1] = upper;
 }
 
-// Calls f(reading) with the way that rows of T of this length are read: short ones by a warp, long ones by a block.
+// Calls f(reading) with the way that rows of T of this length are read: heads by a few lanes, so that what is done once a row is done
+// rarely, longer ones by a warp, long ones by a block.
 template <typename T, typename F>
 int by_reading(int64_t cols, F &&f) {
   constexpr int N = kPack<T>;
   const int64_t packs = cols / N;
   if (cols % N != 0) return cols <= 1024 ? f(Type<Reading<T, 32, 1, 0>>{}) : f(Type<Reading<T, 512, 1, 0>>{});
-  if (packs <= 32) return f(Type<Reading<T, 32, N, 1>>{});
+  if (packs <= 4) return f(Type<Reading<T, 4, N, 1>>{});
+  if (packs <= 8) return f(Type<Reading<T, 4, N, 2>>{});
+  if (packs <= 16) return f(Type<Reading<T, 4, N, 4>>{});
+  if (packs <= 32) return f(Type<Reading<T, 8, N, 4>>{});
   if (packs <= 32 * 4) return f(Type<Reading<T, 32, N, 4>>{});
   if (packs <= 256 * 2) return f(Type<Reading<T, 256, N, 2>>{});
   if (packs <= 512 * 4) return f(Type<Reading<T, 512, N, 4>>{});
@@ -169,7 +202,7 @@ int by_reading(int64_t cols, F &&f) {
 
 template <typename R>
 unsigned blocks_for(int64_t rows) {
-  return unsigned(R::kThreads == 32 ? ceil_div(rows, int64_t(kWarpRows)) : rows);
+  return unsigned(ceil_div(rows, int64_t(R::kTeams)));
 }
 
 // Rows of one scale each: as many as there are groups. False where the arguments make no sense.

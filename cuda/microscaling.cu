@@ -51,11 +51,14 @@ struct Format {
   float clip;
 };
 
-// The scale of a block, and how its values are divided by it.
+// How values are divided by a scale: times a reciprocal that is a power of two, by the steps of `divide`, or by a division.
+enum class Way { kExact, kQuick, kSlow };
+
+// The scale of a block.
 struct Scale {
   float value, reciprocal;
   unsigned byte;
-  bool exact, quick;  // exact: the reciprocal is that of a power of two
+  Way way;
 
   __device__ __forceinline__ Scale(const Format &format, float most, float unit) {
     most = __fmul_rn(format.clip, most);
@@ -63,29 +66,39 @@ struct Scale {
       byte = e4m3(__fdiv_rn(__fdiv_rn(most, 6.0f), unit));
       value = __fmul_rn(from_e4m3(byte), unit);
       reciprocal = 1.0f / value;
-      exact = false;
-      quick = value > 0x1p-60f && value < 0x1p60f;
+      way = value > 0x1p-60f && value < 0x1p60f ? Way::kQuick : Way::kSlow;
     } else {
       const int exponent = int(__float_as_uint(most) >> 23) - 2;
       byte = exponent < 0 ? 0u : unsigned(min(exponent, 254));
       value = most == 0.0f ? 0.0f : byte == 0 ? 0x1p-127f : __uint_as_float(byte << 23);
-      exact = byte < 254;
-      quick = false;
-      reciprocal = exact ? __uint_as_float((254 - byte) << 23) : 0.0f;
+      way = byte < 254 ? Way::kExact : Way::kSlow;
+      reciprocal = byte < 254 ? __uint_as_float((254 - byte) << 23) : 0.0f;
     }
   }
 
   // |x| in scales, at most 6.
+  template <Way kWay>
   __device__ __forceinline__ float quotient(float x) const {
     x = fabsf(x);
-    if (exact) return fminf(__fmul_rn(x, reciprocal), 6.0f);
-    if (quick) return fminf(divide(x, value, reciprocal), 6.0f);
+    if (kWay == Way::kExact) return fminf(__fmul_rn(x, reciprocal), 6.0f);
+    if (kWay == Way::kQuick) return fminf(divide(x, value, reciprocal), 6.0f);
     return value == 0.0f ? 0.0f : fminf(__fdiv_rn(x, value), 6.0f);
+  }
+
+  // Calls f(way): once for many values, as they have the way in common. Most blocks of a format go the first one.
+  template <bool kNvfp4, typename F>
+  __device__ __forceinline__ void each_way(F &&f) const {
+    constexpr Way kFirst = kNvfp4 ? Way::kQuick : Way::kExact;
+    if (way == kFirst) {
+      f(std::integral_constant<Way, kFirst>{});
+    } else {
+      f(std::integral_constant<Way, Way::kSlow>{});
+    }
   }
 };
 
 // Codes of N values, two a byte, the first in the low half.
-template <int N>
+template <Way kWay, int N>
 __device__ __forceinline__ void encode(Pack<uint8_t, N / 2> &out, const float (&v)[N], const Scale &scale) {
   uint32_t words[N / 8];
 #pragma unroll
@@ -94,7 +107,7 @@ __device__ __forceinline__ void encode(Pack<uint8_t, N / 2> &out, const float (&
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float x = v[8 * w + i];
-      const unsigned code = Element(scale.quotient(x)).code();
+      const unsigned code = Element(scale.quotient<kWay>(x)).code();
       // No zero has a sign.
       const unsigned sign = code == 0 ? 0u : __float_as_uint(x) >> 28 & 8u;
       words[w] |= (code | sign) << 4 * i;
@@ -186,15 +199,17 @@ __global__ void __launch_bounds__(kThreads)
       if (std::is_same<T, __nv_bfloat16>::value && kRotated == 0 && kBlock == 32 && scale.byte > 27 && scale.byte < 227) {
         encode_pairs<kPart>(packed, v, scale.reciprocal);
       } else {
-        encode<kPart>(packed, v, scale);
+        scale.each_way<kBlock == 16>([&](auto way) { encode<decltype(way)::value>(packed, v, scale); });
       }
       store_pack(codes + (at + part) / 2, packed);
     }
     if (scales && threadIdx.x % kLanes == 0) scales[(at + part) / kBlock] = uint8_t(scale.byte);
     if (y) {
+      scale.each_way<kBlock == 16>([&](auto way) {
 #pragma unroll
-      for (int i = 0; i < kPart; ++i)
-        v[i] = copysignf(__fmul_rn(Element(scale.quotient(v[i])).value(), scale.value), v[i]);
+        for (int i = 0; i < kPart; ++i)
+          v[i] = copysignf(__fmul_rn(Element(scale.quotient<decltype(way)::value>(v[i])).value(), scale.value), v[i]);
+      });
       store_pack(y + at + part, narrow<T>(v));
     }
   }
@@ -204,7 +219,7 @@ template <typename T, int kRotated, int kBlock>
 int microscale(T *y, uint8_t *codes, uint8_t *scales, const float *largest, const T *x, int64_t n, Format format,
                cudaStream_t stream) {
   // Whole matrices to a thread as far as registers allow, else as many neighbours as keep loads side by side.
-  constexpr int N = kRotated == 0 ? kBlock == 16 ? 16 : 8 : kRotated < 32 ? kRotated : 32;
+  constexpr int N = kRotated == 0 || kRotated == 16 ? 16 : 32;
   return launch(microscale_kernel<T, kRotated, kBlock, N>, ceil_div(n, int64_t(kThreads) * N), kThreads, 0, stream, y, codes,
                 scales, largest, x, n, format);
 }

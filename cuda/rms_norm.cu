@@ -67,37 +67,21 @@ __device__ __forceinline__ void forget_widening(Pack<T, N> &pack) {
   }
 }
 
-// A constant gain, or ones.
-template <typename T>
-struct Constant {
-  const T *gain;
-
-  template <int N>
-  __device__ __forceinline__ void load(float (&g)[N], int64_t p) const {
-    if (gain != nullptr) {
-      widen(g, load_pack<T, N>(gain + p * N));
-    } else {
+// Pack p of the gain, or ones.
+template <typename T, int N>
+__device__ __forceinline__ void load_gain(float (&g)[N], const T *gain, int64_t p) {
+  if (gain != nullptr) {
+    widen(g, load_pack<T, N>(gain + p * N));
+  } else {
 #pragma unroll
-      for (int v = 0; v < N; ++v) g[v] = 1.0f;
-    }
+    for (int v = 0; v < N; ++v) g[v] = 1.0f;
   }
-};
-
-// exp(-a).
-struct Divisor {
-  const float *a;
-
-  template <int N>
-  __device__ __forceinline__ void load(float (&g)[N], int64_t p) const {
-#pragma unroll
-    for (int v = 0; v < N; ++v) g[v] = expf(-a[p * N + v]);
-  }
-};
+}
 
 // N values a pack: 16 bytes of them where N divides the columns, else 1.
-template <typename G, typename T, int N, typename Gain>
+template <typename G, typename T, int N>
 __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
-    forward_kernel(T *y, float *inverse, const T *x, Gain gain, int64_t rows, int64_t cols, float eps) {
+    forward_kernel(T *y, float *inverse, const T *x, const T *gain, int64_t rows, int64_t cols, float eps) {
   const int64_t row = row_index<G>();
   if (row >= rows) return;  // with a warp a row; a whole warp leaves
   const T *in = x + row * cols;
@@ -127,7 +111,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
 
   auto finish = [&](const Pack<T, N> &pack, int64_t p) {
     float g[N], value[N];
-    gain.load(g, p);
+    load_gain(g, gain, p);
     widen(value, pack);
 #pragma unroll
     for (int v = 0; v < N; ++v) value[v] = value[v] * r * g[v];
@@ -144,7 +128,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
 
 template <typename G, typename T, int N>
 __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
-    backward_kernel(T *dx, const T *dy, const T *x, Constant<T> gain, const float *inverse, int64_t rows, int64_t cols) {
+    backward_kernel(T *dx, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows, int64_t cols) {
   const int64_t row = row_index<G>();
   if (row >= rows) return;
   dx += row * cols;
@@ -166,7 +150,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     float d[N], a[N], g[N];
     widen(d, pack_dy);
     widen(a, pack_x);
-    gain.load(g, p);
+    load_gain(g, gain, p);
 #pragma unroll
     for (int v = 0; v < N; ++v) sum += d[v] * g[v] * a[v];
   };
@@ -184,7 +168,7 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     float d[N], a[N], g[N];
     widen(d, pack_dy);
     widen(a, pack_x);
-    gain.load(g, p);
+    load_gain(g, gain, p);
 #pragma unroll
     for (int v = 0; v < N; ++v) d[v] = r * (d[v] * g[v] - a[v] * factor);
     store_pack(dx + p * N, narrow<T>(d));
@@ -200,42 +184,127 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads)
     finish(load_pack<T, N>(dy + p * N), load_pack<T, N>(x + p * N), p);
 }
 
-// The same with exp(-a) for a gain, and sums over rows for da: a worker, which is a warp or a block, has the rows of its number, and that
-// after every `workers`, and adds theirs up into the row of `parts` of its number. A thread has the same columns of every row: their sums
-// stay in registers, but for what is longer than these. Blocks are half as large as above, so that a thread has the registers.
+// ---- With exp(-a) for a gain. A worker, which is a warp or a block, has the rows of its number and those after every `workers`: what a
+// thread needs of the gain stays in its registers, and the next row is on its way while this one is reduced. Of rows longer than the
+// registers the rest is read again where it is needed. ----
+
+constexpr int kWorkerThreads = 512;
+
+template <typename F>
+int with_worker(int64_t packs, F &&f) {
+  if (packs <= 32) return f(Geometry<1, true>{});
+  if (packs <= 128) return f(Geometry<4, true>{});
+  if (packs <= 2 * kWorkerThreads) return f(Geometry<2, false>{});
+  return f(Geometry<4, false>{});
+}
+
+template <typename G>
+dim3 worker_block(G, int64_t packs) {
+  if (G::warp) return dim3(32, kWarpRows);
+  const int64_t threads = ceil_div(ceil_div(packs, int64_t(G::packs)), int64_t(32)) * 32;
+  return dim3(unsigned(threads < kWorkerThreads ? threads : kWorkerThreads));
+}
+
+template <int N>
+__device__ __forceinline__ void load_divisor(float (&g)[N], const float *a, int64_t p) {
+#pragma unroll
+  for (int v = 0; v < N; ++v) g[v] = expf(-a[p * N + v]);
+}
+
+// The packs of a row that its threads hold.
 template <typename G, typename T, int N>
-__global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads / 2)
-    divided_backward_kernel(T *dx, float *parts, const T *dy, const T *x, Divisor gain, const float *inverse, int64_t rows,
+struct Held {
+  Pack<T, N> packs[G::packs];
+  __device__ __forceinline__ void load(const T *row, int64_t count) {
+#pragma unroll
+    for (int k = 0; k < G::packs; ++k) {
+      const int64_t p = int(threadIdx.x) + k * int(blockDim.x);
+      packs[k] = p < count ? load_pack<T, N>(row + p * N) : Pack<T, N>{};
+    }
+  }
+};
+
+template <typename G, typename T, int N>
+__global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kWorkerThreads)
+    divided_forward_kernel(T *y, float *inverse, const T *x, const float *a, int64_t rows, int64_t cols, float eps,
+                           int64_t workers) {
+  const int64_t worker = row_index<G>();
+  if (worker >= workers || worker >= rows) return;  // a whole warp or block
+  const int64_t packs = cols / N;
+  const int lane = int(threadIdx.x), lanes = int(blockDim.x);
+  float gain[G::packs][N];
+#pragma unroll
+  for (int k = 0; k < G::packs; ++k) {
+    if (lane + k * lanes < packs) load_divisor(gain[k], a, lane + k * lanes);
+  }
+  Held<G, T, N> here, next;
+  here.load(x + worker * cols, packs);
+  for (int64_t row = worker; row < rows; row += workers) {
+    const T *in = x + row * cols;
+    float sum = 0.0f;
+    auto add = [&](const Pack<T, N> &pack) {
+      float value[N];
+      widen(value, pack);
+#pragma unroll
+      for (int v = 0; v < N; ++v) sum += value[v] * value[v];
+    };
+#pragma unroll
+    for (int k = 0; k < G::packs; ++k) add(here.packs[k]);
+    for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes) add(load_pack<T, N>(in + p * N));
+    if (row + workers < rows) next.load(in + workers * cols, packs);
+    const float r = 1.0f / sqrtf(row_sum<G>(sum) / float(cols) + eps);
+    if (lane == 0) inverse[row] = r;
+    auto finish = [&](const Pack<T, N> &pack, const float(&g)[N], int64_t p) {
+      float value[N];
+      widen(value, pack);
+#pragma unroll
+      for (int v = 0; v < N; ++v) value[v] = value[v] * r * g[v];
+      store_pack(y + row * cols + p * N, narrow<T>(value));
+    };
+#pragma unroll
+    for (int k = 0; k < G::packs; ++k) {
+      if (lane + k * lanes < packs) finish(here.packs[k], gain[k], lane + k * lanes);
+    }
+    for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes) {
+      float g[N];
+      load_divisor(g, a, p);
+      finish(load_pack<T, N>(in + p * N), g, p);
+    }
+    here = next;
+  }
+}
+
+// A thread has the same columns of every row: what they add to da stays in registers too, and goes to the row of `parts` of the worker.
+template <typename G, typename T, int N>
+__global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kWorkerThreads)
+    divided_backward_kernel(T *dx, float *parts, const T *dy, const T *x, const float *a, const float *inverse, int64_t rows,
                             int64_t cols, int64_t workers) {
   const int64_t worker = row_index<G>();
   if (worker >= workers) return;  // a whole warp or block
   parts += worker * cols;
   const int64_t packs = cols / N;
   const int lane = int(threadIdx.x), lanes = int(blockDim.x);
-  float sums[G::packs][N];
+  float gain[G::packs][N], sums[G::packs][N];
 #pragma unroll
   for (int k = 0; k < G::packs; ++k) {
+    if (lane + k * lanes < packs) load_divisor(gain[k], a, lane + k * lanes);
 #pragma unroll
     for (int v = 0; v < N; ++v) sums[k][v] = 0.0f;
   }
+  Held<G, T, N> here_dy, here_x, next_dy, next_x;
+  if (worker < rows) {
+    here_dy.load(dy + worker * cols, packs);
+    here_x.load(x + worker * cols, packs);
+  }
   for (int64_t row = worker; row < rows; row += workers) {
     const T *dy_row = dy + row * cols, *x_row = x + row * cols;
-    T *dx_row = dx + row * cols;
-    Pack<T, N> held_dy[G::packs], held_x[G::packs];
-#pragma unroll
-    for (int k = 0; k < G::packs; ++k) {
-      const int64_t p = lane + k * lanes;
-      held_dy[k] = p < packs ? load_pack<T, N>(dy_row + p * N) : Pack<T, N>{};
-      held_x[k] = p < packs ? load_pack<T, N>(x_row + p * N) : Pack<T, N>{};
-    }
     const float r = inverse[row];
     float sum = 0.0f;
     // What a column adds to the sum of the row is also what it adds to da, but for r and the sign.
-    auto products = [&](float(&out)[N], const Pack<T, N> &pack_dy, const Pack<T, N> &pack_x, int64_t p) {
-      float d[N], g[N];
+    auto products = [&](float(&out)[N], const Pack<T, N> &pack_dy, const Pack<T, N> &pack_x, const float(&g)[N]) {
+      float d[N];
       widen(d, pack_dy);
       widen(out, pack_x);
-      gain.load(g, p);
 #pragma unroll
       for (int v = 0; v < N; ++v) {
         out[v] *= d[v] * g[v];
@@ -244,41 +313,43 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads / 2)
     };
 #pragma unroll
     for (int k = 0; k < G::packs; ++k) {
-      const int64_t p = lane + k * lanes;
-      if (p >= packs) continue;
+      if (lane + k * lanes >= packs) continue;
       float terms[N];
-      products(terms, held_dy[k], held_x[k], p);
+      products(terms, here_dy.packs[k], here_x.packs[k], gain[k]);
 #pragma unroll
       for (int v = 0; v < N; ++v) sums[k][v] -= r * terms[v];
     }
     for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes) {
-      float terms[N], before[N];
-      products(terms, load_pack<T, N>(dy_row + p * N), load_pack<T, N>(x_row + p * N), p);
+      float terms[N], g[N];
+      load_divisor(g, a, p);
+      products(terms, load_pack<T, N>(dy_row + p * N), load_pack<T, N>(x_row + p * N), g);
 #pragma unroll
-      for (int v = 0; v < N; ++v) before[v] = row == worker ? 0.0f : parts[p * N + v];
-#pragma unroll
-      for (int v = 0; v < N; ++v) parts[p * N + v] = before[v] - r * terms[v];
+      for (int v = 0; v < N; ++v) parts[p * N + v] = (row == worker ? 0.0f : parts[p * N + v]) - r * terms[v];
     }
-
+    if (row + workers < rows) {
+      next_dy.load(dy_row + workers * cols, packs);
+      next_x.load(x_row + workers * cols, packs);
+    }
     const float factor = r * r * (row_sum<G>(sum) / float(cols));
-    auto finish = [&](const Pack<T, N> &pack_dy, const Pack<T, N> &pack_x, int64_t p) {
-      float d[N], a[N], g[N];
+    auto finish = [&](const Pack<T, N> &pack_dy, const Pack<T, N> &pack_x, const float(&g)[N], int64_t p) {
+      float d[N], value[N];
       widen(d, pack_dy);
-      widen(a, pack_x);
-      gain.load(g, p);
+      widen(value, pack_x);
 #pragma unroll
-      for (int v = 0; v < N; ++v) d[v] = r * (d[v] * g[v] - a[v] * factor);
-      store_pack(dx_row + p * N, narrow<T>(d));
+      for (int v = 0; v < N; ++v) d[v] = r * (d[v] * g[v] - value[v] * factor);
+      store_pack(dx + row * cols + p * N, narrow<T>(d));
     };
 #pragma unroll
     for (int k = 0; k < G::packs; ++k) {
-      const int64_t p = lane + k * lanes;
-      forget_widening(held_dy[k]);
-      forget_widening(held_x[k]);
-      if (p < packs) finish(held_dy[k], held_x[k], p);
+      if (lane + k * lanes < packs) finish(here_dy.packs[k], here_x.packs[k], gain[k], lane + k * lanes);
     }
-    for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes)
-      finish(load_pack<T, N>(dy_row + p * N), load_pack<T, N>(x_row + p * N), p);
+    for (int64_t p = lane + G::packs * lanes; p < packs; p += lanes) {
+      float g[N];
+      load_divisor(g, a, p);
+      finish(load_pack<T, N>(dy_row + p * N), load_pack<T, N>(x_row + p * N), g, p);
+    }
+    here_dy = next_dy;
+    here_x = next_x;
   }
 #pragma unroll
   for (int k = 0; k < G::packs; ++k) {
@@ -288,42 +359,16 @@ __global__ void __launch_bounds__(G::warp ? 32 * kWarpRows : kMaxThreads / 2)
     for (int v = 0; v < N; ++v) parts[p * N + v] = sums[k][v];
   }
   if (worker >= rows) {
-    for (int64_t j = G::packs * lanes * N + lane; j < cols; j += lanes) parts[j] = 0.0f;
+    for (int64_t j = int64_t(G::packs) * lanes * N + lane; j < cols; j += lanes) parts[j] = 0.0f;
   }
 }
 
-template <typename T, int N, typename Gain>
-int forward(T *y, float *inverse, const T *x, Gain gain, int64_t rows, int64_t cols, float eps, cudaStream_t stream) {
-  return with_geometry(cols / N, [&](auto g) {
-    forward_kernel<decltype(g), T, N, Gain>
-        <<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(y, inverse, x, gain, rows, cols, eps);
-    return launched();
-  });
-}
-
-// Dispatches to whole packs where rows consist of them.
-template <typename Gain>
-int forward(void *y, float *inverse, const void *x, Gain gain, int64_t rows, int64_t cols, float eps, sq_dtype dtype,
-            sq_stream stream) {
-  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
-  if (rows == 0) return cudaSuccess;
-  return dispatch(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    T *out = static_cast<T *>(y);
-    const T *in = static_cast<const T *>(x);
-    const auto g = gain.template as<T>();
-    if (cols % kPack<T> == 0)
-      return forward<T, kPack<T>>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
-    return forward<T, 1>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
-  });
-}
-
 template <typename T, int N>
-int backward(T *dx, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows, int64_t cols,
-             cudaStream_t stream) {
-  return with_geometry(cols / N, [&](auto g) {
-    backward_kernel<decltype(g), T, N><<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(
-        dx, dy, x, Constant<T>{gain}, inverse, rows, cols);
+int divided_forward(T *y, float *inverse, const T *x, const float *a, int64_t rows, int64_t cols, float eps, cudaStream_t stream) {
+  const int64_t workers = rows < 1056 ? rows : 1056;
+  return with_worker(cols / N, [&](auto g) {
+    divided_forward_kernel<decltype(g), T, N><<<grid_of(g, workers), worker_block(g, cols / N), 0, stream>>>(
+        y, inverse, x, a, rows, cols, eps, workers);
     return launched();
   });
 }
@@ -331,30 +376,32 @@ int backward(T *dx, const T *dy, const T *x, const T *gain, const float *inverse
 template <typename T, int N>
 int divided_backward(T *dx, float *parts, const T *dy, const T *x, const float *a, const float *inverse, int64_t rows,
                      int64_t cols, int64_t workers, cudaStream_t stream) {
-  return with_geometry(cols / N, [&](auto g) {
-    dim3 block = block_of(g, cols / N);
-    if (!decltype(g)::warp && block.x > kMaxThreads / 2) block.x = kMaxThreads / 2;
-    divided_backward_kernel<decltype(g), T, N><<<grid_of(g, workers), block, 0, stream>>>(
-        dx, parts, dy, x, Divisor{a}, inverse, rows, cols, workers);
+  return with_worker(cols / N, [&](auto g) {
+    divided_backward_kernel<decltype(g), T, N><<<grid_of(g, workers), worker_block(g, cols / N), 0, stream>>>(
+        dx, parts, dy, x, a, inverse, rows, cols, workers);
     return launched();
   });
 }
 
-// Gains before the type of x is known.
-struct AnyConstant {
-  const void *gain;
-  template <typename T>
-  Constant<T> as() const {
-    return {static_cast<const T *>(gain)};
-  }
-};
-struct AnyDivisor {
-  const float *a;
-  template <typename T>
-  Divisor as() const {
-    return {a};
-  }
-};
+template <typename T, int N>
+int forward(T *y, float *inverse, const T *x, const T *gain, int64_t rows, int64_t cols, float eps,
+            cudaStream_t stream) {
+  return with_geometry(cols / N, [&](auto g) {
+    forward_kernel<decltype(g), T, N>
+        <<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(y, inverse, x, gain, rows, cols, eps);
+    return launched();
+  });
+}
+
+template <typename T, int N>
+int backward(T *dx, const T *dy, const T *x, const T *gain, const float *inverse, int64_t rows, int64_t cols,
+             cudaStream_t stream) {
+  return with_geometry(cols / N, [&](auto g) {
+    backward_kernel<decltype(g), T, N>
+        <<<grid_of(g, rows), block_of(g, cols / N), 0, stream>>>(dx, dy, x, gain, inverse, rows, cols);
+    return launched();
+  });
+}
 
 }  // namespace
 
@@ -362,18 +409,36 @@ extern "C" {
 
 int sq_rms_norm_forward(void *y, float *inverse, const void *x, const void *gain, int64_t rows, int64_t cols, float eps,
                         sq_dtype dtype, sq_stream stream) {
-  return forward(y, inverse, x, AnyConstant{gain}, rows, cols, eps, dtype, stream);
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    T *out = static_cast<T *>(y);
+    const T *in = static_cast<const T *>(x), *g = static_cast<const T *>(gain);
+    if (cols % kPack<T> == 0)
+      return forward<T, kPack<T>>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
+    return forward<T, 1>(out, inverse, in, g, rows, cols, eps, cuda_stream(stream));
+  });
 }
 
 int sq_scaled_rms_norm(void *y, float *inverse, const void *x, const float *a, int64_t rows, int64_t cols, float eps,
                        sq_dtype dtype, sq_stream stream) {
-  return forward(y, inverse, x, AnyDivisor{a}, rows, cols, eps, dtype, stream);
+  if (rows < 0 || cols < 1) return cudaErrorInvalidValue;
+  if (rows == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    T *out = static_cast<T *>(y);
+    const T *in = static_cast<const T *>(x);
+    if (cols % kPack<T> == 0)
+      return divided_forward<T, kPack<T>>(out, inverse, in, a, rows, cols, eps, cuda_stream(stream));
+    return divided_forward<T, 1>(out, inverse, in, a, rows, cols, eps, cuda_stream(stream));
+  });
 }
 
 int sq_scaled_rms_norm_backward(void *dx, float *parts, const void *dy, const void *x, const float *a,
                                 const float *inverse, int64_t rows, int64_t cols, int64_t workers, sq_dtype dtype,
                                 sq_stream stream) {
-  if (rows < 0 || cols < 1 || workers < 1) return cudaErrorInvalidValue;
+  if (rows < 0 || cols < 1 || workers < 1 || workers > kMaxGridX) return cudaErrorInvalidValue;
   return dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     T *out = static_cast<T *>(dx);

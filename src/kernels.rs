@@ -50,8 +50,8 @@ use crate::{DType, Element, Error, Result};
 pub use coded::{Code, CodedRows, code_sums, hadamard_codes, integer_linear, quantize_codes};
 pub use hadamard_choice::{Gpu, HadamardChoice, hadamard_choice};
 pub use learned::{
-    agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums, scaled_rms_norm, scaled_rms_norm_backward,
-    scaled_swiglu, scaled_swiglu_backward,
+    agreement, clipped_fake_quant, clipped_fake_quant_backward, log_scale, log_scale_sums, scaled_rms_norm,
+    scaled_rms_norm_backward, scaled_swiglu, scaled_swiglu_backward,
 };
 pub use microscaling::{encode, largest};
 pub use turned::{rope_pairs, rope_pairs_backward, swap_axes};

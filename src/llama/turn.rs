@@ -55,6 +55,8 @@ pub(super) struct Rotation<'a, 't> {
     entering: [Var<'t>; 2],
     /// The columns of R1 that make this process's rows of what writes the stream.
     leaving: Var<'t>,
+    /// What turns the rows of v and the columns of o, a head at a time: R2, with its scales where there are some.
+    values: [Var<'t>; 2],
     share: Share,
 }
 
@@ -71,7 +73,8 @@ impl<'a, 't> Rotation<'a, 't> {
         };
         let [first, second] = &by.scales.norms;
         let leaving = share.of_units(by.r1.value().cols()).columns(by.r1.clone())?;
-        Ok(Self { by, r4, up_scaled, entering: [enter(first)?, enter(second)?], leaving, share })
+        let values = [value_map(by, true)?, value_map(by, false)?];
+        Ok(Self { by, r4, up_scaled, entering: [enter(first)?, enter(second)?], leaving, values, share })
     }
 
     /// The part of a linear's `out` rows that this process makes: of whole heads where heads are turned.
@@ -106,9 +109,8 @@ impl<'t> Rotation<'_, 't> {
             // Its rows are as many as R1's columns.
             _ => self.leaving.clone().transpose_matmul_as(w, between)?,
         };
-        // R2 keeps what it multiplies; the others keep nothing else of this width.
-        let keeps = if matches!(linear, Linear::Up | Linear::Down) { Keeps::Rounded(dtype) } else { Keeps::Output };
-        let w = self.scaled(linear, w, keeps, share)?;
+        // Nothing else of this width is kept.
+        let w = self.scaled(linear, w, Keeps::Rounded(dtype), share)?;
         match (row.reads, row.writes, &self.r4) {
             (_, Basis::Values, _) => self.values_out(w, share),
             (Basis::Values, ..) => self.values_in(w),
@@ -122,29 +124,16 @@ impl<'t> Rotation<'_, 't> {
         self.by.r2.value().cols()
     }
 
-    /// The rows of v's weight `[K·D, in]` into the basis of values: `R2ᵀ W`, and where there is R2b `R2bᵀ diag(e⁻ᵃ) R2ᵀ W`.
+    /// The rows of v's weight `[K·D, in]` into the basis of values.
     fn values_out(&self, w: Var<'t>, share: Share) -> Result<Var<'t>> {
-        let (d, [out, inputs]) = (self.d(), [w.value().rows(), w.value().cols()]);
-        let by = |w: Var<'t>, r: &Var<'t>| {
-            let r = if r.value().shape().len() == 2 { r.clone() } else { share.rows(r.clone())? };
-            r.transpose_matmul(w.reshape([out / d, d, inputs])?)?.reshape([out, inputs])
-        };
-        let w = by(w, &self.by.r2)?;
-        let w = match &self.by.scales.values_general {
-            Some(a) => w.log_scale(share.rows(a.clone())?, Along::Rows, true)?,
-            None => w,
-        };
-        self.by.r2b.iter().try_fold(w, by)
+        let (d, [out, inputs], [by, _]) = (self.d(), [w.value().rows(), w.value().cols()], &self.values);
+        let by = if by.value().shape().len() == 2 { by.clone() } else { share.rows(by.clone())? };
+        by.transpose_matmul(w.reshape([out / d, d, inputs])?)?.reshape([out, inputs])
     }
 
-    /// The columns of o's weight `[out, H·D]` into the basis of values: `W R2`, and where there is R2b `W R2 diag(eᵃ) R2b`.
+    /// The columns of o's weight `[out, H·D]` into the basis of values.
     fn values_in(&self, w: Var<'t>) -> Result<Var<'t>> {
-        let w = columns_by(w, &self.by.r2)?;
-        let w = match &self.by.scales.values_general {
-            Some(a) => self.scaled_columns(w, a, Keeps::Output)?,
-            None => w,
-        };
-        self.by.r2b.iter().try_fold(w, columns_by)
+        columns_by(w, &self.values[1])
     }
 
     /// Rows divided or turned and columns multiplied by the scales. Both are in bases that R1 on the other side does not touch.
@@ -155,29 +144,9 @@ impl<'t> Rotation<'_, 't> {
         };
         let w = self.turned(linear, w, share)?;
         match self.of_columns(linear) {
-            Some(a) => self.scaled_columns(w, a, keeps),
+            Some(a) => w.log_scale_keeping(a.clone(), Along::Columns, false, keeps),
             None => Ok(w),
         }
-    }
-
-    /// Columns multiplied by scales, of which the query heads of a key and value head have the same.
-    fn scaled_columns(&self, w: Var<'t>, a: &Var<'t>, keeps: Keeps) -> Result<Var<'t>> {
-        let (entries, columns, d) = (a.value().len(), w.value().cols(), self.d());
-        let a = match columns / entries {
-            0 | 1 => a.clone(),
-            // In f64, for merging, a GPU has no kernel that gathers.
-            group if a.value().dtype() == DType::F64 && !a.requires_grad() => {
-                let values = a.value().to_f64_vec()?;
-                let repeated: Vec<f64> = values.chunks(d).flat_map(|head| head.repeat(group)).collect();
-                a.tape().constant(Tensor::from_vec(repeated, [columns])?.to_device(&a.value().device())?)
-            }
-            group => {
-                let heads = entries / d;
-                let ids: Vec<u32> = (0..heads * group).map(|q| (q / group) as u32).collect();
-                a.clone().reshape([heads, d])?.embedding(ids.into())?.reshape([columns])?
-            }
-        };
-        w.log_scale_keeping(a, Along::Columns, false, keeps)
     }
 
     /// Pairs of rows turned: those of q are divided by the scales, those of k multiplied.
@@ -193,20 +162,18 @@ impl<'t> Rotation<'_, 't> {
         self.by.scales.rope_pairs.as_ref().filter(|_| matches!(linear, Linear::Q | Linear::K))
     }
 
-    /// The scales that divide a linear's output.
+    /// The scales that divide a linear's output, but for those of values.
     fn of_rows(&self, linear: Linear) -> Option<&Var<'t>> {
         match linear {
             Linear::Up => self.by.scales.up_down.as_ref().filter(|_| self.up_scaled),
-            Linear::V => self.by.scales.values.as_ref(),
             _ => None,
         }
     }
 
-    /// The scales that multiply a linear's input, but for those of norms ([`entering`](Self::entering)).
+    /// The scales that multiply a linear's input, but for those of norms ([`entering`](Self::entering)) and of values.
     fn of_columns(&self, linear: Linear) -> Option<&Var<'t>> {
         match linear {
             Linear::Down => self.by.scales.up_down.as_ref(),
-            Linear::O => self.by.scales.values.as_ref(),
             _ => None,
         }
     }
@@ -230,21 +197,43 @@ impl<'t> Rotation<'_, 't> {
                 b.to_dtype(wide(dtype))?.reshape([1, out])?.matmul(self.by.r1.clone())?.reshape([out])?.to_dtype(dtype)
             }
             Basis::Values => {
-                let d = self.d();
-                let by = |b: Var<'t>, r: &Var<'t>| {
-                    let rows = if r.value().shape().len() == 2 { vec![out / d, d] } else { vec![out / d, 1, d] };
-                    b.reshape(rows)?.matmul(r.clone())?.reshape([out])
-                };
-                let b = by(b.to_dtype(wide(dtype))?, &self.by.r2)?;
-                let b = match &self.by.scales.values_general {
-                    Some(a) => b.log_scale(a.clone(), Along::Columns, true)?,
-                    None => b,
-                };
-                self.by.r2b.iter().try_fold(b, by)?.to_dtype(dtype)
+                let (d, [by, _]) = (self.d(), &self.values);
+                let rows = if by.value().shape().len() == 2 { vec![out / d, d] } else { vec![out / d, 1, d] };
+                b.to_dtype(wide(dtype))?.reshape(rows)?.matmul(by.clone())?.reshape([out])?.to_dtype(dtype)
             }
             Basis::Own | Basis::Inner => Ok(b),
         }
     }
+}
+
+/// `diag(e⁻ᵃ) R2 diag(e⁻ᵇ) R2b`, which turns the rows of v's weight (transposed) and its bias where `inverse`, else `diag(eᵃ) R2 diag(eᵇ) R2b`, which turns
+/// the columns of o's: a the scales of values, b those between R2 and R2b, as far as there are some. `[D, D]`, or `[K, D, D]` where heads
+/// differ. The matrices of heads are small beside the weights, which are then multiplied once.
+fn value_map<'t>(by: &LayerTransforms<'t>, inverse: bool) -> Result<Var<'t>> {
+    let LayerTransforms { r2, r2b, scales, .. } = by;
+    let Some(some) = scales.values.as_ref().or(scales.values_general.as_ref()) else { return Ok(r2.clone()) };
+    let kinds = some.value().len() / r2.value().cols().max(1);
+    let scaled = |r: &Var<'t>, a: &Option<Var<'t>>| match a {
+        Some(a) => of_heads(r, kinds)?.log_scale_keeping(a.clone(), Along::Rows, inverse, Keeps::Input),
+        None => of_heads(r, kinds),
+    };
+    let first = scaled(r2, &scales.values)?;
+    match r2b {
+        Some(r2b) => first.matmul(scaled(r2b, &scales.values_general)?),
+        None => Ok(first),
+    }
+}
+
+/// R `[D, D]` once for each of so many heads, `[K, D, D]`; what is there for every head already stays.
+fn of_heads<'t>(r: &Var<'t>, kinds: usize) -> Result<Var<'t>> {
+    let t = r.value();
+    let &[rows, cols] = t.shape() else { return Ok(r.clone()) };
+    if t.dtype() == DType::F64 && !r.requires_grad() {
+        // For merging: a GPU has no kernel that gathers in f64.
+        let all = Tensor::from_vec(t.to_f64_vec()?.repeat(kinds), [kinds, rows, cols])?;
+        return Ok(r.tape().constant(all.to_device(&t.device())?));
+    }
+    r.clone().reshape([1, rows * cols])?.embedding(vec![0u32; kinds].into())?.reshape([kinds, rows, cols])
 }
 
 /// The columns of w `[out, H·D]`, a head at a time, by R `[D, D]`, or by that of their key and value head in `[K, D, D]`.

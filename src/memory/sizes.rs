@@ -66,18 +66,17 @@ impl Sizes {
         let (quantized, head_norms) = (work.scheme.weight_bits < 16, config.family.facts().head_norms);
         let (vocab, layers, e) = (config.vocab_size, config.layers, work.dtype.size());
         let is = |kind: Scale| work.transforms.has(kind) && kind.refused(&config.scale_sizes()).is_none();
-        let (up_down, values, scaled_norms) = (is(Scale::UpDown), is(Scale::Values), is(Scale::Norms));
+        let (up_down, scaled_norms) = (is(Scale::UpDown), is(Scale::Norms));
         let of = |scaled: bool, rows: usize| if scaled { 4 * c * rows } else { 0 };
         let (heads, general) = (work.transforms.heads(), is(Scale::ValuesGeneral));
         // The output of up is divided rather than its rows, where grids allow it; the scales of a norm multiply R1, once for each norm.
         let rows = if work.scheme.sites(config.head_dim).weight.follows_rows() { f } else { 2 * f };
         let turned = of(is(Scale::RopePairs), q + kv);
-        let multiplied = of(up_down, rows) + of(scaled_norms, 2 * c) + turned + of(values, q + kv) + of(general, q + kv);
-        // What scales of values multiply is what R2 and R2b multiply next, and kept for them, but for heads of o that change places.
-        let swapped = if heads { usize::from(values) + usize::from(general) } else { 0 };
+        // Scales of values are multiplied into R2, a head at a time.
+        let multiplied = of(up_down, rows) + of(scaled_norms, 2 * c) + turned;
         // What those of up and down multiply is kept in the weights' type. R1 times those of a norm is kept where it stands for gate and up.
         let kept = if up_down { e * c * rows } else { 0 } + of(scaled_norms && !quantized, c);
-        let scaled = kept + turned + of(general, q + kv) + 4 * c * q * swapped;
+        let scaled = kept + turned;
         // Those of every head; one R2 a layer is little beside R1.
         let (d, each) = (config.head_dim, if heads { config.kv_heads } else { 1 });
         let r2 = d * d * layers * each;

@@ -80,7 +80,7 @@ fn keep(save: &mut Saved, operands: [Tensor; 3]) {
 
 /// Parts that the sums over so many rows are made of: enough to fill a card. The same on every card.
 pub(crate) fn workers_of(rows: usize) -> usize {
-    rows.clamp(1, 640)
+    rows.clamp(1, 528)
 }
 
 /// y and the factor of every row (`inverse`, `f32`), for rows of as many values as a; y may be x.

@@ -12,7 +12,9 @@ use spinquant::ops::clipped_fake_quant::ClippedFakeQuant;
 use spinquant::ops::log_scale::{Along, LogScale};
 use spinquant::ops::microscaling::encode;
 use spinquant::ops::rope_pairs::RopePairs;
-use spinquant::ops::{attention, bias, log_scale, randn, rms_norm, rope_pairs, scaled_rms_norm, scaled_swiglu, swap_axes, swiglu};
+use spinquant::ops::{
+    attention, bias, log_scale, randn, rms_norm, rope_pairs, scaled_rms_norm, scaled_swiglu, swap_axes, swiglu,
+};
 use spinquant::quant::{Clip, QuantSpec};
 use spinquant::{DType, Device, Tape, Tensor};
 
