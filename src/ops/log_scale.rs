@@ -344,6 +344,47 @@ pub fn reference(op: LogScale, x: &[f64], a: &[f64], cols: usize) -> Vec<f64> {
     x.iter().enumerate().map(|(i, x)| x * (op.sign() * a[entry(i)]).exp()).collect()
 }
 
+/// An error unless da, of columns divided by `exp(a)`, is minus the sums of y dy over rows; `y` makes a row of it of those of the operands, of which dy
+/// is the last.
+pub(super) fn check_column_sums(
+    what: &str,
+    da: &Tensor,
+    operands: &[Tensor],
+    y: impl Fn(&[Vec<f64>]) -> Vec<f64> + Sync,
+) -> Result<()> {
+    const ROWS: usize = 512; // at once
+    let (rows, cols) = (operands[0].rows(), operands[0].cols());
+    let (mut want, mut size) = (vec![0f64; cols], vec![0f64; cols]);
+    for first in (0..rows).step_by(ROWS) {
+        let count = ROWS.min(rows - first);
+        let part = |t: &Tensor| t.clone().reshape([rows, cols])?.slice(first, count)?.to_f64_vec();
+        let parts = operands.iter().map(part).collect::<Result<Vec<_>>>()?;
+        let terms: Vec<Vec<f64>> = (0..count)
+            .into_par_iter()
+            .map(|r| {
+                let of: Vec<Vec<f64>> = parts.iter().map(|t| t[r * cols..][..cols].to_vec()).collect();
+                let dy = &of[of.len() - 1];
+                y(&of).iter().zip(dy).map(|(y, dy)| y * dy).collect()
+            })
+            .collect();
+        for row in terms {
+            row.iter()
+                .zip(want.iter_mut().zip(&mut size))
+                .for_each(|(t, (want, size))| (*want, *size) = (*want - t, *size + t.abs()));
+        }
+    }
+    for (j, ((got, want), size)) in da.to_f64_vec()?.iter().zip(&want).zip(&size).enumerate() {
+        let allowed = 1e-5 * size + da.dtype().epsilon() * want.abs() + f64::MIN_POSITIVE;
+        if !((got - want).abs() <= allowed) {
+            return Err(Error::numeric(
+                "wrong answer",
+                format!("{what}: column {j}: {got:e}, expected {want:e} within {allowed:e}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Worked cases.
 pub fn cases() -> Vec<Case> {
     fn wide(x: &Var<'_>) -> DType {

@@ -184,10 +184,12 @@ fn timed_backward(n: usize, rows: usize) -> Case {
     let what = ("scaled_rms_norm", "scaled-rms-norm-backward", "Its gradients");
     Case::timed(what, (n, rows), vec![vec![rows, n], vec![n]], Run::graph(build), move |x, dx| {
         let a = x[1].to_f64_vec()?;
-        exact::every(&["scaled_rms_norm: dx"], n, &[x[0].clone(), x[2].clone()], &dx[..1], |x| {
+        let of = [x[0].clone(), x[2].clone()];
+        exact::every(&["scaled_rms_norm: dx"], n, &of, &dx[..1], |x| {
             let [dx, _] = reference_backward(&x[1], &x[0], &a, TIMED_EPS);
             vec![dx]
-        })
+        })?;
+        log_scale::check_column_sums("scaled_rms_norm: da", &dx[1], &of, |x| reference(&x[0], &a, TIMED_EPS))
     })
     .pass(Pass::Backward)
     .moves(3.0 * n as f64 * rows as f64)

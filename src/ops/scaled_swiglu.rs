@@ -176,11 +176,12 @@ fn timed_backward(n: usize, rows: usize) -> Case {
     let what = ("scaled_swiglu", "scaled-swiglu-backward", "Its gradients");
     Case::timed(what, (n, rows), drawn(n, rows), Run::graph(build), move |x, dx| {
         let a = x[2].to_f64_vec()?;
-        let by_rows = [x[0].clone(), x[1].clone(), x[3].clone()];
-        exact::every(&["scaled_swiglu: dgate", "scaled_swiglu: dup"], n, &by_rows, &dx[..2], |x| {
+        let of = [x[0].clone(), x[1].clone(), x[3].clone()];
+        exact::every(&["scaled_swiglu: dgate", "scaled_swiglu: dup"], n, &of, &dx[..2], |x| {
             let [dgate, dup, _] = reference_backward(&x[2], &x[0], &x[1], &a);
             vec![dgate, dup]
-        })
+        })?;
+        log_scale::check_column_sums("scaled_swiglu: da", &dx[2], &of, |x| reference(&x[0], &x[1], &a))
     })
     .pass(Pass::Backward)
     .moves(5.0 * n as f64 * rows as f64)
