@@ -261,9 +261,10 @@ int launch_wanted(const Job &job) {
     return with_constant<6, 8>(c.m_log2, [&](auto m_log2) {
       return with_constant<1, kMaxTiles>(c.tiles, [&](auto tiles) {
         constexpr bool kQuantised = decltype(quantised)::value;
-        constexpr int kMLog2 = decltype(m_log2)::value, KT = decltype(tiles)::value;
-        constexpr auto &kAt = kReached<2>.at;
+        // Codes of values that are not quantised are never wanted.
         if constexpr (kQuantised || kWanted == kValues) {
+          constexpr int kMLog2 = decltype(m_log2)::value, KT = decltype(tiles)::value;
+          constexpr auto &kAt = kReached<2>.at;
           if constexpr (kAt[SQ_HADAMARD_WARPGROUP][kQuantised][kMLog2][KT]) {
             if (c.family == SQ_HADAMARD_WARPGROUP) return run<FragmentKernel<T, KT, kMLog2, true, kQuantised, true, kWanted>>(job);
           }
