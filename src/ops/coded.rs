@@ -266,7 +266,7 @@ pub(crate) fn cases() -> Vec<Case> {
         alone("symmetric, odd", [3, 37], act(8, true)),
         alone("grouped", [5, 24], act(4, false).grouped(8)),
         alone("searched", [4, 40], search(4, true)),
-        alone("searched, asymmetric, in groups", [4, 32], QuantSpec { group: Some(8), ..search(3, false) }),
+        alone("searched, asymmetric, in groups", [4, 40], QuantSpec { group: Some(8), ..search(3, false) }),
         alone("searched", [384, 1376], search(4, true)).large(),
         clipped.rounds(),
         turned("asymmetric", [3, 28], act(4, false)),

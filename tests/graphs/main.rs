@@ -1,14 +1,23 @@
-//! Every launcher can be captured: in a CUDA graph it gives the bits that it gives outside.
+//! Every launcher can be captured: in a CUDA graph it gives the bits that it gives outside. A program of its own, as nothing else may run on
+//! the device's stream meanwhile: `cargo test --features cuda --test graphs -- --include-ignored`.
+#![cfg(feature = "cuda")]
+
+#[path = "../common/mod.rs"]
+mod common;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Mutex;
 
 use spinquant::device::cuda::in_graphs;
 use spinquant::ops::{Case, Place, Run, Size};
 use spinquant::{DType, Device, Result, Tape, Tensor, ops};
 
-use crate::common::need::gpu;
-use crate::common::parity;
+use common::need::gpu;
+use common::parity;
+
+/// One test at a time has the stream.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Of which operands gradients are asked for.
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +101,7 @@ fn called_by(folder: &Path, names: &mut BTreeSet<String>) {
 #[test]
 #[ignore = "needs a GPU"]
 fn every_launcher_of_an_operation_works_in_a_graph() {
+    let _alone = ALONE.lock().unwrap_or_else(|failed| failed.into_inner());
     let device = gpu();
     let mut compared = Compared { called: BTreeSet::new(), failed: vec![] };
     for case in ops::cases().into_iter().filter(|c| c.size != Size::Timed) {
@@ -129,6 +139,7 @@ fn every_launcher_of_an_operation_works_in_a_graph() {
 #[test]
 #[ignore = "needs a GPU"]
 fn optimisers_work_in_graphs() {
+    let _alone = ALONE.lock().unwrap_or_else(|failed| failed.into_inner());
     let device = gpu();
     let ((), called) = in_graphs(|| {
         parity::cayley(&device, &parity::SMALL);

@@ -1,7 +1,10 @@
-//! Several GPUs: `cargo test --features cuda --test gpu ranks -- --include-ignored --nocapture`, on a machine with two and NCCL.
+//! Several GPUs: `cargo test --features cuda --test gpus -- --include-ignored --nocapture`, on a machine with two and NCCL. A program of its
+//! own, one test at a time: one of them takes all memory of a card.
+#![cfg(feature = "cuda")]
 
 use std::net::TcpListener;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use serde_json::Value;
@@ -10,6 +13,13 @@ use spinquant::quant::{Engine, Scheme};
 use spinquant::ranks::{Group, Place};
 use spinquant::rotation::Rotations;
 use spinquant::{DType, Device, Tape, Tensor, ops};
+
+/// Both GPUs are a test's own as long as it holds this.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    // A test that failed has given them back.
+    ALONE.lock().unwrap_or_else(|failed| failed.into_inner())
+}
 
 /// The first two GPUs.
 #[track_caller]
@@ -38,6 +48,7 @@ fn on_both<T: Send>(f: impl Fn(Group, Device) -> T + Sync) -> Vec<T> {
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
 fn sums_over_gpus_are_those_of_the_cpu() {
+    let _alone = alone();
     // R1 and R2 of LLaMA-2-7B are 17.3 million numbers, those of 70B 68.4 million; odd lengths begin between boundaries.
     let of = |rank: u64, n: usize, dtype: DType| ops::randn([n], 10 * n as u64 + rank).to_dtype(dtype).unwrap();
     for dtype in [DType::F32, DType::F64] {
@@ -78,6 +89,7 @@ fn sums_over_gpus_are_those_of_the_cpu() {
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
 fn rows_over_gpus_are_those_of_the_cpu() {
+    let _alone = alone();
     let of = |rank: u64, n: usize, dtype: DType| ops::randn([2 * n, 24], 10 * n as u64 + rank).to_dtype(dtype).unwrap();
     let values = |t: Tensor| t.to_f64_vec().unwrap();
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
@@ -140,6 +152,7 @@ fn pass(m: &Llama, r: &Rotations, (scheme, plan): (&Scheme, Plan), (ranks, rows)
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
 fn rows_that_gpus_share_make_the_network_and_the_gradients_of_one() {
+    let _alone = alone();
     let bits = |all: &[Tensor]| all.iter().flat_map(|t| t.to_f64_vec().unwrap()).map(f64::to_bits).collect::<Vec<_>>();
     for (dtype, plan, engine) in [
         (DType::F32, Plan::KEEP_ALL, Engine::Simulated),
@@ -194,6 +207,7 @@ fn learn(out: &std::path::Path, args: &str) -> (Value, Vec<u8>) {
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
 fn two_gpus_learn_what_one_does_and_repeat_it() {
+    let _alone = alone();
     two();
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("R.safetensors");
@@ -217,6 +231,7 @@ fn two_gpus_learn_what_one_does_and_repeat_it() {
 #[test]
 #[ignore = "needs two GPUs and NCCL"]
 fn a_gpu_without_memory_ends_all_ranks_with_its_message() {
+    let _alone = alone();
     let [_, second] = two();
     // All but a little of the second one is taken.
     let mut taken = vec![];
