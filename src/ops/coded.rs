@@ -231,10 +231,11 @@ pub(crate) fn cases() -> Vec<Case> {
         })
     };
     let alone = |name: &str, [rows, cols]: [usize; 2], spec: QuantSpec| {
-        // Values of a 16-bit type, so that every precision quantises the same numbers.
+        // Values of a 16-bit type, so that every precision quantises the same numbers; not around 0, as a range from −x to x has its zero point
+        // half way between two codes.
         let operands = move || {
             let values = randn([rows, cols], 7).into_vec::<f64>().expect("f64");
-            let values = values.into_iter().map(|x| half::bf16::from_f64(x).to_f64()).collect();
+            let values = values.into_iter().map(|x| half::bf16::from_f64(x + 1.0).to_f64()).collect();
             vec![Tensor::from_vec::<f64>(values, [rows, cols]).expect("rows x cols")]
         };
         Case::new("coded", format!("{rows}x{cols} {name}"), operands, move |mut v| v.remove(0).coded(&spec)).rounds()
