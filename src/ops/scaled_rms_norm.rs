@@ -1,5 +1,5 @@
 //! Root-mean-square normalisation with the columns of the output divided by exponentials of learned logarithms: `y = x r exp(−a)`,
-//! `r = 1/√(mean(x²) + ε)` ([`rms_norm`](super::rms_norm), then [`log_scale`](super::log_scale), in one pass). Backward, with `g = dy exp(−a)`:
+//! `r = 1/√(mean(x²) + ε)` ([`rms_norm`], then [`log_scale`], in one pass). Backward, with `g = dy exp(−a)`:
 //! `dx = r (g − x r² mean(g x))`, `da[j] = −Σ_i y[i, j] dy[i, j]`.
 
 use crate::device::cuda::{CudaDevice, Queue};

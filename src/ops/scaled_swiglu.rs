@@ -1,5 +1,5 @@
 //! The gated activation with the columns of up divided by exponentials of learned logarithms: `y = silu(g) u exp(−a)`
-//! ([`swiglu`](super::swiglu), then [`log_scale`](super::log_scale), in one pass). Backward, with `e = exp(−a)` and s the logistic function of g:
+//! ([`swiglu`], then [`log_scale`], in one pass). Backward, with `e = exp(−a)` and s the logistic function of g:
 //! `dg = dy u e s (1 + g (1 − s))`, `du = dy e g s`, `da[j] = −Σ_i y[i, j] dy[i, j]`.
 
 use crate::device::cuda::{CudaDevice, Queue};
