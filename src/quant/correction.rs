@@ -33,7 +33,8 @@ use crate::{Error, Result};
 /// How GPTQ corrects for the difference between the quantised network's activations and those in full precision.
 ///
 /// Written as its name, with its constant behind a colon where it has one: `gptaq:0.25`. Experimental: on one model of 135M parameters GPTAQ and QEP
-/// beat GPTQ on every seed, and Qronos and FOEM lose (`benches/record/weight-quantisers-smollm2-h100.md`).
+/// beat GPTQ on every seed, and Qronos and FOEM lose (`benches/record/weight-quantisers-smollm2-h100.md`). Qronos wants ten to thirty times GPTQ's damping, and
+/// then beats it; FOEM wins nothing (`benches/record/weight-quantisers-wiki-llama-15m.md`).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Correction {
     /// It does not: plain GPTQ.
