@@ -106,7 +106,9 @@ impl FromStr for ReadRate {
         match s {
             "auto" => Ok(Self::Measured),
             "none" => Ok(Self::Never),
-            _ => parse_bytes(s).map(Self::Given),
+            _ => parse_bytes(s).map(Self::Given).map_err(|_| {
+                Error::argument("read rate", format!("expected auto, none or the bytes of a second such as 3GB, got {s:?}"))
+            }),
         }
     }
 }

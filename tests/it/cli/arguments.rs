@@ -53,6 +53,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("eval", "--weights awq", "expected one of gptq, gptaq:0.25, qep:0.5, qronos, foem:0.2, got \"awq\""),
     ("eval", "--seq-len 0", "window length: expected at least 2 tokens"),
     ("eval", "--device tpu", "expected auto, cpu or cuda"),
+    ("learn", "--read-rate soon", "expected auto, none or the bytes of a second such as 3GB, got \"soon\""),
     ("compare", "--baselines --resident 0", "learns weights, and needs every layer on the device"),
     ("compare", "--seeds 0", "--seeds: expected at least 1, got 0"),
     ("compare", "--optimizer adam", "expected one of cayley, cayley-parity"),
